@@ -1,0 +1,67 @@
+"""Every error that a user can meet, each with its exit code.
+
+    StreampruneError            (never raised itself)
+    ├── UsageError          2   an argument or a text is wrong; nothing was touched
+    ├── CheckpointError     3   MODEL is missing, malformed, truncated or holds NaN/Inf
+    ├── UnsupportedError    4   MODEL is sound, but of a kind that cannot be pruned here
+    ├── ResourceError       5   not enough RAM, VRAM or disk
+    ├── StateError          6   OUT belongs to another job or to nobody we know
+    ├── CorruptStateError   7   our own journal, cache, statistics or report is damaged
+    └── LockedError        75   another process works on the same OUT (EX_TEMPFAIL: try later)
+
+An interrupt (Ctrl-C, SIGTERM) ends with 130. A message is one line: what, where, why, and the flag or
+command that mends it.
+"""
+
+from __future__ import annotations
+
+
+class StreampruneError(Exception):
+    """Base of all errors with an exit code."""
+
+    exit_code = 1
+
+
+class UsageError(StreampruneError):
+    """A wrong argument, pattern, sparsity or calibration text."""
+
+    exit_code = 2
+
+
+class CheckpointError(StreampruneError):
+    """The source checkpoint cannot be read as what it claims to be."""
+
+    exit_code = 3
+
+
+class UnsupportedError(StreampruneError):
+    """A sound checkpoint of a kind that streamprune does not handle."""
+
+    exit_code = 4
+
+
+class ResourceError(StreampruneError):
+    """Not enough RAM, VRAM or disk; the message names the smallest value that would do."""
+
+    exit_code = 5
+
+
+class StateError(StreampruneError):
+    """OUT, its unfinished state or its work folder belong to something else."""
+
+    exit_code = 6
+
+
+class CorruptStateError(StreampruneError):
+    """A file that streamprune wrote is damaged or of an unknown version."""
+
+    exit_code = 7
+
+
+class LockedError(StreampruneError):
+    """Another process holds the lock on OUT."""
+
+    exit_code = 75
+
+
+INTERRUPTED = 130

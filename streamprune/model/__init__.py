@@ -1,0 +1,1 @@
+"""The model as a sequence of stages, and the walk of activations through them."""

@@ -1,0 +1,1 @@
+"""The mathematics of pruning: pure functions, arrays in, arrays out."""
