@@ -1,0 +1,280 @@
+"""Every change that streamprune makes to a disk: write, fsync, rename, remove, lock.
+
+No other module creates, changes or removes a file; a test enforces it. What the functions guarantee, on a
+file system that keeps POSIX's promises:
+
+  replace_file    readers see the old file, the new file or none, never a part; after the return the new
+                  one survives a power loss (temporary file, fsync, rename, fsync of the folder)
+  append_line     a line is either whole or recognisably torn; after the return it survives
+  publish         a folder appears under its final name in one step
+  remove, clear   idempotent; a crash in the middle leaves less, never something else
+  Lock            at most one process at a time; released by the kernel when its holder dies
+
+Modes follow the umask (0666 for files, 0777 for folders), so that others can read what was written.
+
+The order of writes of a job, and what a crash after each step leaves behind, is drawn in CONTRIBUTING.md;
+a new kind of write changes that table and tests/test_crash.py with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import xxhash
+
+from streamprune.errors import LockedError, ResourceError, StateError
+
+Buffer = bytes | bytearray | memoryview
+
+_FLUSH_BYTES = 32 << 20
+"""Dirty data is handed to the disk in pieces of this size, so that the final fsync is short."""
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusals into errors that say what to do.
+
+    Raises ResourceError for a full disk or quota, StateError for a folder that cannot be written.
+    """
+    try:
+        yield
+    except OSError as e:
+        where = e.filename or path
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(
+                f"no space left while writing {where}: free some and run the same command again, it resumes"
+            ) from e
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG):
+            raise StateError(f"cannot write {where}: {e.strerror}; choose a folder that can be written") from e
+        raise ResourceError(f"writing {where} failed: {e.strerror}; run the same command again, it resumes") from e
+
+
+class AtomicFile:
+    """A file that is streamed under a temporary name and appears under its own when it is complete.
+
+    Use as a context manager: leaving it normally commits, leaving it with an exception removes the
+    temporary file. `digest` (xxh3_128, hexadecimal) and `size` (bytes) describe what has been written.
+    `reread=True` leaves the data in the page cache, for files that are read again at once.
+    """
+
+    def __init__(self, path: Path, *, reread: bool = False) -> None:
+        self.path = path
+        self._reread = reread
+        self.temporary = path.with_name(f".{path.name}.tmp")
+        self.size = 0
+        self._hash = xxhash.xxh3_128()
+        self._flushed = 0
+        with disk_errors(path):
+            self._fd = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def write(self, data: Buffer) -> None:
+        """Appends bytes; raises ResourceError when the disk is full."""
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        with disk_errors(self.path):
+            written = 0
+            while written < len(view):
+                written += os.write(self._fd, view[written : written + _FLUSH_BYTES])
+            self.size += written
+            if not self._reread and self.size - self._flushed >= _FLUSH_BYTES:
+                _start_writeback(self._fd, self._flushed, self.size - self._flushed)
+                self._flushed = self.size
+
+    def commit(self) -> None:
+        """Makes the file durable under its own name and forgets its cached pages."""
+        with disk_errors(self.path):
+            os.fsync(self._fd)
+            if not self._reread:
+                _drop_cached(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+            os.replace(self.temporary, self.path)
+            sync_folder(self.path.parent)
+
+    def abandon(self) -> None:
+        """Removes the temporary file; harmless after a commit."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self.temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> AtomicFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            self.abandon()
+
+
+def _start_writeback(fd: int, offset: int, length: int) -> None:
+    """Asks the kernel to begin writing a range that is complete; a hint, where it exists."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def _drop_cached(fd: int) -> None:
+    """Gives the page cache back: what was written once is not read again soon."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: Buffer) -> str:
+    """Writes a whole small file atomically and durably; returns its xxh3_128."""
+    with AtomicFile(path) as f:
+        f.write(data)
+    return f.digest
+
+
+def copy_file(source: Path, target: Path) -> tuple[int, str]:
+    """Copies one file (links are followed) atomically and durably; returns its bytes and xxh3_128."""
+    make_folder(target.parent)
+    with source.open("rb") as r, AtomicFile(target) as w:
+        while block := r.read(4 << 20):
+            w.write(block)
+    return w.size, w.digest
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Appends one line and fsyncs it; `line` must not contain a newline."""
+    with disk_errors(path):
+        fresh = not path.exists()
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            before = os.fstat(fd).st_size
+            view = memoryview(line + b"\n")
+            try:
+                while view:
+                    view = view[os.write(fd, view) :]
+            except OSError:
+                os.ftruncate(fd, before)
+                raise
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if fresh:
+            sync_folder(path.parent)
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cuts a torn tail off a file, durably."""
+    with disk_errors(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.ftruncate(fd, size)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder and its parents, durably."""
+    if path.is_dir():
+        return
+    with disk_errors(path):
+        make_folder(path.parent)
+        try:
+            os.mkdir(path, 0o777)
+        except FileExistsError:
+            if not path.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(path)) from None
+        sync_folder(path.parent)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Renames a folder to its final name, durably. `target` must not exist, or be an empty folder."""
+    with disk_errors(target):
+        os.rename(source, target)
+        sync_folder(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes one file if it exists."""
+    with disk_errors(path):
+        path.unlink(missing_ok=True)
+
+
+def clear(folder: Path) -> None:
+    """Removes a folder and all in it, if it exists. Links are removed, never followed."""
+    try:
+        mode = folder.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode):
+        remove(folder)
+        return
+    with disk_errors(folder):
+        for entry in sorted(folder.iterdir()):
+            clear(entry)
+        os.rmdir(folder)
+
+
+class Lock:
+    """An exclusive advisory lock on a file beside OUT; the kernel frees it when the process ends.
+
+    The file is removed on release. Whoever opened it before the removal notices that the name now leads
+    to another file, and tries again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = -1
+
+    def __enter__(self) -> Lock:
+        with disk_errors(self.path):
+            while True:
+                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    holder = os.read(fd, 32).decode("ascii", "replace").strip()
+                    os.close(fd)
+                    raise LockedError(
+                        f"another run (process {holder or 'unknown'}) holds {self.path}; wait for it or stop it"
+                    ) from None
+                except BaseException:
+                    os.close(fd)
+                    raise
+                if _same_file(fd, self.path):
+                    break
+                os.close(fd)
+            os.ftruncate(fd, 0)
+            os.write(fd, f"{os.getpid()}\n".encode())
+            self._fd = fd
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self._fd)
+        self._fd = -1
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    here = os.fstat(fd)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)

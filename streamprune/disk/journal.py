@@ -1,0 +1,81 @@
+"""The journal of a job: one line a finished stage, the commit point of everything else.
+
+A line is JSON with its own xxh3_64 in front: `<16 hex digits> {...}\\n`. A torn last line (the process died
+while writing it) is cut off at the next start: its stage did not happen. Damage anywhere else is an error.
+
+A job's folder of state holds `job.json` (what the job is), `journal`, `tokens.npy` and, per layer, the
+statistics; formats carry a version and unknown versions are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from streamprune.disk import durable
+from streamprune.errors import CorruptStateError
+
+Record = dict[str, Any]
+
+VERSION = 1
+
+
+def append(path: Path, record: Record) -> None:
+    """Commits one record: when this returns, the record survives a power loss."""
+    body = json.dumps({"v": VERSION, **record}, separators=(",", ":"), allow_nan=False).encode()
+    durable.append_line(path, _digest(body) + b" " + body)
+
+
+def read(path: Path) -> list[Record]:
+    """All committed records; a torn last line is removed from the file.
+
+    Raises CorruptStateError for a damaged line that is not the last, or an unknown version.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    records: list[Record] = []
+    good = 0
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
+        body = line[17:-1]
+        if not line.endswith(b"\n") or line[16:17] != b" " or line[:16] != _digest(body):
+            if good + len(line) < len(data):
+                raise CorruptStateError(f"{path}: line {number} is damaged; start again with --restart")
+            durable.truncate(path, good)
+            break
+        record = json.loads(body)
+        if record.get("v") != VERSION:
+            raise CorruptStateError(
+                f"{path}: line {number} has version {record.get('v')}, this program knows {VERSION}; "
+                "finish with the version that began, or start again with --restart"
+            )
+        records.append(record)
+        good += len(line)
+    return records
+
+
+def _digest(body: bytes) -> bytes:
+    return xxhash.xxh3_64_hexdigest(body).encode()
+
+
+def write_json(path: Path, kind: str, value: Record) -> None:
+    """Writes a versioned JSON document, atomically and durably."""
+    text = json.dumps({"format": f"streamprune-{kind}", "version": VERSION, **value}, indent=2, allow_nan=False)
+    durable.replace_file(path, text.encode() + b"\n")
+
+
+def read_json(path: Path, kind: str) -> Record:
+    """Reads what `write_json` wrote. Raises CorruptStateError when it is damaged, of another kind or version."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise CorruptStateError(f"{path} cannot be read ({e}); start again with --restart") from e
+    if not isinstance(value, dict) or value.get("format") != f"streamprune-{kind}":
+        raise CorruptStateError(f"{path} is not a streamprune {kind} file; start again with --restart")
+    if value.get("version") != VERSION:
+        raise CorruptStateError(f"{path} has version {value.get('version')}, this program knows {VERSION}")
+    return value

@@ -1,0 +1,146 @@
+"""What a job is. Two runs belong to the same job when all their fixed fields are equal.
+
+    fixed        verb, model, score, selector, sparsity, pattern, only, skip, propagate, calib, samples,
+                 seqlen, seed, stats, device, dtype
+    changeable   max_ram, save_stats, work (only before anything has been cached there)
+
+The fixed fields go into `job.json` while the job is unfinished and into `streamprune.json` for ever.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from streamprune.errors import UsageError
+from streamprune.pruning.recipes import Recipe
+
+_CHANGEABLE = {"fixed": False}
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished step: stage `done` of `total`, called `name`, after `seconds`."""
+
+    name: str
+    done: int
+    total: int
+    seconds: float
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def no_progress(step: Progress) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text the statistics come from: `samples` windows of `seqlen` tokens, drawn by `seed`."""
+
+    path: Path | None
+    """The text; None is the built-in one."""
+    digest: str
+    """xxh3_128 of the file's bytes."""
+    samples: int
+    seqlen: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One prune or calibrate job. See the module's docstring for what may change on resume."""
+
+    verb: str
+    model: Mapping[str, str]
+    """The checkpoint's fingerprint (disk/checkpoint.py)."""
+    recipe: Recipe | None
+    sparsity: float | None
+    pattern: str | None
+    only: str | None
+    skip: str | None
+    propagate: str
+    calibration: Calibration | None
+    stats: str | None
+    """xxh3_128 of the statistics file given with --stats."""
+    device: str
+    dtype: str
+    source: Path = field(metadata=_CHANGEABLE)
+    out: Path = field(metadata=_CHANGEABLE)
+    stats_path: Path | None = field(default=None, metadata=_CHANGEABLE)
+    max_ram: int | None = field(default=None, metadata=_CHANGEABLE)
+    """Bytes of resident memory that may be used."""
+    save_stats: Path | None = field(default=None, metadata=_CHANGEABLE)
+    work: Path | None = field(default=None, metadata=_CHANGEABLE)
+    restart: bool = field(default=False, metadata=_CHANGEABLE)
+    trust_remote_code: bool = field(default=False, metadata=_CHANGEABLE)
+
+    def fixed(self) -> dict[str, Any]:
+        """The fixed fields as flat JSON values, under the names of the command line."""
+        flat: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not f.metadata.get("fixed", True):
+                continue
+            if f.name == "model":
+                flat |= {f"model {k}": v for k, v in value.items()}
+            elif f.name == "recipe":
+                flat["score"] = value.score if value else None
+                flat["selector"] = value.selector if value and self.pattern is None else None
+            elif f.name == "calibration":
+                flat |= {"calib": None, "samples": None, "seqlen": None, "seed": None}
+                if value:
+                    flat |= {"calib": value.digest, "samples": value.samples, "seqlen": value.seqlen, "seed": value.seed}
+            else:
+                flat[f.name] = value
+        return flat
+
+    def differences(self, recorded: Mapping[str, Any]) -> str:
+        """Says in words which fixed fields differ from those of another job; empty when none does."""
+        mine = self.fixed()
+        keys = [*mine, *(k for k in recorded if k not in mine)]
+        return ", ".join(
+            f"{k} is {_show(recorded.get(k))} there and {_show(mine.get(k))} here"
+            for k in keys
+            if mine.get(k) != recorded.get(k)
+        )
+
+
+def _show(value: object) -> str:
+    return "not set" if value is None else str(value)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from "8GiB", "500 MB", "1.5e9". Raises UsageError for anything else."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = found.group(2).upper() if found else "?"
+    unit = {"K": "KIB", "M": "MIB", "G": "GIB", "T": "TIB"}.get(unit, unit)
+    if not found or unit not in _UNITS or float(found.group(1)) <= 0:
+        raise UsageError(f"{text!r} is not an amount of memory; write for example 8GiB or 500MB")
+    return int(float(found.group(1)) * _UNITS[unit])
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people: "712 MiB", "1.43 GiB"."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            number = count / size
+            return f"{number:.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def compile_filter(flag: str, pattern: str | None) -> re.Pattern[str] | None:
+    """The compiled --only or --skip expression. Raises UsageError when it is no regular expression."""
+    if pattern is None:
+        return None
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise UsageError(f"{flag} {pattern!r} is not a regular expression: {e}") from e
