@@ -1,0 +1,109 @@
+"""MODEL as the user names it: a folder, or a model on the Hugging Face hub, fetched into the hub's own cache.
+
+Of a hub model, only safetensors weights and side files are fetched. HF_HUB_OFFLINE=1 uses the cache alone.
+huggingface_hub is imported only when a hub name is resolved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+from pathlib import Path
+
+from streamprune.disk.checkpoint import WEIGHT_PATTERNS
+from streamprune.disk.header import show
+from streamprune.errors import CheckpointError, ResourceError, UsageError
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
+_OTHER_WEIGHTS = [p for p in WEIGHT_PATTERNS if "safetensors" not in p] + ["original/*", "onnx/*"]
+
+
+def resolve_model(name: str | Path, *, revision: str | None = None, quiet: bool = False) -> Path:
+    """The folder of the model that `name` means.
+
+    An existing folder goes first. Otherwise `model` and `org/model` are hub names; a Path, and a text that
+    begins with `/`, `.` or `~`, has more than one slash, or whose first part is an existing folder, are not.
+    `revision` is a branch, tag or commit of a hub model. `quiet` hides the progress bars of a download.
+
+    Raises:
+        UsageError: `revision` is given for a folder.
+        CheckpointError: there is no such folder; or the hub cannot be reached and its cache lacks the model,
+            the hub has no such model or revision, or does not let this user read it.
+        ResourceError: the disk is full.
+    """
+    text = str(name)
+    path = Path(text)
+    with contextlib.suppress(RuntimeError):  # the home of an unknown user
+        path = path.expanduser()
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{show(path)}: cannot be read: {error.strerror}") from None
+    if is_folder:
+        if revision is not None:
+            raise UsageError(f"--revision belongs to a hub model, but {path} is a folder; leave it out")
+        return path
+    if exists:
+        raise CheckpointError(f"{path} is not a folder; pass the folder that holds the checkpoint")
+    if isinstance(name, Path) or not _HUB_NAME.fullmatch(text):
+        raise CheckpointError(f"no such folder: {path}; pass a folder with safetensors or a hub name")
+    if len(path.parts) > 1 and Path(path.parts[0]).is_dir():
+        raise CheckpointError(
+            f"no such folder: {path}; the folder {path.parts[0]} exists, so this is no hub name; "
+            "mend the name, or run from another folder"
+        )
+    return _download(text, revision, quiet)
+
+
+def _download(name: str, revision: str | None, quiet: bool) -> Path:
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hide = quiet and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=_OTHER_WEIGHTS)
+        )
+    except HFValidationError:
+        why = "neither a folder nor a name that the hub allows; pass a folder with safetensors weights"
+    except (OSError, HTTPError, RuntimeError) as error:  # RuntimeError: its own download client
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            where = constants.HF_HUB_CACHE
+            raise ResourceError(
+                f"{name}: the disk of {where} is full; make room, or set HF_HUB_CACHE"
+            ) from None
+        why = _explain(error, bool(constants.HF_HUB_OFFLINE))
+    finally:
+        if hide:
+            enable_progress_bars()
+    at = f" at revision {show(revision)}" if revision else ""
+    raise CheckpointError(f"{show(name)}{at}: {why}")
+
+
+def _explain(error: Exception, offline: bool) -> str:
+    """What went wrong with a download, and what to do, in one line."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "the hub restricts access to this model; accept its terms there, then run `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such folder, and no such model on the hub (a private one needs `hf auth login`)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the hub has the model but not this revision; see its branches and tags there"
+    if isinstance(error, errors.IncompleteSnapshotError):
+        why = "its copy in the hub cache is incomplete"
+    elif isinstance(error, errors.LocalEntryNotFoundError):
+        why = "no such folder, and not in the hub cache"
+    else:
+        first_line = next(iter(str(error).splitlines()), "")
+        why = f"the download failed: {type(error).__name__} {show(first_line)}"
+    if offline:
+        return f"{why}, and HF_HUB_OFFLINE forbids to fetch it; unset it, or pass a folder"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        why += ", and the hub cannot be reached"
+    return f"{why}; check the network and run again, or pass a folder"

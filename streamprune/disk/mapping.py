@@ -1,0 +1,220 @@
+"""Tensors of a checkpoint as views on its mapped files: read when they are touched, and not copied.
+
+Each shard is mapped once and whole, which takes address space only. The mapping is private: writing to a
+tensor changes this process's copy of the page, never the file. It does not reserve memory for such copies, so
+that a shard may be larger than the RAM (a plain copy-on-write mapping of it would be refused).
+
+Pages that were touched count as resident until `release`. A view keeps the mapping alive, also after `close`.
+Should another program truncate a mapped file, touching the lost part ends the process with SIGBUS; the size
+is therefore checked again before each view is made.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Self
+
+import torch
+
+from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.header import DTYPE_BITS, TensorRef, open_file, show
+from streamprune.errors import CheckpointError, ResourceError, UnsupportedError
+
+# dtypes that only newer versions of torch have are left out where it lacks them
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, attribute)
+    for name, attribute in {
+        "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
+        "I32": "int32", "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16",
+        "F32": "float32", "F64": "float64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+        "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    }.items()
+    if hasattr(torch, attribute)
+}  # fmt: skip
+
+_PAGE = mmap.PAGESIZE
+
+
+class _Mapped(NamedTuple):
+    file: BinaryIO
+    data: mmap.mmap
+    size: int
+
+
+class ShardMaps:
+    """The shards of a checkpoint, mapped as needed. A context manager; methods may run in threads."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._open: dict[str, _Mapped] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def tensor(self, ref: TensorRef) -> torch.Tensor:
+        """The tensor of `ref`, its shape and dtype, on the CPU.
+
+        A view on the file, or a copy where its offset is no multiple of the item size.
+
+        Raises:
+            CheckpointError: the file is gone or has changed since the checkpoint was opened.
+            UnsupportedError: torch has no such dtype.
+            ResourceError: the file cannot be mapped.
+        """
+        return self._view(ref, ref.begin, ref.shape)
+
+    def rows(self, ref: TensorRef, start: int, stop: int) -> torch.Tensor:
+        """Rows start to stop (exclusive) along the first axis of `ref`, shape (stop - start, ...).
+
+        Raises:
+            IndexError: not 0 <= start <= stop <= shape[0], or the tensor is 0-d.
+            CheckpointError, UnsupportedError, ResourceError: as `tensor`.
+        """
+        if not ref.shape or not 0 <= start <= stop <= ref.shape[0]:
+            raise IndexError(f"rows {start} to {stop} of {ref.name} with shape {list(ref.shape)}")
+        skipped_bits = start * math.prod(ref.shape[1:]) * DTYPE_BITS[ref.dtype]
+        if skipped_bits % 8:
+            raise IndexError(f"row {start} of {ref.name} begins within a byte")
+        return self._view(ref, ref.begin + skipped_bits // 8, (stop - start, *ref.shape[1:]))
+
+    def raw(self, ref: TensorRef) -> memoryview:
+        """The bytes of `ref`, read-only, whatever its dtype.
+
+        Raises:
+            CheckpointError, ResourceError: as `tensor`.
+        """
+        return memoryview(self._map(ref.shard).data)[ref.begin : ref.end].toreadonly()
+
+    def prefetch(self, refs: Iterable[TensorRef]) -> None:
+        """Ask the system to start reading `refs`; returns at once. Raises as `raw`."""
+        for shard, begin, end in _spans(refs):
+            mapped = self._map(shard)
+            start = begin - begin % _PAGE
+            if hasattr(mmap, "MADV_WILLNEED"):
+                mapped.data.madvise(mmap.MADV_WILLNEED, start, end - start)
+
+    def release(self, refs: Iterable[TensorRef], *, drop_cache: bool = False) -> None:
+        """Give back the memory of the pages that lie wholly within `refs`; neighbours count as one range.
+
+        Views stay usable: a page that is touched again is read again from the file, or the system's cache,
+        and what was written to it is lost. `drop_cache` asks the system to forget its cached copy too.
+        """
+        for shard, begin, end in _spans(refs):
+            mapped = self._open.get(shard)
+            if mapped is None:
+                continue
+            start, stop = -(-begin // _PAGE) * _PAGE, end - end % _PAGE
+            if end == mapped.size:
+                stop = -(-end // _PAGE) * _PAGE  # the rest of the last page belongs to nobody
+            if start < stop and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.data.madvise(mmap.MADV_DONTNEED, start, min(stop, mapped.size) - start)
+            if drop_cache and start < stop and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(mapped.file.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close the files. Views that are still in use stay valid; each mapping ends with its last view."""
+        with self._lock:
+            self._closed = True
+            for mapped in self._open.values():
+                mapped.file.close()
+            self._open.clear()
+
+    def _view(self, ref: TensorRef, begin: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """Tensor of `shape` and the dtype of `ref` from absolute byte `begin` of its shard."""
+        dtype, shape = _torch_type(ref, shape)
+        count = math.prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        data = self._map(ref.shard).data
+        if begin % dtype.itemsize:
+            flat = torch.frombuffer(bytearray(data[begin : begin + count * dtype.itemsize]), dtype=dtype)
+        else:
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
+        return flat.reshape(shape)
+
+    def _map(self, shard: str) -> _Mapped:
+        path = self._checkpoint.path / shard
+        with self._lock:
+            if self._closed:
+                raise ValueError("the maps are closed")
+            mapped = self._open.get(shard)
+            if mapped is None:
+                mapped = self._open[shard] = self._map_file(shard)
+        size = os.fstat(mapped.file.fileno()).st_size
+        if size != mapped.size:
+            raise CheckpointError(
+                f"{path}: changed from {mapped.size} to {size} bytes while it was read; "
+                "start again when nothing else writes to it"
+            )
+        return mapped
+
+    def _map_file(self, shard: str) -> _Mapped:
+        path = self._checkpoint.path / shard
+        file = open_file(path)
+        info = os.fstat(file.fileno())
+        if (info.st_size, info.st_mtime_ns) != self._checkpoint.shard_stats[shard]:
+            file.close()
+            raise CheckpointError(
+                f"{path}: has changed since its header was read; start again when nothing else writes to it"
+            )
+        try:
+            return _Mapped(file, _private_map(file.fileno(), info.st_size), info.st_size)
+        except OSError as error:
+            file.close()
+            raise ResourceError(
+                f"{path}: cannot be mapped ({info.st_size} bytes): {error.strerror}; raise the limit of "
+                "the address space (ulimit -v) or set vm.overcommit_memory to 0"
+            ) from None
+
+
+def _private_map(descriptor: int, size: int) -> mmap.mmap:
+    if sys.platform != "linux":
+        return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # in mmap from Python 3.13
+    return mmap.mmap(
+        descriptor, size, flags=mmap.MAP_PRIVATE | no_reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE
+    )
+
+
+def _torch_type(ref: TensorRef, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, ...]]:
+    """The torch dtype and shape; torch counts pairs of 4-bit floats, the file single ones."""
+    paired = getattr(torch, "float4_e2m1fn_x2", None)
+    if ref.dtype == "F4" and isinstance(paired, torch.dtype) and shape and shape[-1] % 2 == 0:
+        return paired, (*shape[:-1], shape[-1] // 2)
+    try:
+        return TORCH_DTYPES[ref.dtype], shape
+    except KeyError:
+        raise UnsupportedError(
+            f"{ref.shard}: tensor {show(ref.name)}: torch {torch.__version__} has no dtype for {ref.dtype}, "
+            f"shape {list(ref.shape)}; pass a checkpoint in bf16, f16 or f32"
+        ) from None
+
+
+def _spans(refs: Iterable[TensorRef]) -> Iterator[tuple[str, int, int]]:
+    """Ranges (shard, begin, end) of `refs`, empty ones left out and neighbours joined."""
+    joined: tuple[str, int, int] | None = None
+    for ref in sorted(refs, key=lambda ref: (ref.shard, ref.begin)):
+        if ref.begin == ref.end:
+            continue
+        if joined and joined[0] == ref.shard and joined[2] >= ref.begin:
+            joined = (ref.shard, joined[1], max(joined[2], ref.end))
+            continue
+        if joined:
+            yield joined
+        joined = (ref.shard, ref.begin, ref.end)
+    if joined:
+        yield joined
