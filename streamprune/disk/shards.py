@@ -1,0 +1,70 @@
+"""Writes a safetensors shard as a stream: the header from what is known beforehand, then tensor after tensor.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header
+padded with spaces to a multiple of 8, then the tensors' bytes without gaps. Tensors are ordered like the
+safetensors library orders them, by falling item size and then by name, so every one of them is aligned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamprune.disk.checkpoint import TensorRef
+from streamprune.disk.durable import AtomicFile, Buffer, replace_file
+
+ITEM_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
+"""Bits an item of the dtypes wider than 16; the rest follow by name."""
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What was written: file name, bytes of the file, its xxh3_128."""
+
+    name: str
+    nbytes: int
+    digest: str
+
+
+def shard_name(number: int, total: int) -> str:
+    """`model-00007-of-00034.safetensors`; number counts from 1."""
+    return f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def write_shard(path: Path, tensors: Iterable[TensorRef], content: Callable[[TensorRef], Iterable[Buffer]]) -> ShardSummary:
+    """Streams one shard to `path`, atomically and durably.
+
+    `content(tensor)` yields the tensor's bytes in pieces; names, dtypes and shapes are those of `tensors`.
+    Raises ValueError when a tensor's pieces do not add up to its size (nothing is written then), and what
+    durable.AtomicFile raises.
+    """
+    ordered = sorted(tensors, key=lambda t: (-ITEM_BITS.get(t.dtype, 16), t.name))
+    with AtomicFile(path) as f:
+        f.write(_header(ordered))
+        for tensor in ordered:
+            begin = f.size
+            for piece in content(tensor):
+                f.write(piece)
+            if f.size - begin != tensor.nbytes:
+                raise ValueError(f"{tensor.name}: {f.size - begin} bytes written, {tensor.nbytes} announced")
+    return ShardSummary(path.name, f.size, f.digest)
+
+
+def _header(tensors: Iterable[TensorRef]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for t in tensors:
+        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
+        offset += t.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_index(path: Path, metadata: Mapping[str, Any], total_size: int, weight_map: Mapping[str, str]) -> str:
+    """Writes `model.safetensors.index.json` as transformers does; returns its xxh3_128."""
+    index = {"metadata": {**metadata, "total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    return replace_file(path, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())

@@ -1,0 +1,215 @@
+"""The walk of activations through the model: embed, layer after layer, head.
+
+Every decoder layer of the skeleton is replaced by a recorder that hands its input on unchanged and keeps the
+arguments it was called with. One run of the model's own forward then yields, for each layer, exactly the
+keyword arguments that the architecture gives it: masks of each kind, rotary embeddings, alibi. The real
+layers are called with these, one at a time, on states from the disk cache. For the head, the last recorder
+returns the cached states, so the final norm, softcaps and lm_head are the model's own code.
+
+All windows have the same length and no padding, so the arguments depend on the batch's size only; an
+architecture whose arguments depend on the tokens is noticed and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamprune.disk.mapping import ShardMaps
+from streamprune.errors import UnsupportedError
+from streamprune.model.binding import bound
+from streamprune.model.skeleton import Skeleton, Stage, is_linear
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one decoder layer besides the hidden states, which are argument 0 or `hidden_states`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_keyword: bool
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps its arguments, returns its input (or `replace`) unchanged."""
+
+    def __init__(self, as_tuple: bool) -> None:
+        super().__init__()
+        self.as_tuple = as_tuple
+        self.received: Tensor | None = None
+        self.call: Call | None = None
+        self.replace: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        by_keyword = "hidden_states" in kwargs
+        states = kwargs.pop("hidden_states") if by_keyword else args[0]
+        self.received = states
+        self.call = Call(args if by_keyword else args[1:], kwargs, by_keyword)
+        out = states if self.replace is None else self.replace
+        return (out,) if self.as_tuple else out
+
+
+class Walk:
+    """Runs a skeleton's stages on batches of token ids (batch, seqlen) or hidden states (batch, seqlen, hidden).
+
+    `dtype` and `device` are what is computed in and where. All methods must be called with the same seqlen.
+    """
+
+    def __init__(self, skeleton: Skeleton, maps: ShardMaps, dtype: torch.dtype, device: torch.device) -> None:
+        self.skeleton, self.maps, self.dtype, self.device = skeleton, maps, dtype, device
+        self._calls: dict[int, list[Call]] = {}
+        self._as_tuple: bool | None = None
+        for buffer_owner in skeleton.model.modules():
+            for name, buffer in buffer_owner._buffers.items():
+                if buffer is not None:
+                    buffer_owner._buffers[name] = buffer.to(device)
+
+    def embed(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Hidden states before layer 0 for each batch of ids; remembers the layers' arguments on the way.
+
+        Raises UnsupportedError when the model does something between layers, or when a layer's arguments
+        depend on the tokens.
+        """
+        with bound(self.skeleton, None, self.maps, self.dtype, self.device):
+            for ids in batches:
+                states, calls = self._record(ids.to(self.device))
+                known = self._calls.setdefault(ids.shape[0], calls)
+                if known is not calls and not all(_same(a, b) for a, b in zip(known, calls, strict=True)):
+                    raise UnsupportedError(
+                        f"{_kind(self.skeleton)} gives its layers arguments that depend on the tokens; "
+                        "its layers cannot be replayed from hidden states alone"
+                    )
+                yield states
+
+    def learn_calls(self, batches: Sequence[Tensor]) -> None:
+        """Records the layers' arguments for each batch size in `batches`, for a walk that resumes at a layer."""
+        firsts = {ids.shape[0]: ids for ids in reversed(batches)}
+        for _ in self.embed(list(firsts.values())):
+            pass
+
+    @torch.inference_mode()
+    def _record(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        for as_tuple in (False, True) if self._as_tuple is None else (self._as_tuple,):
+            with _recorders(self.skeleton, as_tuple) as recorders:
+                base = getattr(self.skeleton.model, self.skeleton.model.base_model_prefix, self.skeleton.model)  # type: ignore[arg-type]
+                try:
+                    final = base(input_ids=ids, use_cache=False)[0]
+                except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
+                    if as_tuple:
+                        raise
+                    continue  # the model takes a layer's output apart: it expects a tuple
+                if _handed_on(recorders, final):
+                    self._as_tuple = as_tuple
+                    first = recorders[0].received
+                    assert first is not None
+                    return first, [r.call for r in recorders if r.call is not None]
+        raise UnsupportedError(
+            f"{_kind(self.skeleton)} does something between its decoder layers (or does not call them all in "
+            "order); its layers cannot be streamed one by one"
+        )
+
+    @contextmanager
+    def layer(
+        self, stage: Stage, *, maps: ShardMaps | None = None, sources: dict[str, Any] | None = None,
+        watch: Callable[[str, Tensor], None] | None = None,
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """One decoder layer with its weights bound: a function from states to states, (batch, seqlen, hidden).
+
+        `watch(linear, x)` sees the input (tokens, in) of each linear. `maps` and `sources` may take the
+        weights from elsewhere, as when the pruned layer is run.
+        """
+        layer = self.skeleton.layers[stage.index]
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args, name=f"{stage.prefix}.{path}": watch(name, args[0]))
+            for path, module in layer.named_modules()
+            if watch is not None and is_linear(module)
+        ]
+
+        @torch.inference_mode()
+        def run(states: Tensor) -> Tensor:
+            call = self._calls[states.shape[0]][stage.index]
+            states = states.to(self.device, self.dtype)
+            if call.by_keyword:
+                out = layer(*call.args, hidden_states=states, **call.kwargs)
+            else:
+                out = layer(states, *call.args, **call.kwargs)
+            result: Tensor = out[0] if isinstance(out, tuple) else out
+            return result
+
+        try:
+            with bound(self.skeleton, stage.prefix, maps or self.maps, self.dtype, self.device, sources):
+                yield run
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The head with its weights bound: states (tokens, hidden) -> logits (tokens, vocab).
+
+        The final norm and lm_head work on each position alone, so any positions may share a call.
+        """
+        assert self._as_tuple is not None, "embed or learn_calls comes first"
+        with (
+            bound(self.skeleton, None, self.maps, self.dtype, self.device),
+            _recorders(self.skeleton, self._as_tuple) as recorders,
+        ):
+
+            @torch.inference_mode()
+            def run(states: Tensor) -> Tensor:
+                recorders[-1].replace = states.to(self.device, self.dtype).unsqueeze(0)
+                ids = torch.zeros(1, states.shape[0], dtype=torch.long, device=self.device)
+                logits: Tensor = self.skeleton.model(input_ids=ids, use_cache=False)[0]
+                return logits[0]
+
+            yield run
+
+
+@contextmanager
+def _recorders(skeleton: Skeleton, as_tuple: bool) -> Iterator[list[_Recorder]]:
+    """Puts a recorder in the place of every decoder layer."""
+    layers = skeleton.layers
+    real = list(layers)
+    recorders = [_Recorder(as_tuple) for _ in real]
+    for i, (recorder, layer) in enumerate(zip(recorders, real, strict=True)):
+        for attribute in ("attention_type", "layer_type", "is_sliding"):  # read by some models before the call
+            if hasattr(layer, attribute):
+                setattr(recorder, attribute, getattr(layer, attribute))
+        layers[i] = recorder
+    try:
+        yield recorders
+    finally:
+        for i, layer in enumerate(real):
+            layers[i] = layer
+
+
+def _handed_on(recorders: list[_Recorder], final: Tensor) -> bool:
+    """Whether every recorder was called, received its predecessor's very states, and the last one's got out."""
+    if any(r.received is None for r in recorders):
+        return False
+    states = [r.received for r in recorders if r.received is not None]
+    first = states[0]
+    same = all(s.shape == first.shape and s.data_ptr() == first.data_ptr() for s in states)
+    return same and first.dim() == 3 and final.shape[:2] == first.shape[:2]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two layers' arguments are equal, all the way down."""
+    if isinstance(a, Call) and isinstance(b, Call):
+        return _same(a.args, b.args) and _same(a.kwargs, b.kwargs)
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return type(a) is type(b)
+
+
+def _kind(skeleton: Skeleton) -> str:
+    return str(getattr(skeleton.model.config, "model_type", type(skeleton.model).__name__))
