@@ -288,17 +288,41 @@ def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_side_files(tmp_path: Path) -> None:
     folder = make(tmp_path / "m")
-    keep = """
-        LICENSE README.md additional_chat_templates/tool.jinja code/deep/modeling_x.py config.json
-        generation_config.json merges.txt preprocessor_config.json tokenizer.json tokenizer.model
-    """.split()
-    drop = """
-        .gitattributes .cache/huggingface/x .git/config model.safetensors.index.json flax_model.msgpack
-        model-00001-of-00002.safetensors original/consolidated.00.pth original/consolidated.safetensors
-        pytorch_model-00001-of-00002.bin pytorch_model.bin.index.json optimizer.pt q.gguf onnx/m.onnx
-        onnx/m.onnx_data tf_model.h5 rust_model.ot m.tflite m.ckpt streamprune.json __pycache__/x.pyc
-        MODEL.GGUF
-    """.split()
+    keep = [
+        "LICENSE",
+        "README.md",
+        "additional_chat_templates/tool.jinja",
+        "code/deep/modeling_x.py",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
+    drop = [
+        ".gitattributes",
+        ".cache/huggingface/x",
+        ".git/config",
+        "model.safetensors.index.json",
+        "flax_model.msgpack",
+        "model-00001-of-00002.safetensors",
+        "original/consolidated.00.pth",
+        "original/consolidated.safetensors",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin.index.json",
+        "optimizer.pt",
+        "q.gguf",
+        "onnx/m.onnx",
+        "onnx/m.onnx_data",
+        "tf_model.h5",
+        "rust_model.ot",
+        "m.tflite",
+        "m.ckpt",
+        "streamprune.json",
+        "__pycache__/x.pyc",
+        "MODEL.GGUF",
+    ]
     for name in keep + drop:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if name != "config.json":
