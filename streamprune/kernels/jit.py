@@ -1,0 +1,36 @@
+"""numba.njit with our options, and without the on-disk cache where there is no place to write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+
+_Loop = TypeVar("_Loop", bound=Callable[..., Any])
+
+
+def jit(*, fastmath: bool | set[str] = False, inline: bool = False) -> Callable[[_Loop], _Loop]:
+    """Compile the decorated loop on its first call; nopython, no GIL, cached on disk if possible.
+
+    Numba looks for a cache folder when it decorates and raises RuntimeError if neither the package's
+    `__pycache__` nor the user's cache folder can be written. The kernels then compile in each process anew.
+    """
+
+    def wrap(target: _Loop) -> _Loop:
+        options: dict[str, Any] = {
+            "nogil": True,
+            "fastmath": fastmath,
+            "error_model": "numpy",  # no ZeroDivisionError branches, which would prevent vector code
+            "forceinline": inline,
+        }
+        compiled: _Loop
+        try:
+            compiled = numba.njit(target, cache=True, **options)
+        except RuntimeError as error:
+            if "cache" not in str(error):
+                raise
+            compiled = numba.njit(target, **options)
+        return compiled
+
+    return wrap

@@ -1,0 +1,83 @@
+"""Scores: what it costs to remove a weight, L_ij = |w_ij|**power * feature_j.
+
+A score here is the pair (feature, power): feature (in_features,) float32 on the CPU, power 1 or 2. The
+kernels multiply it with the weights on the fly. A mask does not depend on a common factor of its scores, so
+features are computed in float64 and divided by their largest value before the cast: no scale of the
+activations over- or underflows. With a_j = E[x_j²] over the calibration tokens and share_j = a_j / Σ_k a_k:
+
+    lscore            w² a_j / (1 − share_j)   SwiftPrune with the diagonal of H kept, so that it does not
+                                               depend on the scale of single features
+    lscore-isotropic  w² / (1 − share_j)       SwiftPrune as published (arXiv 2501.16376): the saliency
+                                               w² / [H⁻¹]_jj of H = xxᵀ + λI for λ → 0, by Sherman–Morrison
+    wanda             |w| √a_j                 Wanda (arXiv 2306.11695, eq. 1), √T left out
+    magnitude         |w|                      needs no statistics
+
+Where one feature carries everything, 1 − share_j = 0 (H is singular): it is held at 2⁻²⁰, about what float32
+activations resolve, so that feature is the last to go. Where nothing was seen (all a_j = 0) no feature is
+better than another: the scores of all methods then order a row by magnitude, see InputStats.silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from streamprune.errors import UnsupportedError
+from streamprune.pruning.stats import InputStats
+
+_SMALLEST_REST = 2.0**-20
+
+
+def lscore(stats: InputStats) -> tuple[Tensor, int]:
+    """L = w² a_j / (1 − a_j / Σ_k a_k)."""
+    a = stats.mean_square
+    return _feature(a / _rest(a)), 2
+
+
+def lscore_isotropic(stats: InputStats) -> tuple[Tensor, int]:
+    """L = w² / (1 − a_j / Σ_k a_k), SwiftPrune as published."""
+    return _feature(1.0 / _rest(stats.mean_square)), 2
+
+
+def wanda(stats: InputStats) -> tuple[Tensor, int]:
+    """L = |w| √a_j."""
+    return _feature(stats.mean_square.sqrt()), 1
+
+
+def magnitude(stats: InputStats) -> tuple[Tensor, int]:
+    """L = |w|; reads nothing but stats.in_features, so InputStats.zeros(in_features) will do."""
+    return torch.ones(stats.in_features), 1
+
+
+SCORES: dict[str, Callable[[InputStats], tuple[Tensor, int]]] = {
+    "lscore": lscore,
+    "lscore-isotropic": lscore_isotropic,
+    "wanda": wanda,
+    "magnitude": magnitude,
+}
+WITHOUT_STATISTICS = frozenset({"magnitude"})
+
+
+def _rest(a: Tensor) -> Tensor:
+    """1 − a_j / Σ_k a_k in float64, at least 2⁻²⁰; 1 where nothing was seen."""
+    largest = a.max() if a.numel() else a.sum()
+    if not bool(largest > 0):
+        return torch.ones_like(a)
+    scaled = a / largest  # the sum cannot overflow
+    return (1.0 - scaled / scaled.sum()).clamp_min(_SMALLEST_REST)
+
+
+def _feature(values: Tensor) -> Tensor:
+    """Divide by the largest value, cast to float32; ones where all are zero."""
+    if not bool(torch.isfinite(values).all()):
+        bad = int((~torch.isfinite(values)).to(torch.uint8).argmax())
+        raise UnsupportedError(
+            f"the model's activations overflow: input feature {bad} has a mean square that is not finite; "
+            f"compute in another dtype (--dtype float32)"
+        )
+    largest = values.max() if values.numel() else values.sum()
+    if not bool(largest > 0):
+        return torch.ones(values.shape, dtype=torch.float32)
+    return (values / largest).to(torch.float32)

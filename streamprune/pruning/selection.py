@@ -1,0 +1,139 @@
+"""Selection: which weights of a linear go, given their scores, and the linear without them.
+
+Sparsity prunes the same number of weights in every row, by one of two selectors:
+
+    ewma   SwiftPrune's: weights furthest below an exponentially weighted running mean of their row's scores
+    exact  the lowest scores of the row
+
+A pattern N:M keeps the N highest scores of every M consecutive inputs of a row. The formulas are in
+streamprune/kernels/cpu.py.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor
+
+from streamprune.errors import UsageError
+from streamprune.kernels import Selection
+
+LARGEST_GROUP = 32
+SELECTORS = {"ewma": "prune_ewma", "exact": "prune_exact"}  # names of functions of both kernel modules
+
+
+class Pattern(NamedTuple):
+    """n weights kept of every m consecutive inputs."""
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Turn "2:4" into Pattern(2, 4): N kept of every M, 1 <= N < M <= 32. Raises UsageError."""
+    numbers = text.strip().split(":")
+    if len(numbers) != 2 or not all(number.isascii() and number.isdigit() for number in numbers):
+        raise UsageError(f"pattern {text!r} is not N:M, N weights kept of every M; for example --pattern 2:4")
+    n, m = (int(number) for number in numbers)
+    if m > LARGEST_GROUP:
+        raise UsageError(f"pattern {text!r}: groups of at most {LARGEST_GROUP} inputs are supported")
+    if n < 1:
+        raise UsageError(f"pattern {text!r} would keep no weight at all; N must be at least 1")
+    if n >= m:
+        hint = f"; did you mean {m}:{n}?" if 1 <= m < n <= LARGEST_GROUP else ""
+        raise UsageError(f"pattern {text!r} would prune nothing: N of every M are kept, so N < M{hint}")
+    return Pattern(n, m)
+
+
+def check_pattern(pattern: Pattern, in_features: int) -> None:
+    """Raise UsageError unless the rows of a linear divide into groups; the caller adds the linear's name."""
+    if in_features % pattern.m:
+        raise UsageError(
+            f"pattern {pattern} needs a multiple of {pattern.m} inputs, and {in_features} is none "
+            f"(leave the linear dense with --skip)"
+        )
+
+
+def parse_sparsity(text: str | float) -> float:
+    """Turn "0.5" into 0.5, the part of each row to prune, 0 <= sparsity < 1. Raises UsageError."""
+    try:
+        sparsity = float(text)
+    except ValueError:
+        sparsity = math.nan
+    if math.isnan(sparsity):
+        raise UsageError(f"sparsity {text!r} is not a number; for example --sparsity 0.5")
+    if not 0 <= sparsity < 1:
+        hint = f"; did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
+        raise UsageError(f"sparsity {text!r} is not a part of 1 (0 <= S < 1){hint}")
+    return abs(sparsity)
+
+
+def prune_count(sparsity: float, in_features: int) -> int:
+    """floor(sparsity * in_features), with sparsity read as the decimal that was written.
+
+    0.7 is slightly less than 7/10 as a float, so a rounded product may land on either side of a whole number.
+    The shortest decimal that reads back as the same float is what the user wrote, and with it the product is
+    exact: prune_count(0.7, 10) == 7. Raises UsageError for a sparsity outside 0 <= S < 1.
+    """
+    return math.floor(Fraction(repr(parse_sparsity(sparsity))) * in_features)
+
+
+def select(
+    weight: Tensor,
+    feature: Tensor,
+    power: int,
+    *,
+    selector: str = "ewma",
+    sparsity: float | None = None,
+    pattern: Pattern | None = None,
+    out: Tensor | None = None,
+    want_keep: bool = False,
+    backend: str | None = None,
+) -> Selection:
+    """Prune rows of one linear to `sparsity` with `selector`, or to `pattern`: give exactly one of the two.
+
+    weight (rows, in_features) bf16, fp16 or fp32, on any device; feature and power as in scores.py, the
+    feature is moved to the weight's device; `out` receives the weights. Rows are independent, so a linear may
+    come in chunks of rows. backend None takes Numba for CPU tensors and Torch for others; "numba" or "torch"
+    forces one. Raises UsageError for a sparsity, pattern or selector that cannot be.
+    """
+    if (sparsity is None) == (pattern is None):
+        raise UsageError("give either a sparsity or a pattern")
+    kernels = _kernels(backend or ("numba" if weight.device.type == "cpu" else "torch"))
+    feature = feature.to(weight.device)
+    pruned: Selection
+    if pattern is not None:
+        check_pattern(pattern, weight.shape[1])
+        n, m = pattern
+        pruned = kernels.prune_n_of_m(weight, feature, power, n, m, out=out, want_keep=want_keep)
+        return pruned
+    assert sparsity is not None
+    if selector not in SELECTORS:
+        raise UsageError(f"selector {selector!r} is none of {', '.join(SELECTORS)}")
+    count = prune_count(sparsity, weight.shape[1])
+    pruned = getattr(kernels, SELECTORS[selector])(
+        weight, feature, power, count, out=out, want_keep=want_keep
+    )
+    return pruned
+
+
+def _kernels(backend: str) -> ModuleType:
+    if backend == "numba":
+        from streamprune.kernels import cpu
+
+        return cpu
+    if backend == "torch":
+        from streamprune.kernels import torch_ops
+
+        return torch_ops
+    raise UsageError(f"backend {backend!r} is neither numba nor torch")

@@ -1,0 +1,63 @@
+"""Statistics of a linear's inputs over the calibration tokens, kept as sums so that merging is addition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class InputStats:
+    """Sums over `tokens` calibration tokens of one linear's input x.
+
+    tokens  number of tokens seen
+    sum     (in_features,) float64 on the CPU: sum of x_j
+    sumsq   (in_features,) float64 on the CPU: sum of x_j²
+
+    Linears that share an input (q/k/v, gate/up) share one object. Raises ValueError for any other shape or
+    dtype.
+    """
+
+    tokens: int
+    sum: Tensor
+    sumsq: Tensor
+
+    def __post_init__(self) -> None:
+        for name, values in (("sum", self.sum), ("sumsq", self.sumsq)):
+            if values.dtype != torch.float64 or values.ndim != 1 or values.device.type != "cpu":
+                raise ValueError(f"{name} must be a 1-D float64 tensor on the CPU")
+        if self.sum.shape != self.sumsq.shape or self.tokens < 0:
+            raise ValueError("sum and sumsq must have one length, and tokens must not be negative")
+
+    @classmethod
+    def zeros(cls, in_features: int) -> InputStats:
+        """No tokens seen yet."""
+        nothing = torch.zeros(in_features, dtype=torch.float64)
+        return cls(0, nothing, nothing.clone())
+
+    def __add__(self, other: InputStats) -> InputStats:
+        """Statistics of both sets of tokens together."""
+        if self.in_features != other.in_features:
+            raise ValueError(f"cannot add statistics of {self.in_features} and {other.in_features} features")
+        return InputStats(self.tokens + other.tokens, self.sum + other.sum, self.sumsq + other.sumsq)
+
+    @property
+    def in_features(self) -> int:
+        return self.sum.numel()
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x_j], (in_features,) float64; zero where no token was seen."""
+        return self.sum / max(self.tokens, 1)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """a_j = E[x_j²], (in_features,) float64, not negative; zero where no token was seen."""
+        return self.sumsq / max(self.tokens, 1)
+
+    @property
+    def silent(self) -> bool:
+        """True when no input was ever different from zero (an expert that no token was routed to)."""
+        return not bool(self.sumsq.any())
