@@ -151,6 +151,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, shards, config, metadata, headers, stats)
 
 
+def open_shard(path: Path) -> Checkpoint:
+    """One safetensors file as a checkpoint of its own, without a configuration. Raises CheckpointError."""
+    found = read_shard(path)
+    name = path.name
+    stats = {name: (found.size, found.mtime_ns)}
+    return Checkpoint(path.parent, {r.name: r for r in found.refs}, (name,), {}, {}, {name: found.header}, stats)
+
+
 def refuse_quantised(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose config.json says that its weights are quantised already.
 

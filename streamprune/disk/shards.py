@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamprune.disk.checkpoint import TensorRef
 from streamprune.disk.durable import AtomicFile, Buffer, replace_file
+from streamprune.disk.header import TensorRef
 
 ITEM_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
 """Bits an item of the dtypes wider than 16; the rest follow by name."""
@@ -34,8 +34,11 @@ def shard_name(number: int, total: int) -> str:
     return f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
-def write_shard(path: Path, tensors: Iterable[TensorRef], content: Callable[[TensorRef], Iterable[Buffer]]) -> ShardSummary:
-    """Streams one shard to `path`, atomically and durably.
+def write_shard(
+    path: Path, tensors: Iterable[TensorRef], content: Callable[[TensorRef], Iterable[Buffer]],
+    metadata: Mapping[str, str] | None = None,
+) -> ShardSummary:
+    """Streams one shard to `path`, atomically and durably. `metadata` is {"format": "pt"} unless given.
 
     `content(tensor)` yields the tensor's bytes in pieces; names, dtypes and shapes are those of `tensors`.
     Raises ValueError when a tensor's pieces do not add up to its size (nothing is written then), and what
@@ -43,7 +46,7 @@ def write_shard(path: Path, tensors: Iterable[TensorRef], content: Callable[[Ten
     """
     ordered = sorted(tensors, key=lambda t: (-ITEM_BITS.get(t.dtype, 16), t.name))
     with AtomicFile(path) as f:
-        f.write(_header(ordered))
+        f.write(_header(ordered, metadata or {"format": "pt"}))
         for tensor in ordered:
             begin = f.size
             for piece in content(tensor):
@@ -53,8 +56,8 @@ def write_shard(path: Path, tensors: Iterable[TensorRef], content: Callable[[Ten
     return ShardSummary(path.name, f.size, f.digest)
 
 
-def _header(tensors: Iterable[TensorRef]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for t in tensors:
         header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamprune.disk.checkpoint import Checkpoint, TensorRef
+from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError, UnsupportedError
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -63,7 +64,7 @@ class Skeleton:
     transposed: frozenset[str]
     """Linears whose weight is stored (in, out): transformers' Conv1D."""
     dtype: torch.dtype
-    """The checkpoint's own dtype: that of its embeddings."""
+    """The checkpoint's own dtype, which hidden states are cached in."""
     hidden_size: int
     vocab_size: int
 
@@ -93,6 +94,17 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that most bytes of a checkpoint are in. Raises UnsupportedError when it is none we compute in."""
+    sizes: dict[str, int] = {}
+    for ref in checkpoint.tensors.values():
+        sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.nbytes
+    largest = max(sizes, key=lambda d: sizes[d])
+    if largest not in TORCH_DTYPES:
+        raise UnsupportedError(f"{checkpoint.path}: most weights are {largest}; only BF16, F16 and F32 can be pruned")
+    return TORCH_DTYPES[largest]
+
+
 def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_remote_code: bool = False) -> Skeleton:
     """The skeleton of a checkpoint.
 
@@ -105,15 +117,13 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
     sources = _match_tensors(checkpoint, model)
     _refuse_other_weights(prefix, layers)
     stages = _cut_stages(checkpoint, model, prefix, layers, sources)
-    embedding = next((sources[n] for n, p in model.named_parameters() if p is _input_embedding(model)), None)
-    first = embedding or next(iter(sources.values()))
     return Skeleton(
         model=model,
         layers=layers,
         stages=stages,
         sources=sources,
         transposed=frozenset(f"{prefix}.{n}" for n, m in layers.named_modules() if type(m).__name__ == "Conv1D"),
-        dtype=TORCH_DTYPES[first.dtype],
+        dtype=stored_dtype(checkpoint),
         hidden_size=int(config.get_text_config().hidden_size),
         vocab_size=int(config.get_text_config().vocab_size),
     )
@@ -174,11 +184,6 @@ def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     if getattr(config.get_text_config(), "num_kv_shared_layers", 0):
         raise UnsupportedError(f"{config.model_type} shares keys and values across layers; layers cannot be streamed alone")
     return outermost[0]
-
-
-def _input_embedding(model: nn.Module) -> nn.Parameter | None:
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return getattr(embedding, "weight", None)
 
 
 def _match_tensors(checkpoint: Checkpoint, model: nn.Module) -> dict[str, TensorRef]:

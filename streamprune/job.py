@@ -1,0 +1,220 @@
+"""`prune` and `calibrate`: from arguments to a finished output, resumable at every moment.
+
+    describe   arguments -> JobSpec; only headers and texts are read, so a finished job is recognised at once
+    open       lock; is OUT finished, half done, or somebody else's?
+    prepare    skeleton, memory, tokens, disk: everything that can be refused is refused before anything is written
+    run        stage after stage: forward, prune, shard, journal
+    finish     index, side files, statistics, report; rename
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from streamprune.disk import durable
+from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
+from streamprune.disk.hub import resolve_model
+from streamprune.disk.state import find_finished, find_unfinished, lock_of
+from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
+from streamprune.pruning.recipes import make_recipe
+from streamprune.spec import Calibration, JobSpec, ProgressCallback, compile_filter, no_progress
+
+if TYPE_CHECKING:
+    from streamprune.job_run import Run
+
+DEFAULT_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job came to. `report` is what `streamprune.json` says; `seconds` and `peak_rss_bytes` are this
+    job's, over all runs it took (0 for a job that was up to date already)."""
+
+    status: str
+    """"done" or "up-to-date"."""
+    out: Path
+    recipe: str | None
+    sparsity: float | None
+    """Pruned weights over all weights of the pruned linears."""
+    seconds: float
+    peak_rss_bytes: int
+    report: Mapping[str, Any]
+
+
+def prune(
+    model: str | Path, out: str | Path, *,
+    sparsity: float | None = None, pattern: str | None = None,
+    method: str = "swiftprune", score: str | None = None, selector: str | None = None,
+    calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
+    stats: str | Path | None = None, save_stats: str | Path | None = None,
+    only: str | None = None, skip: str | None = None, propagate: str = "dense",
+    device: str = "auto", dtype: str = "auto", max_ram: int | None = None, work: str | Path | None = None,
+    restart: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
+) -> JobResult:  # fmt: skip
+    """Prunes the checkpoint `model` (a folder or a hub name) into the folder `out`.
+
+    Exactly one of `sparsity` (share of each row, 0 ≤ S < 1) and `pattern` ("N:M") says how much goes. Statistics
+    come from `samples` windows of `seqlen` tokens of `calib` (default: a built-in text; default length
+    min(2048, the model's limit)), or from the file `stats`. `max_ram` is in bytes. Running the same job again
+    resumes it, or finds it done. Raises the errors of streamprune.errors.
+    """
+    recipe = make_recipe(method, score, selector)
+    _check_amount(sparsity, pattern)
+    if propagate not in ("dense", "pruned"):
+        raise UsageError(f"--propagate {propagate}: choose dense or pruned")
+    if stats is not None and (calib is not None or save_stats is not None or propagate != "dense"):
+        raise UsageError("--stats takes the place of calibration: leave out --calib, --save-stats and --propagate")
+    checkpoint = _open_model(model)
+    needs_pass = stats is None and (recipe.needs_statistics or save_stats is not None or propagate == "pruned")
+    calibration = _describe_calibration(checkpoint, calib, samples, seqlen, seed)
+    spec = JobSpec(
+        verb="prune", model=checkpoint.fingerprint(), recipe=recipe, sparsity=sparsity, pattern=pattern,
+        only=only, skip=skip, propagate=propagate, calibration=calibration if needs_pass else None,
+        stats=_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype,
+        source=checkpoint.path, out=Path(out), stats_path=Path(stats) if stats is not None else None,
+        max_ram=max_ram, save_stats=Path(save_stats) if save_stats is not None else None,
+        work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    return _carry_out(spec, checkpoint, progress)
+
+
+def calibrate(
+    model: str | Path, out: str | Path, *,
+    calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
+    device: str = "auto", dtype: str = "auto", max_ram: int | None = None, work: str | Path | None = None,
+    restart: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
+) -> JobResult:  # fmt: skip
+    """Gathers the statistics of every linear's input into the file `out`, for `prune(..., stats=out)`.
+
+    Arguments and errors as for `prune`.
+    """
+    checkpoint = _open_model(model)
+    spec = JobSpec(
+        verb="calibrate", model=checkpoint.fingerprint(), recipe=None, sparsity=None, pattern=None,
+        only=None, skip=None, propagate="dense",
+        calibration=_describe_calibration(checkpoint, calib, samples, seqlen, seed),
+        stats=None, device=device, dtype=dtype, source=checkpoint.path, out=Path(out), max_ram=max_ram,
+        work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    return _carry_out(spec, checkpoint, progress)
+
+
+def _open_model(model: str | Path) -> Checkpoint:
+    checkpoint = open_checkpoint(resolve_model(str(model)))
+    refuse_quantised(checkpoint)
+    return checkpoint
+
+
+def _check_amount(sparsity: float | None, pattern: str | None) -> None:
+    if (sparsity is None) == (pattern is None):
+        raise UsageError("say how much to prune: either --sparsity S or --pattern N:M")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise UsageError(f"--sparsity {sparsity} is not in [0, 1); 0.5 prunes half of each row")
+    if pattern is not None:
+        from streamprune.pruning.selection import parse_pattern
+
+        parse_pattern(pattern)
+
+
+def _describe_calibration(
+    checkpoint: Checkpoint, calib: str | Path | None, samples: int, seqlen: int | None, seed: int
+) -> Calibration:
+    from streamprune.model.texts import default_seqlen, text_digest
+
+    path = Path(calib) if calib is not None else None
+    if path is not None and not path.is_file():
+        raise UsageError(f"--calib {path}: no such file")
+    limit = default_seqlen(checkpoint.config)
+    if samples < 1 or (seqlen is not None and seqlen < 2) or seed < 0:
+        raise UsageError("--samples must be at least 1, --seqlen at least 2, --seed not negative")
+    return Calibration(path, text_digest(path), samples, seqlen if seqlen is not None else limit, seed)
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as f:
+            digest = xxhash.xxh3_128()
+            while block := f.read(1 << 20):
+                digest.update(block)
+    except OSError as e:
+        raise UsageError(f"--stats {path}: cannot be read ({e.strerror}); make it with `calibrate`") from e
+    return digest.hexdigest()
+
+
+def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback) -> JobResult:
+    _check_places(spec, checkpoint)
+    durable.make_folder(spec.out.absolute().parent)
+    with durable.Lock(lock_of(spec.out)):
+        finished = find_finished(spec) if spec.verb == "prune" else _find_statistics(spec)
+        if finished is not None:
+            _check_saved(spec)
+            return dataclasses.replace(_result(spec, finished, "up-to-date"), seconds=0.0, peak_rss_bytes=0)
+        unfinished = find_unfinished(spec)
+        if unfinished is not None and unfinished[0].is_complete:
+            _check_saved(spec)
+            unfinished[0].publish()
+            return _result(spec, unfinished[1], "done")
+        from streamprune.job_run import Run
+
+        begun = time.perf_counter()
+        with Run(spec, checkpoint, unfinished, progress) as run:
+            report = _discard_on_bad_input(run, lambda: run.work(begun))
+        return _result(spec, report, "done")
+
+
+def _find_statistics(spec: JobSpec) -> dict[str, Any] | None:
+    """As find_finished, for the one file that `calibrate` makes."""
+    if not spec.out.exists():
+        return None
+    from streamprune.model.statistics import StatisticsFile
+
+    try:
+        there = StatisticsFile(spec.out).calibration.get("job")
+    except (UsageError, CorruptStateError) as e:
+        raise StateError(f"{spec.out} exists and is not a statistics file; choose another name or move it away") from e
+    if there is None:
+        raise StateError(f"{spec.out} was made by prune --save-stats; choose another name or remove it")
+    if differences := spec.differences(there):
+        raise StateError(f"{spec.out} holds statistics of another job: {differences}; choose another name or remove it")
+    return {"recipe": None, "sparsity": None, "seconds": 0.0, "peak_rss_bytes": 0}
+
+
+def _discard_on_bad_input(run: Run, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Unfinished work is kept for a resume, except when the input itself is at fault."""
+    try:
+        return work()
+    except (CheckpointError, UnsupportedError, UsageError):
+        run.discard()
+        raise
+
+
+def _check_places(spec: JobSpec, checkpoint: Checkpoint) -> None:
+    """Refuses places that would be read and written at once, or that are not there."""
+    source = checkpoint.path.resolve()
+    for flag, path in (("OUT", spec.out), ("--work", spec.work), ("--save-stats", spec.save_stats)):
+        if path is not None and (path.resolve() == source or source in path.resolve().parents):
+            raise UsageError(f"{flag} {path} lies within MODEL; choose a place outside {checkpoint.path}")
+    if spec.save_stats is not None:
+        if spec.save_stats.is_dir() or not spec.save_stats.absolute().parent.is_dir():
+            raise UsageError(f"--save-stats {spec.save_stats}: name a file in a folder that exists")
+        if spec.out.absolute() in spec.save_stats.absolute().parents:
+            raise UsageError(f"--save-stats {spec.save_stats}: name a file outside OUT")
+
+
+def _check_saved(spec: JobSpec) -> None:
+    if spec.save_stats is not None and not spec.save_stats.is_file():
+        raise UsageError(f"{spec.out} is finished, its statistics are gone: make {spec.save_stats} with `calibrate`")
+
+
+def _result(spec: JobSpec, report: Mapping[str, Any], status: str) -> JobResult:
+    return JobResult(
+        status, spec.out, report.get("recipe"), report.get("sparsity"),
+        report["seconds"], report["peak_rss_bytes"], report,
+    )  # fmt: skip

@@ -1,0 +1,315 @@
+"""One run of a job: everything between the lock and the result. See job.py for the outline.
+
+The order of writes of a stage, and the one commit point:
+
+    1  layer i's statistics   OUT.partial/.streamprune/statistics-i.safetensors   durable
+    2  its shard              OUT.partial/model-….safetensors                      durable
+    3  cache i + 1            cache/i+1.bin, then .json                            durable
+    4  journal line                                                                durable: COMMIT
+    5  cache i is removed
+
+A crash before 4 does the stage again from cache i, which is still there; after 4, only rubbish is left.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import shutil
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamprune.disk import durable, journal
+from streamprune.disk.cache import remove_cache
+from streamprune.disk.checkpoint import Checkpoint, open_shard
+from streamprune.disk.mapping import ShardMaps
+from streamprune.disk.shards import shard_name, write_index
+from streamprune.disk.state import JobState, new_state
+from streamprune.errors import CorruptStateError, ResourceError, UsageError
+from streamprune.kernels import cpu, torch_ops
+from streamprune.model.budget import Budget, choose_batch, compute_dtype, estimate, peak_resident_bytes
+from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
+from streamprune.model.passes import embed_pass, layer_pass, split_batches
+from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
+from streamprune.model.statistics import Collector, StatisticsFile, merge_statistics, write_statistics
+from streamprune.model.walk import Walk
+from streamprune.pruning.selection import parse_pattern
+from streamprune.pruning.stats import InputStats
+from streamprune.report import build_report
+from streamprune.spec import JobSpec, Progress, ProgressCallback, compile_filter, format_bytes
+from streamprune.stage_writer import StageWriter, Target, check_shapes, selected_linears
+
+SLACK_BYTES = 64 << 20
+
+
+class Run:
+    """One run, from skeleton to report. A context manager: the checkpoint stays mapped while it is open."""
+
+    def __init__(
+        self, spec: JobSpec, checkpoint: Checkpoint, unfinished: tuple[JobState, dict[str, Any]] | None,
+        progress: ProgressCallback,
+    ) -> None:
+        self.spec, self.checkpoint, self.progress = spec, checkpoint, progress
+        self.state = unfinished[0] if unfinished else new_state(spec)
+        self.begun = unfinished is not None
+        resolved: dict[str, Any] = unfinished[1]["resolved"] if unfinished else {}
+        self.maps = ShardMaps(checkpoint)
+        self.device = _device(spec.device)
+        self.dtype = compute_dtype(resolved.get("dtype", spec.dtype), stored_dtype(checkpoint), self.device)
+        self.skeleton = build_skeleton(checkpoint, self.dtype, trust_remote_code=spec.trust_remote_code)
+        self.walk = Walk(self.skeleton, self.maps, self.dtype, self.device)
+        self.writer = self._writer()
+        self.given = StatisticsFile(spec.stats_path) if spec.stats_path else None
+        self._check_given()
+        self.batch = self._batch(resolved)
+        self.windows = self._windows(resolved)
+        self.records = journal.read(self.state.journal) if self.begun else []
+        self.resolved = resolved or {
+            "dtype": str(self.dtype).removeprefix("torch."), "batch": self.batch,
+            "tokens": tokens_digest(self.windows) if self.windows is not None else None,
+        }  # fmt: skip
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.maps.close()
+
+    def discard(self) -> None:
+        """Throws the unfinished work away: its input is at fault."""
+        if self.begun:
+            self.state.discard()
+
+    # ---- prepare
+
+    def _writer(self) -> StageWriter | None:
+        spec = self.spec
+        if spec.recipe is None:
+            return None
+        target = Target(spec.recipe, spec.sparsity, parse_pattern(spec.pattern) if spec.pattern else None)
+        only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
+        chosen = selected_linears(self.skeleton.stages, only, skip)
+        check_shapes(target, chosen, self.skeleton.transposed)
+        return StageWriter(self.skeleton, self.maps, target, frozenset(chosen), self.device)
+
+    def _check_given(self) -> None:
+        if self.given is None or self.writer is None or not self.writer.target.recipe.needs_statistics:
+            return
+        if self.given.model != self.checkpoint.identity():
+            raise UsageError(
+                f"--stats {self.given.path} was gathered from another model; make it with `calibrate {self.spec.source}`"
+            )
+        for stage in self.skeleton.layer_stages:
+            for name in stage.linears.keys() & self.writer.selected:
+                self.given.load(name, self._in_features(stage, name))
+
+    def _in_features(self, stage: Stage, name: str) -> int:
+        return stage.linears[name].shape[0 if name in self.skeleton.transposed else 1]
+
+    def _batch(self, resolved: dict[str, Any]) -> int:
+        calibration = self.spec.calibration
+        seqlen, samples = (calibration.seqlen, calibration.samples) if calibration else (1, 1)
+        budget = estimate(self.skeleton, seqlen, self.dtype)
+        if calibration is None:
+            budget = Budget(budget.base, budget.reserve, 0, 0)  # weights are streamed in chunks
+        batch = choose_batch(budget, samples, seqlen, self.spec.max_ram) if budget.per_sample or self.spec.max_ram else 1
+        recorded = int(resolved.get("batch", batch))
+        if self.spec.max_ram is not None and budget.peak(recorded) > self.spec.max_ram:
+            raise ResourceError(
+                f"this job began with batches of {recorded} samples and needs --max-ram "
+                f"{-(-budget.peak(recorded) >> 20) + 1}MiB to go on; or throw its work away with --restart"
+            )
+        return recorded
+
+    def _windows(self, resolved: dict[str, Any]) -> Tokens | None:
+        c = self.spec.calibration
+        if c is None:
+            return None
+        if self.begun:
+            try:
+                windows: Tokens = np.load(self.state.tokens, allow_pickle=False)
+            except (OSError, ValueError) as e:
+                raise CorruptStateError(f"{self.state.tokens} cannot be read ({e}); start again with --restart") from e
+            if tokens_digest(windows) != resolved["tokens"]:
+                raise CorruptStateError(f"{self.state.tokens} is damaged; start again with --restart")
+            return windows
+        return draw_windows(c.path, self.spec.source, self.skeleton.vocab_size, c.samples, c.seqlen, c.seed)
+
+    def _check_disk(self) -> None:
+        """Raises ResourceError unless checkpoint + 2 × cache + 64 MiB (less what is there) fit."""
+        written = sum(r["shard"]["bytes"] for r in self.records if r["shard"])
+        output = self.checkpoint.nbytes - written if self.writer else 0
+        cache = 0
+        if self.windows is not None and len(self.records) < len(self.skeleton.stages) - 1:
+            cache = 2 * self.windows.size * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
+        needs: dict[int, tuple[Path, int]] = {}
+        for path, size in ((self.state.partial, output + SLACK_BYTES), (self.state.cache, cache)):
+            there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+            device = there.stat().st_dev
+            needs[device] = (there, needs.get(device, (there, 0))[1] + size)
+        for there, size in needs.values():
+            free = shutil.disk_usage(there).free
+            if free < size:
+                raise ResourceError(
+                    f"{there} has {format_bytes(free)} free, this job needs {format_bytes(size)} "
+                    f"({format_bytes(output)} for the output, {format_bytes(cache)} for activations); free some, "
+                    "choose another OUT, or put the activations elsewhere with --work DIR"
+                )
+
+    # ---- run
+
+    def work(self, begun: float) -> dict[str, Any]:
+        """Does what is left to do; returns the report. `begun` is when this run started (perf_counter)."""
+        self._check_disk()
+        if not self.begun:
+            self._create()
+        self._clean()
+        stages = self.skeleton.stages
+        if self.writer is None:
+            stages = stages[:-1]  # statistics alone need no head
+        done = len(self.records)
+        if self.windows is not None and 0 < done <= len(self.skeleton.layer_stages):
+            self.walk.learn_calls(split_batches(self.windows, self.batch))
+        for position in range(done, len(stages)):
+            at = time.perf_counter()
+            record = self._stage(position, stages[position])
+            record |= {"seconds": time.perf_counter() - (begun if position == done else at), "peak": peak_resident_bytes()}
+            journal.append(self.state.journal, record)
+            self.records.append(record)
+            if stages[position].kind == "layer":
+                remove_cache(self.state.cache, stages[position].index)
+            self.progress(Progress(stages[position].name, position + 1, len(stages), record["seconds"]))
+        return self._finish(time.perf_counter() if done < len(stages) else begun)
+
+    def _create(self) -> None:
+        self.begun = True
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.state.create({"job": self.spec.fixed(), "resolved": self.resolved, "started": started})
+        if self.windows is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, self.windows, allow_pickle=False)
+            durable.replace_file(self.state.tokens, buffer.getbuffer())
+
+    def _clean(self) -> None:
+        """Removes what a crash left behind: caches of other stages than the next, and temporary files."""
+        durable.make_folder(self.state.cache)
+        keep = {f"{len(self.records) - 1:04d}.bin", f"{len(self.records) - 1:04d}.json"}
+        for path in [*self.state.cache.iterdir(), *self.state.partial.glob(".*.tmp"), *self.state.folder.glob(".*.tmp")]:
+            if path.parent != self.state.cache or path.name not in keep:
+                durable.remove(path)
+        for record in self.records:
+            if record["shard"]:
+                path = self.state.partial / record["shard"]["name"]
+                if not path.is_file() or path.stat().st_size != record["shard"]["bytes"]:
+                    raise CorruptStateError(f"{path} is missing or damaged; start again with --restart")
+
+    def _stage(self, position: int, stage: Stage) -> dict[str, Any]:
+        """Steps 1 to 3 of a stage; returns its journal record."""
+        record: dict[str, Any] = {"stage": stage.name, "shard": None, "statistics": None, "linears": []}
+        stats: dict[str, InputStats] = {}
+        folder, pruned = self.state.cache, self.spec.propagate == "pruned"
+        more = stage.kind == "layer" and stage.index + 1 < len(self.skeleton.layers)
+        collector = Collector(cpu.accumulate if self.device.type == "cpu" else torch_ops.accumulate)
+        if self.windows is not None and stage.kind == "embed":
+            embed_pass(self.walk, split_batches(self.windows, self.batch), folder)
+        if self.windows is not None and stage.kind == "layer":
+            layer_pass(self.walk, stage, folder, write=more and not pruned, collector=collector)
+            found = collector.finish()
+            stats = {name: found[leader] for name, leader in collector.groups.items()}
+            path = self.state.layer_stats(stage.index)
+            record["statistics"] = write_statistics(path, found.items(), collector.groups, {}, {})
+        if self.writer is not None:
+            path = self.state.partial / shard_name(position + 1, len(self.skeleton.stages))
+            summary = self.writer.write(path, stage, lambda name, width: self._stats(stats, name, width))
+            record["shard"] = {"name": summary.name, "bytes": summary.nbytes, "xxh3_128": summary.digest}
+            record["linears"] = self.writer.linears
+            if self.windows is not None and pruned and more:
+                self._propagate_pruned(stage, path)
+        return record
+
+    def _stats(self, gathered: dict[str, InputStats], name: str, in_features: int) -> InputStats:
+        if self.given is not None:
+            return self.given.load(name, in_features)
+        if name not in gathered:
+            raise UsageError(f"{name} was not used on this text, so there are no statistics for it; --skip it")
+        return gathered[name]
+
+    def _propagate_pruned(self, stage: Stage, shard: Path) -> None:
+        """The second forward pass, with the weights that have just been written."""
+        written = open_shard(shard)
+        sources = {
+            name: written.tensors[ref.name]
+            for name, ref in self.skeleton.sources.items()
+            if name.startswith(stage.prefix + ".")
+        }
+        with ShardMaps(written) as maps, self.walk.layer(stage, maps=maps, sources=sources) as run:
+            layer_pass(self.walk, stage, self.state.cache, write=True, run=run)
+
+    # ---- finish
+
+    def _calibration(self) -> dict[str, Any]:
+        c = self.spec.calibration
+        if c is None:
+            return dict(self.given.calibration) if self.given else {}
+        return {
+            "text": c.path.name if c.path else "built-in", "digest": c.digest, "samples": c.samples, "seqlen": c.seqlen,
+            "seed": c.seed, "tokens": self.resolved["tokens"], "dtype": self.resolved["dtype"],
+            "propagate": self.spec.propagate,
+        }  # fmt: skip
+
+    def _finish(self, since: float) -> dict[str, Any]:
+        statistics = self.spec.save_stats if self.writer else self.spec.out
+        if statistics is not None:
+            parts = [self.state.layer_stats(s.index) for s in self.skeleton.layer_stages]
+            merge_statistics(statistics, parts, self.checkpoint.identity(), self._calibration() | self._job())
+        if self.writer is None:
+            report = self._report([], since)
+            durable.clear(self.state.cache)
+            durable.clear(self.state.partial)
+            return report
+        files = self._write_files()
+        report = self._report(files, since)
+        journal.write_json(self.state.partial / "streamprune.json", "report", report)
+        self.state.publish()
+        return report
+
+    def _job(self) -> dict[str, Any]:
+        return {"job": self.spec.fixed()} if self.writer is None else {}
+
+    def _write_files(self) -> list[dict[str, Any]]:
+        """Side files and index; returns name, bytes and hash of every file of the output."""
+        partial = self.state.partial
+        files = [dict(r["shard"]) for r in self.records]
+        for name in self.checkpoint.side_files():
+            size, digest = durable.copy_file(self.checkpoint.path / name, partial / name)
+            files.append({"name": name, "bytes": size, "xxh3_128": digest})
+        where = {
+            ref.name: r["shard"]["name"] for s, r in zip(self.skeleton.stages, self.records, strict=True) for ref in s.tensors
+        }
+        index = partial / "model.safetensors.index.json"
+        digest = write_index(index, self.checkpoint.index_metadata, self.checkpoint.nbytes, where)
+        files.append({"name": index.name, "bytes": index.stat().st_size, "xxh3_128": digest})
+        return files
+
+    def _report(self, files: list[dict[str, Any]], since: float) -> dict[str, Any]:
+        return build_report(
+            self.spec, self.resolved, self._calibration(), self.records, files,
+            seconds=sum(r["seconds"] for r in self.records) + time.perf_counter() - since,
+            peak=max(peak_resident_bytes(), *(r["peak"] for r in self.records)),
+        )  # fmt: skip
+
+
+def _device(requested: str) -> torch.device:
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(requested)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UsageError(f"--device {requested} cannot be used here: {' '.join(str(e).split())[:160]}") from e
+    return device

@@ -1,0 +1,120 @@
+"""Text to tokens: the windows that calibration and evaluation run on.
+
+Calibration reads a stream of tokens and draws `samples` windows of `seqlen` from it at places chosen by a
+seed (NumPy's PCG64). The stream is the text in pieces of whole lines, each tokenised by itself and joined;
+a .jsonl record is a piece. No special tokens are added. No more than STREAM_WINDOWS times the tokens that
+are asked for are read, so a text of any size costs bounded memory and time.
+
+Evaluation tokenises the whole file in one piece, cuts it into windows without overlap and drops the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from streamprune.errors import CheckpointError, UsageError
+from streamprune.model.texts import open_text, text_pieces
+
+STREAM_WINDOWS = 64
+"""The stream is read until it holds this many times samples × seqlen tokens."""
+
+Tokens = NDArray[np.int64]
+
+
+def load_tokenizer(model: Path) -> Any:
+    """The checkpoint's tokenizer. Raises CheckpointError when it is missing or cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except Exception as e:  # noqa: BLE001 - tokenizers fail in their own ways on damaged files
+        why = " ".join(str(e).split())[:200]
+        raise CheckpointError(
+            f"{model}: no usable tokenizer ({why}); add its files, or pass token ids with --calib FILE.npy"
+        ) from e
+    tokenizer.model_max_length = 1 << 40  # windows are cut here; no warning about long texts
+    return tokenizer
+
+
+def _encode(tokenizer: Any, text: str) -> Tokens:
+    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+
+
+def draw_windows(path: Path | None, model: Path, vocab_size: int, samples: int, seqlen: int, seed: int) -> Tokens:
+    """Calibration windows (samples, seqlen) int64. See the module's docstring for how they are drawn.
+
+    Raises UsageError when the text is missing or shorter than one window, CheckpointError when the tokenizer
+    is missing or its ids do not fit the vocabulary.
+    """
+    stream = _token_stream(path, model, samples * seqlen * STREAM_WINDOWS)
+    name = path or "the built-in text"
+    if len(stream) < seqlen:
+        raise UsageError(f"{name} has {len(stream)} tokens, one window needs {seqlen}; lower --seqlen or give more text")
+    _check_range(stream, vocab_size, name)
+    starts = np.random.Generator(np.random.PCG64(seed)).integers(0, len(stream) - seqlen + 1, size=samples)
+    return stream[starts[:, None] + np.arange(seqlen)]
+
+
+def _token_stream(path: Path | None, model: Path, limit: int) -> Tokens:
+    if path is not None and path.suffix == ".npy":
+        return _load_ids(path)[:limit]
+    tokenizer = load_tokenizer(model)
+    pieces, count = [], 0
+    for text in text_pieces(path):
+        pieces.append(_encode(tokenizer, text))
+        count += len(pieces[-1])
+        if count >= limit:
+            break
+    return np.concatenate(pieces)[:limit] if pieces else np.zeros(0, np.int64)
+
+
+def _load_ids(path: Path) -> Tokens:
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{path}: cannot be read as an array of token ids ({e})") from e
+    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
+        raise UsageError(f"{path}: token ids must be integers in one or two dimensions, not {ids.dtype} {ids.shape}")
+    return np.asarray(ids, dtype=np.int64).reshape(-1)
+
+
+def _check_range(ids: Tokens, vocab_size: int, name: object) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise CheckpointError(
+            f"{name} gives token id {high if high >= vocab_size else low}, the model's vocabulary has {vocab_size}; "
+            "the tokenizer belongs to another model"
+        )
+
+
+def cut_windows(path: Path, model: Path, vocab_size: int, seqlen: int) -> Tokens:
+    """Evaluation windows (n, seqlen) int64: the whole text's tokens, without overlap, the rest dropped.
+
+    Raises as draw_windows does.
+    """
+    if path.suffix == ".npy":
+        ids = _load_ids(path)
+    else:
+        with open_text(path) as f:
+            raw = f.read()
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise UsageError(f"{path}: byte {e.start} is not UTF-8 text") from e
+        ids = _encode(load_tokenizer(model), text)
+    count = len(ids) // seqlen
+    if count == 0:
+        raise UsageError(f"{path} has {len(ids)} tokens, one window needs {seqlen}; lower --seqlen or give more text")
+    windows = ids[: count * seqlen].reshape(count, seqlen)
+    _check_range(windows, vocab_size, path)
+    return windows
+
+
+def tokens_digest(windows: Tokens) -> str:
+    """xxh3_128 of the windows' ids, little-endian int64."""
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(windows, dtype="<i8").data)

@@ -1,0 +1,165 @@
+"""Statistics of each linear's input: gathered during the forward pass, kept in a small safetensors file.
+
+Linears that are fed the very same tensor (q, k and v; gate and up) share one set of statistics, gathered
+once. In the file, each set has three tensors named after the first linear of its group:
+
+    NAME.tokens  I64 ()      NAME.sum  F64 (in,)      NAME.sumsq  F64 (in,)
+
+and the metadata holds `format`, `version`, `groups` (linear -> NAME), `model` (what the statistics belong to)
+and `calibration` (which tokens), the last three as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune.disk.durable import Buffer
+from streamprune.disk.header import TensorRef, read_shard
+from streamprune.disk.shards import write_shard
+from streamprune.errors import CheckpointError, CorruptStateError, StreampruneError, UsageError
+from streamprune.pruning.stats import InputStats
+
+FORMAT, VERSION = "streamprune-statistics", "1"
+
+Accumulate = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class Collector:
+    """Gathers the statistics of one layer; `watch` is called with each linear's input, in the order of use."""
+
+    def __init__(self, accumulate: Accumulate) -> None:
+        self.groups: dict[str, str] = {}
+        self._accumulate = accumulate
+        self._sums: dict[str, tuple[int, Tensor, Tensor]] = {}
+        self._last: tuple[Tensor, str] | None = None
+
+    def watch(self, name: str, x: Tensor) -> None:
+        """Adds x (…, in), unless it is the tensor that the linear before was fed."""
+        if self._last is not None and x is self._last[0]:
+            self.groups[name] = self._last[1]
+            return
+        self._last = (x, name)
+        self.groups[name] = name
+        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        if name not in self._sums:
+            zeros = [torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device) for _ in range(2)]
+            self._sums[name] = (0, zeros[0], zeros[1])
+        tokens, total, squares = self._sums[name]
+        self._accumulate(rows, total, squares)
+        self._sums[name] = (tokens + rows.shape[0], total, squares)
+
+    def end_batch(self) -> None:
+        """Lets go of the last input."""
+        self._last = None
+
+    def finish(self) -> dict[str, InputStats]:
+        """The statistics of each group. Raises CheckpointError when an activation was NaN or infinite."""
+        result = {}
+        for name, (tokens, total, squares) in self._sums.items():
+            bad = (~torch.isfinite(total + squares)).nonzero()
+            if len(bad):
+                raise CheckpointError(
+                    f"the input of {name} is not finite (feature {int(bad[0])}): the model overflows on this text; "
+                    "try --dtype float32"
+                )
+            result[name] = InputStats(tokens, total.cpu(), squares.cpu())
+        return result
+
+
+def write_statistics(
+    path: Path, stats: Iterable[tuple[str, InputStats]], groups: Mapping[str, str],
+    model: Mapping[str, str], calibration: Mapping[str, Any],
+) -> str:
+    """Writes a statistics file, atomically and durably; returns its xxh3_128."""
+    parts: dict[str, Tensor] = {}
+    for name, s in stats:
+        parts |= {f"{name}.tokens": torch.tensor(s.tokens), f"{name}.sum": s.sum, f"{name}.sumsq": s.sumsq}
+    refs = [
+        TensorRef(n, path.name, "I64" if t.dtype == torch.int64 else "F64", tuple(t.shape), 0, t.numel() * 8)
+        for n, t in parts.items()
+    ]
+
+    def content(ref: TensorRef) -> Iterator[Buffer]:
+        yield parts[ref.name].contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    metadata = {"format": FORMAT, "version": VERSION} | {
+        key: json.dumps(value, sort_keys=True)
+        for key, value in (("groups", groups), ("model", model), ("calibration", calibration))
+    }
+    return write_shard(path, refs, content, metadata).digest
+
+
+class StatisticsFile:
+    """A statistics file, checked; `load(linear)` reads one linear's statistics."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UsageError when there is no such file, CorruptStateError when it is damaged or unknown."""
+        self.path = path
+        if not path.is_file():
+            raise UsageError(f"{path}: no such statistics file; make one with `calibrate` or --save-stats")
+        try:
+            shard = read_shard(path)
+            self.metadata = _metadata(path)
+            self._refs = {t.name: t for t in shard.refs}
+        except StreampruneError as e:
+            raise CorruptStateError(f"{e}; make the statistics again with `calibrate`") from e
+        if self.metadata.get("format") != FORMAT or self.metadata.get("version") != VERSION:
+            raise CorruptStateError(
+                f"{path} is no statistics file of version {VERSION} "
+                f"({self.metadata.get('format')} {self.metadata.get('version')}); make one with `calibrate`"
+            )
+        try:
+            self.groups: dict[str, str] = json.loads(self.metadata["groups"])
+            self.model: dict[str, str] = json.loads(self.metadata["model"])
+            self.calibration: dict[str, Any] = json.loads(self.metadata["calibration"])
+        except (KeyError, ValueError) as e:
+            raise CorruptStateError(f"{path}: its metadata is damaged ({e}); make it again with `calibrate`") from e
+
+    def load(self, linear: str, in_features: int) -> InputStats:
+        """The statistics of one linear's input. Raises UsageError when they are missing or of another width."""
+        group = self.groups.get(linear)
+        tensors = {k: self._refs.get(f"{group}.{k}") for k in ("tokens", "sum", "sumsq")}
+        if group is None or any(t is None for t in tensors.values()):
+            raise UsageError(f"{self.path} has no statistics of {linear}; it belongs to another model")
+        values = {k: self._read(t) for k, t in tensors.items() if t is not None}
+        if values["sum"].shape != (in_features,) or values["sumsq"].shape != (in_features,):
+            raise UsageError(f"{self.path}: {linear} has {in_features} inputs, the statistics {tuple(values['sum'].shape)}")
+        if not bool(torch.isfinite(values["sumsq"]).all()) or bool((values["sumsq"] < 0).any()):
+            raise CorruptStateError(f"{self.path}: the statistics of {linear} are damaged; make them again with `calibrate`")
+        return InputStats(int(values["tokens"]), values["sum"], values["sumsq"])
+
+    def _read(self, ref: TensorRef) -> Tensor:
+        with self.path.open("rb") as f:
+            f.seek(ref.begin)
+            data = bytearray(f.read(ref.nbytes))
+        if len(data) != ref.nbytes:
+            raise CorruptStateError(f"{self.path} is truncated; make it again with `calibrate`")
+        return torch.frombuffer(data, dtype={"I64": torch.int64, "F64": torch.float64}[ref.dtype]).view(ref.shape)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with path.open("rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    result: dict[str, str] = header.get("__metadata__", {})
+    return result
+
+
+def merge_statistics(
+    path: Path, parts: Iterable[Path], model: Mapping[str, str], calibration: Mapping[str, Any]
+) -> str:
+    """Joins the layers' files into one; returns its xxh3_128. Raises as StatisticsFile does."""
+    groups: dict[str, str] = {}
+    stats: dict[str, InputStats] = {}
+    for part in parts:
+        file = StatisticsFile(part)
+        groups |= file.groups
+        for leader in dict.fromkeys(file.groups.values()):
+            width = file._refs[f"{leader}.sum"].shape[0]
+            stats[leader] = file.load(leader, width)
+    return write_statistics(path, stats.items(), groups, model, calibration)

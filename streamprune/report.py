@@ -1,0 +1,43 @@
+"""`streamprune.json`: what was done to a model, beside its weights. Format version: disk/journal.py."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from streamprune.pruning.recipes import RECIPES
+from streamprune.spec import JobSpec
+
+
+def recipe_name(spec: JobSpec) -> str | None:
+    """The recipe's name, or "score+selector" for one without a name."""
+    if spec.recipe is None:
+        return None
+    named = next((name for name, recipe in RECIPES.items() if recipe == spec.recipe), None)
+    return named or f"{spec.recipe.score}+{spec.recipe.selector}"
+
+
+def build_report(
+    spec: JobSpec, resolved: Mapping[str, Any], calibration: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]], files: Sequence[Mapping[str, Any]], *, seconds: float, peak: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The report of a finished job: seconds over all runs it took, peak resident bytes of the highest run."""
+    linears = [linear for record in records for linear in record["linears"]]
+    pruned = sum(n["pruned"] for n in linears)
+    weights = sum(n["rows"] * n["in_features"] for n in linears)
+    return {
+        "recipe": recipe_name(spec),
+        "sparsity": pruned / weights if weights else 0.0,
+        "seconds": round(seconds, 3),
+        "peak_rss_bytes": peak,
+        "job": spec.fixed(),
+        "resolved": dict(resolved),
+        "calibration": dict(calibration),
+        "linears": linears,
+        "stages": [{"name": r["stage"], "seconds": round(r["seconds"], 3), "peak_rss_bytes": r["peak"]} for r in records],
+        "files": list(files),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("streamprune", "torch", "transformers", "numba", "numpy", "safetensors")},
+    }

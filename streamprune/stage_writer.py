@@ -1,0 +1,168 @@
+"""One stage into one shard: selected linears are pruned row by row, everything else is copied as it is.
+
+Rows are handled in chunks, so no more than a chunk of a tensor is ever held; what has been read is released.
+Every weight that passes is looked at: NaN and Inf are found here, with their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune.disk.durable import Buffer
+from streamprune.disk.header import TensorRef
+from streamprune.disk.mapping import ShardMaps
+from streamprune.disk.shards import ShardSummary, write_shard
+from streamprune.errors import CheckpointError, UsageError
+from streamprune.kernels import cpu
+from streamprune.model.skeleton import TORCH_DTYPES, Skeleton, Stage
+from streamprune.pruning.recipes import Recipe
+from streamprune.pruning.scores import SCORES
+from streamprune.pruning.selection import Pattern, check_pattern, prune_count, select
+from streamprune.pruning.stats import InputStats
+
+CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much to prune: `sparsity` of each row, or all but `pattern.n` of every `pattern.m` inputs."""
+
+    recipe: Recipe
+    sparsity: float | None
+    pattern: Pattern | None
+
+    def select(self, weight: Tensor, feature: Tensor, power: int, device: torch.device) -> Any:
+        """Prunes rows (n, in); see selection.select."""
+        return select(
+            weight.to(device), feature.to(device), power,
+            selector=self.recipe.selector, sparsity=self.sparsity, pattern=self.pattern,
+        )  # fmt: skip
+
+
+@dataclass
+class StageWriter:
+    """Writes the shards of one job. `linears` collects a report of each pruned linear of the current stage."""
+
+    skeleton: Skeleton
+    maps: ShardMaps
+    target: Target
+    selected: frozenset[str]
+    """Module paths of the linears to prune."""
+    device: torch.device
+    linears: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, path: Path, stage: Stage, stats: Callable[[str, int], InputStats]) -> ShardSummary:
+        """Writes one shard. `stats(linear, in_features)` gives the statistics of a linear's input."""
+        self.linears = []
+        chosen = {ref.name: name for name, ref in stage.linears.items() if name in self.selected}
+        known = {ref.name for ref in self.skeleton.sources.values()}
+
+        def content(ref: TensorRef) -> Iterator[Buffer]:
+            if ref.name in chosen:
+                yield from self._pruned(ref, chosen[ref.name], stats)
+            elif ref.name in known:
+                yield from self._checked(ref)
+            else:
+                yield from _pieces(self.maps.raw(ref))
+            self.maps.release([ref], drop_cache=True)
+
+        return write_shard(path, stage.tensors, content)
+
+    def _checked(self, ref: TensorRef) -> Iterator[Buffer]:
+        """The bytes of a tensor that is not pruned."""
+        if not ref.shape:
+            yield _bytes(self._finite(ref, self.maps.tensor(ref), 0))
+            return
+        for begin, end in _row_chunks(ref):
+            yield _bytes(self._finite(ref, self.maps.rows(ref, begin, end), begin))
+
+    def _finite(self, ref: TensorRef, rows: Tensor, begin: int) -> Tensor:
+        """Hands rows on. Raises CheckpointError naming file, tensor and index of the first NaN or Inf."""
+        flat = cpu.first_nonfinite(rows)
+        if flat is not None:
+            index = list(torch.unravel_index(torch.tensor(flat), rows.shape)) if ref.shape else []
+            place = [int(i) for i in index]
+            if place:
+                place[0] += begin
+            value = float(rows.reshape(-1)[flat])
+            raise CheckpointError(
+                f"{ref.shard}: tensor {ref.name} is {value} at {place}; the checkpoint is damaged, download it again"
+            )
+        return rows
+
+    def _pruned(self, ref: TensorRef, name: str, stats: Callable[[str, int], InputStats]) -> Iterator[Buffer]:
+        transposed = name in self.skeleton.transposed
+        in_features = ref.shape[0] if transposed else ref.shape[1]
+        make_feature = SCORES[self.target.recipe.score]
+        needs = self.target.recipe.needs_statistics
+        given = stats(name, in_features) if needs else InputStats.zeros(in_features)
+        feature, power = make_feature(given)
+        removed = total = 0.0
+        for begin, end in [(0, ref.shape[0])] if transposed else _row_chunks(ref):
+            rows = self._finite(ref, self.maps.rows(ref, begin, end), begin)
+            result = self.target.select(rows.t().contiguous() if transposed else rows, feature, power, self.device)
+            weight = result.weight.cpu()
+            removed, total = removed + result.removed, total + result.total
+            yield _bytes(weight.t().contiguous() if transposed else weight)
+        out_features = ref.shape[1] if transposed else ref.shape[0]
+        per_row = prune_per_row(self.target, in_features)
+        self.linears.append({
+            "name": name, "rows": out_features, "in_features": in_features, "pruned": per_row * out_features,
+            "sparsity": per_row / in_features, "removed_score": removed / total if total else 0.0,
+        })  # fmt: skip
+
+
+def prune_per_row(target: Target, in_features: int) -> int:
+    """Weights pruned in each row. Raises UsageError when the pattern does not divide in_features."""
+    if target.pattern is not None:
+        return in_features // target.pattern.m * (target.pattern.m - target.pattern.n)
+    assert target.sparsity is not None
+    return prune_count(target.sparsity, in_features)
+
+
+def check_shapes(target: Target, linears: Mapping[str, TensorRef], transposed: frozenset[str]) -> None:
+    """Raises UsageError for a linear whose width the pattern does not divide, before anything runs."""
+    if target.pattern is None:
+        return
+    for name, ref in linears.items():
+        try:
+            check_pattern(target.pattern, ref.shape[0] if name in transposed else ref.shape[1])
+        except UsageError as e:
+            raise UsageError(f"{name}: {e}") from e
+
+
+def _row_chunks(ref: TensorRef) -> Iterator[tuple[int, int]]:
+    rows = ref.shape[0]
+    step = max(1, CHUNK_BYTES * rows // max(ref.nbytes, 1))
+    for begin in range(0, rows, step):
+        yield begin, min(begin + step, rows)
+
+
+def _pieces(data: memoryview) -> Iterable[Buffer]:
+    for begin in range(0, len(data), CHUNK_BYTES):
+        yield data[begin : begin + CHUNK_BYTES]
+
+
+def _bytes(tensor: Tensor) -> Buffer:
+    """A contiguous CPU tensor's bytes, not copied."""
+    view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return view
+
+
+def selected_linears(stages: Iterable[Stage], only: Any, skip: Any) -> dict[str, TensorRef]:
+    """The linears that --only and --skip leave. Raises UsageError when none is left."""
+    names = {n: ref for s in stages for n, ref in s.linears.items()}
+    chosen = {n: r for n, r in names.items() if (not only or only.search(n)) and not (skip and skip.search(n))}
+    if not chosen:
+        example = next(iter(names), "none")
+        raise UsageError(f"--only and --skip leave no linear to prune; names look like {example}")
+    for name, ref in chosen.items():
+        if ref.dtype not in TORCH_DTYPES:
+            raise UsageError(f"{name} is {ref.dtype} and cannot be pruned; leave it out with --skip")
+    return chosen
