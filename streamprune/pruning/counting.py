@@ -1,0 +1,149 @@
+"""Counting what the bits of weights hold: zeros per row, nonzeros per group of M inputs, -0.0, NaN, Inf.
+
+Works on the raw bits, so that every floating dtype has one code path and bf16 and fp8 need no conversion.
+Meant for blocks of about a megabyte, which stay in the cache during the ten passes or so. Groups are summed
+with one multiplication: nonzero flags are bytes of 0 or 1, and the top byte of `eight flags as one integer ×
+0x0101010101010101` is their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+GROUPS = (4, 8, 16, 32)
+"""The M of the N:M patterns that are looked for."""
+
+_FULL = 0.9  # how far groups must be filled on average for N:M to be a pattern and not an accident
+
+
+@dataclass(frozen=True)
+class FloatBits:
+    """The bits of a floating dtype: magnitudes from `nan` on are NaN, the one equal to `inf` is Inf."""
+
+    view: type[np.unsignedinteger[Any]]
+    sign: int
+    nan: int
+    inf: int | None
+
+
+FLOATS: Mapping[str, FloatBits] = {
+    "F64": FloatBits(np.uint64, 1 << 63, 0x7FF0000000000001, 0x7FF0000000000000),
+    "F32": FloatBits(np.uint32, 1 << 31, 0x7F800001, 0x7F800000),
+    "F16": FloatBits(np.uint16, 1 << 15, 0x7C01, 0x7C00),
+    "BF16": FloatBits(np.uint16, 1 << 15, 0x7F81, 0x7F80),
+    "F8_E5M2": FloatBits(np.uint8, 1 << 7, 0x7D, 0x7C),
+    "F8_E4M3": FloatBits(np.uint8, 1 << 7, 0x7F, None),
+}
+"""By the dtype's name in safetensors; the FNUZ kinds of float8 are not here."""
+
+
+class MatrixCount:
+    """Counts over one matrix (out, in), fed in blocks by `add`; each weight exactly once.
+
+    limit: (n, m) when at most n nonzeros in every m inputs are expected, else None. The first offender is
+    remembered, and how many there are.
+    """
+
+    def __init__(self, dtype: str, shape: tuple[int, int], limit: tuple[int, int] | None = None) -> None:
+        self.bits = FLOATS[dtype]
+        self.shape = shape
+        self.limit = limit
+        self.row_nonzeros: NDArray[np.int64] = np.zeros(shape[0], np.int64)  # (out,)
+        self.fullest = {m: 0 for m in GROUPS if shape[1] % m == 0}
+        """M -> the most nonzeros found in a group of M."""
+        self.found = dict.fromkeys(("-0.0", "NaN", "Inf"), 0)
+        self.first: dict[str, tuple[int, int]] = {}
+        """Kind of `found`, or "group" -> row and first input of its first occurrence."""
+        self.overfull = 0
+        self.first_overfull = 0
+        """Groups with more than limit's n nonzeros, and how many nonzeros the first of them has."""
+
+    @property
+    def row_zeros(self) -> NDArray[np.int64]:
+        """Zeros of each row, -0.0 counted: int64 (out,)."""
+        return self.shape[1] - self.row_nonzeros
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """The tightest (n, m) that every group holds; None when there is none with n < m that looks meant."""
+        nonzeros = int(self.row_nonzeros.sum())
+        held = []
+        for m, n in self.fullest.items():
+            groups = self.shape[0] * self.shape[1] // m
+            if 0 < n < m and nonzeros >= _FULL * n * groups:
+                held.append((n / m, m, n))
+        return (min(held)[2], min(held)[1]) if held else None
+
+    def add(self, row: int, column: int, block: NDArray[Any]) -> None:
+        """Count `block`: unsigned integers (rows, inputs) from `row` and `column` of the matrix on.
+
+        The width must be the matrix's or, with `column`, a multiple of all M in question.
+        """
+        bits = self.bits
+        block = np.ascontiguousarray(block)
+        magnitude = block & bits.view(bits.sign - 1)
+        nonzero = magnitude != 0
+        counts8 = self._groups(row, column, nonzero)
+        rows = counts8 if counts8 is not None else nonzero
+        self.row_nonzeros[row : row + len(block)] += rows.sum(axis=1, dtype=np.int64)
+        if np.count_nonzero(block) != np.count_nonzero(nonzero):
+            self._note("-0.0", row, column, block == bits.view(bits.sign))
+        if magnitude.size and int(magnitude.max()) >= (bits.nan if bits.inf is None else bits.inf):
+            self._note("NaN", row, column, magnitude >= bits.view(bits.nan))
+            if bits.inf is not None:
+                self._note("Inf", row, column, magnitude == bits.view(bits.inf))
+
+    def _note(self, kind: str, row: int, column: int, where: NDArray[np.bool_]) -> None:
+        count = int(np.count_nonzero(where))
+        if count:
+            y, x = divmod(int(where.argmax()), where.shape[1])
+            self.first.setdefault(kind, (row + y, column + x))
+            self.found[kind] += count
+
+    def _groups(self, row: int, column: int, nonzero: NDArray[np.bool_]) -> NDArray[np.uint8] | None:
+        """Update `fullest` and `overfull`; returns the nonzeros of every 8 inputs if these divide the row."""
+        limit = self.limit[1] if self.limit else 0
+        counts8: NDArray[np.uint8] | None = None
+        if self.shape[1] % 8 == 0:
+            counts8 = group_counts(nonzero, 8)
+        for m in sorted({*self.fullest, limit} - {0}):
+            if m != limit and self.fullest[m] == m:
+                continue  # no pattern with this M any more
+            if m > 8 and m % 8 == 0 and counts8 is not None:
+                counts = _added(counts8, m // 8)
+            else:
+                counts = counts8 if m == 8 and counts8 is not None else group_counts(nonzero, m)
+            most = int(counts.max(initial=0))
+            if m in self.fullest:
+                self.fullest[m] = max(self.fullest[m], most)
+            if self.limit and m == limit and most > self.limit[0]:
+                over = counts > self.limit[0]
+                if not self.overfull:
+                    y, x = divmod(int(over.argmax()), over.shape[1])
+                    self.first["group"] = (row + y, column + x * m)
+                    self.first_overfull = int(counts[y, x])
+                self.overfull += int(np.count_nonzero(over))
+        return counts8
+
+
+def group_counts(nonzero: NDArray[np.bool_], m: int) -> NDArray[np.uint8]:
+    """How many of every m neighbours are true: bool (rows, in), contiguous -> uint8 (rows, in / m)."""
+    if m == 4:
+        return ((nonzero.view(np.uint32) * np.uint32(0x01010101)) >> np.uint32(24)).astype(np.uint8)
+    if m == 8:
+        product = nonzero.view(np.uint64) * np.uint64(0x0101010101010101)
+        return (product >> np.uint64(56)).astype(np.uint8)
+    return _added(nonzero.view(np.uint8), m)
+
+
+def _added(counts: NDArray[np.uint8], m: int) -> NDArray[np.uint8]:
+    """Sums of every m neighbours of uint8 (rows, n * m); a sum must stay below 256."""
+    total = counts[:, 0::m].copy()
+    for k in range(1, m):
+        total += counts[:, k::m]
+    return total
