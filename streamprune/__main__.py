@@ -1,8 +1,14 @@
-"""`python -m streamprune`."""
+"""`python -m streamprune`, and the `streamprune` console script."""
 
 import sys
 
 from streamprune.cli import main
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """Runs the command line and ends the process with its exit code."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -32,7 +32,7 @@ from streamprune.disk.shards import shard_name, write_index
 from streamprune.disk.state import JobState, new_state
 from streamprune.errors import CorruptStateError, ResourceError, UsageError
 from streamprune.kernels import cpu, torch_ops
-from streamprune.model.budget import Budget, choose_batch, compute_dtype, estimate, peak_resident_bytes
+from streamprune.model.budget import Budget, choose_batch, compute_dtype, estimate, peak_resident_bytes, resolve_device
 from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
 from streamprune.model.passes import embed_pass, layer_pass, split_batches
 from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
@@ -59,7 +59,7 @@ class Run:
         self.begun = unfinished is not None
         resolved: dict[str, Any] = unfinished[1]["resolved"] if unfinished else {}
         self.maps = ShardMaps(checkpoint)
-        self.device = _device(spec.device)
+        self.device = resolve_device(spec.device)
         self.dtype = compute_dtype(resolved.get("dtype", spec.dtype), stored_dtype(checkpoint), self.device)
         self.skeleton = build_skeleton(checkpoint, self.dtype, trust_remote_code=spec.trust_remote_code)
         self.walk = Walk(self.skeleton, self.maps, self.dtype, self.device)
@@ -302,14 +302,3 @@ class Run:
             seconds=sum(r["seconds"] for r in self.records) + time.perf_counter() - since,
             peak=max(peak_resident_bytes(), *(r["peak"] for r in self.records)),
         )  # fmt: skip
-
-
-def _device(requested: str) -> torch.device:
-    if requested == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(requested)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UsageError(f"--device {requested} cannot be used here: {' '.join(str(e).split())[:160]}") from e
-    return device

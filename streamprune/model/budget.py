@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from streamprune.errors import ResourceError
+from streamprune.errors import ResourceError, UsageError
 from streamprune.model.skeleton import Skeleton
 from streamprune.spec import format_bytes
 
@@ -112,3 +112,15 @@ def compute_dtype(requested: str, stored: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return stored
     return torch.bfloat16 if stored == torch.bfloat16 and native_bf16() else torch.float32
+
+
+def resolve_device(requested: str) -> torch.device:
+    """The device to compute on; "auto" is the GPU if there is one. Raises UsageError when it cannot be used."""
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(requested)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UsageError(f"--device {requested} cannot be used here: {' '.join(str(e).split())[:160]}") from e
+    return device

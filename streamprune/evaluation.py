@@ -1,0 +1,158 @@
+"""`evaluate`: perplexity of a model that may be far larger than memory, layer by layer as prune does it.
+
+The whole text is tokenised without special tokens and cut into windows of N tokens without overlap, the rest
+dropped; in each window the N − 1 tokens after the first are predicted. Perplexity is exp of the mean negative
+log-likelihood of all of them. The head works on a few positions at a time, so that logits stay within
+LOGITS_BYTES however large the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamprune.disk import durable
+from streamprune.disk.cache import CacheReader, remove_cache
+from streamprune.disk.checkpoint import open_checkpoint, refuse_quantised
+from streamprune.disk.hub import resolve_model
+from streamprune.disk.mapping import ShardMaps
+from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
+from streamprune.model.budget import choose_batch, compute_dtype, estimate, peak_resident_bytes, resolve_device
+from streamprune.model.calibration import Tokens, cut_windows
+from streamprune.model.passes import embed_pass, layer_pass, split_batches
+from streamprune.model.skeleton import Skeleton, build_skeleton, stored_dtype
+from streamprune.model.texts import default_seqlen
+from streamprune.model.walk import Walk
+from streamprune.spec import Progress, ProgressCallback, format_bytes, no_progress
+
+LOGITS_BYTES = 48 << 20
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found. `tokens` are the predicted ones; `nll` is their mean, in nats."""
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+    seqlen: int
+    seconds: float
+    peak_rss_bytes: int
+
+
+def evaluate(
+    model: str | Path, text: str | Path, *, seqlen: int | None = None, device: str = "auto", dtype: str = "auto",
+    max_ram: int | None = None, work: str | Path | None = None, trust_remote_code: bool = False,
+    progress: ProgressCallback = no_progress,
+) -> Evaluation:  # fmt: skip
+    """Perplexity of `model` on the file `text` in windows of `seqlen` tokens (default min(2048, model's limit)).
+
+    Activations are kept in a folder of their own below `work` (default: the user's cache folder) and removed at
+    the end. `max_ram` is in bytes. Raises the errors of streamprune.errors.
+    """
+    begun = time.perf_counter()
+    checkpoint = open_checkpoint(resolve_model(str(model)))
+    refuse_quantised(checkpoint)
+    path, length = Path(text), seqlen if seqlen is not None else default_seqlen(checkpoint.config)
+    if not path.is_file():
+        raise UsageError(f"--text {path}: no such file")
+    if length < 2:
+        raise UsageError(f"--seqlen {length}: a window needs at least 2 tokens, one to predict the other")
+    target = resolve_device(device)
+    compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
+    skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)
+    windows = cut_windows(path, checkpoint.path, skeleton.vocab_size, length)
+    batch = choose_batch(estimate(skeleton, length, compute), len(windows), length, max_ram)
+    with _scratch(Path(work) if work is not None else _default_work()) as folder, ShardMaps(checkpoint) as maps:
+        _check_disk(folder, windows, skeleton)
+        walk = Walk(skeleton, maps, compute, target)
+        total = _stream(walk, windows, batch, folder, progress)
+    tokens = windows.shape[0] * (length - 1)
+    nll = total / tokens
+    if not math.isfinite(nll):
+        raise CheckpointError(f"{checkpoint.path}: the model's predictions are not finite; try --dtype float32")
+    return Evaluation(
+        math.exp(min(nll, 700.0)), nll, tokens, len(windows), length, time.perf_counter() - begun, peak_resident_bytes()
+    )
+
+
+def _stream(walk: Walk, windows: Tokens, batch: int, folder: Path, progress: ProgressCallback) -> float:
+    """Embeds, runs every layer, and sums the loss; returns nats over all predicted tokens."""
+    stages = walk.skeleton.stages
+    for position, stage in enumerate(stages):
+        at = time.perf_counter()
+        total = 0.0
+        if stage.kind == "embed":
+            embed_pass(walk, split_batches(windows, batch), folder)
+        elif stage.kind == "layer":
+            layer_pass(walk, stage, folder, write=True)
+            remove_cache(folder, stage.index)
+        else:
+            total = _loss(walk, windows, folder, batch)
+        progress(Progress(stage.name, position + 1, len(stages), time.perf_counter() - at))
+    return total
+
+
+def _loss(walk: Walk, windows: Tokens, folder: Path, batch: int) -> float:
+    """Nats over all predicted tokens, from the last cache."""
+    reader = CacheReader(folder, len(walk.skeleton.layers))
+    targets = split_batches(windows, batch)
+    seqlen = windows.shape[1]
+    step = max(1, min(seqlen, LOGITS_BYTES // (walk.skeleton.vocab_size * 8)))
+    total = 0.0
+    with walk.head() as head:
+        for chunk in range(len(reader)):
+            states = reader[chunk][:, :-1].reshape(-1, walk.skeleton.hidden_size)
+            wanted = targets[chunk][:, 1:].reshape(-1)
+            for begin in range(0, len(wanted), step):
+                total += _nll(head(states[begin : begin + step]), wanted[begin : begin + step])
+    return total
+
+
+def _nll(logits: Tensor, wanted: Tensor) -> float:
+    """Summed −log p of `wanted` (tokens,) under logits (tokens, vocab), in float32, summed in float64."""
+    loss = torch.nn.functional.cross_entropy(logits.float(), wanted.to(logits.device), reduction="none")
+    return float(loss.double().sum())
+
+
+def _check_disk(folder: Path, windows: Tokens, skeleton: Skeleton) -> None:
+    need = 2 * windows.size * skeleton.hidden_size * skeleton.dtype.itemsize + (64 << 20)
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise ResourceError(
+            f"{folder.parent} has {format_bytes(free)} free, evaluation needs {format_bytes(need)} for activations; "
+            "free some or name another folder with --work"
+        )
+
+
+def _default_work() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamprune"
+
+
+@contextmanager
+def _scratch(work: Path) -> Iterator[Path]:
+    """A folder of this process's own below `work`, removed at the end; those of dead processes go too."""
+    durable.make_folder(work)
+    for old in work.glob("eval-*.lock"):
+        try:
+            with durable.Lock(old):
+                durable.clear(old.with_suffix(""))
+        except LockedError:
+            continue
+    folder = work.absolute() / f"eval-{os.getpid()}-{time.time_ns():x}"
+    with durable.Lock(folder.with_name(folder.name + ".lock")):
+        durable.make_folder(folder)
+        try:
+            yield folder
+        finally:
+            durable.clear(folder)

@@ -1,0 +1,33 @@
+"""Progress on stderr: a bar on a terminal, one plain line a stage elsewhere, nothing when quiet."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from streamprune.spec import Progress, ProgressCallback, no_progress
+
+
+@contextmanager
+def show_progress(title: str, quiet: bool) -> Iterator[ProgressCallback]:
+    """A callback that shows steps as they finish."""
+    if quiet:
+        yield no_progress
+    elif sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(desc=title, unit="stage", dynamic_ncols=True, leave=False) as bar:
+
+            def move(step: Progress) -> None:
+                bar.total = step.total
+                bar.set_postfix_str(step.name, refresh=False)
+                bar.update(step.done - bar.n)
+
+            yield move
+    else:
+
+        def line(step: Progress) -> None:
+            print(f"{title}: {step.done}/{step.total} {step.name} {step.seconds:.1f} s", file=sys.stderr, flush=True)
+
+        yield line
