@@ -37,6 +37,7 @@ _NO_LINEAR = re.compile(
     r"(^|\.)(vision|visual|audio)[^.]*\.|router|(^|[._])(gate|wg|norm|layernorm|ln|emb|embed|embedding|embeddings|"
     r"embed_tokens|relative_attention_bias)(_?\d+)?$"
 )
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
@@ -161,7 +162,7 @@ def inspect(
 
 
 def find_linears(checkpoint: Checkpoint) -> dict[str, TensorRef]:
-    """The linears of a checkpoint by module name, in file order; see the top of this file for the rule."""
+    """The linears of a checkpoint by module name, layer 2 before layer 10; the rule is at the top."""
     found = {}
     for name, ref in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
@@ -169,7 +170,14 @@ def find_linears(checkpoint: Checkpoint) -> dict[str, TensorRef]:
             continue
         if _LAYER.search(name) and not _NO_LINEAR.search(module):
             found[module] = ref
-    return found
+    return dict(sorted(found.items(), key=lambda item: _by_number(item[0])))
+
+
+def _by_number(name: str) -> tuple[tuple[bool, int, str], ...]:
+    return tuple(
+        (False, 0, part) if not _NUMBER.fullmatch(part) else (True, int(part), part)
+        for part in name.split(".")
+    )
 
 
 def _is_conv1d(checkpoint: Checkpoint, name: str) -> bool:

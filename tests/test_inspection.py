@@ -1,0 +1,343 @@
+"""Inspection counts what a slow reference counts, and each expectation fails where it should."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import entry, make, shard_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import streamprune.inspection as inspection
+from streamprune.disk.checkpoint import open_checkpoint
+from streamprune.errors import CheckpointError, UnsupportedError, UsageError
+from streamprune.inspection import LinearReport, find_linears, inspect
+
+NAME = "model.layers.0.mlp.up_proj"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def model(folder: Path, weights: dict[str, torch.Tensor], config: object = None) -> Path:
+    make(folder, config=config or {"model_type": "llama"})
+    save_file({f"{name}.weight": w.contiguous() for name, w in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+def one(
+    folder: Path, weight: torch.Tensor, expect: str | None = None
+) -> tuple[LinearReport, tuple[str, ...]]:
+    found = inspect(model(folder, {NAME: weight}), expect=expect)
+    assert found.ok is (None if expect is None else not found.failures)
+    assert len(found.linears) == 1
+    return found.linears[0], found.failures
+
+
+def dense(rows: int, inputs: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Weights without a zero, positive and negative."""
+    values = torch.arange(1, rows * inputs + 1) % 13 + 1.0
+    return (values * (-1) ** torch.arange(rows * inputs)).reshape(rows, inputs).to(dtype)
+
+
+def pruned(rows: int, inputs: int, n: int, m: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """N of every M inputs kept, at places that differ from group to group."""
+    keep = torch.zeros(rows, inputs // m, m, dtype=torch.bool)
+    for k in range(n):
+        at = (torch.arange(rows)[:, None] + torch.arange(inputs // m) + k * (m // n)) % m
+        keep.scatter_(2, at[..., None], True)
+    return torch.where(keep.reshape(rows, inputs), dense(rows, inputs, torch.float32), 0.0).to(dtype)
+
+
+@st.composite
+def odd_weights(draw: st.DrawFn) -> torch.Tensor:
+    """Small matrices of any dtype with many zeros, some -0.0, NaN and Inf."""
+    dtype = draw(st.sampled_from(DTYPES))
+    rows, inputs = draw(st.integers(1, 6)), draw(st.sampled_from([1, 3, 4, 6, 8, 12, 16, 24, 32, 64, 96]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    values = torch.randn(rows, inputs, generator=generator).clamp(0.1, 100)
+    kind = torch.rand(rows, inputs, generator=generator)
+    values[kind < draw(st.sampled_from([0.0, 0.3, 0.6, 0.95]))] = 0.0
+    if draw(st.booleans()):
+        special = torch.randint(0, 40, (rows, inputs), generator=generator)
+        values[special == 0], values[special == 1] = -0.0, math.nan
+        if dtype not in (torch.float8_e4m3fn,):  # which has no Inf
+            values[special == 2], values[special == 3] = math.inf, -math.inf
+    return values.to(dtype)
+
+
+def tightest(nonzero: list[list[bool]]) -> str | None:
+    """The reference of LinearReport.pattern, group by group."""
+    held = []
+    for m in (4, 8, 16, 32):
+        if len(nonzero[0]) % m:
+            continue
+        groups = [sum(row[i : i + m]) for row in nonzero for i in range(0, len(row), m)]
+        n = max(groups)
+        if 0 < n < m and sum(groups) >= 0.9 * n * len(groups):
+            held.append((n / m, m, f"{n}:{m}"))
+    return min(held)[2] if held else None
+
+
+@settings(max_examples=200, deadline=None)
+@given(odd_weights(), st.sampled_from(["1:2", "2:4", "1:3", "3:6", "4:8", "7:16", "5:12", "16:32"]))
+def test_counts_equal_a_slow_reference(
+    tmp_path_factory: pytest.TempPathFactory, weight: torch.Tensor, expect: str
+) -> None:
+    report, failures = one(tmp_path_factory.getbasetemp() / "odd", weight, expect)
+    wide = weight.double()
+    nonzero = (wide != 0).tolist()
+    zeros = [row.count(False) for row in nonzero]
+    assert report.shape == tuple(weight.shape)
+    assert (report.zeros, report.min_row_zeros, report.max_row_zeros) == (sum(zeros), min(zeros), max(zeros))
+    assert report.negative_zeros == int(((wide == 0) & wide.signbit()).sum())
+    assert report.nans == int(wide.isnan().sum())
+    assert report.infs == int(wide.isinf().sum())
+    assert report.pattern == tightest(nonzero)
+    n, m = map(int, expect.split(":"))
+    if weight.shape[1] % m:
+        assert "do not divide" in failures[0]
+        return
+    over = [
+        (y, x, sum(row[x : x + m]))
+        for y, row in enumerate(nonzero)
+        for x in range(0, len(row), m)
+        if sum(row[x : x + m]) > n
+    ]
+    told = [f for f in failures if "nonzeros" in f]
+    assert bool(told) == bool(over)
+    if over:
+        y, x, count = over[0]
+        assert f"row {y}, inputs {x} to {x + m - 1}: {count} nonzeros" in told[0]
+        assert f"({len(over)} such groups)" in told[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8), (6, 8), (4, 16), (12, 32)])
+def test_patterns_are_found_and_hold(tmp_path: Path, dtype: torch.dtype, n: int, m: int) -> None:
+    weight = pruned(5, 96, n, m, dtype)
+    report, failures = one(tmp_path / "m", weight, f"{n}:{m}")
+    assert not failures
+    assert report.sparsity == 1 - n / m
+    assert report.pattern == tightest((weight.double() != 0).tolist())
+    if math.gcd(n, m) == 1 or m == 4:
+        assert report.pattern == f"{n}:{m}"
+    weight[4, 95], weight[4, 94], weight[4, 93], weight[4, 92] = 1, 1, 1, 1  # a full group of 4 at the end
+    if n < 4:
+        _, failures = one(tmp_path / "m", weight, f"{n}:{m}")
+        assert len(failures) == 1
+        assert failures[0].startswith(f"{NAME}: row 4, inputs {96 - m} to 95: ")
+
+
+def test_unstructured_zeros_are_no_pattern(tmp_path: Path) -> None:
+    weight = dense(64, 256)
+    weight[torch.rand(64, 256, generator=torch.Generator().manual_seed(0)) < 0.5] = 0
+    assert tightest((weight != 0).tolist()) is None
+    report, failures = one(tmp_path / "m", weight, "2:4")
+    assert report.pattern is None
+    assert failures
+    assert one(tmp_path / "z", torch.zeros(4, 32))[0].pattern is None
+    assert one(tmp_path / "z", torch.zeros(4, 32), "2:4")[1] == ()
+
+
+def test_expected_sparsity(tmp_path: Path) -> None:
+    weight = dense(4, 10)
+    weight[:, :7] = 0
+    assert one(tmp_path / "m", weight, "0.7")[1] == ()
+    assert one(tmp_path / "m", weight, "0.79")[1] == ()  # floor(7.9)
+    weight[2, 0] = 1
+    report, failures = one(tmp_path / "m", weight, "0.7")
+    assert failures == (f"{NAME}: row 2 has 6 zeros, a sparsity of 0.7 asks for 7 of 10 (1 such rows)",)
+    assert (report.min_row_zeros, report.max_row_zeros, report.zeros) == (6, 7, 27)
+    assert one(tmp_path / "m", weight, "0.69")[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(-0.0, "-0.0"), (math.nan, "NaN"), (math.inf, "Inf"), (-math.inf, "Inf")]
+)
+@pytest.mark.parametrize("expect", ["2:4", "0.5"])
+def test_what_must_not_be_there_fails_any_expectation(
+    tmp_path: Path, value: float, kind: str, expect: str
+) -> None:
+    weight = pruned(3, 32, 2, 4)
+    place = (weight[1] == 0 if kind == "-0.0" else weight[1] != 0).nonzero().flatten()[[2, 5]]
+    weight[1, place] = value
+    _, failures = one(tmp_path / "m", weight, expect)
+    assert failures == (f"{NAME}: row 1, input {int(place[0])}: {kind} (2 in all)",)
+    assert inspect(tmp_path / "m").failures == ()
+    assert inspect(tmp_path / "m").ok is None
+
+
+def test_conv1d_holds_its_pattern_along_the_first_axis(tmp_path: Path) -> None:
+    weight = pruned(5, 96, 2, 4)
+    name = "transformer.h.0.mlp.c_fc"
+    folder = model(tmp_path / "m", {name: weight.T}, {"model_type": "gpt2"})
+    for expect, ok in (("2:4", True), ("1:4", False), ("0.5", True), ("3:6", None)):
+        found = inspect(folder, expect=expect)
+        (report,) = found.linears
+        assert (report.shape, report.transposed, report.pattern) == ((96, 5), True, "2:4")
+        if ok is not None:
+            assert found.ok is ok
+    weight[3, 40:44] = 1
+    found = inspect(model(tmp_path / "m", {name: weight.T}, {"model_type": "gpt2"}), expect="2:4")
+    assert found.failures == (f"{name}: row 3, inputs 40 to 43: 4 nonzeros, 2:4 allows 2 (1 such groups)",)
+    assert inspect(model(tmp_path / "n", {name: weight.T}), expect="2:4").ok is False  # llama has no Conv1D
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_do_not_change_the_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transposed: bool
+) -> None:
+    weight = pruned(70, 96, 3, 6, torch.float32)
+    weight[41, 7], weight[50, 90], weight[69, 95] = -0.0, math.nan, math.inf
+    name = "h.0.c_fc"
+    stored = weight.T if transposed else weight
+    folder = model(tmp_path / "m", {name: stored}, {"model_type": "gpt2" if transposed else "llama"})
+    whole = inspect(folder, expect="3:6")
+    places = [failure.split(": ")[1] for failure in whole.failures[-3:]]
+    assert places == ["row 41, input 7", "row 50, input 90", "row 69, input 95"]
+    for block, chunk in ((1, 1), (4 * 96 * 3, 4 * 96 * 7), (1, 10_000)):
+        monkeypatch.setattr(inspection, "_BLOCK_BYTES", block)
+        monkeypatch.setattr(inspection, "_CHUNK_BYTES", chunk)
+        assert inspect(folder, expect="3:6") == whole
+
+
+LINEARS = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.31.mlp.gate_proj",
+    "model.layers.1.mlp.experts.7.w1",
+    "model.decoder.layers.3.fc1",
+    "transformer.h.11.attn.c_attn",
+    "gpt_neox.layers.2.attention.query_key_value",
+    "transformer.blocks.0.ffn.up_proj",
+    "model.language_model.layers.0.self_attn.o_proj",
+    "layers.0.q_a_proj",
+]
+OTHERS = [
+    "lm_head",
+    "model.embed_tokens",
+    "transformer.wte",
+    "model.layers.0.input_layernorm",
+    "model.layers.0.self_attn.q_norm",
+    "model.layers.0.mlp.gate",
+    "model.layers.0.block_sparse_moe.gate",
+    "model.layers.0.mlp.shared_expert_gate",
+    "model.layers.0.feed_forward.router",
+    "transformer.blocks.0.ffn.router.layer",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    "vision_tower.encoder.layers.0.fc1",
+    "model.visual.blocks.0.mlp.fc1",
+    "playersx.0.fc",
+]
+
+
+def test_which_tensors_are_linears(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", {name: dense(2, 4) for name in LINEARS + OTHERS})
+    assert sorted(find_linears(open_checkpoint(folder))) == sorted(LINEARS)
+    make(tmp_path / "n")
+    odd = {
+        "layers.0.conv.weight": torch.ones(2, 2, 2),
+        "layers.0.vector.weight": torch.ones(2),
+        "layers.0.ints.weight": torch.ones(2, 2, dtype=torch.int8),
+        "layers.0.empty.weight": torch.ones(0, 2),
+        "layers.0.fc.bias": torch.ones(2, 2),
+        "layers.0.fc.weight": torch.ones(2, 2),
+    }
+    save_file(odd, tmp_path / "n" / "model.safetensors")
+    assert list(find_linears(open_checkpoint(tmp_path / "n"))) == ["layers.0.fc"]
+
+
+def test_linears_come_in_the_order_of_layers(tmp_path: Path) -> None:
+    names = [f"layers.{i}.{leaf}" for i in range(12) for leaf in ("attn.q", "mlp.down")]
+    dtypes = [torch.float32, torch.bfloat16]
+    folder = model(tmp_path / "m", {name: dense(1, 4, dtypes[i % 2]) for i, name in enumerate(names)})
+    assert list(find_linears(open_checkpoint(folder))) == names
+
+
+def test_only_and_skip(tmp_path: Path) -> None:
+    names = ["layers.0.a_proj", "layers.0.b_proj", "layers.1.a_proj"]
+    a, b, c = dense(2, 4), dense(2, 4), torch.zeros(2, 4)
+    folder = model(tmp_path / "m", dict(zip(names, (a, b, c), strict=True)))
+    assert [r.name for r in inspect(folder, only="a_proj$").linears] == [names[0], names[2]]
+    assert [r.name for r in inspect(folder, only=r"s\.0\.", skip="b").linears] == [names[0]]
+    assert inspect(folder, only=r"layers\.1", expect="2:4").ok
+    for arguments in ({"only": "nothing"}, {"skip": "."}):
+        with pytest.raises(UsageError, match="leave none of 3 linears"):
+            inspect(folder, **arguments)  # type: ignore[arg-type]
+    for arguments in ({"only": "("}, {"skip": "("}):
+        with pytest.raises(UsageError, match="no regular expression"):
+            inspect(folder, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "expect", ["4:2", "2:4:8", "0:4", "2:64", "x", "", "1.5", "1", "0", "-0.5", "nan", "50%", ":"]
+)
+def test_malformed_expectations(tmp_path: Path, expect: str) -> None:
+    with pytest.raises(UsageError):
+        inspect(tmp_path / "never-opened", expect=expect)
+
+
+def test_models_that_cannot_be_inspected(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        inspect(tmp_path / "nowhere")
+    with pytest.raises(UnsupportedError, match="unpack"):
+        inspect(model(tmp_path / "m", {"lm_head": dense(2, 4)}), expect="2:4")
+
+
+def test_quantised_models_can_be_inspected(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "compressed-tensors"}}
+    folder = model(tmp_path / "m", {NAME: pruned(2, 8, 2, 4, torch.float8_e4m3fn)}, config)
+    assert inspect(folder, expect="2:4").ok
+
+
+def test_totals_and_json(tmp_path: Path) -> None:
+    sparse, half = pruned(2, 32, 2, 4), dense(4, 32)
+    half[0, 0], half[0, 1], half[0, 2] = -0.0, math.nan, math.inf
+    folder = model(tmp_path / "m", {"layers.0.a": sparse, "layers.1.a": sparse.clone(), "layers.1.b": half})
+    seen: list[LinearReport] = []
+    found = inspect(str(folder), on_linear=seen.append)
+    assert tuple(seen) == found.linears
+    totals = found.totals
+    assert (totals.linears, totals.weights, totals.zeros) == (3, 256, 65)
+    assert (totals.negative_zeros, totals.nans, totals.infs) == (1, 1, 1)
+    assert totals.sparsity == 65 / 256
+    assert totals.patterns == {"2:4": 2, "none": 1}
+    told = json.loads(json.dumps(found.to_json()))
+    assert (told["format"], told["version"], told["ok"]) == ("streamprune-inspection", 1, None)
+    assert told["linears"][0]["sparsity"] == 0.5
+    assert told["totals"]["patterns"] == {"2:4": 2, "none": 1}
+    assert len(told["linears"]) == 3
+
+
+def test_unaligned_weights(tmp_path: Path) -> None:
+    weight = pruned(2, 8, 2, 4)
+    data = b"!" + weight.view(torch.uint8).numpy().tobytes()
+    header = {"pad": entry("U8", [1], 0, 1), f"{NAME}.weight": entry("BF16", [2, 8], 1, 33)}
+    for shift in (0, 1):
+        content = shard_bytes(json.dumps(header).encode() + b" " * shift, data)
+        folder = make(tmp_path / "m", {"model.safetensors": content})
+        (report,) = inspect(folder, expect="2:4").linears
+        assert (report.zeros, report.pattern) == (8, "2:4")
+
+
+if sys.platform == "linux":
+
+    def test_memory_stays_flat(tmp_path: Path) -> None:
+        rows, inputs = 16 * 1024, 4096  # 128 MiB of bf16
+        content = shard_bytes({f"{NAME}.weight": entry("BF16", [rows, inputs], 0, 2 * rows * inputs)})
+        folder = make(tmp_path / "m")
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(content)
+            file.truncate(len(content) + 2 * rows * inputs)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = status("VmRSS")
+        assert inspect(folder).totals.zeros == rows * inputs
+        assert status("VmHWM") - before < 48 * 2**20
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
