@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamprune.kernels import Selection, cpu_loops, cpu_stats
+from streamprune.kernels import Selection, cpu_rows, cpu_stats
 
 _Array = np.ndarray[Any, np.dtype[Any]]
-_KINDS = {torch.bfloat16: cpu_loops.BF16, torch.float16: cpu_loops.FP16, torch.float32: cpu_loops.FP32}
+_KINDS = {torch.bfloat16: cpu_rows.BF16, torch.float16: cpu_rows.FP16, torch.float32: cpu_rows.FP32}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 _PART = 1 << 18  # weights per unit of work: large against the cost of a call, small against a linear
 
@@ -92,7 +92,7 @@ def prune_n_of_m(
 
     def part(begin: int, end: int) -> None:
         rows = slice(begin, end)
-        cpu_loops.prune_groups(
+        cpu_rows.prune_groups(
             job.weight[rows], job.feature, power, job.kind, m - n, m, job.bits, job.out[rows], job.keep[rows],
             job.loss[rows],
         )  # fmt: skip
@@ -157,7 +157,7 @@ def _prune_rows(
 
     def part(begin: int, end: int) -> None:
         rows = slice(begin, end)
-        cpu_loops.prune_rows(
+        cpu_rows.prune_rows(
             job.weight[rows], job.feature, power, job.kind, count, block, np.float32(alpha), job.bits,
             job.out[rows], job.keep[rows], job.loss[rows],
         )  # fmt: skip
