@@ -32,18 +32,18 @@ _SMALLEST_REST = 2.0**-20
 
 def lscore(stats: InputStats) -> tuple[Tensor, int]:
     """L = w² a_j / (1 − a_j / Σ_k a_k)."""
-    a = stats.mean_square
+    a = _power(stats)
     return _feature(a / _rest(a)), 2
 
 
 def lscore_isotropic(stats: InputStats) -> tuple[Tensor, int]:
     """L = w² / (1 − a_j / Σ_k a_k), SwiftPrune as published."""
-    return _feature(1.0 / _rest(stats.mean_square)), 2
+    return _feature(1.0 / _rest(_power(stats))), 2
 
 
 def wanda(stats: InputStats) -> tuple[Tensor, int]:
     """L = |w| √a_j."""
-    return _feature(stats.mean_square.sqrt()), 1
+    return _feature(_power(stats).sqrt()), 1
 
 
 def magnitude(stats: InputStats) -> tuple[Tensor, int]:
@@ -60,6 +60,18 @@ SCORES: dict[str, Callable[[InputStats], tuple[Tensor, int]]] = {
 WITHOUT_STATISTICS = frozenset({"magnitude"})
 
 
+def _power(stats: InputStats) -> Tensor:
+    """a_j, (in_features,) float64; raises UnsupportedError where activations were NaN or Inf."""
+    a = stats.mean_square
+    if not bool(torch.isfinite(a).all()):
+        bad = int((~torch.isfinite(a)).to(torch.uint8).argmax())
+        raise UnsupportedError(
+            f"activations are not finite: input feature {bad} was NaN or Inf during calibration, as happens to "
+            f"float16 models that overflow; calibrate in float32 (--dtype float32)"
+        )
+    return a
+
+
 def _rest(a: Tensor) -> Tensor:
     """1 − a_j / Σ_k a_k in float64, at least 2⁻²⁰; 1 where nothing was seen."""
     largest = a.max() if a.numel() else a.sum()
@@ -71,12 +83,6 @@ def _rest(a: Tensor) -> Tensor:
 
 def _feature(values: Tensor) -> Tensor:
     """Divide by the largest value, cast to float32; ones where all are zero."""
-    if not bool(torch.isfinite(values).all()):
-        bad = int((~torch.isfinite(values)).to(torch.uint8).argmax())
-        raise UnsupportedError(
-            f"the model's activations overflow: input feature {bad} has a mean square that is not finite; "
-            f"compute in another dtype (--dtype float32)"
-        )
     largest = values.max() if values.numel() else values.sum()
     if not bool(largest > 0):
         return torch.ones(values.shape, dtype=torch.float32)

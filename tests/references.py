@@ -1,0 +1,85 @@
+"""Slow float64 references, written from the formulas and not from the kernels.
+
+Arrays are numpy float64 unless said otherwise. The formulas are in DESIGN: EWMA is SwiftPrune's (arXiv
+2501.16376) with blocks, where a block of one weight is the published recurrence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+class Ewma(NamedTuple):
+    """z = (L - est) / dev of one row, with the state that each weight saw; all (in_features,)."""
+
+    z: Floats
+    est: Floats
+    dev: Floats
+
+
+def scores(weight: torch.Tensor, feature: torch.Tensor, power: int) -> Floats:
+    """L_ij = |w_ij|**power * feature_j, (rows, in_features)."""
+    return np.abs(weight.double().numpy()) ** power * feature.double().numpy()
+
+
+def ewma(row: Floats, block: int, alpha: float) -> Ewma:
+    """Blocks of neighbours: compare with the state before the block, then move the state."""
+    floor = float(np.finfo(np.float32).tiny)
+    z, est_at, dev_at = np.empty_like(row), np.empty_like(row), np.empty_like(row)
+    first = row[:block]
+    est = float(np.mean(first))
+    dev = float(np.mean(np.abs(first - est)))
+    for begin in range(0, len(row), block):
+        part = row[begin : begin + block]
+        seen = slice(begin, begin + len(part))
+        z[seen] = (part - est) / max(dev, floor)
+        est_at[seen], dev_at[seen] = est, max(dev, floor)
+        dev += alpha * (float(np.mean(np.abs(part - est))) - dev)
+        est += alpha * (float(np.mean(part)) - est)
+    return Ewma(z, est_at, dev_at)
+
+
+def published_recurrence(row: Floats, alpha: float, threshold: float) -> Bools:
+    """SwiftPrune as published, weight by weight: True where L < est + λ·dev, λ = `threshold`."""
+    pruned = np.zeros(len(row), bool)
+    est, dev = float(row[0]), 0.0
+    for j, score in enumerate(row):
+        pruned[j] = score < est + threshold * dev
+        dev = (1 - alpha) * dev + alpha * abs(score - est)
+        est = (1 - alpha) * est + alpha * score
+    return pruned
+
+
+def lowest(values: Floats, count: int) -> Bools:
+    """True at the `count` smallest of each row, ties by column."""
+    pruned = np.zeros(values.shape, bool)
+    np.put_along_axis(pruned, np.argsort(values, axis=-1, kind="stable")[..., :count], True, axis=-1)
+    return pruned
+
+
+def lowest_of_groups(values: Floats, n: int, m: int) -> Bools:
+    """True at the m - n smallest of every m consecutive values, ties by column."""
+    return lowest(values.reshape(values.shape[0], -1, m), m - n).reshape(values.shape)
+
+
+def lscore_feature(a: Floats) -> Floats:
+    return a / (1 - a / a.sum())
+
+
+def lscore_by_inverse(a: Floats, damping: float) -> Floats:
+    """1 / [H⁻¹]_jj of H = x xᵀ + λ I with x_j² = a_j, by a real inverse; SwiftPrune takes λ → 0."""
+    x = np.sqrt(a)
+    return 1 / np.diag(np.linalg.inv(np.outer(x, x) + damping * np.eye(len(a))))
+
+
+def sums(x: torch.Tensor) -> tuple[Floats, Floats]:
+    """Sum and sum of squares over tokens."""
+    values = x.double().numpy()
+    return values.sum(0), (values * values).sum(0)
