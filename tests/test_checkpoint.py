@@ -251,7 +251,7 @@ def test_dangling_links(tmp_path: Path) -> None:
         checkpoint.side_files()
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to("nowhere")
-    refused(folder, "model.safetensors", "link")
+    refused(folder, "model.safetensors: the link leads nowhere")
 
 
 def test_folders_and_pipes_in_place_of_files(tmp_path: Path) -> None:

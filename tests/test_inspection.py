@@ -192,15 +192,17 @@ def test_conv1d_holds_its_pattern_along_the_first_axis(tmp_path: Path) -> None:
 def test_blocks_do_not_change_the_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transposed: bool
 ) -> None:
-    weight = pruned(70, 96, 3, 6, torch.float32)
-    weight[41, 7], weight[50, 90], weight[69, 95] = -0.0, math.nan, math.inf
+    weight = pruned(70, 288, 3, 6, torch.float32)
+    weight[41, 7], weight[50, 190], weight[69, 287] = -0.0, math.nan, math.inf
+    weight[1, 198:204] = 1
     name = "h.0.c_fc"
     stored = weight.T if transposed else weight
     folder = model(tmp_path / "m", {name: stored}, {"model_type": "gpt2" if transposed else "llama"})
     whole = inspect(folder, expect="3:6")
     places = [failure.split(": ")[1] for failure in whole.failures[-3:]]
-    assert places == ["row 41, input 7", "row 50, input 90", "row 69, input 95"]
-    for block, chunk in ((1, 1), (4 * 96 * 3, 4 * 96 * 7), (1, 10_000)):
+    assert places == ["row 41, input 7", "row 50, input 190", "row 69, input 287"]
+    assert "row 1, inputs 198 to 203: 6 nonzeros" in whole.failures[0]
+    for block, chunk in ((1, 1), (4 * 288 * 3, 4 * 288 * 7), (1, 10_000)):
         monkeypatch.setattr(inspection, "_BLOCK_BYTES", block)
         monkeypatch.setattr(inspection, "_CHUNK_BYTES", chunk)
         assert inspect(folder, expect="3:6") == whole

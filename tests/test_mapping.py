@@ -100,6 +100,7 @@ def test_unaligned_offsets(tmp_path: Path, shift: int) -> None:
     content = shard_bytes(json.dumps(header).encode() + b" " * shift, b"!" + values)
     checkpoint = open_checkpoint(make(tmp_path / "m", {"model.safetensors": content}))
     with ShardMaps(checkpoint) as maps:
+        assert maps.tensor(checkpoint.tensors["f"]).data_ptr() % 4 == 0
         assert maps.tensor(checkpoint.tensors["f"]).tolist() == [[1.0, 2.0], [3.0, 4.0]]
         assert maps.rows(checkpoint.tensors["f"], 1, 2).tolist() == [[3.0, 4.0]]
         assert maps.tensor(checkpoint.tensors["b"]).tolist() == [[1.0], [2.0], [3.0]]
@@ -259,6 +260,28 @@ if sys.platform == "linux":
             assert int((views["b"] == 0).sum()) >= 2 * page
             maps.release(list(checkpoint.tensors.values()))  # joined: only the header's page stays
             assert all(int((views[name] == 9).sum()) == 0 for name in "bcd")
+
+
+def test_release_over_several_shards(tmp_path: Path) -> None:
+    """Ranges that would be neighbours were they in one file are not."""
+    sizes = {"a": 4 * mapping._PAGE, "b": 8 * mapping._PAGE}
+    shards = {
+        f"{name}.safetensors": shard_bytes({name: entry("U8", [n], 0, n)}, bytes(n))
+        for name, n in sizes.items()
+    }
+    index = {"weight_map": {name: f"{name}.safetensors" for name in sizes}}
+    checkpoint = open_checkpoint(make(tmp_path / "m", shards, index=index))
+    with ShardMaps(checkpoint) as maps:
+        views = {name: maps.tensor(ref) for name, ref in checkpoint.tensors.items()}
+        for view in views.values():
+            view.fill_(9)
+        maps.release(checkpoint.tensors.values())
+        if sys.platform == "linux":
+            assert [int((view == 0).sum()) >= len(view) - mapping._PAGE for view in views.values()] == [
+                True,
+                True,
+            ]
+        maps.prefetch(checkpoint.tensors.values())
 
 
 def test_release_of_what_was_never_mapped(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def _tensor_ref(path: Path, name: str, entry: Any, start: int) -> TensorRef:
         raise bad(f"the data_offsets {show(offsets)} are not two byte positions")
     begin, end = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
-    if begin > end or bits != 8 * (end - begin):
+    if bits != 8 * (end - begin):
         raise bad(
             f"{dtype} {show(shape)} takes {show(-(-bits // 8))} bytes, "
             f"but its data_offsets are {begin} to {end}"

@@ -102,7 +102,8 @@ class MatrixCount:
         count = int(np.count_nonzero(where))
         if count:
             y, x = divmod(int(where.argmax()), where.shape[1])
-            self.first.setdefault(kind, (row + y, column + x))
+            place = (row + y, column + x)
+            self.first[kind] = min(place, self.first.get(kind, place))
             self.found[kind] += count
 
     def _groups(self, row: int, column: int, nonzero: NDArray[np.bool_]) -> NDArray[np.uint8] | None:
@@ -123,10 +124,10 @@ class MatrixCount:
                 self.fullest[m] = max(self.fullest[m], most)
             if self.limit and m == limit and most > self.limit[0]:
                 over = counts > self.limit[0]
-                if not self.overfull:
-                    y, x = divmod(int(over.argmax()), over.shape[1])
-                    self.first["group"] = (row + y, column + x * m)
-                    self.first_overfull = int(counts[y, x])
+                y, x = divmod(int(over.argmax()), over.shape[1])
+                place = (row + y, column + x * m)
+                if not self.overfull or place < self.first["group"]:
+                    self.first["group"], self.first_overfull = place, int(counts[y, x])
                 self.overfull += int(np.count_nonzero(over))
         return counts8
 
