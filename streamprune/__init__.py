@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["calibrate", "evaluate", "inspect", "plan", "prune"]
 
-_HOMES = {"prune": "job", "calibrate": "job", "evaluate": "evaluation", "plan": "planning", "inspect": "inspection"}
+_HOMES = {
+    "prune": "job",
+    "calibrate": "job",
+    "evaluate": "evaluation",
+    "plan": "planning",
+    "inspect": "inspection",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -44,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args, e, str(e), e.exit_code)
     except KeyboardInterrupt as e:
         resumes = args.command in ("prune", "calibrate")
-        return _fail(args, e, "interrupted" + ("; run the same command again to resume" if resumes else ""), INTERRUPTED)
+        return _fail(
+            args,
+            e,
+            "interrupted" + ("; run the same command again to resume" if resumes else ""),
+            INTERRUPTED,
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -193,7 +198,18 @@ def _prune(args: argparse.Namespace) -> int:
     from streamprune.progress import show_progress
     from streamprune.spec import format_bytes
 
-    own = ("sparsity", "pattern", "method", "score", "selector", "only", "skip", "stats", "save_stats", "propagate")
+    own = (
+        "sparsity",
+        "pattern",
+        "method",
+        "score",
+        "selector",
+        "only",
+        "skip",
+        "stats",
+        "save_stats",
+        "propagate",
+    )
     with show_progress("prune", args.quiet) as progress:
         result = prune(
             args.model, args.out, **{k: getattr(args, k) for k in own},
@@ -225,7 +241,9 @@ def _calibrate(args: argparse.Namespace) -> int:
             "peak_rss_bytes": result.peak_rss_bytes,
         })  # fmt: skip
     elif not args.quiet:
-        cost = f" ({result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)})" if result.status == "done" else ""
+        cost = (
+            f" ({result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)})" if result.status == "done" else ""
+        )
         print(f"{result.out}: {result.status}{cost}")
     return 0
 

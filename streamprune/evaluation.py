@@ -26,9 +26,15 @@ from streamprune.disk.checkpoint import open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
-from streamprune.model.budget import choose_batch, compute_dtype, estimate, peak_resident_bytes, resolve_device
+from streamprune.model.budget import (
+    choose_batch,
+    compute_dtype,
+    estimate,
+    peak_resident_bytes,
+    resolve_device,
+)
 from streamprune.model.calibration import Tokens, cut_windows
-from streamprune.model.passes import embed_pass, layer_pass, split_batches
+from streamprune.model.passes import check_weights, embed_pass, layer_pass, split_batches
 from streamprune.model.skeleton import Skeleton, build_skeleton, stored_dtype
 from streamprune.model.texts import default_seqlen
 from streamprune.model.walk import Walk
@@ -73,7 +79,10 @@ def evaluate(
     skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)
     windows = cut_windows(path, checkpoint.path, skeleton.vocab_size, length)
     batch = choose_batch(estimate(skeleton, length, compute), len(windows), length, max_ram)
-    with _scratch(Path(work) if work is not None else _default_work()) as folder, ShardMaps(checkpoint) as maps:
+    with (
+        _scratch(Path(work) if work is not None else _default_work()) as folder,
+        ShardMaps(checkpoint) as maps,
+    ):
         _check_disk(folder, windows, skeleton)
         walk = Walk(skeleton, maps, compute, target)
         total = _stream(walk, windows, batch, folder, progress)
@@ -82,7 +91,13 @@ def evaluate(
     if not math.isfinite(nll):
         raise CheckpointError(f"{checkpoint.path}: the model's predictions are not finite; try --dtype float32")
     return Evaluation(
-        math.exp(min(nll, 700.0)), nll, tokens, len(windows), length, time.perf_counter() - begun, peak_resident_bytes()
+        math.exp(min(nll, 700.0)),
+        nll,
+        tokens,
+        len(windows),
+        length,
+        time.perf_counter() - begun,
+        peak_resident_bytes(),
     )
 
 
@@ -92,6 +107,7 @@ def _stream(walk: Walk, windows: Tokens, batch: int, folder: Path, progress: Pro
     for position, stage in enumerate(stages):
         at = time.perf_counter()
         total = 0.0
+        check_weights(walk.maps, walk.skeleton, stage)
         if stage.kind == "embed":
             embed_pass(walk, split_batches(windows, batch), folder)
         elif stage.kind == "layer":

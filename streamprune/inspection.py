@@ -31,7 +31,7 @@ from streamprune.pruning.counting import FLOATS, MatrixCount
 from streamprune.pruning.selection import Pattern, parse_pattern, parse_sparsity, prune_count
 
 _CHUNK_BYTES = 16 * 2**20  # what is mapped at a time
-_BLOCK_BYTES = 2**20  # what is counted at a time: fits the cache
+_BLOCK_BYTES = 2**18  # what is counted at a time: it stays in the cache
 _LAYER = re.compile(r"(^|\.)(layers|h|blocks|block|layer)\.\d+\.")
 _NO_LINEAR = re.compile(
     r"(^|\.)(vision|visual|audio)[^.]*\.|router|(^|[._])(gate|wg|norm|layernorm|ln|emb|embed|embedding|embeddings|"
@@ -175,8 +175,7 @@ def find_linears(checkpoint: Checkpoint) -> dict[str, TensorRef]:
 
 def _by_number(name: str) -> tuple[tuple[bool, int, str], ...]:
     return tuple(
-        (False, 0, part) if not _NUMBER.fullmatch(part) else (True, int(part), part)
-        for part in name.split(".")
+        (False, 0, part) if not _NUMBER.fullmatch(part) else (True, int(part), part) for part in name.split(".")
     )
 
 

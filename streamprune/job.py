@@ -1,10 +1,10 @@
 """`prune` and `calibrate`: from arguments to a finished output, resumable at every moment.
 
-    describe   arguments -> JobSpec; only headers and texts are read, so a finished job is recognised at once
-    open       lock; is OUT finished, half done, or somebody else's?
-    prepare    skeleton, memory, tokens, disk: everything that can be refused is refused before anything is written
-    run        stage after stage: forward, prune, shard, journal
-    finish     index, side files, statistics, report; rename
+describe   arguments -> JobSpec; only headers and texts are read, so a finished job is recognised at once
+open       lock; is OUT finished, half done, or somebody else's?
+prepare    skeleton, memory, tokens, disk: everything that can be refused is refused before anything is written
+run        stage after stage: forward, prune, shard, journal
+finish     index, side files, statistics, report; rename
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from streamprune.disk.hub import resolve_model
 from streamprune.disk.state import find_finished, find_unfinished, lock_of
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
 from streamprune.pruning.recipes import make_recipe
-from streamprune.spec import Calibration, JobSpec, ProgressCallback, compile_filter, no_progress
+from streamprune.spec import Calibration, JobSpec, ProgressCallback, no_progress
 
 if TYPE_CHECKING:
     from streamprune.job_run import Run

@@ -22,7 +22,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 
 from streamprune.disk import durable, journal
 from streamprune.disk.cache import remove_cache
@@ -32,9 +31,16 @@ from streamprune.disk.shards import shard_name, write_index
 from streamprune.disk.state import JobState, new_state
 from streamprune.errors import CorruptStateError, ResourceError, UsageError
 from streamprune.kernels import cpu, torch_ops
-from streamprune.model.budget import Budget, choose_batch, compute_dtype, estimate, peak_resident_bytes, resolve_device
+from streamprune.model.budget import (
+    Budget,
+    choose_batch,
+    compute_dtype,
+    estimate,
+    peak_resident_bytes,
+    resolve_device,
+)
 from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
-from streamprune.model.passes import embed_pass, layer_pass, split_batches
+from streamprune.model.passes import check_weights, embed_pass, layer_pass, split_batches
 from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
 from streamprune.model.statistics import Collector, StatisticsFile, merge_statistics, write_statistics
 from streamprune.model.walk import Walk
@@ -51,7 +57,10 @@ class Run:
     """One run, from skeleton to report. A context manager: the checkpoint stays mapped while it is open."""
 
     def __init__(
-        self, spec: JobSpec, checkpoint: Checkpoint, unfinished: tuple[JobState, dict[str, Any]] | None,
+        self,
+        spec: JobSpec,
+        checkpoint: Checkpoint,
+        unfinished: tuple[JobState, dict[str, Any]] | None,
         progress: ProgressCallback,
     ) -> None:
         self.spec, self.checkpoint, self.progress = spec, checkpoint, progress
@@ -77,7 +86,9 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.maps.close()
 
     def discard(self) -> None:
@@ -102,7 +113,7 @@ class Run:
             return
         if self.given.model != self.checkpoint.identity():
             raise UsageError(
-                f"--stats {self.given.path} was gathered from another model; make it with `calibrate {self.spec.source}`"
+                f"--stats {self.given.path} belongs to another model; make it with `calibrate {self.spec.source}`"
             )
         for stage in self.skeleton.layer_stages:
             for name in stage.linears.keys() & self.writer.selected:
@@ -117,7 +128,9 @@ class Run:
         budget = estimate(self.skeleton, seqlen, self.dtype)
         if calibration is None:
             budget = Budget(budget.base, budget.reserve, 0, 0)  # weights are streamed in chunks
-        batch = choose_batch(budget, samples, seqlen, self.spec.max_ram) if budget.per_sample or self.spec.max_ram else 1
+        batch = (
+            choose_batch(budget, samples, seqlen, self.spec.max_ram) if budget.per_sample or self.spec.max_ram else 1
+        )
         recorded = int(resolved.get("batch", batch))
         if self.spec.max_ram is not None and budget.peak(recorded) > self.spec.max_ram:
             raise ResourceError(
@@ -178,7 +191,10 @@ class Run:
         for position in range(done, len(stages)):
             at = time.perf_counter()
             record = self._stage(position, stages[position])
-            record |= {"seconds": time.perf_counter() - (begun if position == done else at), "peak": peak_resident_bytes()}
+            record |= {
+                "seconds": time.perf_counter() - (begun if position == done else at),
+                "peak": peak_resident_bytes(),
+            }
             journal.append(self.state.journal, record)
             self.records.append(record)
             if stages[position].kind == "layer":
@@ -199,7 +215,11 @@ class Run:
         """Removes what a crash left behind: caches of other stages than the next, and temporary files."""
         durable.make_folder(self.state.cache)
         keep = {f"{len(self.records) - 1:04d}.bin", f"{len(self.records) - 1:04d}.json"}
-        for path in [*self.state.cache.iterdir(), *self.state.partial.glob(".*.tmp"), *self.state.folder.glob(".*.tmp")]:
+        for path in [
+            *self.state.cache.iterdir(),
+            *self.state.partial.glob(".*.tmp"),
+            *self.state.folder.glob(".*.tmp"),
+        ]:
             if path.parent != self.state.cache or path.name not in keep:
                 durable.remove(path)
         for record in self.records:
@@ -215,6 +235,9 @@ class Run:
         folder, pruned = self.state.cache, self.spec.propagate == "pruned"
         more = stage.kind == "layer" and stage.index + 1 < len(self.skeleton.layers)
         collector = Collector(cpu.accumulate if self.device.type == "cpu" else torch_ops.accumulate)
+        if self.windows is not None:
+            for touched in (stage, self.skeleton.stages[-1]) if stage.kind == "embed" else (stage,):
+                check_weights(self.maps, self.skeleton, touched)
         if self.windows is not None and stage.kind == "embed":
             embed_pass(self.walk, split_batches(self.windows, self.batch), folder)
         if self.windows is not None and stage.kind == "layer":
@@ -289,7 +312,9 @@ class Run:
             size, digest = durable.copy_file(self.checkpoint.path / name, partial / name)
             files.append({"name": name, "bytes": size, "xxh3_128": digest})
         where = {
-            ref.name: r["shard"]["name"] for s, r in zip(self.skeleton.stages, self.records, strict=True) for ref in s.tensors
+            ref.name: r["shard"]["name"]
+            for s, r in zip(self.skeleton.stages, self.records, strict=True)
+            for ref in s.tensors
         }
         index = partial / "model.safetensors.index.json"
         digest = write_index(index, self.checkpoint.index_metadata, self.checkpoint.nbytes, where)

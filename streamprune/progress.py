@@ -28,6 +28,10 @@ def show_progress(title: str, quiet: bool) -> Iterator[ProgressCallback]:
     else:
 
         def line(step: Progress) -> None:
-            print(f"{title}: {step.done}/{step.total} {step.name} {step.seconds:.1f} s", file=sys.stderr, flush=True)
+            print(
+                f"{title}: {step.done}/{step.total} {step.name} {step.seconds:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
         yield line

@@ -36,7 +36,9 @@ def build_report(
         "resolved": dict(resolved),
         "calibration": dict(calibration),
         "linears": linears,
-        "stages": [{"name": r["stage"], "seconds": round(r["seconds"], 3), "peak_rss_bytes": r["peak"]} for r in records],
+        "stages": [
+            {"name": r["stage"], "seconds": round(r["seconds"], 3), "peak_rss_bytes": r["peak"]} for r in records
+        ],
         "files": list(files),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("streamprune", "torch", "transformers", "numba", "numpy", "safetensors")},

@@ -97,7 +97,12 @@ class JobSpec:
             elif f.name == "calibration":
                 flat |= {"calib": None, "samples": None, "seqlen": None, "seed": None}
                 if value:
-                    flat |= {"calib": value.digest, "samples": value.samples, "seqlen": value.seqlen, "seed": value.seed}
+                    flat |= {
+                        "calib": value.digest,
+                        "samples": value.samples,
+                        "seqlen": value.seqlen,
+                        "seed": value.seed,
+                    }
             else:
                 flat[f.name] = value
         return flat

@@ -18,8 +18,8 @@ from streamprune.disk.durable import Buffer
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.shards import ShardSummary, write_shard
-from streamprune.errors import CheckpointError, UsageError
-from streamprune.kernels import cpu
+from streamprune.errors import UsageError
+from streamprune.model.passes import finite_rows
 from streamprune.model.skeleton import TORCH_DTYPES, Skeleton, Stage
 from streamprune.pruning.recipes import Recipe
 from streamprune.pruning.scores import SCORES
@@ -76,25 +76,8 @@ class StageWriter:
 
     def _checked(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of a tensor that is not pruned."""
-        if not ref.shape:
-            yield _bytes(self._finite(ref, self.maps.tensor(ref), 0))
-            return
-        for begin, end in _row_chunks(ref):
-            yield _bytes(self._finite(ref, self.maps.rows(ref, begin, end), begin))
-
-    def _finite(self, ref: TensorRef, rows: Tensor, begin: int) -> Tensor:
-        """Hands rows on. Raises CheckpointError naming file, tensor and index of the first NaN or Inf."""
-        flat = cpu.first_nonfinite(rows)
-        if flat is not None:
-            index = list(torch.unravel_index(torch.tensor(flat), rows.shape)) if ref.shape else []
-            place = [int(i) for i in index]
-            if place:
-                place[0] += begin
-            value = float(rows.reshape(-1)[flat])
-            raise CheckpointError(
-                f"{ref.shard}: tensor {ref.name} is {value} at {place}; the checkpoint is damaged, download it again"
-            )
-        return rows
+        for _, rows in finite_rows(self.maps, ref, CHUNK_BYTES):
+            yield _bytes(rows)
 
     def _pruned(self, ref: TensorRef, name: str, stats: Callable[[str, int], InputStats]) -> Iterator[Buffer]:
         transposed = name in self.skeleton.transposed
@@ -104,8 +87,7 @@ class StageWriter:
         given = stats(name, in_features) if needs else InputStats.zeros(in_features)
         feature, power = make_feature(given)
         removed = total = 0.0
-        for begin, end in [(0, ref.shape[0])] if transposed else _row_chunks(ref):
-            rows = self._finite(ref, self.maps.rows(ref, begin, end), begin)
+        for _, rows in finite_rows(self.maps, ref, ref.nbytes if transposed else CHUNK_BYTES):
             result = self.target.select(rows.t().contiguous() if transposed else rows, feature, power, self.device)
             weight = result.weight.cpu()
             removed, total = removed + result.removed, total + result.total
@@ -135,13 +117,6 @@ def check_shapes(target: Target, linears: Mapping[str, TensorRef], transposed: f
             check_pattern(target.pattern, ref.shape[0] if name in transposed else ref.shape[1])
         except UsageError as e:
             raise UsageError(f"{name}: {e}") from e
-
-
-def _row_chunks(ref: TensorRef) -> Iterator[tuple[int, int]]:
-    rows = ref.shape[0]
-    step = max(1, CHUNK_BYTES * rows // max(ref.nbytes, 1))
-    for begin in range(0, rows, step):
-        yield begin, min(begin + step, rows)
 
 
 def _pieces(data: memoryview) -> Iterable[Buffer]:

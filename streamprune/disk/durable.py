@@ -51,7 +51,14 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise ResourceError(
                 f"no space left while writing {where}: free some and run the same command again, it resumes"
             ) from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG):
+        if e.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.ENOENT,
+            errno.ENAMETOOLONG,
+        ):
             raise StateError(f"cannot write {where}: {e.strerror}; choose a folder that can be written") from e
         raise ResourceError(f"writing {where} failed: {e.strerror}; run the same command again, it resumes") from e
 
@@ -112,7 +119,9 @@ class AtomicFile:
     def __enter__(self) -> AtomicFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self.commit()

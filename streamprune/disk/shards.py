@@ -35,7 +35,9 @@ def shard_name(number: int, total: int) -> str:
 
 
 def write_shard(
-    path: Path, tensors: Iterable[TensorRef], content: Callable[[TensorRef], Iterable[Buffer]],
+    path: Path,
+    tensors: Iterable[TensorRef],
+    content: Callable[[TensorRef], Iterable[Buffer]],
     metadata: Mapping[str, str] | None = None,
 ) -> ShardSummary:
     """Streams one shard to `path`, atomically and durably. `metadata` is {"format": "pt"} unless given.
@@ -60,7 +62,11 @@ def _header(tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for t in tensors:
-        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
+        header[t.name] = {
+            "dtype": t.dtype,
+            "shape": list(t.shape),
+            "data_offsets": [offset, offset + t.nbytes],
+        }
         offset += t.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -69,5 +75,8 @@ def _header(tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> bytes:
 
 def write_index(path: Path, metadata: Mapping[str, Any], total_size: int, weight_map: Mapping[str, str]) -> str:
     """Writes `model.safetensors.index.json` as transformers does; returns its xxh3_128."""
-    index = {"metadata": {**metadata, "total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {
+        "metadata": {**metadata, "total_size": total_size},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     return replace_file(path, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())

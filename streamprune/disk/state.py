@@ -13,11 +13,12 @@ is in a folder of the job's own below DIR.
 from __future__ import annotations
 
 import json
-import xxhash
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from streamprune.disk import durable, journal
 from streamprune.errors import CorruptStateError, StateError
@@ -89,7 +90,7 @@ def new_state(spec: JobSpec) -> JobState:
     """The places of a job that begins now."""
     if spec.work is None:
         return JobState(spec.out, partial_of(spec.out) / ".streamprune" / "cache")
-    key = xxhash.xxh3_64_hexdigest(json.dumps([str(spec.out.absolute()), spec.fixed()], default=str))
+    key = xxhash.xxh3_64_hexdigest(json.dumps([str(spec.out.absolute()), spec.fixed()]).encode())
     return JobState(spec.out, spec.work.absolute() / f"{spec.out.name}-{key}")
 
 
@@ -129,8 +130,12 @@ def find_unfinished(spec: JobSpec) -> tuple[JobState, Report] | None:
     if (partial / REPORT).is_file():
         return _complete(spec, partial)
     if not (folder / "job.json").is_file():
-        if entries - {".streamprune"} or (folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir() if p.name != "cache")):
-            raise StateError(f"{partial} exists and is not the state of a streamprune job; move it away or choose another OUT")
+        if entries - {".streamprune"} or (
+            folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir() if p.name != "cache")
+        ):
+            raise StateError(
+                f"{partial} exists and is not the state of a streamprune job; move it away or choose another OUT"
+            )
         durable.clear(partial)
         return None
     if spec.restart:
@@ -144,7 +149,9 @@ def find_unfinished(spec: JobSpec) -> tuple[JobState, Report] | None:
         )
     state = JobState(spec.out, Path(job["cache"]))
     if spec.work is not None and new_state(spec).cache != state.cache:
-        raise StateError(f"the activations of {partial} are in {state.cache.parent}: pass --work with that, or --restart")
+        raise StateError(
+            f"the activations of {partial} are in {state.cache.parent}: pass --work with that, or --restart"
+        )
     return state, job
 
 

@@ -11,6 +11,7 @@ are converted in panels of rows while they are used, so a converted copy of a st
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -27,7 +28,11 @@ _PANEL_BYTES = 32 << 20
 
 @contextmanager
 def bound(
-    skeleton: Skeleton, prefix: str | None, maps: ShardMaps, dtype: torch.dtype, device: torch.device,
+    skeleton: Skeleton,
+    prefix: str | None,
+    maps: ShardMaps,
+    dtype: torch.dtype,
+    device: torch.device,
     sources: Mapping[str, TensorRef] | None = None,
 ) -> Iterator[None]:
     """Binds the parameters below `prefix`, or with None all parameters outside the decoder layers.
@@ -63,27 +68,62 @@ def _bind(
     module: nn.Module, leaf: str, stored: Tensor, dtype: torch.dtype, device: torch.device, is_embedding: bool
 ) -> Callable[[], None]:
     """Puts a stored tensor in a module's place; returns what puts the meta tensor back."""
-    slots = module._parameters if leaf in module._parameters else module._buffers
-    before = slots[leaf]
-    restore: Callable[[], None] = lambda: slots.__setitem__(leaf, before)  # type: ignore[arg-type]  # noqa: E731
     value = stored.to(device)
-    if slots is module._buffers:
-        slots[leaf] = value if before is None else value.to(before.dtype)
-        return restore
-    assert before is not None
-    if value.dtype == dtype or not value.is_floating_point():
-        slots[leaf] = nn.Parameter(value, requires_grad=False)
-        return restore
-    if type(module) is nn.Linear and leaf == "weight":
-        slots[leaf] = nn.Parameter(value, requires_grad=False)
-        module.forward = lambda x: _linear_in_panels(module, x)  # type: ignore[method-assign]
-        return lambda: (module.__dict__.pop("forward", None), restore())[1]
-    if is_embedding and leaf == "weight":
-        hook = module.register_forward_pre_hook(lambda m, args: _narrow_embedding(m, args, value, dtype))
-        padding, module.padding_idx = module.padding_idx, None  # its row may not be among those looked up
-        return lambda: (hook.remove(), setattr(module, "padding_idx", padding), restore())[2]
-    slots[leaf] = nn.Parameter(value.to(dtype), requires_grad=False)
+    if leaf in module._buffers:
+        return _bind_buffer(module, leaf, value)
+    before = module._parameters[leaf]
+    held = value if value.dtype == dtype or not value.is_floating_point() else None
+    release: Callable[[], object] = _nothing
+    if held is None and type(module) is nn.Linear and leaf == "weight":
+        held = value
+        module.forward = functools.partial(_linear_in_panels, module)  # type: ignore[method-assign]
+        release = functools.partial(module.__dict__.pop, "forward", None)
+    elif held is None and is_embedding and leaf == "weight":
+        held = value
+        release = _narrow(module, value, dtype)
+    elif held is None:
+        held = value.to(dtype)
+    module._parameters[leaf] = nn.Parameter(held, requires_grad=False)
+
+    def restore() -> None:
+        release()
+        module._parameters[leaf] = before
+
     return restore
+
+
+def _bind_buffer(module: nn.Module, leaf: str, value: Tensor) -> Callable[[], None]:
+    before = module._buffers[leaf]
+    module._buffers[leaf] = value if before is None else value.to(before.dtype)
+
+    def restore() -> None:
+        module._buffers[leaf] = before
+
+    return restore
+
+
+def _nothing() -> None:
+    """Nothing to release."""
+
+
+def _narrow(module: nn.Module, table: Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    """Makes an embedding convert only the rows it is asked for; returns what ends that."""
+
+    def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        rows, places = torch.unique(args[0], return_inverse=True)
+        module._parameters["weight"] = nn.Parameter(table[rows].to(dtype), requires_grad=False)
+        return (places, *args[1:])
+
+    handle = module.register_forward_pre_hook(narrow)
+    padding = getattr(module, "padding_idx", None)
+    if padding is not None:
+        module.__dict__["padding_idx"] = None  # its row may not be among those that are looked up
+
+    def end() -> None:
+        handle.remove()
+        module.__dict__["padding_idx"] = padding
+
+    return end
 
 
 def _linear_in_panels(module: nn.Linear, x: Tensor) -> Tensor:
@@ -95,10 +135,3 @@ def _linear_in_panels(module: nn.Linear, x: Tensor) -> Tensor:
         bias = None if module.bias is None else module.bias[begin:end].to(x.dtype)
         out[..., begin:end] = F.linear(x, module.weight[begin:end].to(x.dtype), bias)
     return out
-
-
-def _narrow_embedding(module: nn.Module, args: tuple[Tensor, ...], table: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Replaces the table by the rows that `ids` (batch, seqlen) look up, and the ids by their places there."""
-    rows, places = torch.unique(args[0], return_inverse=True)
-    module._parameters["weight"] = nn.Parameter(table[rows].to(dtype), requires_grad=False)
-    return (places, *args[1:])

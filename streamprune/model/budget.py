@@ -1,12 +1,12 @@
 """How much memory a pass takes, and how many samples a batch may therefore hold.
 
-    peak = base + reserve + stage + batch · seqlen · per_token
+peak = base + reserve + stage + batch · seqlen · per_token
 
-    base       resident memory of this process once everything is imported and the skeleton is built
-    reserve    compiling kernels, row chunks of weights, buffers of the matrix library
-    stage      bytes of the largest stage: its weights are mapped, and resident while it is at work
-    per_token  the widest moment of a layer's forward pass: six states of the hidden size and four
-               activations of the widest linear, in the dtype that is computed in
+base       resident memory of this process once everything is imported and the skeleton is built
+reserve    compiling kernels, row chunks of weights, buffers of the matrix library
+stage      bytes of the largest stage: its weights are mapped, and resident while it is at work
+per_token  the widest moment of a layer's forward pass: six states of the hidden size and four
+           activations of the widest linear, in the dtype that is computed in
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ class Budget:
 def estimate(skeleton: Skeleton, seqlen: int, dtype: torch.dtype, base: int | None = None) -> Budget:
     """The budget of a pass with windows of `seqlen` tokens computed in `dtype`."""
     largest = max(s.nbytes for s in skeleton.stages)
-    return Budget(base if base is not None else resident_bytes(), RESERVE, largest, seqlen * token_bytes(skeleton, seqlen, dtype))
+    return Budget(
+        base if base is not None else resident_bytes(),
+        RESERVE,
+        largest,
+        seqlen * token_bytes(skeleton, seqlen, dtype),
+    )
 
 
 def token_bytes(skeleton: Skeleton, seqlen: int, dtype: torch.dtype) -> int:

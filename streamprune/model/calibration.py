@@ -32,7 +32,7 @@ def load_tokenizer(model: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except Exception as e:  # noqa: BLE001 - tokenizers fail in their own ways on damaged files
+    except Exception as e:
         why = " ".join(str(e).split())[:200]
         raise CheckpointError(
             f"{model}: no usable tokenizer ({why}); add its files, or pass token ids with --calib FILE.npy"
@@ -54,10 +54,13 @@ def draw_windows(path: Path | None, model: Path, vocab_size: int, samples: int, 
     stream = _token_stream(path, model, samples * seqlen * STREAM_WINDOWS)
     name = path or "the built-in text"
     if len(stream) < seqlen:
-        raise UsageError(f"{name} has {len(stream)} tokens, one window needs {seqlen}; lower --seqlen or give more text")
+        raise UsageError(
+            f"{name} has {len(stream)} tokens, one window needs {seqlen}; lower --seqlen or give more text"
+        )
     _check_range(stream, vocab_size, name)
     starts = np.random.Generator(np.random.PCG64(seed)).integers(0, len(stream) - seqlen + 1, size=samples)
-    return stream[starts[:, None] + np.arange(seqlen)]
+    windows: Tokens = stream[starts[:, None] + np.arange(seqlen)]
+    return windows
 
 
 def _token_stream(path: Path | None, model: Path, limit: int) -> Tokens:

@@ -9,15 +9,22 @@ import torch
 from torch import Tensor
 
 from streamprune.disk.cache import CacheReader, CacheWriter
+from streamprune.disk.header import TensorRef
+from streamprune.disk.mapping import ShardMaps
+from streamprune.errors import CheckpointError
+from streamprune.kernels import cpu
 from streamprune.model.calibration import Tokens
-from streamprune.model.skeleton import Stage
+from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.statistics import Collector
 from streamprune.model.walk import Walk
+
+_CHECK_BYTES = 16 << 20
 
 
 def split_batches(windows: Tokens, batch: int) -> list[Tensor]:
     """Windows (samples, seqlen) as batches (≤ batch, seqlen) int64."""
-    return list(torch.from_numpy(windows).split(batch))
+    ids = torch.from_numpy(windows)
+    return [ids[begin : begin + batch] for begin in range(0, len(ids), batch)]
 
 
 def embed_pass(walk: Walk, batches: list[Tensor], folder: Path) -> None:
@@ -28,7 +35,12 @@ def embed_pass(walk: Walk, batches: list[Tensor], folder: Path) -> None:
 
 
 def layer_pass(
-    walk: Walk, stage: Stage, folder: Path, *, write: bool, collector: Collector | None = None,
+    walk: Walk,
+    stage: Stage,
+    folder: Path,
+    *,
+    write: bool,
+    collector: Collector | None = None,
     run: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Cache i through layer i to cache i + 1 (if `write`), its linears' inputs into the collector (if given).
@@ -54,3 +66,34 @@ def _outputs(reader: CacheReader, run: Callable[[Tensor], Tensor], collector: Co
         yield run(reader[chunk])
         if collector:
             collector.end_batch()
+
+
+def check_weights(maps: ShardMaps, skeleton: Skeleton, stage: Stage) -> None:
+    """Looks at every weight of a stage before it is used. Raises CheckpointError for NaN and Inf, as finite_rows."""
+    known = {ref.name for ref in skeleton.sources.values()}
+    for ref in stage.tensors:
+        if ref.name in known:
+            for _ in finite_rows(maps, ref, _CHECK_BYTES):
+                pass
+            if stage.kind != "layer":
+                maps.release([ref])  # of these, a pass touches a few rows only
+
+
+def finite_rows(maps: ShardMaps, ref: TensorRef, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
+    """A stored tensor in chunks of whole rows, with each chunk's first row; a scalar in one piece.
+
+    Raises CheckpointError naming file, tensor and index of the first NaN or Inf.
+    """
+    count = ref.shape[0] if ref.shape else 1
+    step = max(1, chunk_bytes * count // max(ref.nbytes, 1))
+    for begin in range(0, count, step):
+        rows = maps.rows(ref, begin, min(begin + step, count)) if ref.shape else maps.tensor(ref)
+        flat = cpu.first_nonfinite(rows)
+        if flat is not None:
+            index = [int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape)]
+            place = [begin + index[0], *index[1:]] if index else []
+            raise CheckpointError(
+                f"{ref.shard}: tensor {ref.name} is {float(rows.reshape(-1)[flat])} at {place}; "
+                "the checkpoint is damaged, download it again"
+            )
+        yield begin, rows

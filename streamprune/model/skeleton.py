@@ -87,7 +87,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -137,12 +137,16 @@ def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     if not isinstance(kind, str):
         raise UnsupportedError(f"{checkpoint.path}/config.json names no model_type, so its architecture is unknown")
     if kind not in CONFIG_MAPPING and not (trust_remote_code and checkpoint.config.get("auto_map")):
-        custom = ", or pass --trust-remote-code to run the code in its folder" if checkpoint.config.get("auto_map") else ""
+        custom = (
+            ", or pass --trust-remote-code to run the code in its folder" if checkpoint.config.get("auto_map") else ""
+        )
         raise UnsupportedError(f"model_type {kind!r} is unknown to this transformers; a newer one may know it{custom}")
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as e:  # noqa: BLE001 - whatever a configuration class throws, the file is at fault
-        raise CheckpointError(f"{checkpoint.path}/config.json is not a valid {kind} configuration: {_one_line(e)}") from e
+    except Exception as e:
+        raise CheckpointError(
+            f"{checkpoint.path}/config.json is not a valid {kind} configuration: {_one_line(e)}"
+        ) from e
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{kind} is an encoder-decoder model; only decoder-only causal models can be pruned")
     return config
@@ -160,7 +164,7 @@ def _build_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype, trust_
         if "Unrecognized configuration class" in str(e):
             raise UnsupportedError(f"{kind} has no causal language model in transformers") from e
         raise CheckpointError(f"{checkpoint.path}/config.json: {_one_line(e)}") from e
-    except Exception as e:  # noqa: BLE001 - model code fails in its own ways on a wrong configuration
+    except Exception as e:
         raise CheckpointError(f"{checkpoint.path}/config.json does not describe a {kind} model: {_one_line(e)}") from e
     model.requires_grad_(False)
     result: nn.Module = model.eval()
@@ -182,7 +186,9 @@ def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     if len(outermost) > 1:
         raise UnsupportedError(f"{config.model_type} has several layer lists ({', '.join(n for n, _ in outermost)})")
     if getattr(config.get_text_config(), "num_kv_shared_layers", 0):
-        raise UnsupportedError(f"{config.model_type} shares keys and values across layers; layers cannot be streamed alone")
+        raise UnsupportedError(
+            f"{config.model_type} shares keys and values across layers; layers cannot be streamed alone"
+        )
     return outermost[0]
 
 
@@ -265,7 +271,11 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _cut_stages(
-    checkpoint: Checkpoint, model: nn.Module, prefix: str, layers: nn.ModuleList, sources: Mapping[str, TensorRef]
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    prefix: str,
+    layers: nn.ModuleList,
+    sources: Mapping[str, TensorRef],
 ) -> tuple[Stage, ...]:
     """Every tensor of the checkpoint into exactly one stage."""
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]

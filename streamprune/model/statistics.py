@@ -73,8 +73,11 @@ class Collector:
 
 
 def write_statistics(
-    path: Path, stats: Iterable[tuple[str, InputStats]], groups: Mapping[str, str],
-    model: Mapping[str, str], calibration: Mapping[str, Any],
+    path: Path,
+    stats: Iterable[tuple[str, InputStats]],
+    groups: Mapping[str, str],
+    model: Mapping[str, str],
+    calibration: Mapping[str, Any],
 ) -> str:
     """Writes a statistics file, atomically and durably; returns its xxh3_128."""
     parts: dict[str, Tensor] = {}
@@ -129,9 +132,13 @@ class StatisticsFile:
             raise UsageError(f"{self.path} has no statistics of {linear}; it belongs to another model")
         values = {k: self._read(t) for k, t in tensors.items() if t is not None}
         if values["sum"].shape != (in_features,) or values["sumsq"].shape != (in_features,):
-            raise UsageError(f"{self.path}: {linear} has {in_features} inputs, the statistics {tuple(values['sum'].shape)}")
+            raise UsageError(
+                f"{self.path}: {linear} has {in_features} inputs, the statistics {tuple(values['sum'].shape)}"
+            )
         if not bool(torch.isfinite(values["sumsq"]).all()) or bool((values["sumsq"] < 0).any()):
-            raise CorruptStateError(f"{self.path}: the statistics of {linear} are damaged; make them again with `calibrate`")
+            raise CorruptStateError(
+                f"{self.path}: the statistics of {linear} are damaged; make them again with `calibrate`"
+            )
         return InputStats(int(values["tokens"]), values["sum"], values["sumsq"])
 
     def _read(self, ref: TensorRef) -> Tensor:

@@ -19,7 +19,7 @@ _PIECE_CHARACTERS = 1 << 16
 
 
 @contextlib.contextmanager
-def open_text(path: Path | None) -> Iterator[IO[bytes]]:
+def open_text(path: Path | None) -> Iterator[IO[bytes] | gzip.GzipFile]:
     """The bytes of a text, unpacked when its name ends in .gz; None is the built-in text.
 
     Raises UsageError when the file cannot be read.

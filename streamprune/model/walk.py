@@ -96,7 +96,8 @@ class Walk:
     def _record(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         for as_tuple in (False, True) if self._as_tuple is None else (self._as_tuple,):
             with _recorders(self.skeleton, as_tuple) as recorders:
-                base = getattr(self.skeleton.model, self.skeleton.model.base_model_prefix, self.skeleton.model)  # type: ignore[arg-type]
+                model = self.skeleton.model
+                base = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
                 try:
                     final = base(input_ids=ids, use_cache=False)[0]
                 except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
@@ -115,7 +116,11 @@ class Walk:
 
     @contextmanager
     def layer(
-        self, stage: Stage, *, maps: ShardMaps | None = None, sources: dict[str, Any] | None = None,
+        self,
+        stage: Stage,
+        *,
+        maps: ShardMaps | None = None,
+        sources: dict[str, Any] | None = None,
         watch: Callable[[str, Tensor], None] | None = None,
     ) -> Iterator[Callable[[Tensor], Tensor]]:
         """One decoder layer with its weights bound: a function from states to states, (batch, seqlen, hidden).
@@ -177,7 +182,11 @@ def _recorders(skeleton: Skeleton, as_tuple: bool) -> Iterator[list[_Recorder]]:
     real = list(layers)
     recorders = [_Recorder(as_tuple) for _ in real]
     for i, (recorder, layer) in enumerate(zip(recorders, real, strict=True)):
-        for attribute in ("attention_type", "layer_type", "is_sliding"):  # read by some models before the call
+        for attribute in (
+            "attention_type",
+            "layer_type",
+            "is_sliding",
+        ):  # read by some models before the call
             if hasattr(layer, attribute):
                 setattr(recorder, attribute, getattr(layer, attribute))
         layers[i] = recorder

@@ -1,0 +1,48 @@
+"""`demo`: the main job on the small trained model that comes with the package, in a temporary folder."""
+
+from __future__ import annotations
+
+import importlib.resources
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from streamprune.evaluation import evaluate
+from streamprune.inspection import inspect
+from streamprune.job import JobResult, prune
+from streamprune.spec import Progress, ProgressCallback
+
+SAMPLES, SEQLEN = 64, 256
+
+
+def run_demo(progress: ProgressCallback) -> list[dict[str, Any]]:
+    """Prunes the demo model to 50 % and to 2:4, evaluates all three on held-out text; a row a model."""
+    package = importlib.resources.files("streamprune")
+    jobs: list[tuple[str, dict[str, Any]]] = [
+        ("dense", {}),
+        ("50 % (swiftprune)", {"sparsity": 0.5}),
+        ("2:4 (swiftprune)", {"pattern": "2:4"}),
+        ("50 % (magnitude)", {"sparsity": 0.5, "method": "magnitude"}),
+    ]
+    rows = []
+    with (
+        importlib.resources.as_file(package / "demo_model") as model,
+        importlib.resources.as_file(package / "text" / "heldout.txt.gz") as text,
+        tempfile.TemporaryDirectory(prefix="streamprune-demo-") as folder,
+    ):
+        for number, (name, amount) in enumerate(jobs):
+            result: JobResult | None = None
+            out = model
+            if amount:
+                out = Path(folder) / f"out{number}"
+                result = prune(model, out, samples=SAMPLES, seqlen=SEQLEN, **amount)
+            found = evaluate(out, text, seqlen=SEQLEN, work=folder)
+            zeros = inspect(out).totals
+            pattern = next((p for p, count in zeros.patterns.items() if count == zeros.linears and p != "none"), None)
+            rows.append({
+                "model": name, "perplexity": found.perplexity, "sparsity": zeros.sparsity, "pattern": pattern,
+                "prune_seconds": result.seconds if result else None, "eval_seconds": found.seconds,
+                "peak_rss_bytes": max(found.peak_rss_bytes, result.peak_rss_bytes if result else 0),
+            })  # fmt: skip
+            progress(Progress(name, number + 1, len(jobs), found.seconds + (result.seconds if result else 0.0)))
+    return rows
