@@ -102,13 +102,22 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
+def _is_text(name: str) -> bool:
+    """False for half a surrogate pair, which JSON can write but UTF-8 cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _tensor_ref(path: Path, name: str, entry: Any, start: int) -> TensorRef:
     """Check one header entry; `start` is where the shard's data begins."""
 
     def bad(why: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {show(name)}: {why}; download the file again")
 
-    if not name or any(0xD800 <= ord(c) <= 0xDFFF for c in name):
+    if not name or not _is_text(name):
         raise bad("the name is empty or no valid text")
     if not isinstance(entry, dict):
         raise bad("the entry is not an object")
@@ -122,10 +131,7 @@ def _tensor_ref(path: Path, name: str, entry: Any, start: int) -> TensorRef:
     begin, end = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (end - begin):
-        raise bad(
-            f"{dtype} {show(shape)} takes {show(-(-bits // 8))} bytes, "
-            f"but its data_offsets are {begin} to {end}"
-        )
+        raise bad(f"{dtype} {show(shape)} takes {show(-(-bits // 8))} bytes, but its data_offsets are {begin} to {end}")
     return TensorRef(name, path.name, dtype, tuple(shape), start + begin, start + end)
 
 

@@ -1,7 +1,7 @@
 """Counting what the bits of weights hold: zeros per row, nonzeros per group of M inputs, -0.0, NaN, Inf.
 
 Works on the raw bits, so that every floating dtype has one code path and bf16 and fp8 need no conversion.
-Meant for blocks of about a megabyte, which stay in the cache during the ten passes or so. Groups are summed
+Meant for blocks of a quarter megabyte or so, which stay in the cache during the ten passes or so. Groups are summed
 with one multiplication: nonzero flags are bytes of 0 or 1, and the top byte of `eight flags as one integer ×
 0x0101010101010101` is their sum.
 """
