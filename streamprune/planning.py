@@ -113,7 +113,8 @@ def plan(
         output_bytes=checkpoint.nbytes, cache_bytes=cache, disk_bytes=checkpoint.nbytes + cache + _SLACK_BYTES,
         flops=sum(s.flops for s in stages), seconds=sum(s.seconds for s in stages), batch=batch,
         dtype=str(compute).removeprefix("torch."), device=str(target),
-        rests_on=f"measured now: matrix products {computing / 1e9:.0f} GFLOP/s, reading the checkpoint {reading / 1e6:.0f} MB/s; writing taken as fast as reading",
+        rests_on=f"measured now: matrix products {computing / 1e9:.0f} GFLOP/s, "
+        f"reading the checkpoint {reading / 1e6:.0f} MB/s; writing taken as fast as reading",
     )  # fmt: skip
 
 
