@@ -66,7 +66,7 @@ def plan_table(found: Plan) -> str:
         "",
         table(["stage (each)", "weights", "linears", "arithmetic", "time"], rows),
         "",
-        f"peak RAM    {format_bytes(found.peak_ram_bytes)}; the least --max-ram is {format_bytes(found.least_ram_bytes)}",
+        f"peak RAM    {format_bytes(found.peak_ram_bytes)}; least --max-ram {format_bytes(found.least_ram_bytes)}",
         *([f"peak VRAM   {format_bytes(found.vram_bytes)}"] if found.vram_bytes else []),
         f"disk        {format_bytes(found.disk_bytes)} free: {format_bytes(found.output_bytes)} output, "
         f"{format_bytes(found.cache_bytes)} activations while running",

@@ -66,8 +66,8 @@ def _power(stats: InputStats) -> Tensor:
     if not bool(torch.isfinite(a).all()):
         bad = int((~torch.isfinite(a)).to(torch.uint8).argmax())
         raise UnsupportedError(
-            f"activations are not finite: input feature {bad} was NaN or Inf during calibration, as happens to "
-            f"float16 models that overflow; calibrate in float32 (--dtype float32)"
+            f"activations are not finite: input feature {bad} was NaN or Inf during calibration, as in "
+            f"float16 models that overflow; calibrate with --dtype float32"
         )
     return a
 
