@@ -205,11 +205,12 @@ class Run:
     def _create(self) -> None:
         self.begun = True
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.state.create({"job": self.spec.fixed(), "resolved": self.resolved, "started": started})
+        tokens = None
         if self.windows is not None:
             buffer = io.BytesIO()
             np.save(buffer, self.windows, allow_pickle=False)
-            durable.replace_file(self.state.tokens, buffer.getbuffer())
+            tokens = buffer.getbuffer()
+        self.state.create({"job": self.spec.fixed(), "resolved": self.resolved, "started": started}, tokens)
 
     def _clean(self) -> None:
         """Removes what a crash left behind: caches of other stages than the next, and temporary files."""

@@ -60,10 +60,12 @@ class JobState:
     def layer_stats(self, index: int) -> Path:
         return self.folder / f"statistics-{index:04d}.safetensors"
 
-    def create(self, job: Mapping[str, Any]) -> None:
-        """Begins a job: makes its folders and writes `job.json`."""
+    def create(self, job: Mapping[str, Any], tokens: durable.Buffer | None) -> None:
+        """Begins a job: makes its folders, keeps its calibration tokens, and writes `job.json` last."""
         durable.make_folder(self.folder)
         durable.make_folder(self.cache)
+        if tokens is not None:
+            durable.replace_file(self.tokens, tokens)
         journal.write_json(self.folder / "job.json", "job", {**job, "cache": str(self.cache)})
 
     def discard(self) -> None:
@@ -126,13 +128,10 @@ def find_unfinished(spec: JobSpec) -> tuple[JobState, Report] | None:
     if not partial.exists() and not partial.is_symlink():
         return None
     folder = partial / ".streamprune"
-    entries = {p.name for p in partial.iterdir()} if partial.is_dir() and not partial.is_symlink() else {"?"}
     if (partial / REPORT).is_file():
         return _complete(spec, partial)
     if not (folder / "job.json").is_file():
-        if entries - {".streamprune"} or (
-            folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir() if p.name != "cache")
-        ):
+        if not _just_begun(partial, folder):
             raise StateError(
                 f"{partial} exists and is not the state of a streamprune job; move it away or choose another OUT"
             )
@@ -153,6 +152,16 @@ def find_unfinished(spec: JobSpec) -> tuple[JobState, Report] | None:
             f"the activations of {partial} are in {state.cache.parent}: pass --work with that, or --restart"
         )
     return state, job
+
+
+def _just_begun(partial: Path, folder: Path) -> bool:
+    """Whether a folder holds nothing but what a job writes before its `job.json`."""
+    if partial.is_symlink() or not partial.is_dir() or {p.name for p in partial.iterdir()} - {".streamprune"}:
+        return False
+    if not folder.exists():
+        return True
+    early = {"cache", "tokens.npy", ".tokens.npy.tmp", ".job.json.tmp"}
+    return folder.is_dir() and not {p.name for p in folder.iterdir()} - early
 
 
 def _complete(spec: JobSpec, partial: Path) -> tuple[JobState, Report] | None:
