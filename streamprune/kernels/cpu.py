@@ -168,9 +168,7 @@ def _prune_rows(
 class _Job:
     """Arrays of one call: inputs and outputs as numpy views of the tensors' memory."""
 
-    def __init__(
-        self, weight: Tensor, feature: Tensor, power: int, out: Tensor | None, want_keep: bool
-    ) -> None:
+    def __init__(self, weight: Tensor, feature: Tensor, power: int, out: Tensor | None, want_keep: bool) -> None:
         if weight.ndim != 2 or weight.dtype not in _KINDS:
             raise ValueError(f"weight must be 2-D bf16, fp16 or fp32, not {weight.dtype} {[*weight.shape]}")
         if feature.dtype != torch.float32 or feature.shape != weight.shape[1:]:

@@ -23,7 +23,7 @@ from streamprune.kernels.jit import jit
 
 BF16, FP16, FP32 = 0, 1, 2
 _F16_SCALE = np.float32(2.0**112)
-_LOSS_CHUNK = 1024
+_LOSS_CHUNK = 4096
 
 
 @jit()

@@ -36,9 +36,7 @@ def prune_ewma(
         raise ValueError(f"block {block} must be at least 1 and alpha {alpha} in 0..1")
     if not 0 <= count <= weight.shape[-1]:
         raise ValueError(f"cannot prune {count} of {weight.shape[-1]} weights in a row")
-    return _prune(
-        weight, feature, power, out, want_keep, lambda score: _lowest(_ewma_z(score, block, alpha), count)
-    )
+    return _prune(weight, feature, power, out, want_keep, lambda score: _lowest(_ewma_z(score, block, alpha), count))
 
 
 def prune_exact(
