@@ -9,9 +9,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from streamprune.errors import INTERRUPTED, StreampruneError
+from streamprune.errors import INTERRUPTED, StreampruneError, UsageError
 
 EXIT_CODES = """exit codes:
   0    done, or already done
@@ -71,9 +71,16 @@ def _fail(args: argparse.Namespace, error: BaseException, message: str, code: in
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line, as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UsageError.exit_code, f"streamprune: error: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each stores its handler."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="streamprune", description="Prune any safetensors causal LM out of core, one layer at a time.",
         epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

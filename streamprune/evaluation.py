@@ -26,17 +26,17 @@ from streamprune.disk.checkpoint import open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
+from streamprune.memory import peak_resident_bytes
 from streamprune.model.budget import (
     choose_batch,
     compute_dtype,
     estimate,
-    peak_resident_bytes,
     resolve_device,
 )
 from streamprune.model.calibration import Tokens, cut_windows
 from streamprune.model.passes import check_weights, embed_pass, layer_pass, split_batches
 from streamprune.model.skeleton import Skeleton, build_skeleton, stored_dtype
-from streamprune.model.texts import default_seqlen
+from streamprune.model.texts import check_seqlen, default_seqlen
 from streamprune.model.walk import Walk
 from streamprune.spec import Progress, ProgressCallback, format_bytes, no_progress
 
@@ -72,12 +72,11 @@ def evaluate(
     path, length = Path(text), seqlen if seqlen is not None else default_seqlen(checkpoint.config)
     if not path.is_file():
         raise UsageError(f"--text {path}: no such file")
-    if length < 2:
-        raise UsageError(f"--seqlen {length}: a window needs at least 2 tokens, one to predict the other")
+    check_seqlen(length, checkpoint.config)
     target = resolve_device(device)
     compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
     skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)
-    windows = cut_windows(path, checkpoint.path, skeleton.vocab_size, length)
+    windows = cut_windows(path, checkpoint.path, skeleton.vocab_size, length, trust_remote_code=trust_remote_code)
     batch = choose_batch(estimate(skeleton, length, compute), len(windows), length, max_ram)
     with (
         _scratch(Path(work) if work is not None else _default_work()) as folder,

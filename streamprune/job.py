@@ -9,20 +9,18 @@ finish     index, side files, statistics, report; rename
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import xxhash
 
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
-from streamprune.disk.state import find_finished, find_unfinished, lock_of
+from streamprune.disk.state import file_digest, find_finished, find_unfinished, lock_of
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
+from streamprune.memory import peak_resident_bytes
 from streamprune.pruning.recipes import make_recipe
 from streamprune.spec import Calibration, JobSpec, ProgressCallback, no_progress
 
@@ -34,8 +32,8 @@ DEFAULT_SAMPLES = 128
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job came to. `report` is what `streamprune.json` says; `seconds` and `peak_rss_bytes` are this
-    job's, over all runs it took (0 for a job that was up to date already)."""
+    """What a job came to. `report` is what `streamprune.json` says; `seconds` and `peak_rss_bytes` are the job's, over
+    all runs it took, or this call's when it was up to date already."""
 
     status: str
     """"done" or "up-to-date"."""
@@ -77,7 +75,7 @@ def prune(
     spec = JobSpec(
         verb="prune", model=checkpoint.fingerprint(), recipe=recipe, sparsity=sparsity, pattern=pattern,
         only=only, skip=skip, propagate=propagate, calibration=calibration if needs_pass else None,
-        stats=_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype,
+        stats=_stats_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype,
         source=checkpoint.path, out=Path(out), stats_path=Path(stats) if stats is not None else None,
         max_ram=max_ram, save_stats=Path(save_stats) if save_stats is not None else None,
         work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
@@ -126,36 +124,35 @@ def _check_amount(sparsity: float | None, pattern: str | None) -> None:
 def _describe_calibration(
     checkpoint: Checkpoint, calib: str | Path | None, samples: int, seqlen: int | None, seed: int
 ) -> Calibration:
-    from streamprune.model.texts import default_seqlen, text_digest
+    from streamprune.model.texts import check_seqlen, default_seqlen, text_digest
 
     path = Path(calib) if calib is not None else None
     if path is not None and not path.is_file():
         raise UsageError(f"--calib {path}: no such file")
-    limit = default_seqlen(checkpoint.config)
-    if samples < 1 or (seqlen is not None and seqlen < 2) or seed < 0:
-        raise UsageError("--samples must be at least 1, --seqlen at least 2, --seed not negative")
-    return Calibration(path, text_digest(path), samples, seqlen if seqlen is not None else limit, seed)
+    if samples < 1 or seed < 0:
+        raise UsageError("--samples must be at least 1, --seed not negative")
+    length = seqlen if seqlen is not None else default_seqlen(checkpoint.config)
+    check_seqlen(length, checkpoint.config)
+    return Calibration(path, text_digest(path), samples, length, seed)
 
 
-def _digest(path: Path) -> str:
+def _stats_digest(path: Path) -> str:
     try:
-        with path.open("rb") as f:
-            digest = xxhash.xxh3_128()
-            while block := f.read(1 << 20):
-                digest.update(block)
+        return file_digest(path)
     except OSError as e:
         raise UsageError(f"--stats {path}: cannot be read ({e.strerror}); make it with `calibrate`") from e
-    return digest.hexdigest()
 
 
 def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback) -> JobResult:
+    begun = time.perf_counter()
     _check_places(spec, checkpoint)
     durable.make_folder(spec.out.absolute().parent)
     with durable.Lock(lock_of(spec.out)):
         finished = find_finished(spec) if spec.verb == "prune" else _find_statistics(spec)
         if finished is not None:
             _check_saved(spec)
-            return dataclasses.replace(_result(spec, finished, "up-to-date"), seconds=0.0, peak_rss_bytes=0)
+            took = time.perf_counter() - begun
+            return replace(_result(spec, finished, "up-to-date"), seconds=took, peak_rss_bytes=peak_resident_bytes())
         unfinished = find_unfinished(spec)
         if unfinished is not None and unfinished[0].is_complete:
             _check_saved(spec)
@@ -163,7 +160,6 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
             return _result(spec, unfinished[1], "done")
         from streamprune.job_run import Run
 
-        begun = time.perf_counter()
         with Run(spec, checkpoint, unfinished, progress) as run:
             report = _discard_on_bad_input(run, lambda: run.work(begun))
         return _result(spec, report, "done")
@@ -197,6 +193,8 @@ def _discard_on_bad_input(run: Run, work: Callable[[], dict[str, Any]]) -> dict[
 
 def _check_places(spec: JobSpec, checkpoint: Checkpoint) -> None:
     """Refuses places that would be read and written at once, or that are not there."""
+    if spec.out.name in ("", ".."):
+        raise UsageError(f"OUT {spec.out}: give the folder that is to be written a name of its own")
     source = checkpoint.path.resolve()
     for flag, path in (("OUT", spec.out), ("--work", spec.work), ("--save-stats", spec.save_stats)):
         if path is not None and (path.resolve() == source or source in path.resolve().parents):

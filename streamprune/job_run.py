@@ -28,15 +28,15 @@ from streamprune.disk.cache import remove_cache
 from streamprune.disk.checkpoint import Checkpoint, open_shard
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.shards import shard_name, write_index
-from streamprune.disk.state import JobState, new_state
+from streamprune.disk.state import JobState, file_digest, new_state
 from streamprune.errors import CorruptStateError, ResourceError, UsageError
 from streamprune.kernels import cpu, torch_ops
+from streamprune.memory import peak_resident_bytes
 from streamprune.model.budget import (
     Budget,
     choose_batch,
     compute_dtype,
     estimate,
-    peak_resident_bytes,
     resolve_device,
 )
 from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
@@ -128,9 +128,7 @@ class Run:
         budget = estimate(self.skeleton, seqlen, self.dtype)
         if calibration is None:
             budget = Budget(budget.base, budget.reserve, 0, 0)  # weights are streamed in chunks
-        batch = (
-            choose_batch(budget, samples, seqlen, self.spec.max_ram) if budget.per_sample or self.spec.max_ram else 1
-        )
+        batch = choose_batch(budget, samples, seqlen, self.spec.max_ram)
         recorded = int(resolved.get("batch", batch))
         if self.spec.max_ram is not None and budget.peak(recorded) > self.spec.max_ram:
             raise ResourceError(
@@ -151,7 +149,10 @@ class Run:
             if tokens_digest(windows) != resolved["tokens"]:
                 raise CorruptStateError(f"{self.state.tokens} is damaged; start again with --restart")
             return windows
-        return draw_windows(c.path, self.spec.source, self.skeleton.vocab_size, c.samples, c.seqlen, c.seed)
+        return draw_windows(
+            c.path, self.spec.source, self.skeleton.vocab_size, c.samples, c.seqlen, c.seed,
+            trust_remote_code=self.spec.trust_remote_code,
+        )  # fmt: skip
 
     def _check_disk(self) -> None:
         """Raises ResourceError unless checkpoint + 2 × cache + 64 MiB (less what is there) fit."""
@@ -289,7 +290,11 @@ class Run:
     def _finish(self, since: float) -> dict[str, Any]:
         statistics = self.spec.save_stats if self.writer else self.spec.out
         if statistics is not None:
-            parts = [self.state.layer_stats(s.index) for s in self.skeleton.layer_stages]
+            parts = []
+            for stage, record in zip(self.skeleton.layer_stages, self.records[1:], strict=False):
+                parts.append(self.state.layer_stats(stage.index))
+                if file_digest(parts[-1]) != record["statistics"]:
+                    raise CorruptStateError(f"{parts[-1]} is damaged; start again with --restart")
             merge_statistics(statistics, parts, self.checkpoint.identity(), self._calibration() | self._job())
         if self.writer is None:
             report = self._report([], since)

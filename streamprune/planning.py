@@ -21,7 +21,7 @@ from streamprune.disk.hub import resolve_model
 from streamprune.errors import UsageError
 from streamprune.model.budget import choose_batch, compute_dtype, estimate, resolve_device
 from streamprune.model.skeleton import Skeleton, Stage, build_skeleton, stored_dtype
-from streamprune.model.texts import default_seqlen
+from streamprune.model.texts import check_seqlen, default_seqlen
 from streamprune.spec import compile_filter
 from streamprune.stage_writer import selected_linears
 
@@ -82,8 +82,9 @@ def plan(
     checkpoint = open_checkpoint(resolve_model(str(model)))
     refuse_quantised(checkpoint)
     length = seqlen if seqlen is not None else default_seqlen(checkpoint.config)
-    if samples < 1 or length < 2:
-        raise UsageError("--samples must be at least 1 and --seqlen at least 2")
+    if samples < 1:
+        raise UsageError("--samples must be at least 1")
+    check_seqlen(length, checkpoint.config)
     target = resolve_device(device)
     compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
     skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)

@@ -76,7 +76,7 @@ class StageWriter:
 
     def _checked(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of a tensor that is not pruned."""
-        for _, rows in finite_rows(self.maps, ref, CHUNK_BYTES):
+        for rows in finite_rows(self.maps, ref, CHUNK_BYTES, release=True):
             yield _bytes(rows)
 
     def _pruned(self, ref: TensorRef, name: str, stats: Callable[[str, int], InputStats]) -> Iterator[Buffer]:
@@ -87,7 +87,7 @@ class StageWriter:
         given = stats(name, in_features) if needs else InputStats.zeros(in_features)
         feature, power = make_feature(given)
         removed = total = 0.0
-        for _, rows in finite_rows(self.maps, ref, ref.nbytes if transposed else CHUNK_BYTES):
+        for rows in finite_rows(self.maps, ref, ref.nbytes if transposed else CHUNK_BYTES, release=True):
             result = self.target.select(rows.t().contiguous() if transposed else rows, feature, power, self.device)
             weight = result.weight.cpu()
             removed, total = removed + result.removed, total + result.total

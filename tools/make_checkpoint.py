@@ -63,10 +63,10 @@ def write_checkpoint(
             durable.copy_file(demo / name, out / name)
     stages: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (vocab, hidden)}]
     for i in range(layers):
-        p, attention = f"model.layers.{i}.", (heads * head_dim, kv_heads * head_dim)
+        p, q, kv = f"model.layers.{i}.", heads * head_dim, kv_heads * head_dim
         stages.append({
-            p + "self_attn.q_proj.weight": (attention[0], hidden), p + "self_attn.k_proj.weight": (attention[1], hidden),
-            p + "self_attn.v_proj.weight": (attention[1], hidden), p + "self_attn.o_proj.weight": (hidden, attention[0]),
+            p + "self_attn.q_proj.weight": (q, hidden), p + "self_attn.k_proj.weight": (kv, hidden),
+            p + "self_attn.v_proj.weight": (kv, hidden), p + "self_attn.o_proj.weight": (hidden, q),
             p + "mlp.gate_proj.weight": (intermediate, hidden), p + "mlp.up_proj.weight": (intermediate, hidden),
             p + "mlp.down_proj.weight": (hidden, intermediate), p + "input_layernorm.weight": (hidden,),
             p + "post_attention_layernorm.weight": (hidden,),

@@ -80,6 +80,15 @@ class JobState:
         durable.publish(self.partial, self.out)
 
 
+def file_digest(path: Path) -> str:
+    """xxh3_128 of a file's bytes. Raises OSError."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def lock_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.lock")
 

@@ -12,13 +12,13 @@ per_token  the widest moment of a layer's forward pass: six states of the hidden
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from streamprune.errors import ResourceError, UsageError
+from streamprune.memory import available_bytes, resident_bytes
 from streamprune.model.skeleton import Skeleton
 from streamprune.spec import format_bytes
 
@@ -64,40 +64,22 @@ def token_bytes(skeleton: Skeleton, seqlen: int, dtype: torch.dtype) -> int:
 
 
 def choose_batch(budget: Budget, samples: int, seqlen: int, max_ram: int | None) -> int:
-    """Samples a batch. Raises ResourceError when not even one fits into `max_ram` bytes."""
+    """Samples a batch. Raises ResourceError when not even one fits into `max_ram` bytes, or into the machine."""
     batch = max(1, min(samples, BATCH_TOKENS // seqlen))
-    if max_ram is None:
-        return batch
-    if budget.peak(1) > max_ram:
+    limit, whose = max_ram, "--max-ram"
+    if limit is None:
+        free = available_bytes()
+        if free is None:
+            return batch
+        limit, whose = resident_bytes() + free, "this machine's free memory of"
+    if budget.peak(1) > limit:
         least = -(-budget.peak(1) >> 20) + 1
         raise ResourceError(
-            f"--max-ram {format_bytes(max_ram)} is not enough: this job needs --max-ram {least}MiB "
+            f"{whose} {format_bytes(limit)} is not enough: this job needs --max-ram {least}MiB "
             f"({format_bytes(budget.stage)} for the largest stage, {format_bytes(budget.per_sample)} for one sample, "
             f"the rest for the program itself)"
         )
-    return min(batch, (max_ram - budget.peak(0)) // budget.per_sample)
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now, mapped file pages counted."""
-    return _from_status("VmRSS")
-
-
-def peak_resident_bytes() -> int:
-    """Highest resident memory of this process so far, mapped file pages counted."""
-    return _from_status("VmHWM")
-
-
-def _from_status(field: str) -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        found = re.search(rf"{field}:\s+(\d+) kB", status.read_text())
-        if found:
-            return int(found.group(1)) << 10
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
+    return min(batch, (limit - budget.peak(0)) // budget.per_sample) if budget.per_sample else batch
 
 
 def native_bf16() -> bool:

@@ -26,12 +26,12 @@ STREAM_WINDOWS = 64
 Tokens = NDArray[np.int64]
 
 
-def load_tokenizer(model: Path) -> Any:
+def load_tokenizer(model: Path, trust_remote_code: bool) -> Any:
     """The checkpoint's tokenizer. Raises CheckpointError when it is missing or cannot be read."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as e:
         why = " ".join(str(e).split())[:200]
         raise CheckpointError(
@@ -45,13 +45,16 @@ def _encode(tokenizer: Any, text: str) -> Tokens:
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
 
 
-def draw_windows(path: Path | None, model: Path, vocab_size: int, samples: int, seqlen: int, seed: int) -> Tokens:
+def draw_windows(
+    path: Path | None, model: Path, vocab_size: int, samples: int, seqlen: int, seed: int, *,
+    trust_remote_code: bool = False,
+) -> Tokens:  # fmt: skip
     """Calibration windows (samples, seqlen) int64. See the module's docstring for how they are drawn.
 
     Raises UsageError when the text is missing or shorter than one window, CheckpointError when the tokenizer
     is missing or its ids do not fit the vocabulary.
     """
-    stream = _token_stream(path, model, samples * seqlen * STREAM_WINDOWS)
+    stream = _token_stream(path, model, samples * seqlen * STREAM_WINDOWS, trust_remote_code)
     name = path or "the built-in text"
     if len(stream) < seqlen:
         raise UsageError(
@@ -63,10 +66,10 @@ def draw_windows(path: Path | None, model: Path, vocab_size: int, samples: int, 
     return windows
 
 
-def _token_stream(path: Path | None, model: Path, limit: int) -> Tokens:
+def _token_stream(path: Path | None, model: Path, limit: int, trust_remote_code: bool) -> Tokens:
     if path is not None and path.suffix == ".npy":
         return _load_ids(path)[:limit]
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code)
     pieces, count = [], 0
     for text in text_pieces(path):
         pieces.append(_encode(tokenizer, text))
@@ -95,7 +98,7 @@ def _check_range(ids: Tokens, vocab_size: int, name: object) -> None:
         )
 
 
-def cut_windows(path: Path, model: Path, vocab_size: int, seqlen: int) -> Tokens:
+def cut_windows(path: Path, model: Path, vocab_size: int, seqlen: int, *, trust_remote_code: bool = False) -> Tokens:
     """Evaluation windows (n, seqlen) int64: the whole text's tokens, without overlap, the rest dropped.
 
     Raises as draw_windows does.
@@ -109,7 +112,7 @@ def cut_windows(path: Path, model: Path, vocab_size: int, seqlen: int) -> Tokens
             text = raw.decode("utf-8")
         except UnicodeDecodeError as e:
             raise UsageError(f"{path}: byte {e.start} is not UTF-8 text") from e
-        ids = _encode(load_tokenizer(model), text)
+        ids = _encode(load_tokenizer(model, trust_remote_code), text)
     count = len(ids) // seqlen
     if count == 0:
         raise UsageError(f"{path} has {len(ids)} tokens, one window needs {seqlen}; lower --seqlen or give more text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,14 +74,13 @@ def check_weights(maps: ShardMaps, skeleton: Skeleton, stage: Stage) -> None:
     known = {ref.name for ref in skeleton.sources.values()}
     for ref in stage.tensors:
         if ref.name in known:
-            for _ in finite_rows(maps, ref, _CHECK_BYTES):
+            # of the embeddings and the head, a pass touches a few rows only
+            for _ in finite_rows(maps, ref, _CHECK_BYTES, release=stage.kind != "layer"):
                 pass
-            if stage.kind != "layer":
-                maps.release([ref])  # of these, a pass touches a few rows only
 
 
-def finite_rows(maps: ShardMaps, ref: TensorRef, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
-    """A stored tensor in chunks of whole rows, with each chunk's first row; a scalar in one piece.
+def finite_rows(maps: ShardMaps, ref: TensorRef, chunk_bytes: int, *, release: bool = False) -> Iterator[Tensor]:
+    """A stored tensor in chunks of whole rows; a scalar in one piece. `release` lets go of a chunk after its use.
 
     Raises CheckpointError naming file, tensor and index of the first NaN or Inf.
     """
@@ -96,4 +96,7 @@ def finite_rows(maps: ShardMaps, ref: TensorRef, chunk_bytes: int) -> Iterator[t
                 f"{ref.shard}: tensor {ref.name} is {float(rows.reshape(-1)[flat])} at {place}; "
                 "the checkpoint is damaged, download it again"
             )
-        yield begin, rows
+        yield rows
+        if release:
+            at = ref.begin + begin * (ref.nbytes // count)
+            maps.release([replace(ref, begin=at, end=at + rows.nbytes)], drop_cache=True)

@@ -76,7 +76,20 @@ def text_pieces(path: Path | None) -> Iterator[str]:
 
 def default_seqlen(config: Mapping[str, Any]) -> int:
     """min(2048, the longest context that config.json names), in tokens."""
-    text = config.get("text_config") or {}
-    limits = [source.get(key) for source in (config, text)
-              for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")]  # fmt: skip
-    return min([2048, *(int(n) for n in limits if isinstance(n, int) and n > 0)])
+    return min(2048, _longest(config) or 2048)
+
+
+def check_seqlen(seqlen: int, config: Mapping[str, Any]) -> None:
+    """Raises UsageError for windows that are too short to predict anything, or longer than the model's context."""
+    longest = _longest(config)
+    if seqlen < 2:
+        raise UsageError(f"--seqlen {seqlen}: a window needs at least 2 tokens")
+    if longest is not None and seqlen > longest:
+        raise UsageError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")
+
+
+def _longest(config: Mapping[str, Any]) -> int | None:
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len")
+    limits = [part.get(name) for part in (config, config.get("text_config") or {}) for name in names]
+    found = [n for n in limits if isinstance(n, int) and n > 0]
+    return min(found) if found else None

@@ -130,7 +130,7 @@ class Walk:
         """
         layer = self.skeleton.layers[stage.index]
         hooks = [
-            module.register_forward_pre_hook(lambda _, args, name=f"{stage.prefix}.{path}": watch(name, args[0]))
+            module.register_forward_pre_hook(_watching(watch, f"{stage.prefix}.{path}"), with_kwargs=True)
             for path, module in layer.named_modules()
             if watch is not None and is_linear(module)
         ]
@@ -173,6 +173,15 @@ class Walk:
                 return logits[0]
 
             yield run
+
+
+def _watching(watch: Callable[[str, Tensor], None], name: str) -> Callable[..., None]:
+    """A hook that shows a linear's input, however it is passed."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        watch(name, args[0] if args else next(iter(kwargs.values())))
+
+    return hook
 
 
 @contextmanager
