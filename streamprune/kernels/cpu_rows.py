@@ -1,8 +1,9 @@
 """Compiled loops of the CPU kernels: rows of weights in, pruned rows out. See cpu.py for the drivers.
 
 Weights arrive as raw bits: uint16 for bf16 and fp16 (`kind` says which), uint32 for fp32. Work goes row by
-row in buffers that fit the level-1 or level-2 cache: decode and score, decide (cpu_select.py), write. Scores
-are strict IEEE float32; only the sums in `_loss` may be reassociated by the compiler.
+row in buffers that fit the level-1 or level-2 cache: decode and score, decide (cpu_select.py or
+cpu_groups.py), write. Scores are strict IEEE float32; only the sums in `_loss` may be reassociated by the
+compiler.
 """
 
 from __future__ import annotations
@@ -11,14 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from streamprune.kernels.cpu_select import (
-    HIGHEST,
-    LOWEST,
-    ewma_keys,
-    find_threshold,
-    keys_of_4,
-    keys_of_m,
-)
+from streamprune.kernels.cpu_groups import keys_of_m
+from streamprune.kernels.cpu_select import HIGHEST, LOWEST, ewma_keys, find_threshold
 from streamprune.kernels.jit import jit
 
 BF16, FP16, FP32 = 0, 1, 2
@@ -126,13 +121,9 @@ def prune_groups(
     """`drop` weights of every m consecutive ones go. Arrays as in prune_rows."""
     rows, n = weight.shape
     score, key = np.empty(n, np.float32), np.empty(n, np.int32)
-    planes = 2 if m == 4 else m
-    lanes, ranks = np.empty((planes, n // planes), np.float32), np.empty((planes, n // planes), np.int32)
+    scratch, ranks = np.empty((2, n), np.float32), np.empty((2, n), np.int32)
     for r in range(rows):
         load_scores(weight[r], feature, power, kind, score)
-        if m == 4:
-            keys_of_4(score, key, np.int32(drop), lanes, ranks)
-        else:
-            keys_of_m(score, key, np.int32(drop), lanes, ranks)
+        keys_of_m(score, key, m, np.int32(drop), scratch, ranks)
         loss[r] = 0.0
         _finish(weight[r], key, np.int32(0), score, bits, out[r], keep[r], loss[r])

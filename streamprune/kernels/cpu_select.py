@@ -4,7 +4,7 @@ A selector turns a row of scores into int32 keys; then selection is a threshold 
 
     exact   key = bits of L (L >= 0, so the order of bits is the order of values)
     ewma    key = order-preserving bits of z = (L - est) / dev
-    n of m  key = 0 for the weights to go, 1 for the others
+    n of m  key = 0 for the weights to go, 1 for the others (cpu_groups.py)
 
 The k smallest of n keys are found without sorting: each pass counts the keys at or below a trial threshold
 and notes its two neighbours among the keys, so that the bracket always snaps to keys that exist. Trials come
@@ -181,59 +181,3 @@ def find_threshold(key: Any, k: Any, guess: Any, slope: Any) -> Any:
             if trial <= low or trial >= high or count_high - count_low < 24:
                 chord = np.float64(span) / np.float64(count_high - count_low)
                 trial = low + np.int64(np.float64(k - count_low) * chord)
-
-
-@jit()
-def keys_of_4(score: Any, key: Any, drop: Any, lanes: Any, ranks: Any) -> None:
-    """key = 0 for the `drop` smallest of every four, lowest column first, else 1, without a branch.
-
-    lanes, ranks (2, n // 2) are scratch: loops with stride two become good vector code, stride four does not.
-    """
-    even, odd = lanes[0], lanes[1]
-    for i in range(score.size // 2):
-        even[i] = score[2 * i]
-        odd[i] = score[2 * i + 1]
-    _rank_4(even, odd, ranks[0], ranks[1], drop)
-    first, second = ranks[0], ranks[1]
-    for i in range(score.size // 2):
-        key[2 * i] = first[i]
-        key[2 * i + 1] = second[i]
-
-
-@jit()
-def _rank_4(even: Any, odd: Any, first: Any, second: Any, drop: Any) -> None:
-    for g in range(even.size // 2):
-        a, b, c, d = even[2 * g], odd[2 * g], even[2 * g + 1], odd[2 * g + 1]
-        ab, ac, ad = np.int32(a <= b), np.int32(a <= c), np.int32(a <= d)
-        bc, bd, cd = np.int32(b <= c), np.int32(b <= d), np.int32(c <= d)
-        first[2 * g] = np.int32(np.int32(np.int32(3) - ab - ac - ad) >= drop)
-        second[2 * g] = np.int32(np.int32(np.int32(2) + ab - bc - bd) >= drop)
-        first[2 * g + 1] = np.int32(np.int32(np.int32(1) + ac + bc - cd) >= drop)
-        second[2 * g + 1] = np.int32(np.int32(ad + bd + cd) >= drop)
-
-
-@jit()
-def _compare(first: Any, second: Any, rank_first: Any, rank_second: Any) -> None:
-    for g in range(first.size):
-        before = np.int32(first[g] <= second[g])
-        rank_first[g] = np.int32(rank_first[g] - before)
-        rank_second[g] = np.int32(rank_second[g] + before)
-
-
-@jit()
-def keys_of_m(score: Any, key: Any, drop: Any, lanes: Any, ranks: Any) -> None:
-    """The same for any m = lanes.shape[0] by counting ranks; lanes and ranks (m, n // m) are scratch."""
-    m, groups = lanes.shape
-    scores = score.reshape(groups, m)
-    keys = key.reshape(groups, m)
-    for g in range(groups):
-        for i in range(m):
-            lanes[i, g] = scores[g, i]
-    for i in range(m):
-        ranks[i, :] = np.int32(m - 1 - i)
-    for i in range(m):
-        for j in range(i + 1, m):
-            _compare(lanes[i], lanes[j], ranks[i], ranks[j])
-    for g in range(groups):
-        for i in range(m):
-            keys[g, i] = np.int32(ranks[i, g] >= drop)
