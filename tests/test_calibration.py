@@ -1,0 +1,306 @@
+"""Texts to windows of tokens: every format, the seed, and what is wrong with a text in one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamprune.errors import CheckpointError, StreampruneError, UsageError
+from streamprune.job import prune
+from streamprune.model.calibration import STREAM_WINDOWS, cut_windows, draw_windows, tokens_digest
+from streamprune.model.texts import check_seqlen, default_seqlen, open_text, text_digest, text_pieces
+
+VOCAB = 199
+Models = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def ids() -> np.ndarray:
+    return np.random.default_rng(5).integers(0, VOCAB, 2000)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, ids: np.ndarray) -> dict[str, Path]:
+    """The same 2000 tokens in every format."""
+    folder = tmp_path_factory.mktemp("texts")
+    lines = [" ".join(f"w{i}" for i in line) for line in ids.reshape(-1, 20)]
+    text = ("\n".join(lines) + "\n").encode()
+    records = "\n".join(json.dumps({"id": n, "text": line}) for n, line in enumerate(lines)).encode()
+    contents = {
+        "a.txt": text, "a.txt.gz": gzip.compress(text), "a.unknown": text,
+        "a.jsonl": records + b"\n\n", "a.jsonl.gz": gzip.compress(records),
+    }  # fmt: skip
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    np.save(folder / "flat.npy", ids.astype(np.uint16))
+    np.save(folder / "rows.npy", ids.reshape(20, 100).astype(np.int32))
+    np.save(folder / "long.npy", ids)
+    return {p.name: p for p in folder.iterdir()}
+
+
+FORMATS = ["a.txt", "a.txt.gz", "a.unknown", "a.jsonl", "a.jsonl.gz", "flat.npy", "rows.npy", "long.npy"]
+
+
+def draw(path: Path | None, model: Path, samples: int = 7, seqlen: int = 30, seed: int = 0) -> np.ndarray:
+    return draw_windows(path, model, VOCAB, samples, seqlen, seed)
+
+
+def refused(kind: type[StreampruneError], call: Callable[[], object], *needles: str) -> str:
+    with pytest.raises(StreampruneError) as caught:
+        call()
+    message = str(caught.value)
+    assert type(caught.value) is kind, message
+    assert len(message.splitlines()) == 1
+    for needle in needles:
+        assert needle in message
+    return message
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(models: Models, files: dict[str, Path], ids: np.ndarray, name: str) -> None:
+    """Windows are runs of the text's own tokens, the same in whatever file they are."""
+    windows = draw(files[name], models())
+    assert windows.shape == (7, 30) and windows.dtype == np.int64
+    places = np.random.Generator(np.random.PCG64(0)).integers(0, 2000 - 30 + 1, size=7)
+    assert (windows == np.stack([ids[p : p + 30] for p in places])).all()
+
+
+def test_seed(models: Models, files: dict[str, Path]) -> None:
+    first = draw(files["a.txt"], models(), seed=1)
+    assert (first == draw(files["a.txt"], models(), seed=1)).all()
+    assert (first != draw(files["a.txt"], models(), seed=2)).any()
+    assert (first[:3] == draw(files["a.txt"], models(), samples=3, seed=1)).all()
+
+
+def test_edges_of_the_text(models: Models, files: dict[str, Path], ids: np.ndarray) -> None:
+    assert (draw(files["a.txt"], models(), samples=2, seqlen=2000) == ids).all()
+    refused(UsageError, lambda: draw(files["a.txt"], models(), seqlen=2001), "2000 tokens", "2001", "--seqlen")
+    starts = {int(w[0]) for w in draw(files["long.npy"], models(), samples=500, seqlen=1998)}
+    assert starts == {int(i) for i in ids[:3]}
+
+
+def test_only_as_much_as_needed_is_read(
+    models: Models, tmp_path: Path, ids: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text of any size costs bounded memory: reading stops at STREAM_WINDOWS times what is asked for."""
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in ids.reshape(-1, 20)]
+    path.write_text("\n".join([*lines, "no record"]))
+    assert 2 * 10 * STREAM_WINDOWS < 2000
+    windows = draw(path, models(), samples=2, seqlen=10)
+    places = np.random.Generator(np.random.PCG64(0)).integers(0, 2 * 10 * STREAM_WINDOWS - 10 + 1, size=2)
+    assert (windows == np.stack([ids[p : p + 10] for p in places])).all()
+    np.save(tmp_path / "a.npy", ids)
+    assert (draw(tmp_path / "a.npy", models(), samples=2, seqlen=10) == windows).all()
+    refused(UsageError, lambda: draw(path, models(), samples=20, seqlen=10), "line 101")
+
+
+def test_built_in_text(models: Models) -> None:
+    text = "".join(text_pieces(None))
+    assert len(text) > 100_000 and text.count("\n") > 100
+    windows = draw(None, models(), samples=4, seqlen=50)
+    assert windows.shape == (4, 50)
+    assert text_digest(None) == text_digest(None)
+
+
+def test_pieces_are_whole_lines(tmp_path: Path) -> None:
+    text = "".join(f"line {i} " + "é" * (i % 90) + "\n" for i in range(4000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    pieces = list(text_pieces(tmp_path / "a.txt"))
+    assert len(pieces) > 1 and "".join(pieces) == text
+    assert all(piece.endswith("\n") for piece in pieces)
+
+
+def test_digests(files: dict[str, Path], tmp_path: Path) -> None:
+    """A packed text is the text; other bytes are another text."""
+    assert text_digest(files["a.txt"]) == text_digest(files["a.txt.gz"])
+    assert text_digest(files["a.txt"]) != text_digest(files["a.jsonl"])
+    with open_text(files["a.txt.gz"]) as f:
+        assert f.read() == files["a.txt"].read_bytes()
+    windows = np.arange(6).reshape(2, 3)
+    assert tokens_digest(windows) == tokens_digest(windows.astype(np.int32))
+    assert tokens_digest(windows) != tokens_digest(windows.T)
+
+
+def test_evaluation_windows(models: Models, files: dict[str, Path], ids: np.ndarray) -> None:
+    for name in ("a.txt", "a.txt.gz", "flat.npy", "rows.npy", "long.npy"):
+        windows = cut_windows(files[name], models(), VOCAB, 64)
+        assert windows.shape == (31, 64)
+        assert (windows.reshape(-1) == ids[: 31 * 64]).all()
+        assert windows.flags.writeable, "torch warns about arrays that cannot be written"
+
+
+@pytest.mark.parametrize("data", [b"w1 w2\nw3 \xff\n", b"\xfe\xff\x00w"])
+def test_not_utf8(models: Models, tmp_path: Path, data: bytes) -> None:
+    for name, content in (("a.txt", data), ("a.txt.gz", gzip.compress(data))):
+        (tmp_path / name).write_bytes(content)
+        line = data[: data.index(b"\xff")].count(b"\n") + 1
+        refused(UsageError, lambda n=name: draw(tmp_path / n, models()), name, f"line {line} is not UTF-8")  # type: ignore[misc]
+        refused(UsageError, lambda n=name: cut_windows(tmp_path / n, models(), VOCAB, 2), name, "UTF-8")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no json",
+        '{"text": 5}',
+        '{"txt": "w1"}',
+        '["text"]',
+        "null",
+        '{"text": null}',
+        '{"text": ["w1"]}',
+        "[" * 100_000,
+    ],
+)
+def test_bad_records(models: Models, tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "w1 w2"}\n\n' + line + '\n{"text": "w3"}\n')
+    refused(UsageError, lambda: draw(path, models(), seqlen=2), "a.jsonl", "line 3", '"text"')
+
+
+@pytest.mark.parametrize("seqlen", [2, 100])
+def test_empty_texts(models: Models, tmp_path: Path, seqlen: int) -> None:
+    for name, data in (("a.txt", b""), ("b.txt", b"\n\n"), ("a.jsonl", b"\n"), ("a.txt.gz", gzip.compress(b""))):
+        (tmp_path / name).write_bytes(data)
+        refused(UsageError, lambda n=name: draw(tmp_path / n, models(), seqlen=seqlen), name, "0 tokens")  # type: ignore[misc]
+    np.save(tmp_path / "a.npy", np.zeros((0, 5), np.int64))
+    refused(UsageError, lambda: draw(tmp_path / "a.npy", models(), seqlen=seqlen), "0 tokens")
+    refused(UsageError, lambda: cut_windows(tmp_path / "a.npy", models(), VOCAB, seqlen), "0 tokens")
+
+
+def test_torn_gzip(models: Models, tmp_path: Path, files: dict[str, Path]) -> None:
+    whole = files["a.txt.gz"].read_bytes()
+    for name, data in (("cut.txt.gz", whole[:-30]), ("plain.txt.gz", b"w1 w2"), ("wrong.txt.gz", whole[:40] + whole)):
+        (tmp_path / name).write_bytes(data)
+        refused(UsageError, lambda n=name: draw(tmp_path / n, models()), name)  # type: ignore[misc]
+        refused(UsageError, lambda n=name: text_digest(tmp_path / n), name)  # type: ignore[misc]
+
+
+def _npy(folder: Path, what: str) -> Path:
+    path = folder / "ids.npy"
+    if what == "empty":
+        path.write_bytes(b"")
+    elif what == "text":
+        path.write_text("w1 w2 w3")
+    elif what == "zip":
+        with path.open("wb") as f:
+            np.savez(f, a=np.arange(100))
+    elif what == "not really a zip":
+        path.write_bytes(b"PK\x03\x04 not a zip")
+    elif what == "truncated":
+        np.save(path, np.arange(100) % 5)
+        path.write_bytes(path.read_bytes()[:-8])
+    else:
+        arrays: dict[str, Any] = {
+            "float": np.zeros(100), "bool": np.zeros(100, bool), "0-d": np.int64(3), "3-d": np.zeros((4, 5, 6), int),
+            "object": np.array([1, "a", None], dtype=object), "text array": np.array(["w1", "w2"]),
+        }  # fmt: skip
+        np.save(path, arrays[what], allow_pickle=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "empty", "text", "zip", "not really a zip", "truncated", "float", "bool", "0-d", "3-d", "object", "text array",
+    ],
+)  # fmt: skip
+def test_bad_arrays(models: Models, tmp_path: Path, what: str) -> None:
+    path = _npy(tmp_path, what)
+    refused(UsageError, lambda: draw(path, models()), "ids.npy")
+    refused(UsageError, lambda: cut_windows(path, models(), VOCAB, 5), "ids.npy")
+
+
+@pytest.mark.parametrize(("ids", "named"), [([5, 199, 7], "199"), ([5, -1, 7], "-1"), ([5, 2**40, 7], str(2**40))])
+def test_ids_beyond_the_vocabulary(models: Models, tmp_path: Path, ids: list[int], named: str) -> None:
+    """Ids given as ids are the user's own: no tokenizer is to blame."""
+    np.save(tmp_path / "ids.npy", np.array(ids * 10))
+    for call in (
+        lambda: draw(tmp_path / "ids.npy", models(), seqlen=20),
+        lambda: cut_windows(tmp_path / "ids.npy", models(), VOCAB, 20),
+    ):
+        assert "tokenizer" not in refused(UsageError, call, "ids.npy", f"token id {named}", "199")
+
+
+def test_another_models_tokenizer(models: Models, files: dict[str, Path]) -> None:
+    def call() -> object:
+        return draw_windows(files["a.txt"], models(), 100, 5, 20, 0)
+
+    refused(CheckpointError, call, "token id 198", "vocabulary has 100", "tokenizer")
+
+
+def test_no_tokenizer(models: Models, tmp_path: Path, files: dict[str, Path]) -> None:
+    """Without a tokenizer a text is of no use, ids are."""
+    source = Path(shutil.copytree(models(), tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*")))
+    refused(CheckpointError, lambda: draw(files["a.txt"], source), "tokenizer", "--calib", ".npy")
+    (source / "tokenizer.json").write_text("{}")
+    refused(CheckpointError, lambda: draw(files["a.txt"], source), "tokenizer", "--calib", ".npy")
+    (source / "tokenizer.json").unlink()
+    result = prune(source, tmp_path / "out", sparsity=0.5, calib=files["flat.npy"], samples=2, seqlen=16)
+    assert result.status == "done"
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_remote_code_of_a_tokenizer(
+    models: Models, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: bool
+) -> None:
+    """A tokenizer's own code runs when it is allowed, and nobody is asked on the terminal when it is not."""
+    from transformers import AutoTokenizer
+
+    seen: list[object] = []
+    load = AutoTokenizer.from_pretrained
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("trust_remote_code"))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", watched)
+    more = {"trust_remote_code": trust}
+    prune(models(), tmp_path / "out", sparsity=0.5, calib=files["a.txt"], samples=2, seqlen=16, **more)  # type: ignore[arg-type]
+    assert seen == [trust]
+
+
+@pytest.mark.parametrize(
+    ("config", "default", "longest"),
+    [
+        ({}, 2048, None),
+        ({"max_position_embeddings": 131072}, 2048, 131072),
+        ({"max_position_embeddings": 512}, 512, 512),
+        ({"n_positions": 1024}, 1024, 1024),
+        ({"text_config": {"max_position_embeddings": 300}}, 300, 300),
+        ({"seq_length": 100, "max_position_embeddings": None}, 100, 100),
+        ({"max_position_embeddings": "many"}, 2048, None),
+    ],
+)
+def test_lengths(config: dict[str, Any], default: int, longest: int | None) -> None:
+    assert default_seqlen(config) == default
+    check_seqlen(default, config)
+    check_seqlen(2, config)
+    refused(UsageError, lambda: check_seqlen(1, config), "--seqlen 1")
+    if longest is None:
+        check_seqlen(10**6, config)
+    else:
+        check_seqlen(longest, config)
+        refused(UsageError, lambda: check_seqlen(longest + 1, config), f"--seqlen {longest + 1}", str(longest))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"samples": 0}, {"samples": -3}, {"seqlen": 1}, {"seqlen": 65}, {"seed": -1}, {"calib": "nothing.txt"}]
+)
+def test_wrong_arguments(models: Models, text: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"calib": text, "samples": 2, "seqlen": 16, **wrong}
+    flag = next(iter(wrong))
+    refused(UsageError, lambda: prune(models(), tmp_path / "out", sparsity=0.5, **given), f"--{flag}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_text(models: Models, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    refused(UsageError, lambda: prune(models(), tmp_path / "o", sparsity=0.5, calib=tmp_path / "texts"), "--calib")
