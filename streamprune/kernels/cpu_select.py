@@ -167,7 +167,7 @@ def find_threshold(key: Any, k: Any, guess: Any, slope: Any) -> Any:
                 return high, key.size, slope
             return high, _column_of_tie(key, high, k - count_low), slope
         if count_last >= 0 and abs(count - count_last) >= 16:
-            slope = np.float64(abs(count - count_last)) / np.float64(max(abs(trial - last), 1))
+            slope = np.float64(abs(count - count_last)) / (np.float64(abs(trial - last)) + 1.0)
         last, count_last = trial, count
         if passes >= 8 and passes % 2 == 0:
             trial = low + span // 2
