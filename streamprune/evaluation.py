@@ -35,7 +35,7 @@ from streamprune.model.budget import (
 )
 from streamprune.model.calibration import Tokens, cut_windows
 from streamprune.model.passes import check_weights, embed_pass, layer_pass, split_batches
-from streamprune.model.skeleton import Skeleton, build_skeleton, stored_dtype
+from streamprune.model.skeleton import build_skeleton, stored_dtype
 from streamprune.model.texts import check_seqlen, default_seqlen
 from streamprune.model.walk import Walk
 from streamprune.spec import Progress, ProgressCallback, format_bytes, no_progress
@@ -82,8 +82,8 @@ def evaluate(
         _scratch(Path(work) if work is not None else _default_work()) as folder,
         ShardMaps(checkpoint) as maps,
     ):
-        _check_disk(folder, windows, skeleton)
         walk = Walk(skeleton, maps, compute, target)
+        _check_disk(folder, windows, walk)
         total = _stream(walk, windows, batch, folder, progress)
     tokens = windows.shape[0] * (length - 1)
     nll = total / tokens
@@ -140,8 +140,8 @@ def _nll(logits: Tensor, wanted: Tensor) -> float:
     return float(loss.double().sum())
 
 
-def _check_disk(folder: Path, windows: Tokens, skeleton: Skeleton) -> None:
-    need = 2 * windows.size * skeleton.hidden_size * skeleton.dtype.itemsize + (64 << 20)
+def _check_disk(folder: Path, windows: Tokens, walk: Walk) -> None:
+    need = 2 * windows.size * walk.skeleton.hidden_size * walk.cache_dtype.itemsize + (64 << 20)
     free = shutil.disk_usage(folder).free
     if free < need:
         raise ResourceError(

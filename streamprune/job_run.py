@@ -160,7 +160,7 @@ class Run:
         output = self.checkpoint.nbytes - written if self.writer else 0
         cache = 0
         if self.windows is not None and len(self.records) < len(self.skeleton.stages) - 1:
-            cache = 2 * self.windows.size * self.skeleton.hidden_size * self.skeleton.dtype.itemsize
+            cache = 2 * self.windows.size * self.skeleton.hidden_size * self.walk.cache_dtype.itemsize
         needs: dict[int, tuple[Path, int]] = {}
         for path, size in ((self.state.partial, output + SLACK_BYTES), (self.state.cache, cache)):
             there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())

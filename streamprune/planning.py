@@ -19,7 +19,7 @@ import torch
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
 from streamprune.errors import UsageError
-from streamprune.model.budget import choose_batch, compute_dtype, estimate, resolve_device
+from streamprune.model.budget import cache_dtype, choose_batch, compute_dtype, estimate, resolve_device
 from streamprune.model.skeleton import Skeleton, Stage, build_skeleton, stored_dtype
 from streamprune.model.texts import check_seqlen, default_seqlen
 from streamprune.spec import compile_filter
@@ -94,7 +94,7 @@ def plan(
     budget = estimate(skeleton, length, compute)
     batch = choose_batch(budget, samples, length, None)
     reading, computing = _read_speed(checkpoint), _matmul_speed(skeleton, compute, target)
-    hidden = skeleton.hidden_size * skeleton.dtype.itemsize
+    hidden = skeleton.hidden_size * cache_dtype(skeleton.dtype, compute).itemsize
     stages = []
     for stage in skeleton.stages:
         flops = forwards * tokens * _token_flops(skeleton, stage, length)

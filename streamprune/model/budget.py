@@ -93,12 +93,22 @@ def native_bf16() -> bool:
 
 
 def compute_dtype(requested: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: as asked, or with "auto" the stored one where it is fast, else float32."""
+    """The dtype to compute in: as asked, or with "auto" the stored one where it is fast, else float32.
+
+    Raises UsageError for another dtype.
+    """
+    if requested not in ("auto", "float32", "bfloat16", "float16"):
+        raise UsageError(f"--dtype {requested}: choose auto, float32, bfloat16 or float16")
     if requested != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[requested]
     if device.type != "cpu":
         return stored
     return torch.bfloat16 if stored == torch.bfloat16 and native_bf16() else torch.float32
+
+
+def cache_dtype(stored: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """What hidden states are cached in: the stored dtype, or float32 where float16 might not hold what was computed."""
+    return torch.float32 if stored == torch.float16 and compute != torch.float16 else stored
 
 
 def resolve_device(requested: str) -> torch.device:

@@ -68,7 +68,7 @@ def draw_windows(
 
 def _token_stream(path: Path | None, model: Path, limit: int, trust_remote_code: bool) -> Tokens:
     if path is not None and path.suffix == ".npy":
-        return _load_ids(path)[:limit]
+        return _load_ids(path, limit)
     tokenizer = load_tokenizer(model, trust_remote_code)
     pieces, count = [], 0
     for text in text_pieces(path):
@@ -79,14 +79,14 @@ def _token_stream(path: Path | None, model: Path, limit: int, trust_remote_code:
     return np.concatenate(pieces)[:limit] if pieces else np.zeros(0, np.int64)
 
 
-def _load_ids(path: Path) -> Tokens:
+def _load_ids(path: Path, limit: int | None = None) -> Tokens:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as e:
         raise UsageError(f"{path}: cannot be read as an array of token ids ({e})") from e
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
         raise UsageError(f"{path}: token ids must be integers in one or two dimensions, not {ids.dtype} {ids.shape}")
-    return np.asarray(ids, dtype=np.int64).reshape(-1)
+    return np.array(ids.reshape(-1)[:limit], dtype=np.int64)
 
 
 def _check_range(ids: Tokens, vocab_size: int, name: object) -> None:

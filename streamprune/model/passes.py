@@ -30,7 +30,7 @@ def split_batches(windows: Tokens, batch: int) -> list[Tensor]:
 
 def embed_pass(walk: Walk, batches: list[Tensor], folder: Path) -> None:
     """Token ids to cache 0."""
-    with CacheWriter(folder, 0, walk.skeleton.dtype) as writer:
+    with CacheWriter(folder, 0, walk.cache_dtype) as writer:
         for states in walk.embed(batches):
             writer.append(states)
 
@@ -57,7 +57,7 @@ def layer_pass(
         for _ in outputs:
             pass
         return
-    with CacheWriter(folder, stage.index + 1, walk.skeleton.dtype) as writer:
+    with CacheWriter(folder, stage.index + 1, walk.cache_dtype) as writer:
         for states in outputs:
             writer.append(states)
 

@@ -64,7 +64,7 @@ class Skeleton:
     transposed: frozenset[str]
     """Linears whose weight is stored (in, out): transformers' Conv1D."""
     dtype: torch.dtype
-    """The checkpoint's own dtype, which hidden states are cached in."""
+    """The checkpoint's own dtype."""
     hidden_size: int
     vocab_size: int
 

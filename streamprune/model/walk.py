@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import UnsupportedError
 from streamprune.model.binding import bound
+from streamprune.model.budget import cache_dtype
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
 
 
@@ -62,6 +63,7 @@ class Walk:
 
     def __init__(self, skeleton: Skeleton, maps: ShardMaps, dtype: torch.dtype, device: torch.device) -> None:
         self.skeleton, self.maps, self.dtype, self.device = skeleton, maps, dtype, device
+        self.cache_dtype = cache_dtype(skeleton.dtype, dtype)
         self._calls: dict[int, list[Call]] = {}
         self._as_tuple: bool | None = None
         for buffer_owner in skeleton.model.modules():
