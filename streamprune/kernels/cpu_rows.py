@@ -22,25 +22,26 @@ _LOSS_CHUNK = 4096
 
 
 @jit()
+def _score(magnitude: Any, square: Any, feature: Any) -> Any:
+    return (magnitude * (magnitude if square else np.float32(1.0))) * feature
+
+
+@jit()
 def load_scores(row: Any, feature: Any, power: Any, kind: Any, score: Any) -> None:
     """score[j] = |w_j|**power * feature[j] in float32, with w decoded from bits."""
-    n = row.size
+    square = power == 2
     if kind == BF16:
-        for j in range(n):
-            score[j] = np.uint32((np.uint32(row[j]) & np.uint32(0x7FFF)) << np.uint32(16)).view(np.float32)
+        for j in range(row.size):
+            bits = np.uint32((np.uint32(row[j]) & np.uint32(0x7FFF)) << np.uint32(16))
+            score[j] = _score(bits.view(np.float32), square, feature[j])
     elif kind == FP16:  # exact for normals and subnormals; Inf and NaN were refused before
-        for j in range(n):
+        for j in range(row.size):
             bits = np.uint32((np.uint32(row[j]) & np.uint32(0x7FFF)) << np.uint32(13))
-            score[j] = bits.view(np.float32) * _F16_SCALE
+            score[j] = _score(bits.view(np.float32) * _F16_SCALE, square, feature[j])
     else:
-        for j in range(n):
-            score[j] = np.uint32(np.uint32(row[j]) & np.uint32(0x7FFFFFFF)).view(np.float32)
-    if power == 2:
-        for j in range(n):
-            score[j] = (score[j] * score[j]) * feature[j]
-    else:
-        for j in range(n):
-            score[j] = score[j] * feature[j]
+        for j in range(row.size):
+            bits = np.uint32(np.uint32(row[j]) & np.uint32(0x7FFFFFFF))
+            score[j] = _score(bits.view(np.float32), square, feature[j])
 
 
 @jit()
