@@ -7,7 +7,7 @@ Every weight that passes is looked at: NaN and Inf are found here, with their pl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,16 @@ class StageWriter:
                 yield from self._checked(ref)
             else:
                 yield from _pieces(self.maps.raw(ref))
-            self.maps.release([ref], drop_cache=True)
 
-        return write_shard(path, stage.tensors, content)
+        return write_shard(path, stage.tensors, content, written=self._release)
+
+    def _release(self, ref: TensorRef, begin: int, end: int) -> None:
+        """Lets go of the pages of a tensor whose bytes have been used."""
+        self.maps.release([replace(ref, begin=ref.begin + begin, end=ref.begin + end)], drop_cache=True)
 
     def _checked(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of a tensor that is not pruned."""
-        for rows in finite_rows(self.maps, ref, CHUNK_BYTES, release=True):
+        for rows in finite_rows(self.maps, ref, CHUNK_BYTES):
             yield _bytes(rows)
 
     def _pruned(self, ref: TensorRef, name: str, stats: Callable[[str, int], InputStats]) -> Iterator[Buffer]:
@@ -87,7 +90,7 @@ class StageWriter:
         given = stats(name, in_features) if needs else InputStats.zeros(in_features)
         feature, power = make_feature(given)
         removed = total = 0.0
-        for rows in finite_rows(self.maps, ref, ref.nbytes if transposed else CHUNK_BYTES, release=True):
+        for rows in finite_rows(self.maps, ref, ref.nbytes if transposed else CHUNK_BYTES):
             result = self.target.select(rows.t().contiguous() if transposed else rows, feature, power, self.device)
             weight = result.weight.cpu()
             removed, total = removed + result.removed, total + result.total

@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamprune.disk.behind import Behind
 from streamprune.disk.durable import AtomicFile, Buffer, replace_file
 from streamprune.disk.header import TensorRef
 
 ITEM_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
 """Bits an item of the dtypes wider than 16; the rest follow by name."""
+
+
+PIECES_AHEAD = 2
+"""Pieces that may wait to be written."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,13 @@ def write_shard(
     tensors: Iterable[TensorRef],
     content: Callable[[TensorRef], Iterable[Buffer]],
     metadata: Mapping[str, str] | None = None,
+    written: Callable[[TensorRef, int, int], None] | None = None,
 ) -> ShardSummary:
     """Streams one shard to `path`, atomically and durably. `metadata` is {"format": "pt"} unless given.
+
+    One thread produces pieces while another hashes and writes them, PIECES_AHEAD of them at most in between.
+    `written(tensor, begin, end)` is called, in the writing thread, when those bytes of a tensor have been handed to the
+    system and their buffer is free again.
 
     `content(tensor)` yields the tensor's bytes in pieces; names, dtypes and shapes are those of `tensors`.
     Raises ValueError when a tensor's pieces do not add up to its size (nothing is written then), and what
@@ -49,12 +59,21 @@ def write_shard(
     ordered = sorted(tensors, key=lambda t: (-ITEM_BITS.get(t.dtype, 16), t.name))
     with AtomicFile(path) as f:
         f.write(_header(ordered, metadata or {"format": "pt"}))
-        for tensor in ordered:
-            begin = f.size
-            for piece in content(tensor):
-                f.write(piece)
-            if f.size - begin != tensor.nbytes:
-                raise ValueError(f"{tensor.name}: {f.size - begin} bytes written, {tensor.nbytes} announced")
+
+        def write(piece: tuple[TensorRef, int, Buffer]) -> None:
+            tensor, begin, data = piece
+            f.write(data)
+            if written is not None:
+                written(tensor, begin, begin + memoryview(data).nbytes)
+
+        with Behind(write, PIECES_AHEAD) as behind:
+            for tensor in ordered:
+                size = 0
+                for data in content(tensor):
+                    behind.put((tensor, size, data))
+                    size += memoryview(data).nbytes
+                if size != tensor.nbytes:
+                    raise ValueError(f"{tensor.name}: {size} bytes written, {tensor.nbytes} announced")
     return ShardSummary(path.name, f.size, f.digest)
 
 
