@@ -1,0 +1,154 @@
+"""What a job is: which fields make it another job, and the small parsers of arguments."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamprune.errors import UsageError
+from streamprune.pruning.recipes import RECIPES, SCORES, SELECTORS, make_recipe
+from streamprune.report import recipe_name
+from streamprune.spec import Calibration, JobSpec, compile_filter, format_bytes, parse_bytes
+
+SPEC = JobSpec(
+    verb="prune", model={"config": "c", "shards": "s"}, recipe=RECIPES["swiftprune"], sparsity=0.5, pattern=None,
+    only=None, skip=None, propagate="dense", calibration=Calibration(Path("a.txt"), "d1", 128, 2048, 0), stats=None,
+    device="auto", dtype="auto", source=Path("model"), out=Path("out"),
+)  # fmt: skip
+
+FIXED: list[tuple[dict[str, Any], str]] = [
+    ({"verb": "calibrate"}, "verb"),
+    ({"model": {"config": "other", "shards": "s"}}, "model config"),
+    ({"recipe": RECIPES["wanda"]}, "score"),
+    ({"recipe": replace(RECIPES["swiftprune"], selector="exact")}, "selector"),
+    ({"recipe": None}, "score"),
+    ({"sparsity": 0.6}, "sparsity"),
+    ({"sparsity": None, "pattern": "2:4"}, "pattern"),
+    ({"only": "mlp"}, "only"),
+    ({"skip": "mlp"}, "skip"),
+    ({"propagate": "pruned"}, "propagate"),
+    ({"calibration": None}, "calib"),
+    ({"calibration": Calibration(Path("a.txt"), "d2", 128, 2048, 0)}, "calib"),
+    ({"calibration": Calibration(Path("a.txt"), "d1", 64, 2048, 0)}, "samples"),
+    ({"calibration": Calibration(Path("a.txt"), "d1", 128, 1024, 0)}, "seqlen"),
+    ({"calibration": Calibration(Path("a.txt"), "d1", 128, 2048, 1)}, "seed"),
+    ({"stats": "digest"}, "stats"),
+    ({"device": "cpu"}, "device"),
+    ({"dtype": "float32"}, "dtype"),
+]
+CHANGEABLE: list[dict[str, Any]] = [
+    {"source": Path("moved")}, {"out": Path("other")}, {"max_ram": 1 << 30}, {"save_stats": Path("s")},
+    {"work": Path("w")}, {"restart": True}, {"trust_remote_code": True}, {"stats_path": Path("s")},
+    {"calibration": Calibration(Path("renamed.txt"), "d1", 128, 2048, 0)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "field"), FIXED, ids=str)
+def test_fixed(change: dict[str, Any], field: str) -> None:
+    other = replace(SPEC, **change)
+    assert SPEC.fixed() != other.fixed()
+    said = other.differences(SPEC.fixed())
+    assert f"{field} is " in said and " there and " in said and said.endswith(" here")
+    assert "None" not in said
+
+
+@pytest.mark.parametrize("change", CHANGEABLE, ids=str)
+def test_changeable(change: dict[str, Any]) -> None:
+    assert replace(SPEC, **change).fixed() == SPEC.fixed()
+    assert replace(SPEC, **change).differences(SPEC.fixed()) == ""
+
+
+def test_every_field_is_one_or_the_other() -> None:
+    from dataclasses import fields
+
+    tried = {k for change in [c for c, _ in FIXED] + CHANGEABLE for k in change}
+    assert tried == {f.name for f in fields(JobSpec)}
+
+
+def test_differences_in_words() -> None:
+    said = SPEC.differences(replace(SPEC, sparsity=None, pattern="2:4", only="x").fixed())
+    assert "sparsity is not set there and 0.5 here" in said
+    assert "pattern is 2:4 there and not set here" in said
+    assert "only is x there and not set here" in said
+    assert SPEC.differences(SPEC.fixed() | {"new field": 3}) == "new field is 3 there and not set here"
+    assert SPEC.differences({k: v for k, v in SPEC.fixed().items() if k != "seed"}) == (
+        "seed is not set there and 0 here"
+    )
+
+
+def test_a_pattern_needs_no_selector() -> None:
+    """With a pattern, the selector has nothing to choose, so it makes no other job."""
+    one = replace(SPEC, sparsity=None, pattern="2:4")
+    two = replace(one, recipe=replace(RECIPES["swiftprune"], selector="exact"))
+    assert one.fixed() == two.fixed()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GiB", 8 << 30), ("8 GiB", 8 << 30), ("8G", 8 << 30), ("8g", 8 << 30), ("500MB", 500_000_000),
+        ("500 mb", 500_000_000), ("1.5e9", 1_500_000_000), ("1024", 1024), ("7B", 7), ("0.5GiB", 1 << 29),
+        (".5 KiB", 512), ("2T", 2 << 40), ("  3M  ", 3 << 20), ("1e3KB", 1_000_000),
+    ],
+)  # fmt: skip
+def test_parse_bytes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "much", "0", "0GiB", "-1GiB", "1XB", "GiB", "1 GiB 2", "nan", "inf", "1e400", "1e400GiB", "1,5GB", "0x10"],
+)
+def test_parse_bytes_refuses(text: str) -> None:
+    with pytest.raises(UsageError, match="8GiB"):
+        parse_bytes(text)
+
+
+@given(st.integers(1, 10**15))
+def test_bytes_for_people_are_near(count: int) -> None:
+    shown = format_bytes(count)
+    assert abs(parse_bytes(shown) - count) <= 0.006 * count + 1
+    assert len(shown) <= 8
+
+
+def test_format_bytes() -> None:
+    shown = [format_bytes(n) for n in (0, 1023, 1024, 712 << 20, 1.43 * 2**30, 3 << 40)]
+    assert shown == ["0 B", "1023 B", "1 KiB", "712 MiB", "1.43 GiB", "3 TiB"]
+
+
+def test_filters() -> None:
+    assert compile_filter("--only", None) is None
+    found = compile_filter("--only", r"mlp\.up")
+    assert found is not None and found.search("model.layers.3.mlp.up_proj")
+    with pytest.raises(UsageError, match=r"--skip '\(' is not a regular expression"):
+        compile_filter("--skip", "(")
+
+
+def test_recipes() -> None:
+    assert make_recipe("swiftprune") == RECIPES["swiftprune"]
+    mixed = make_recipe("swiftprune", score="wanda")
+    assert (mixed.score, mixed.selector) == ("wanda", "ewma")
+    assert recipe_name(replace(SPEC, recipe=mixed)) == "wanda+ewma"
+    assert recipe_name(replace(SPEC, recipe=make_recipe("magnitude", "wanda"))) == "wanda"
+    assert recipe_name(replace(SPEC, recipe=None)) is None
+    for call, flag in (
+        (lambda: make_recipe("x"), "--method x"),
+        (lambda: make_recipe("wanda", score="x"), "--score x"),
+        (lambda: make_recipe("wanda", selector="x"), "--selector x"),
+    ):
+        with pytest.raises(UsageError, match=flag):
+            call()
+
+
+def test_names_of_the_parts_agree() -> None:
+    """recipes.py names what scores.py and selection.py implement, without importing them."""
+    from streamprune.pruning import scores, selection
+
+    assert tuple(scores.SCORES) == SCORES
+    assert tuple(selection.SELECTORS) == SELECTORS
+    assert {name for name in SCORES if not make_recipe("wanda", name).needs_statistics} == scores.WITHOUT_STATISTICS
