@@ -161,7 +161,7 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
         from streamprune.job_run import Run
 
         with Run(spec, checkpoint, unfinished, progress) as run:
-            report = _discard_on_bad_input(run, lambda: run.work(begun))
+            report = _discard_on_bad_input(run, lambda: run.work(time.perf_counter() - begun))
         return _result(spec, report, "done")
 
 

@@ -177,8 +177,9 @@ class Run:
 
     # ---- run
 
-    def work(self, begun: float) -> dict[str, Any]:
-        """Does what is left to do; returns the report. `begun` is when this run started (perf_counter)."""
+    def work(self, startup: float) -> dict[str, Any]:
+        """Does what is left to do; returns the report. `startup` is how many seconds it took to get here."""
+        self.startup, begun = startup, time.perf_counter()
         self._check_disk()
         if not self.begun:
             self._create()
@@ -331,5 +332,6 @@ class Run:
         return build_report(
             self.spec, self.resolved, self._calibration(), self.records, files,
             seconds=sum(r["seconds"] for r in self.records) + time.perf_counter() - since,
+            startup=self.startup,
             peak=max(peak_resident_bytes(), *(r["peak"] for r in self.records)),
         )  # fmt: skip
