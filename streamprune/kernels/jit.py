@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+import xxhash
+
+_SOURCES = xxhash.xxh3_64_hexdigest(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py"))))
 
 _Loop = TypeVar("_Loop", bound=Callable[..., Any])
 
@@ -15,6 +19,9 @@ def jit(*, fastmath: bool | set[str] = False, inline: bool = False) -> Callable[
 
     Numba looks for a cache folder when it decorates and raises RuntimeError if neither the package's
     `__pycache__` nor the user's cache folder can be written. The kernels then compile in each process anew.
+
+    Numba's cache notices changes of the file that a loop stands in, not of the files whose loops it calls. So
+    the name under which a loop is cached carries a digest of all our kernels' sources.
     """
 
     def wrap(target: _Loop) -> _Loop:
@@ -24,6 +31,7 @@ def jit(*, fastmath: bool | set[str] = False, inline: bool = False) -> Callable[
             "error_model": "numpy",  # no ZeroDivisionError branches, which would prevent vector code
             "forceinline": inline,
         }
+        target.__qualname__ = f"{target.__qualname__}_{_SOURCES}"
         compiled: _Loop
         try:
             compiled = numba.njit(target, cache=True, **options)

@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from types import ModuleType
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from streamprune.errors import UsageError
 from streamprune.kernels import Selection
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST_GROUP = 32
 SELECTORS = {"ewma": "prune_ewma", "exact": "prune_exact"}  # names of functions of both kernel modules
@@ -121,9 +122,7 @@ def select(
     if selector not in SELECTORS:
         raise UsageError(f"selector {selector!r} is none of {', '.join(SELECTORS)}")
     count = prune_count(sparsity, weight.shape[1])
-    pruned = getattr(kernels, SELECTORS[selector])(
-        weight, feature, power, count, out=out, want_keep=want_keep
-    )
+    pruned = getattr(kernels, SELECTORS[selector])(weight, feature, power, count, out=out, want_keep=want_keep)
     return pruned
 
 
