@@ -21,12 +21,13 @@ def recipe_name(spec: JobSpec) -> str | None:
 
 def build_report(
     spec: JobSpec, resolved: Mapping[str, Any], calibration: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]], files: Sequence[Mapping[str, Any]], *, seconds: float, startup: float, peak: int,
+    records: Sequence[Mapping[str, Any]], files: Sequence[Mapping[str, Any]], *,
+    seconds: float, startup: float, peak: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The report of a finished job.
 
-    `seconds` are those of the work over all runs it took, `startup` those that the last run needed before it could begin
-    (imports, skeleton, tokens), `peak` the resident bytes of the highest run.
+    `seconds` are those of the work over all runs it took, `startup` those that the last run needed before it could
+    begin (imports, skeleton, tokens), `peak` the resident bytes of the highest run.
     """
     linears = [linear for record in records for linear in record["linears"]]
     pruned = sum(n["pruned"] for n in linears)
