@@ -1,0 +1,364 @@
+"""The command line as a user meets it: transcripts, JSON, progress, exit codes, help, and how little it imports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from streamprune import cli
+from streamprune.cli import build_parser, main
+from streamprune.job import calibrate, prune
+
+Models = Callable[..., Path]
+WINDOW = ["--samples", "3", "--seqlen", "16"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Run:
+    """One command's exit code and what it printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *args: object) -> None:
+        capsys.readouterr()
+        self.code = main([str(a) for a in args])
+        self.out, self.err = capsys.readouterr()
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one JSON object on stdout."""
+        found = json.loads(self.out)
+        assert isinstance(found, dict)
+        return found
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    return lambda *args: Run(capsys, *args)
+
+
+# ---- transcripts
+
+
+def test_prune(models: Models, text: Path, tmp_path: Path, run: Callable[..., Run]) -> None:
+    args = ["prune", models(), tmp_path / "out", "--pattern", "2:4", "--calib", text, *WINDOW]
+    first = run(*args)
+    assert first.code == 0
+    assert re.fullmatch(
+        r"\S+/out: done \(swiftprune, 50\.00 % of the weights in pruned linears, [\d.]+ s, peak [\d.]+ [MG]iB\)\n",
+        first.out,
+    )
+    names = ["embed", "layer 0", "layer 1", "layer 2", "head"]
+    lines = first.err.splitlines()
+    assert [re.sub(r" [\d.]+ s$", "", line) for line in lines] == [f"prune: {i}/5 {n}" for i, n in enumerate(names, 1)]
+    second = run(*args)
+    assert (second.code, second.err) == (0, "")
+    assert second.out == f"{tmp_path}/out: up-to-date (swiftprune, 50.00 % of the weights in pruned linears)\n"
+
+
+def test_prune_json(models: Models, text: Path, tmp_path: Path, run: Callable[..., Run]) -> None:
+    args = ["prune", models(), tmp_path / "out", "--sparsity", "0.25", "--method", "wanda", "--calib", text, *WINDOW]
+    first = run(*args, "--json").json
+    assert list(first) == ["status", "out", "recipe", "sparsity", "seconds", "peak_rss_bytes"]
+    report = json.loads((tmp_path / "out" / "streamprune.json").read_text())
+    assert first == {
+        "status": "done", "out": str(tmp_path / "out"), "recipe": "wanda", "sparsity": 0.25,
+        "seconds": report["seconds"], "peak_rss_bytes": report["peak_rss_bytes"],
+    }  # fmt: skip
+    second = run(*args, "--json", "--quiet")
+    assert second.err == ""
+    assert second.json["status"] == "up-to-date" and second.json["sparsity"] == 0.25
+
+
+def test_calibrate(models: Models, text: Path, tmp_path: Path, run: Callable[..., Run]) -> None:
+    args = ["calibrate", models(), tmp_path / "stats", "--calib", text, *WINDOW]
+    first = run(*args)
+    assert first.code == 0
+    assert re.fullmatch(r"\S+/stats: done \([\d.]+ s, peak [\d.]+ [MG]iB\)\n", first.out)
+    assert [line.split()[1] for line in first.err.splitlines()] == ["1/4", "2/4", "3/4", "4/4"]
+    assert run(*args).out == f"{tmp_path}/stats: up-to-date\n"
+    again = run(*args, "--json").json
+    assert list(again) == ["status", "out", "seconds", "peak_rss_bytes"]
+    assert again["status"] == "up-to-date"
+    used = run("prune", models(), tmp_path / "out", "--sparsity", "0.5", "--stats", tmp_path / "stats", "--json")
+    assert used.json["status"] == "done"
+
+
+def test_eval(models: Models, text: Path, tmp_path: Path, run: Callable[..., Run]) -> None:
+    args = ["eval", models(), "--text", text, "--seqlen", "32", "--work", tmp_path]
+    shown = run(*args)
+    assert shown.code == 0
+    assert re.fullmatch(
+        r"perplexity [\d.]+  \(2883 tokens in 93 windows of 32, [\d.]+ s, peak [\d.]+ [MG]iB\)\n", shown.out
+    )
+    assert [line.split()[0:2] for line in shown.err.splitlines()] == [["eval:", f"{i}/5"] for i in range(1, 6)]
+    found = run(*args, "--json", "--quiet")
+    assert found.err == ""
+    assert {"perplexity", "tokens", "seconds", "peak_rss_bytes", "model", "text"} <= found.json.keys()
+    assert found.json["tokens"] == 2883
+    assert f"{found.json['perplexity']:.3f}" == shown.out.split()[1]
+
+
+def test_inspect(models: Models, text: Path, tmp_path: Path, run: Callable[..., Run]) -> None:
+    dense = run("inspect", models())
+    assert dense.code == 0 and dense.err == ""
+    assert dense.out.startswith("linear ") and "model.layers.2.mlp.down_proj" in dense.out
+    wrong = run("inspect", models(), "--expect", "2:4")
+    assert wrong.code == 2 and wrong.out.endswith("expected 2:4: NO\n")
+    assert 1 <= len(wrong.err.splitlines()) <= 10
+    prune(models(), tmp_path / "out", pattern="2:4", calib=text, samples=2, seqlen=16)
+    right = run("inspect", tmp_path / "out", "--expect", "2:4", "--json")
+    assert (right.code, right.err) == (0, "")
+    assert right.json["ok"] is True and right.json["totals"]["sparsity"] == 0.5
+    quiet = run("inspect", tmp_path / "out", "--expect", "2:4", "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+
+
+def test_plan(models: Models, tmp_path: Path, run: Callable[..., Run]) -> None:
+    shown = run("plan", models(), *WINDOW)
+    assert (shown.code, shown.err) == (0, "")
+    for word in ("llama", "layer 0 … 2", "peak RAM", "disk", "arithmetic", "time  "):
+        assert word in shown.out
+    found = run("plan", models(), *WINDOW, "--json").json
+    assert {"stages", "peak_ram_bytes", "vram_bytes", "disk_bytes", "seconds", "least_ram_bytes"} <= found.keys()
+    assert run("plan", models(), "--quiet").out == ""
+
+
+def test_demo(run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo as it is, on a short text and few samples."""
+    from streamprune import demo
+
+    text = tmp_path / "short.txt"
+    text.write_text("The demo runs on a short text here, and says what it found. " * 20)
+    evaluate = demo.evaluate
+    monkeypatch.setattr(demo, "SAMPLES", 2)
+    monkeypatch.setattr(demo, "SEQLEN", 32)
+    monkeypatch.setattr(demo, "evaluate", lambda model, _, **more: evaluate(model, text, **more))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    found = run("demo", "--json", "--quiet")
+    assert (found.code, found.err) == (0, "")
+    rows = json.loads(found.out)
+    assert isinstance(rows, dict), "one JSON object, as of every command"
+    models = rows["models"]
+    assert [m["sparsity"] for m in models] == pytest.approx([0, 0.5, 0.5, 0.5], abs=0.01)
+    assert models[2]["pattern"] == "2:4"
+    assert all(m["perplexity"] > 1 and m["peak_rss_bytes"] > 1 << 20 for m in models)
+
+
+def test_quiet_says_nothing(models: Models, text: Path, tmp_path: Path, run: Callable[..., Run]) -> None:
+    common = ["--calib", text, *WINDOW, "--quiet"]
+    for args in (
+        ["prune", models(), tmp_path / "out", "--sparsity", "0.5", *common],
+        ["prune", models(), tmp_path / "out", "--sparsity", "0.5", *common],
+        ["calibrate", models(), tmp_path / "stats", *common],
+    ):
+        done = run(*args)
+        assert (done.code, done.out, done.err) == (0, "", "")
+    shown = run("eval", models(), "--text", text, "--seqlen", "32", "--quiet")
+    assert shown.err == "" and shown.out.startswith("perplexity ")  # the result is no summary
+
+
+def test_a_bar_on_a_terminal(
+    models: Models, text: Path, tmp_path: Path, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    done = run("calibrate", models(), tmp_path / "stats", "--calib", text, *WINDOW)
+    assert done.code == 0
+    assert "calibrate" in done.err and "\r" in done.err and "prune: 1/" not in done.err
+    quiet = run("calibrate", models(), tmp_path / "more", "--calib", text, *WINDOW, "--quiet")
+    assert quiet.err == ""
+
+
+# ---- help
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    actions = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(actions[0].choices)
+
+
+def test_commands() -> None:
+    assert list(commands()) == ["prune", "calibrate", "eval", "inspect", "plan", "demo"]
+
+
+@pytest.mark.parametrize("name", commands())
+def test_help_of_every_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = commands()[name]
+    for action in parser._actions:
+        assert action.help and action.help != argparse.SUPPRESS, f"{name} {action.option_strings or action.dest}"
+        assert action.option_strings or action.metavar
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    assert {"--json", "--quiet", "--debug", "--help"} <= flags
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in flags:
+        assert flag in shown
+    for code in (0, 1, 2, 3, 4, 5, 6, 7, 75, 130):
+        assert re.search(rf"^  {code}\s+\S", shown, re.MULTILINE), code
+
+
+def test_help_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for name, parser in commands().items():
+        assert re.search(rf"^\s+{name}\s+\S", shown, re.MULTILINE)
+        assert parser.description
+    assert "exit codes:" in shown
+
+
+def test_exit_codes_are_those_of_the_errors() -> None:
+    from streamprune import errors
+
+    listed = {int(line.split()[0]) for line in cli.EXIT_CODES.splitlines()[1:] if line.strip()[:1].isdigit()}
+    tree = {kind.exit_code for kind in errors.StreampruneError.__subclasses__()}
+    assert listed == tree | {0, 1, errors.INTERRUPTED}
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert re.fullmatch(r"streamprune \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["prune"], ["nonsense"], ["prune", "a"], ["eval", "a"], ["plan", "a", "--json=1"]]
+)
+def test_wrong_usage_is_one_line(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and len(shown.err.splitlines()) == 1
+    assert shown.err.startswith("streamprune: error: ") and "--help" in shown.err
+
+
+def test_abbreviated_flags_are_refused_or_unique(run: Callable[..., Run], models: Models) -> None:
+    """--s could be seven flags."""
+    with pytest.raises(SystemExit) as stop:
+        run("prune", models(), "out", "--s", "0.5")
+    assert stop.value.code == 2
+
+
+# ---- ends
+
+
+@pytest.mark.parametrize("verb", ["prune", "eval"])
+def test_interrupt(
+    verb: str, models: Models, text: Path, tmp_path: Path, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM and Ctrl-C end with 130 and one line; the same command resumes."""
+
+    def stop(*args: Any, **more: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    args: list[object] = ["eval", models(), "--text", text, "--seqlen", "32", "--work", tmp_path]
+    if verb == "prune":
+        args = ["prune", models(), tmp_path / "out", "--sparsity", "0.5", "--calib", text, *WINDOW]
+    with monkeypatch.context() as patch:
+        patch.setattr("streamprune.model.passes.CacheReader.__getitem__", stop)
+        done = run(*args, "--quiet")
+    assert done.code == 130 and done.out == ""
+    assert len(done.err.splitlines()) == 1 and done.err.startswith("streamprune: error: interrupted")
+    assert ("resume" in done.err) == (verb == "prune")
+    assert signal.getsignal(signal.SIGTERM) is before
+    if verb == "prune":
+        assert (tmp_path / "out.partial").is_dir()
+        assert run(*args, "--json", "--quiet").json["status"] == "done"
+    else:
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_goes_away(models: Models, text: Path) -> None:
+    """`streamprune inspect MODEL | head -1`: no traceback."""
+    done = subprocess.run(
+        f"'{sys.executable}' -m streamprune inspect '{models()}' | true",
+        shell=True, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+# ---- what is imported
+
+LOOK = "print([m for m in ('torch', 'transformers', 'numba', 'numpy', 'huggingface_hub') if m in sys.modules])"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"import sys, streamprune.__main__ as m\ntry:\n    m.run()\nexcept SystemExit:\n    {LOOK}"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: streamprune") and done.stdout.endswith("[]\n")
+
+
+def test_a_finished_job_imports_nothing_heavy(models: Models, text: Path, tmp_path: Path) -> None:
+    """Whoever runs a finished job again has the answer at once, not after torch has been loaded."""
+    how = {"calib": text, "samples": 2, "seqlen": 16}
+    prune(models(), tmp_path / "half", sparsity=0.5, **how)  # type: ignore[arg-type]
+    calibrate(models(), tmp_path / "stats", **how)  # type: ignore[arg-type]
+    prune(models(), tmp_path / "given", sparsity=0.5, stats=tmp_path / "stats")
+    prune(models(), tmp_path / "2of4", pattern="2:4", **how)  # type: ignore[arg-type]
+    window = ["--calib", str(text), "--samples", "2", "--seqlen", "16"]
+    runs = [
+        ["prune", str(models()), str(tmp_path / "half"), "--sparsity", "0.5", *window],
+        ["prune", str(models()), str(tmp_path / "given"), "--sparsity", "0.5", "--stats", str(tmp_path / "stats")],
+        ["prune", str(models()), str(tmp_path / "2of4"), "--pattern", "2:4", *window],
+        ["calibrate", str(models()), str(tmp_path / "stats"), *window],
+    ]
+    code = (
+        f"import sys\nfrom streamprune.cli import main\nfor args in {runs!r}:\n    assert main(args) == 0\n    {LOOK}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert all("up-to-date" in line for line in lines[::2]) and len(lines) == 8
+    assert lines[1::2] == ["[]"] * 4
+
+
+# ---- memory
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
+    """Eight layers take no more memory than two: their weights, 24 MiB a layer, come and go."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.random.default_rng(0).integers(0, 1000, 5000))
+    peaks = []
+    for layers in (2, 8):
+        config = AutoConfig.for_model(
+            "llama", vocab_size=1000, hidden_size=512, intermediate_size=3072, num_hidden_layers=layers,
+            num_attention_heads=8, max_position_embeddings=256,
+        )  # fmt: skip
+        model = tmp_path / f"model{layers}"
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(model)
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "streamprune", "prune", model, tmp_path / f"out{layers}", "--sparsity", "0.5",
+                "--calib", ids, "--samples", "4", "--seqlen", "128", "--json", "--quiet",
+            ],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks.append(json.loads(done.stdout)["peak_rss_bytes"])
+    weights = 6 * 4 * (4 * 512 * 512 + 3 * 512 * 3072)
+    assert weights > 2 * (48 << 20)
+    assert abs(peaks[1] - peaks[0]) < 48 << 20, peaks
