@@ -9,11 +9,11 @@ and its text is what every CPython carries: the language reference in ``pydoc_da
 and comments of the standard library (read as source, never imported).
 
 How:
-    python tools/train_demo.py                               # the shipped files: about 40 minutes on one core
+    python tools/train_demo.py                               # the shipped files: under an hour on one core
     python tools/train_demo.py --minutes 5 --out build/demo  # a quick one
 
 All randomness comes from --seed and one thread is used: the same CPython, torch, tokenizers and transformers
-on the same kind of processor give the same bytes. With the defaults: held-out perplexity @PPL@ per token.
+on the same kind of processor give the same bytes. With the defaults: held-out perplexity 30.3 per token.
 """
 
 from __future__ import annotations
