@@ -225,8 +225,8 @@ split by topic and module into train and held-out. `streamprune/text/` holds par
 of the held-out part, under the same licence; two blank lines part the documents.
 
 **Features of unequal scale.** In large language models the input features of a linear differ widely in scale,
-in one this small they hardly do. So after training, the norm gains and the rows of `v_proj` and `up_proj`
-were divided by log-normal factors (sigma 1), and the columns that read them multiplied by the same. The
+in one this small far less (log scale: standard deviation about 0.25). So the norm gains, `v_proj` and `up_proj`
+were divided by log-normal factors (sigma 1) after training, the columns that read them multiplied. The
 function stays (largest change of a logit in float32: {change:.1e}), but the size of a weight alone no longer
 says how much it matters.
 """
