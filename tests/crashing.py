@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,7 @@ class CrashDisk:
         self._same: dict[bytes, bytes] = {}
         self._paths: dict[int, Path] = {}
         self._held: list[int] = []
+        self._one = threading.RLock()
         self._files: dict[int, bytes] = {}
         self._folders: dict[int, dict[str, int]] = {}
         for path in (root, *root.rglob("*")):
@@ -156,6 +158,10 @@ class CrashDisk:
     # ---- recording
 
     def _do(self, name: str, operation: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._one:
+            return self._do_alone(name, operation, *args, **kwargs)
+
+    def _do_alone(self, name: str, operation: Any, *args: Any, **kwargs: Any) -> Any:
         about = self._paths.get(args[0]) if isinstance(args[0], int) else Path(args[0])
         self.operations.append(f"{len(self.operations)} {name} {about.name if about else args[0]}")
         assert tree_of(self.root) == self._last, f"the disk changed behind durable's back before {self.operations[-1]}"

@@ -6,6 +6,7 @@ import ast
 import errno
 import fcntl
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import pytest
 import streamprune
 from streamprune.disk import durable
 from streamprune.disk.durable import AtomicFile, Lock
+from streamprune.disk.header import TensorRef
+from streamprune.disk.shards import write_shard
 from streamprune.errors import LockedError, ResourceError, StateError
 
 
@@ -226,6 +229,56 @@ def test_temporary_files_do_not_follow_links(tmp_path: Path) -> None:
     with pytest.raises((StateError, ResourceError)):
         durable.replace_file(tmp_path / "f", b"new")
     assert (tmp_path / "victim").read_bytes() == b"precious"
+
+
+def test_an_interrupt_while_a_shard_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that writes has stopped when the interrupt goes on: nothing is written to files that are closed."""
+
+    class Interrupting:
+        writes = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return self.put if name == "write" else getattr(os, name)
+
+        def put(self, fd: int, data: memoryview) -> int:
+            self.writes += 1
+            if self.writes == 2:  # the first is the header
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                time.sleep(0.3)
+            return os.write(fd, data)
+
+    monkeypatch.setattr(durable, "os", Interrupting())
+    refs = [TensorRef(name, "s", "U8", (100,), 0, 100) for name in "ab"]
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path / "s", refs, lambda ref: [bytes(100)])
+    assert threading.active_count() == before
+    assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 9])
+def test_a_full_disk_while_a_shard_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    class Full:
+        writes = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return self.put if name == "write" else getattr(os, name)
+
+        def put(self, fd: int, data: memoryview) -> int:
+            self.writes += 1
+            if self.writes == failing:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return os.write(fd, data)
+
+    full = Full()
+    monkeypatch.setattr(durable, "os", full)
+    refs = [TensorRef(name, "s", "U8", (100,), 0, 100) for name in "abcdefgh"]
+    before = threading.active_count()
+    with pytest.raises(ResourceError, match=r"no space left.*/s"):
+        write_shard(tmp_path / "s", refs, lambda ref: [bytes(100)])
+    assert full.writes == failing, "nothing is written after what failed"
+    assert threading.active_count() == before
+    assert not names(tmp_path)
 
 
 # ---- folders
