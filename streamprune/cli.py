@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = add("eval", _eval, "measure the perplexity of MODEL on a text, layer by layer")
     p.add_argument("--text", metavar="FILE", required=True, help="text (.txt, .gz) or token ids (.npy)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
-    _resource_options(p)
+    _resource_options(p, with_kernels=False)
 
     p = add("inspect", _inspect, "show sparsity and pattern of every linear of MODEL")
     p.add_argument("--expect", metavar="N:M|S", help="exit with 2 unless every linear has this pattern or sparsity")
@@ -170,8 +170,13 @@ def _device_options(p: argparse.ArgumentParser) -> None:
                    help="what to compute in (default: the stored dtype where it is fast, else float32)")  # fmt: skip
 
 
-def _resource_options(p: argparse.ArgumentParser) -> None:
+def _resource_options(p: argparse.ArgumentParser, with_kernels: bool = True) -> None:
     _device_options(p)
+    if with_kernels:
+        p.add_argument(
+            "--backend", default="auto", choices=("auto", "numba", "torch"),
+            help="kernels that prune: numba (CPU) or torch (any device); default by device",
+        )  # fmt: skip
     p.add_argument("--max-ram", metavar="SIZE", help="resident memory to stay within, such as 4GiB")
     p.add_argument("--work", metavar="DIR", help="folder for the activation cache (a fast disk)")
     p.add_argument("--trust-remote-code", action="store_true", help="allow the checkpoint's own Python code to run")
@@ -193,7 +198,7 @@ def _resources(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _calibration(args: argparse.Namespace) -> dict[str, Any]:
-    return {k: getattr(args, k) for k in ("calib", "samples", "seqlen", "seed", "restart")}
+    return {k: getattr(args, k) for k in ("calib", "samples", "seqlen", "seed", "restart", "backend")}
 
 
 def _print_json(value: object) -> None:

@@ -53,14 +53,16 @@ def prune(
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
     stats: str | Path | None = None, save_stats: str | Path | None = None,
     only: str | None = None, skip: str | None = None, propagate: str = "dense",
-    device: str = "auto", dtype: str = "auto", max_ram: int | None = None, work: str | Path | None = None,
+    device: str = "auto", dtype: str = "auto", backend: str = "auto",
+    max_ram: int | None = None, work: str | Path | None = None,
     restart: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
 ) -> JobResult:  # fmt: skip
     """Prunes the checkpoint `model` (a folder or a hub name) into the folder `out`.
 
     Exactly one of `sparsity` (share of each row, 0 ≤ S < 1) and `pattern` ("N:M") says how much goes. Statistics
     come from `samples` windows of `seqlen` tokens of `calib` (default: a built-in text; default length
-    min(2048, the model's limit)), or from the file `stats`. `max_ram` is in bytes. Running the same job again
+    min(2048, the model's limit)), or from the file `stats`. `backend` chooses the kernels that prune: Numba on the CPU,
+    Torch elsewhere, unless it says "numba" or "torch". `max_ram` is in bytes. Running the same job again
     resumes it, or finds it done. Raises the errors of streamprune.errors.
     """
     recipe = make_recipe(method, score, selector)
@@ -69,13 +71,14 @@ def prune(
         raise UsageError(f"--propagate {propagate}: choose dense or pruned")
     if stats is not None and (calib is not None or save_stats is not None or propagate != "dense"):
         raise UsageError("--stats takes the place of calibration: leave out --calib, --save-stats and --propagate")
+    _check_backend(backend)
     checkpoint = _open_model(model)
     needs_pass = stats is None and (recipe.needs_statistics or save_stats is not None or propagate == "pruned")
     calibration = _describe_calibration(checkpoint, calib, samples, seqlen, seed)
     spec = JobSpec(
         verb="prune", model=checkpoint.fingerprint(), recipe=recipe, sparsity=sparsity, pattern=pattern,
         only=only, skip=skip, propagate=propagate, calibration=calibration if needs_pass else None,
-        stats=_stats_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype,
+        stats=_stats_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype, backend=backend,
         source=checkpoint.path, out=Path(out), stats_path=Path(stats) if stats is not None else None,
         max_ram=max_ram, save_stats=Path(save_stats) if save_stats is not None else None,
         work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
@@ -86,22 +89,29 @@ def prune(
 def calibrate(
     model: str | Path, out: str | Path, *,
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
-    device: str = "auto", dtype: str = "auto", max_ram: int | None = None, work: str | Path | None = None,
+    device: str = "auto", dtype: str = "auto", backend: str = "auto",
+    max_ram: int | None = None, work: str | Path | None = None,
     restart: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
 ) -> JobResult:  # fmt: skip
     """Gathers the statistics of every linear's input into the file `out`, for `prune(..., stats=out)`.
 
     Arguments and errors as for `prune`.
     """
+    _check_backend(backend)
     checkpoint = _open_model(model)
     spec = JobSpec(
         verb="calibrate", model=checkpoint.fingerprint(), recipe=None, sparsity=None, pattern=None,
         only=None, skip=None, propagate="dense",
         calibration=_describe_calibration(checkpoint, calib, samples, seqlen, seed),
-        stats=None, device=device, dtype=dtype, source=checkpoint.path, out=Path(out), max_ram=max_ram,
+        stats=None, device=device, dtype=dtype, backend=backend, source=checkpoint.path, out=Path(out), max_ram=max_ram,
         work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     return _carry_out(spec, checkpoint, progress)
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in ("auto", "numba", "torch"):
+        raise UsageError(f"--backend {backend}: choose auto, numba (CPU) or torch (any device)")
 
 
 def _open_model(model: str | Path) -> Checkpoint:

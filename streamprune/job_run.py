@@ -69,6 +69,9 @@ class Run:
         resolved: dict[str, Any] = unfinished[1]["resolved"] if unfinished else {}
         self.maps = ShardMaps(checkpoint)
         self.device = resolve_device(spec.device)
+        self.backend = spec.backend if spec.backend != "auto" else "numba" if self.device.type == "cpu" else "torch"
+        if self.backend == "numba" and self.device.type != "cpu":
+            raise UsageError(f"--backend numba runs on the CPU only, not on {self.device}; leave it out or use torch")
         self.dtype = compute_dtype(resolved.get("dtype", spec.dtype), stored_dtype(checkpoint), self.device)
         self.skeleton = build_skeleton(checkpoint, self.dtype, trust_remote_code=spec.trust_remote_code)
         self.walk = Walk(self.skeleton, self.maps, self.dtype, self.device)
@@ -102,7 +105,7 @@ class Run:
         spec = self.spec
         if spec.recipe is None:
             return None
-        target = Target(spec.recipe, spec.sparsity, parse_pattern(spec.pattern) if spec.pattern else None)
+        target = Target(spec.recipe, spec.sparsity, parse_pattern(spec.pattern) if spec.pattern else None, self.backend)
         only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
         chosen = selected_linears(self.skeleton.stages, only, skip)
         check_shapes(target, chosen, self.skeleton.transposed)
@@ -237,7 +240,7 @@ class Run:
         stats: dict[str, InputStats] = {}
         folder, pruned = self.state.cache, self.spec.propagate == "pruned"
         more = stage.kind == "layer" and stage.index + 1 < len(self.skeleton.layers)
-        collector = Collector(cpu.accumulate if self.device.type == "cpu" else torch_ops.accumulate)
+        collector = Collector((cpu if self.backend == "numba" else torch_ops).accumulate)
         if self.windows is not None:
             for touched in (stage, self.skeleton.stages[-1]) if stage.kind == "embed" else (stage,):
                 check_weights(self.maps, self.skeleton, touched)

@@ -1,7 +1,7 @@
 """What a job is. Two runs belong to the same job when all their fixed fields are equal.
 
     fixed        verb, model, score, selector, sparsity, pattern, only, skip, propagate, calib, samples,
-                 seqlen, seed, stats, device, dtype
+                 seqlen, seed, stats, device, dtype, backend
     changeable   max_ram, save_stats, work (only before anything has been cached there)
 
 The fixed fields go into `job.json` while the job is unfinished and into `streamprune.json` for ever.
@@ -72,6 +72,7 @@ class JobSpec:
     """xxh3_128 of the statistics file given with --stats."""
     device: str
     dtype: str
+    backend: str
     source: Path = field(metadata=_CHANGEABLE)
     out: Path = field(metadata=_CHANGEABLE)
     stats_path: Path | None = field(default=None, metadata=_CHANGEABLE)

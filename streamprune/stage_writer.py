@@ -36,12 +36,14 @@ class Target:
     recipe: Recipe
     sparsity: float | None
     pattern: Pattern | None
+    backend: str | None = None
+    """Which kernels: "numba", "torch", or by device."""
 
     def select(self, weight: Tensor, feature: Tensor, power: int, device: torch.device) -> Any:
         """Prunes rows (n, in); see selection.select."""
         return select(
             weight.to(device), feature.to(device), power,
-            selector=self.recipe.selector, sparsity=self.sparsity, pattern=self.pattern,
+            selector=self.recipe.selector, sparsity=self.sparsity, pattern=self.pattern, backend=self.backend,
         )  # fmt: skip
 
 
