@@ -240,8 +240,9 @@ def test_the_named_memory_is_enough_for_the_program(models: Models, text: Path, 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"dtype": "int8"}, {"propagate": "both"}, {"method": "none"}, {"score": "none"}, {"selector": "none"},
-        {"sparsity": float("nan")}, {"sparsity": None}, {"pattern": "2:4"}, {"samples": 0}, {"seed": -1}, {"only": "("},
+        {"dtype": "int8"}, {"backend": "jax"}, {"propagate": "both"}, {"method": "none"}, {"score": "none"},
+        {"selector": "none"}, {"sparsity": float("nan")}, {"sparsity": None}, {"pattern": "2:4"}, {"samples": 0},
+        {"seed": -1}, {"only": "("},
     ],
     ids=str,
 )  # fmt: skip

@@ -360,7 +360,8 @@ def test_impossible_amounts(model: Path, text: Path, tmp_path: Path, refuse: Ref
     "wrong",
     [
         ["--method", "sparsegpt9"], ["--score", "taylor"], ["--selector", "median"], ["--propagate", "both"],
-        ["--dtype", "int8"], ["--device", "nonsense"], ["--device", "cuda:99"], ["--samples", "0"],
+        ["--dtype", "int8"], ["--backend", "jax"], ["--device", "nonsense"], ["--device", "cuda:99"],
+        ["--samples", "0"],
         ["--samples", "two"], ["--seqlen", "1"], ["--seqlen", "65"], ["--seed=-1"], ["--max-ram", "much"],
         ["--max-ram", "0"], ["--max-ram", "1e400"], ["--only", "("], ["--skip", "[z-a]"], ["--nonsense"],
     ],

@@ -233,6 +233,16 @@ def test_every_method(
     check_output(source, tmp_path / "out", kind, dense_stats(kind, "float32"), job)
 
 
+@pytest.mark.parametrize("job", JOBS[:4], ids=named)
+def test_kernels_of_torch(
+    models: Callable[..., Path], text: Path, dense_stats: Callable[..., Stats], tmp_path: Path, job: Any
+) -> None:
+    """What runs on a GPU, on the CPU."""
+    source = models("llama", dtype="float32")
+    stream(source, tmp_path / "out", text, job, backend="torch")
+    check_output(source, tmp_path / "out", "llama", dense_stats("llama", "float32"), job)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gemma2", "bloom", "falcon"])
 def test_every_architecture(
     models: Callable[..., Path], text: Path, dense_stats: Callable[..., Stats], tmp_path: Path, kind: str

@@ -18,7 +18,7 @@ from streamprune.spec import Calibration, JobSpec, compile_filter, format_bytes,
 SPEC = JobSpec(
     verb="prune", model={"config": "c", "shards": "s"}, recipe=RECIPES["swiftprune"], sparsity=0.5, pattern=None,
     only=None, skip=None, propagate="dense", calibration=Calibration(Path("a.txt"), "d1", 128, 2048, 0), stats=None,
-    device="auto", dtype="auto", source=Path("model"), out=Path("out"),
+    device="auto", dtype="auto", backend="auto", source=Path("model"), out=Path("out"),
 )  # fmt: skip
 
 FIXED: list[tuple[dict[str, Any], str]] = [
@@ -40,6 +40,7 @@ FIXED: list[tuple[dict[str, Any], str]] = [
     ({"stats": "digest"}, "stats"),
     ({"device": "cpu"}, "device"),
     ({"dtype": "float32"}, "dtype"),
+    ({"backend": "torch"}, "backend"),
 ]
 CHANGEABLE: list[dict[str, Any]] = [
     {"source": Path("moved")}, {"out": Path("other")}, {"max_ram": 1 << 30}, {"save_stats": Path("s")},
