@@ -185,7 +185,7 @@ VARIANTS = ["no calibration", "pruned", "save", "work", "all", "calibrate"]
 @pytest.mark.parametrize("name", VARIANTS)
 def test_some_moments_of_other_jobs(root: Path, given: dict[str, Any], name: str) -> None:
     crasher = Crasher(root, make_job(name, root, given), OUTPUTS)
-    failures = crasher.failures("killed", 0.1) + crasher.failures("lost", 0.3)
+    failures = crasher.failures("killed", 0.07) + crasher.failures("lost", 0.2)
     assert not failures, show(failures)
 
 
@@ -199,7 +199,7 @@ def test_every_moment_of_other_jobs(root: Path, given: dict[str, Any], name: str
 
 def test_two_crashes_in_a_row(root: Path, given: dict[str, Any]) -> None:
     crasher = Crasher(root, make_job("all", root, given), OUTPUTS)
-    failures = crasher.failures("killed", 0.06, twice=1.0)
+    failures = crasher.failures("killed", 0.04, twice=1.0)
     assert not failures, show(failures)
 
 
@@ -246,9 +246,11 @@ class _FaultyOs:
         return counted
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "I/O error"), KeyboardInterrupt()]
+)
 def test_an_error_at_any_operation(root: Path, given: dict[str, Any], error: BaseException) -> None:
-    """A full disk and an interrupt end the run at once, as what they are; the same process can go on."""
+    """A full or failing disk and an interrupt end the run, as what they are; the same process can go on."""
     job = make_job("save", root, given)
     crasher = Crasher(root, job, OUTPUTS)
     restore(root, {})
@@ -257,7 +259,7 @@ def test_an_error_at_any_operation(root: Path, given: dict[str, Any], error: Bas
         patch.setattr(durable, "os", counting)
         job()
     total = counting.counted
-    chosen = sorted({0, 1, 2, 3, 4, 5, total - 1, *random.Random(5).sample(range(total), 14)})
+    chosen = sorted({1, 2, 4, total - 1, *random.Random(repr(error)).sample(range(total), 8)})
     failures = []
     for number in chosen:
         restore(root, {})

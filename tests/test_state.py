@@ -196,6 +196,24 @@ def test_resume_repeats_no_stage(job: Prune, out: Path) -> None:
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
+def test_resume_removes_what_a_crash_left(job: Prune, out: Path) -> None:
+    """A cache that was used up and half-written files, before the first stage is done."""
+    leave_unfinished(job)
+    folder = partial_of(out) / ".streamprune"
+    for name in ("cache/0000.bin", "cache/0000.json", "cache/.0002.bin.tmp", ".statistics-0001.safetensors.tmp"):
+        (folder / name).write_bytes(b"rubbish")
+    (partial_of(out) / ".model-00003-of-00004.safetensors.tmp").write_bytes(b"rubbish")
+    left: list[str] = []
+
+    def look(step: Progress) -> None:
+        if step.name == "layer 1":
+            left.extend(p.name for p in partial_of(out).rglob("*") if p.is_file() and p.read_bytes() == b"rubbish")
+            left.extend(p.name for p in (folder / "cache").iterdir())
+
+    job(progress=look)
+    assert not left
+
+
 def test_restart_throws_unfinished_work_away(job: Prune, out: Path) -> None:
     leave_unfinished(job, sparsity=0.6)
     seen: list[str] = []
