@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from streamprune.disk.header import read_shard
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UsageError
 from streamprune.job import calibrate, prune
 from streamprune.kernels import cpu
@@ -277,7 +278,8 @@ def test_every_truncation(given: Path, tmp_path: Path) -> None:
 def test_shrinks_while_it_is_open(given: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(given, tmp_path / "s"))
     file = StatisticsFile(path)
-    path.write_bytes(path.read_bytes()[: file._refs["model.layers.1.self_attn.q_proj.sum"].begin + 3])
+    begin = next(r.begin for r in read_shard(path).refs if r.name == "model.layers.1.self_attn.q_proj.sum")
+    path.write_bytes(path.read_bytes()[: begin + 3])
     with pytest.raises(CorruptStateError, match="truncated"):
         file.load("model.layers.1.self_attn.q_proj", 32)
 
