@@ -168,6 +168,7 @@ def _device_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
                    help="what to compute in (default: the stored dtype where it is fast, else float32)")  # fmt: skip
+    p.add_argument("--trust-remote-code", action="store_true", help="allow the checkpoint's own Python code to run")
 
 
 def _resource_options(p: argparse.ArgumentParser, with_kernels: bool = True) -> None:
@@ -179,7 +180,6 @@ def _resource_options(p: argparse.ArgumentParser, with_kernels: bool = True) -> 
         )  # fmt: skip
     p.add_argument("--max-ram", metavar="SIZE", help="resident memory to stay within, such as 4GiB")
     p.add_argument("--work", metavar="DIR", help="folder for the activation cache (a fast disk)")
-    p.add_argument("--trust-remote-code", action="store_true", help="allow the checkpoint's own Python code to run")
 
 
 def _version() -> str:
@@ -300,6 +300,7 @@ def _plan(args: argparse.Namespace) -> int:
     found = plan(
         args.model, only=args.only, skip=args.skip, samples=args.samples, seqlen=args.seqlen,
         with_stats=args.stats is not None, propagate=args.propagate, device=args.device, dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     if args.json:
         _print_json(found.to_json())
@@ -316,7 +317,7 @@ def _demo(args: argparse.Namespace) -> int:
     with show_progress("demo", args.quiet) as progress:
         rows = run_demo(progress)
     if args.json:
-        _print_json(rows)
+        _print_json({"models": rows})
     elif not args.quiet:
         print(demo_table(rows))
     return 0

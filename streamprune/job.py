@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
-from streamprune.disk.state import file_digest, find_finished, find_unfinished, lock_of
+from streamprune.disk.state import file_digest, find_finished, find_unfinished, lock_of, partial_of
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
 from streamprune.memory import peak_resident_bytes
 from streamprune.pruning.recipes import make_recipe
@@ -179,10 +179,10 @@ def _find_statistics(spec: JobSpec) -> dict[str, Any] | None:
     """As find_finished, for the one file that `calibrate` makes."""
     if not spec.out.exists():
         return None
-    from streamprune.model.statistics import StatisticsFile
+    from streamprune.model.statistics_header import StatisticsHeader
 
     try:
-        there = StatisticsFile(spec.out).calibration.get("job")
+        there = StatisticsHeader(spec.out).calibration.get("job")
     except (UsageError, CorruptStateError) as e:
         raise StateError(f"{spec.out} exists and is not a statistics file; choose another name or move it away") from e
     if there is None:
@@ -209,6 +209,11 @@ def _check_places(spec: JobSpec, checkpoint: Checkpoint) -> None:
     for flag, path in (("OUT", spec.out), ("--work", spec.work), ("--save-stats", spec.save_stats)):
         if path is not None and (path.resolve() == source or source in path.resolve().parents):
             raise UsageError(f"{flag} {path} lies within MODEL; choose a place outside {checkpoint.path}")
+    work = spec.work.resolve() if spec.work else None
+    if work is not None and any(
+        p == work or p in work.parents for p in (spec.out.resolve(), partial_of(spec.out).resolve())
+    ):
+        raise UsageError(f"--work {spec.work} lies within OUT; choose a place outside {spec.out}")
     if spec.save_stats is not None:
         if spec.save_stats.is_dir() or not spec.save_stats.absolute().parent.is_dir():
             raise UsageError(f"--save-stats {spec.save_stats}: name a file in a folder that exists")
@@ -223,6 +228,6 @@ def _check_saved(spec: JobSpec) -> None:
 
 def _result(spec: JobSpec, report: Mapping[str, Any], status: str) -> JobResult:
     return JobResult(
-        status, spec.out, report.get("recipe"), report.get("sparsity"),
+        status, spec.out, report.get("recipe"), report.get("sparsity") if spec.recipe else None,
         report["seconds"], report["peak_rss_bytes"], report,
     )  # fmt: skip

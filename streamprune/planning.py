@@ -8,6 +8,7 @@ Writing is taken to be as fast as reading.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -82,6 +83,8 @@ def plan(
     checkpoint = open_checkpoint(resolve_model(str(model)))
     refuse_quantised(checkpoint)
     length = seqlen if seqlen is not None else default_seqlen(checkpoint.config)
+    if propagate not in ("dense", "pruned"):
+        raise UsageError(f"--propagate {propagate}: choose dense or pruned")
     if samples < 1:
         raise UsageError("--samples must be at least 1")
     check_seqlen(length, checkpoint.config)
@@ -107,7 +110,7 @@ def plan(
     peak = budget.peak(batch) if tokens else budget.base + budget.reserve
     return Plan(
         model=str(model), architecture=str(checkpoint.config.get("model_type")),
-        parameters=sum(t.nbytes // skeleton.dtype.itemsize for t in checkpoint.tensors.values()),
+        parameters=sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
         stages=tuple(stages), peak_ram_bytes=peak,
         least_ram_bytes=budget.peak(1) if tokens else peak,
         vram_bytes=largest + batch * budget.per_sample + (64 << 20) if on_gpu else 0,

@@ -60,7 +60,7 @@ def draw_windows(
         raise UsageError(
             f"{name} has {len(stream)} tokens, one window needs {seqlen}; lower --seqlen or give more text"
         )
-    _check_range(stream, vocab_size, name)
+    _check_range(stream, vocab_size, path)
     starts = np.random.Generator(np.random.PCG64(seed)).integers(0, len(stream) - seqlen + 1, size=samples)
     windows: Tokens = stream[starts[:, None] + np.arange(seqlen)]
     return windows
@@ -81,7 +81,7 @@ def _token_stream(path: Path | None, model: Path, limit: int, trust_remote_code:
 
 def _load_ids(path: Path, limit: int | None = None) -> Tokens:
     try:
-        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+        ids = np.lib.format.open_memmap(path, mode="r")  # np.load would open archives, too
     except (OSError, ValueError) as e:
         raise UsageError(f"{path}: cannot be read as an array of token ids ({e})") from e
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
@@ -89,13 +89,14 @@ def _load_ids(path: Path, limit: int | None = None) -> Tokens:
     return np.array(ids.reshape(-1)[:limit], dtype=np.int64)
 
 
-def _check_range(ids: Tokens, vocab_size: int, name: object) -> None:
+def _check_range(ids: Tokens, vocab_size: int, path: Path | None) -> None:
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        raise CheckpointError(
-            f"{name} gives token id {high if high >= vocab_size else low}, the model's vocabulary has {vocab_size}; "
-            "the tokenizer belongs to another model"
-        )
+    if low >= 0 and high < vocab_size:
+        return
+    what = f"token id {high if high >= vocab_size else low}, the model's vocabulary has {vocab_size}"
+    if path is not None and path.suffix == ".npy":
+        raise UsageError(f"{path} holds {what}; make the ids with this model's tokenizer")
+    raise CheckpointError(f"{path or 'the built-in text'} gives {what}; the tokenizer belongs to another model")
 
 
 def cut_windows(path: Path, model: Path, vocab_size: int, seqlen: int, *, trust_remote_code: bool = False) -> Tokens:

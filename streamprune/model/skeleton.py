@@ -179,7 +179,7 @@ def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     """The outermost ModuleList with one entry a decoder layer."""
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not found:
+    if not found or not count:
         raise UnsupportedError(f"{config.model_type} has no list of {count} decoder layers that could be streamed")
     depth = min(n.count(".") for n, _ in found)
     outermost = [(n, m) for n, m in found if n.count(".") == depth]

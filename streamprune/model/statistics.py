@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from streamprune.disk.durable import Buffer
-from streamprune.disk.header import TensorRef, read_shard
+from streamprune.disk.header import TensorRef
 from streamprune.disk.shards import write_shard
-from streamprune.errors import CheckpointError, CorruptStateError, StreampruneError, UsageError
+from streamprune.errors import CheckpointError, CorruptStateError, UsageError
+from streamprune.model.statistics_header import FORMAT, VERSION, StatisticsHeader
 from streamprune.pruning.stats import InputStats
-
-FORMAT, VERSION = "streamprune-statistics", "1"
 
 Accumulate = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -98,36 +97,13 @@ def write_statistics(
     return write_shard(path, refs, content, metadata).digest
 
 
-class StatisticsFile:
+class StatisticsFile(StatisticsHeader):
     """A statistics file, checked; `load(linear)` reads one linear's statistics."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises UsageError when there is no such file, CorruptStateError when it is damaged or unknown."""
-        self.path = path
-        if not path.is_file():
-            raise UsageError(f"{path}: no such statistics file; make one with `calibrate` or --save-stats")
-        try:
-            shard = read_shard(path)
-            self.metadata = _metadata(path)
-            self._refs = {t.name: t for t in shard.refs}
-        except StreampruneError as e:
-            raise CorruptStateError(f"{e}; make the statistics again with `calibrate`") from e
-        if self.metadata.get("format") != FORMAT or self.metadata.get("version") != VERSION:
-            raise CorruptStateError(
-                f"{path} is no statistics file of version {VERSION} "
-                f"({self.metadata.get('format')} {self.metadata.get('version')}); make one with `calibrate`"
-            )
-        try:
-            self.groups: dict[str, str] = json.loads(self.metadata["groups"])
-            self.model: dict[str, str] = json.loads(self.metadata["model"])
-            self.calibration: dict[str, Any] = json.loads(self.metadata["calibration"])
-        except (KeyError, ValueError) as e:
-            raise CorruptStateError(f"{path}: its metadata is damaged ({e}); make it again with `calibrate`") from e
 
     def load(self, linear: str, in_features: int) -> InputStats:
         """The statistics of one linear's input. Raises UsageError when they are missing or of another width."""
         group = self.groups.get(linear)
-        tensors = {k: self._refs.get(f"{group}.{k}") for k in ("tokens", "sum", "sumsq")}
+        tensors = {k: self.refs.get(f"{group}.{k}") for k in ("tokens", "sum", "sumsq")}
         if group is None or any(t is None for t in tensors.values()):
             raise UsageError(f"{self.path} has no statistics of {linear}; it belongs to another model")
         values = {k: self._read(t) for k, t in tensors.items() if t is not None}
@@ -135,26 +111,25 @@ class StatisticsFile:
             raise UsageError(
                 f"{self.path}: {linear} has {in_features} inputs, the statistics {tuple(values['sum'].shape)}"
             )
-        if not bool(torch.isfinite(values["sumsq"]).all()) or bool((values["sumsq"] < 0).any()):
+        sumsq = values["sumsq"]
+        if not bool(torch.isfinite(sumsq).all()) or bool((sumsq < 0).any()) or int(values["tokens"]) < 0:
             raise CorruptStateError(
                 f"{self.path}: the statistics of {linear} are damaged; make them again with `calibrate`"
             )
         return InputStats(int(values["tokens"]), values["sum"], values["sumsq"])
 
     def _read(self, ref: TensorRef) -> Tensor:
+        wanted = ("I64", ()) if ref.name.endswith(".tokens") else ("F64", ref.shape[:1])
+        if (ref.dtype, ref.shape) != wanted:
+            raise CorruptStateError(
+                f"{self.path}: {ref.name} is {ref.dtype} {list(ref.shape)}; make it again with `calibrate`"
+            )
         with self.path.open("rb") as f:
             f.seek(ref.begin)
             data = bytearray(f.read(ref.nbytes))
         if len(data) != ref.nbytes:
             raise CorruptStateError(f"{self.path} is truncated; make it again with `calibrate`")
         return torch.frombuffer(data, dtype={"I64": torch.int64, "F64": torch.float64}[ref.dtype]).view(ref.shape)
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with path.open("rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-    result: dict[str, str] = header.get("__metadata__", {})
-    return result
 
 
 def merge_statistics(
@@ -167,6 +142,6 @@ def merge_statistics(
         file = StatisticsFile(part)
         groups |= file.groups
         for leader in dict.fromkeys(file.groups.values()):
-            width = file._refs[f"{leader}.sum"].shape[0]
+            width = file.refs[f"{leader}.sum"].shape[0]
             stats[leader] = file.load(leader, width)
     return write_statistics(path, stats.items(), groups, model, calibration)

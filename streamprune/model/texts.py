@@ -63,7 +63,7 @@ def text_pieces(path: Path | None) -> Iterator[str]:
                     continue
             except UnicodeDecodeError as e:
                 raise UsageError(f"{path}: line {number} is not UTF-8 text") from e
-            except (ValueError, KeyError, TypeError) as e:
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
                 raise UsageError(f'{path}: line {number} is not a JSON record with a "text" string') from e
             piece.append(line)
             size += len(line)

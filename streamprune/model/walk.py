@@ -39,17 +39,24 @@ class Call:
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps its arguments, returns its input (or `replace`) unchanged."""
 
-    def __init__(self, as_tuple: bool) -> None:
+    def __init__(self, as_tuple: bool, first: _Recorder | None) -> None:
         super().__init__()
         self.as_tuple = as_tuple
+        self.first = [first] if first else []  # in a list, so that it is no submodule
         self.received: Tensor | None = None
+        self.handed_on = False
         self.call: Call | None = None
         self.replace: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         by_keyword = "hidden_states" in kwargs
         states = kwargs.pop("hidden_states") if by_keyword else args[0]
-        self.received = states
+        if self.first:
+            given = self.first[0].received
+            self.handed_on = given is not None and states.shape == given.shape and bool(torch.equal(states, given))
+        else:
+            self.received = states.clone()  # what comes after may change the states in place
+            self.handed_on = states.dim() == 3
         self.call = Call(args if by_keyword else args[1:], kwargs, by_keyword)
         out = states if self.replace is None else self.replace
         return (out,) if self.as_tuple else out
@@ -96,16 +103,16 @@ class Walk:
 
     @torch.inference_mode()
     def _record(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        failure: Exception | None = None
         for as_tuple in (False, True) if self._as_tuple is None else (self._as_tuple,):
             with _recorders(self.skeleton, as_tuple) as recorders:
                 model = self.skeleton.model
                 base = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
                 try:
                     final = base(input_ids=ids, use_cache=False)[0]
-                except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
-                    if as_tuple:
-                        raise
-                    continue  # the model takes a layer's output apart: it expects a tuple
+                except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as e:
+                    failure = e
+                    continue  # the model takes a layer's output apart: it expects a tuple, or the other way round
                 if _handed_on(recorders, final):
                     self._as_tuple = as_tuple
                     first = recorders[0].received
@@ -114,7 +121,7 @@ class Walk:
         raise UnsupportedError(
             f"{_kind(self.skeleton)} does something between its decoder layers (or does not call them all in "
             "order); its layers cannot be streamed one by one"
-        )
+        ) from failure
 
     @contextmanager
     def layer(
@@ -191,7 +198,8 @@ def _recorders(skeleton: Skeleton, as_tuple: bool) -> Iterator[list[_Recorder]]:
     """Puts a recorder in the place of every decoder layer."""
     layers = skeleton.layers
     real = list(layers)
-    recorders = [_Recorder(as_tuple) for _ in real]
+    recorders = [_Recorder(as_tuple, None)]
+    recorders += [_Recorder(as_tuple, recorders[0]) for _ in real[1:]]
     for i, (recorder, layer) in enumerate(zip(recorders, real, strict=True)):
         for attribute in (
             "attention_type",
@@ -209,13 +217,9 @@ def _recorders(skeleton: Skeleton, as_tuple: bool) -> Iterator[list[_Recorder]]:
 
 
 def _handed_on(recorders: list[_Recorder], final: Tensor) -> bool:
-    """Whether every recorder was called, received its predecessor's very states, and the last one's got out."""
-    if any(r.received is None for r in recorders):
-        return False
-    states = [r.received for r in recorders if r.received is not None]
-    first = states[0]
-    same = all(s.shape == first.shape and s.data_ptr() == first.data_ptr() for s in states)
-    return same and first.dim() == 3 and final.shape[:2] == first.shape[:2]
+    """Whether every recorder was called, received the first one's states, and the last one's got out."""
+    first = recorders[0].received
+    return first is not None and all(r.handed_on for r in recorders) and final.shape[:2] == first.shape[:2]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -228,7 +232,7 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return type(a) is type(b)
+    return type(a) is type(b) and (not isinstance(a, bool | int | float | str) or a == b)
 
 
 def _kind(skeleton: Skeleton) -> str:

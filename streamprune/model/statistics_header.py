@@ -1,0 +1,48 @@
+"""The header of a statistics file: what it belongs to. Neither torch nor numpy is needed yet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from streamprune.disk.header import read_shard
+from streamprune.errors import CorruptStateError, StreampruneError, UsageError
+
+FORMAT, VERSION = "streamprune-statistics", "1"
+
+
+class StatisticsHeader:
+    """The checked header: `groups`, `model` and `calibration` as in statistics.py, and where the tensors are."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UsageError when there is no such file, CorruptStateError when it is damaged or unknown."""
+        self.path = path
+        if not path.is_file():
+            raise UsageError(f"{path}: no such statistics file; make one with `calibrate` or --save-stats")
+        try:
+            shard = read_shard(path)
+            self.metadata = _metadata(path)
+            self.refs = {t.name: t for t in shard.refs}
+        except StreampruneError as e:
+            raise CorruptStateError(f"{e}; make the statistics again with `calibrate`") from e
+        if self.metadata.get("format") != FORMAT or self.metadata.get("version") != VERSION:
+            raise CorruptStateError(
+                f"{path} is no statistics file of version {VERSION} "
+                f"({self.metadata.get('format')} {self.metadata.get('version')}); make one with `calibrate`"
+            )
+        try:
+            self.groups: dict[str, str] = json.loads(self.metadata["groups"])
+            self.model: dict[str, str] = json.loads(self.metadata["model"])
+            self.calibration: dict[str, Any] = json.loads(self.metadata["calibration"])
+            if not all(isinstance(part, dict) for part in (self.groups, self.model, self.calibration)):
+                raise ValueError("not objects")
+        except (KeyError, ValueError) as e:
+            raise CorruptStateError(f"{path}: its metadata is damaged ({e}); make it again with `calibrate`") from e
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with path.open("rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    result: dict[str, str] = header.get("__metadata__", {})
+    return result
