@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLES = 128
 
+MOST_TOKENS = 1 << 27
+"""Calibration tokens of a job; their ids alone take a GiB then."""
+
 
 @dataclass(frozen=True)
 class JobResult:
@@ -139,6 +142,8 @@ def _describe_calibration(
     path = Path(calib) if calib is not None else None
     if path is not None and not path.is_file():
         raise UsageError(f"--calib {path}: no such file")
+    if samples * (seqlen or 2048) > MOST_TOKENS:
+        raise UsageError(f"--samples {samples} is more than memory should hold; {MOST_TOKENS} tokens are the limit")
     if samples < 1 or seed < 0:
         raise UsageError("--samples must be at least 1, --seed not negative")
     length = seqlen if seqlen is not None else default_seqlen(checkpoint.config)
@@ -161,6 +166,8 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
         finished = find_finished(spec) if spec.verb == "prune" else _find_statistics(spec)
         if finished is not None:
             _check_saved(spec)
+            if (left := find_unfinished(spec)) is not None:
+                left[0].discard()  # it died between its last write and tidying up
             took = time.perf_counter() - begun
             return replace(_result(spec, finished, "up-to-date"), seconds=took, peak_rss_bytes=peak_resident_bytes())
         unfinished = find_unfinished(spec)

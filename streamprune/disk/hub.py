@@ -66,17 +66,13 @@ def _download(name: str, revision: str | None, quiet: bool) -> Path:
     if hide:
         disable_progress_bars()
     try:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=_OTHER_WEIGHTS)
-        )
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=_OTHER_WEIGHTS))
     except HFValidationError:
         why = "neither a folder nor a name that the hub allows; pass a folder with safetensors weights"
     except (OSError, HTTPError, RuntimeError) as error:  # RuntimeError: its own download client
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             where = constants.HF_HUB_CACHE
-            raise ResourceError(
-                f"{name}: the disk of {where} is full; make room, or set HF_HUB_CACHE"
-            ) from None
+            raise ResourceError(f"{name}: the disk of {where} is full; make room, or set HF_HUB_CACHE") from None
         why = _explain(error, bool(constants.HF_HUB_OFFLINE))
     finally:
         if hide:

@@ -185,9 +185,7 @@ def _private_map(descriptor: int, size: int) -> mmap.mmap:
     if sys.platform != "linux":
         return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
     no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # in mmap from Python 3.13
-    return mmap.mmap(
-        descriptor, size, flags=mmap.MAP_PRIVATE | no_reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE
-    )
+    return mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE | no_reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def _torch_type(ref: TensorRef, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, ...]]:

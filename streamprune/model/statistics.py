@@ -5,8 +5,8 @@ once. In the file, each set has three tensors named after the first linear of it
 
     NAME.tokens  I64 ()      NAME.sum  F64 (in,)      NAME.sumsq  F64 (in,)
 
-and the metadata holds `format`, `version`, `groups` (linear -> NAME), `model` (what the statistics belong to)
-and `calibration` (which tokens), the last three as JSON.
+and the metadata holds `format`, `version`, `digest` (xxh3_128 of the tensors' bytes), `groups` (linear -> NAME), `model`
+(what the statistics belong to) and `calibration` (which tokens), the last three as JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from streamprune.disk.durable import Buffer
@@ -90,7 +91,11 @@ def write_statistics(
     def content(ref: TensorRef) -> Iterator[Buffer]:
         yield parts[ref.name].contiguous().reshape(-1).view(torch.uint8).numpy().data
 
-    metadata = {"format": FORMAT, "version": VERSION} | {
+    digest = xxhash.xxh3_128()
+    for ref in sorted(refs, key=lambda r: r.name):  # as write_shard orders tensors of one item size
+        for piece in content(ref):
+            digest.update(piece)
+    metadata = {"format": FORMAT, "version": VERSION, "digest": digest.hexdigest()} | {
         key: json.dumps(value, sort_keys=True)
         for key, value in (("groups", groups), ("model", model), ("calibration", calibration))
     }

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from streamprune.disk.header import read_shard
 from streamprune.errors import CorruptStateError, StreampruneError, UsageError
 
@@ -31,6 +33,10 @@ class StatisticsHeader:
                 f"{path} is no statistics file of version {VERSION} "
                 f"({self.metadata.get('format')} {self.metadata.get('version')}); make one with `calibrate`"
             )
+        if self.metadata.get("digest") != _data_digest(path):
+            raise CorruptStateError(
+                f"{path} is not what was written; check the disk, and make it again with `calibrate`"
+            )
         try:
             self.groups: dict[str, str] = json.loads(self.metadata["groups"])
             self.model: dict[str, str] = json.loads(self.metadata["model"])
@@ -39,6 +45,16 @@ class StatisticsHeader:
                 raise ValueError("not objects")
         except (KeyError, ValueError) as e:
             raise CorruptStateError(f"{path}: its metadata is damaged ({e}); make it again with `calibrate`") from e
+
+
+def _data_digest(path: Path) -> str:
+    """xxh3_128 of everything behind the header."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as f:
+        f.seek(8 + int.from_bytes(f.read(8), "little"))
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _metadata(path: Path) -> dict[str, str]:
