@@ -20,7 +20,7 @@ from crashing import Tree, tree_of
 from streamprune.disk.durable import Lock
 from streamprune.disk.state import REPORT, lock_of, partial_of
 
-SAMPLES = 12
+SAMPLES = 512
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_interrupted(
     out = tmp_path / "out"
     for number in (signal.SIGINT, signal.SIGTERM):
         with _start(command(out), environment) as run:
-            _wait_for(run, 2)
+            _wait_for(run, 1)
             run.send_signal(number)
             output, errors = run.communicate(timeout=60)
         lines = [line for line in errors.splitlines() if not line.startswith("prune: ")]
@@ -165,7 +165,7 @@ def test_interrupted(
     done = _run(command(out), environment)
     assert (done.returncode, weights(out)) == (0, whole[0])
     first = next(line for line in done.stderr.splitlines() if line.startswith("prune: "))
-    assert int(first.split()[1].split("/")[0]) > 4, "finished stages are not repeated"
+    assert int(first.split()[1].split("/")[0]) > 2, "finished stages are not repeated"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
