@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -159,6 +160,8 @@ def _scratch(work: Path) -> Iterator[Path]:
     """A folder of this process's own below `work`, removed at the end; those of dead processes go too."""
     durable.make_folder(work)
     for old in work.glob("eval-*.lock"):
+        if not re.fullmatch(r"eval-[0-9]+-[0-9a-f]+", old.stem):
+            continue
         try:
             with durable.Lock(old):
                 durable.clear(old.with_suffix(""))

@@ -165,9 +165,9 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
     with durable.Lock(lock_of(spec.out)):
         finished = find_finished(spec) if spec.verb == "prune" else _find_statistics(spec)
         if finished is not None:
+            if spec.verb == "calibrate":
+                _clear_rest(spec)
             _check_saved(spec)
-            if (left := find_unfinished(spec)) is not None:
-                left[0].discard()  # it died between its last write and tidying up
             took = time.perf_counter() - begun
             return replace(_result(spec, finished, "up-to-date"), seconds=took, peak_rss_bytes=peak_resident_bytes())
         unfinished = find_unfinished(spec)
@@ -182,9 +182,19 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
         return _result(spec, report, "done")
 
 
+def _clear_rest(spec: JobSpec) -> None:
+    """`calibrate` makes its one file before it removes its state: a crash in between is mended here."""
+    try:
+        rest = find_unfinished(spec)
+    except (StateError, CorruptStateError):
+        return  # somebody else's
+    if rest is not None:
+        rest[0].discard()
+
+
 def _find_statistics(spec: JobSpec) -> dict[str, Any] | None:
     """As find_finished, for the one file that `calibrate` makes."""
-    if not spec.out.exists():
+    if not spec.out.exists() and not spec.out.is_symlink():
         return None
     from streamprune.model.statistics_header import StatisticsHeader
 
@@ -216,16 +226,16 @@ def _check_places(spec: JobSpec, checkpoint: Checkpoint) -> None:
     for flag, path in (("OUT", spec.out), ("--work", spec.work), ("--save-stats", spec.save_stats)):
         if path is not None and (path.resolve() == source or source in path.resolve().parents):
             raise UsageError(f"{flag} {path} lies within MODEL; choose a place outside {checkpoint.path}")
-    work = spec.work.resolve() if spec.work else None
-    if work is not None and any(
-        p == work or p in work.parents for p in (spec.out.resolve(), partial_of(spec.out).resolve())
-    ):
-        raise UsageError(f"--work {spec.work} lies within OUT; choose a place outside {spec.out}")
+    for flag, path in (("--work", spec.work), ("--save-stats", spec.save_stats)):
+        for own in (spec.out, partial_of(spec.out)):
+            if path is not None and own.resolve() in (path.resolve(), *path.resolve().parents):
+                raise UsageError(f"{flag} {path} lies within {own}; choose a place outside OUT")
     if spec.save_stats is not None:
         if spec.save_stats.is_dir() or not spec.save_stats.absolute().parent.is_dir():
             raise UsageError(f"--save-stats {spec.save_stats}: name a file in a folder that exists")
-        if spec.out.absolute() in spec.save_stats.absolute().parents:
-            raise UsageError(f"--save-stats {spec.save_stats}: name a file outside OUT")
+        read = (spec.calibration.path if spec.calibration else None, spec.stats_path)
+        if any(p is not None and p.resolve() == spec.save_stats.resolve() for p in read):
+            raise UsageError(f"--save-stats {spec.save_stats} would replace what is read; choose another name")
 
 
 def _check_saved(spec: JobSpec) -> None:

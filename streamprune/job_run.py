@@ -147,7 +147,7 @@ class Run:
         if self.begun:
             try:
                 windows: Tokens = np.load(self.state.tokens, allow_pickle=False)
-            except (OSError, ValueError) as e:
+            except (OSError, ValueError, EOFError) as e:
                 raise CorruptStateError(f"{self.state.tokens} cannot be read ({e}); start again with --restart") from e
             if tokens_digest(windows) != resolved["tokens"]:
                 raise CorruptStateError(f"{self.state.tokens} is damaged; start again with --restart")
@@ -297,13 +297,12 @@ class Run:
             parts = []
             for stage, record in zip(self.skeleton.layer_stages, self.records[1:], strict=False):
                 parts.append(self.state.layer_stats(stage.index))
-                if file_digest(parts[-1]) != record["statistics"]:
+                if not parts[-1].is_file() or file_digest(parts[-1]) != record["statistics"]:
                     raise CorruptStateError(f"{parts[-1]} is damaged; start again with --restart")
             merge_statistics(statistics, parts, self.checkpoint.identity(), self._calibration() | self._job())
         if self.writer is None:
             report = self._report([], since)
-            durable.clear(self.state.cache)
-            durable.clear(self.state.partial)
+            self.state.discard()
             return report
         files = self._write_files()
         report = self._report(files, since)

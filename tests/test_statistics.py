@@ -20,6 +20,7 @@ from streamprune.errors import CheckpointError, CorruptStateError, StateError, U
 from streamprune.job import calibrate, prune
 from streamprune.kernels import cpu
 from streamprune.model.statistics import Collector, StatisticsFile, merge_statistics, write_statistics
+from streamprune.model.statistics_header import _data_digest
 from streamprune.pruning.stats import InputStats
 
 Models = Callable[..., Path]
@@ -248,6 +249,10 @@ def test_damaged_sums(models: Models, given: Path, tmp_path: Path, value: float)
         tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
         metadata = f.metadata()
     tensors["model.layers.2.mlp.down_proj.sumsq"][5] = value
+    save_file(tensors, tmp_path / "s", metadata=metadata)
+    with pytest.raises(CorruptStateError, match=r"is not what was written.*calibrate"):
+        prune(models("llama"), tmp_path / "out", stats=tmp_path / "s", sparsity=0.5)
+    metadata["digest"] = _data_digest(tmp_path / "s")
     save_file(tensors, tmp_path / "s", metadata=metadata)
     with pytest.raises(CorruptStateError, match=r"model\.layers\.2\.mlp\.down_proj.*calibrate"):
         prune(models("llama"), tmp_path / "out", stats=tmp_path / "s", sparsity=0.5)

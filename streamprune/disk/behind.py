@@ -47,7 +47,11 @@ class Behind(Generic[Item]):
     ) -> None:
         if kind is not None and self._error is None:
             self._error = error
-        self._items.put(None)
-        self._thread.join()
+        while self._thread.is_alive():  # whatever interrupts the waiting, the item at hand is finished first
+            try:
+                self._items.put(None)
+                self._thread.join()
+            except KeyboardInterrupt as e:
+                self._error = self._error or e
         if kind is None and self._error is not None:
             raise self._error

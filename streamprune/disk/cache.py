@@ -72,8 +72,11 @@ class CacheReader:
             self._dtype = DTYPES[manifest["dtype"]]
             self.samples, *self._shape = (int(n) for n in manifest["shape"])
             self._chunk_samples = int(manifest["chunk_samples"])
-            self._digests: list[str] = manifest["chunks"]
-        except (KeyError, TypeError, ValueError) as e:
+            self._digests: list[str] = list(manifest["chunks"])
+            chunks = -(-self.samples // self._chunk_samples)
+            if min(self.samples, self._chunk_samples, *self._shape) < 1 or len(self._digests) != chunks:
+                raise ValueError("numbers that do not fit")
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
             raise CorruptStateError(f"{self._path.with_suffix('.json')} is damaged; start again with --restart") from e
         self._sample_bytes = self._dtype.itemsize
         for n in self._shape:
@@ -93,11 +96,16 @@ class CacheReader:
         first = chunk * self._chunk_samples
         samples = min(self._chunk_samples, self.samples - first)
         data = bytearray(samples * self._sample_bytes)
-        with self._path.open("rb", buffering=0) as f:
-            f.seek(first * self._sample_bytes)
-            view = memoryview(data)
-            while view and (got := f.readinto(view)):
-                view = view[got:]
+        view = memoryview(data)
+        try:
+            with self._path.open("rb", buffering=0) as f:
+                f.seek(first * self._sample_bytes)
+                while view and (got := f.readinto(view)):
+                    view = view[got:]
+        except OSError as e:
+            raise CorruptStateError(
+                f"{self._path} cannot be read ({e.strerror}); start again with --restart, and check the disk"
+            ) from e
         if view or xxhash.xxh3_64_hexdigest(data) != self._digests[chunk]:
             raise CorruptStateError(
                 f"{self._path}: chunk {chunk} (byte {first * self._sample_bytes}) is not what was written; "

@@ -33,6 +33,9 @@ from streamprune.errors import LockedError, ResourceError, StateError
 
 Buffer = bytes | bytearray | memoryview
 
+_WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+"""Links are never written through: whoever laid one beside OUT does not get to choose what is overwritten."""
+
 _FLUSH_BYTES = 32 << 20
 """Dirty data is handed to the disk in pieces of this size, so that the final fsync is short."""
 
@@ -58,6 +61,12 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.ENOTDIR,
             errno.ENOENT,
             errno.ENAMETOOLONG,
+            errno.ELOOP,
+            errno.EISDIR,
+            errno.ENOTEMPTY,
+            errno.EEXIST,
+            errno.EBUSY,
+            errno.EXDEV,
         ):
             raise StateError(f"cannot write {where}: {e.strerror}; choose a folder that can be written") from e
         raise ResourceError(f"writing {where} failed: {e.strerror}; run the same command again, it resumes") from e
@@ -79,7 +88,8 @@ class AtomicFile:
         self._hash = xxhash.xxh3_128()
         self._flushed = 0
         with disk_errors(path):
-            self._fd = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(self.temporary, _WRITE | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._pending = True
 
     @property
     def digest(self) -> str:
@@ -107,6 +117,7 @@ class AtomicFile:
             os.close(self._fd)
             self._fd = -1
             os.replace(self.temporary, self.path)
+            self._pending = False
             sync_folder(self.path.parent)
 
     def abandon(self) -> None:
@@ -114,6 +125,8 @@ class AtomicFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._pending:
+            self._pending = False
             self.temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> AtomicFile:
@@ -170,17 +183,17 @@ def append_line(path: Path, line: bytes) -> None:
     """Appends one line and fsyncs it; `line` must not contain a newline."""
     with disk_errors(path):
         fresh = not path.exists()
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        fd = os.open(path, _WRITE | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             before = os.fstat(fd).st_size
             view = memoryview(line + b"\n")
             try:
                 while view:
                     view = view[os.write(fd, view) :]
+                os.fsync(fd)
             except OSError:
                 os.ftruncate(fd, before)
                 raise
-            os.fsync(fd)
         finally:
             os.close(fd)
         if fresh:
@@ -226,7 +239,14 @@ def remove(path: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Removes a folder and all in it, if it exists. Links are removed, never followed."""
+    """Removes a folder and all in it, if it exists, durably. Links are removed, never followed."""
+    if folder.is_symlink() or folder.exists():
+        _clear(folder)
+        with disk_errors(folder):
+            sync_folder(folder.parent)
+
+
+def _clear(folder: Path) -> None:
     try:
         mode = folder.lstat().st_mode
     except FileNotFoundError:
@@ -236,7 +256,7 @@ def clear(folder: Path) -> None:
         return
     with disk_errors(folder):
         for entry in sorted(folder.iterdir()):
-            clear(entry)
+            _clear(entry)
         os.rmdir(folder)
 
 
@@ -254,7 +274,7 @@ class Lock:
     def __enter__(self) -> Lock:
         with disk_errors(self.path):
             while True:
-                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -269,9 +289,13 @@ class Lock:
                 if _same_file(fd, self.path):
                     break
                 os.close(fd)
-            os.ftruncate(fd, 0)
-            os.write(fd, f"{os.getpid()}\n".encode())
             self._fd = fd
+            try:
+                os.ftruncate(fd, 0)
+                os.write(fd, f"{os.getpid()}\n".encode())
+            except BaseException:
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:

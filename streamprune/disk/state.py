@@ -66,11 +66,25 @@ class JobState:
         durable.make_folder(self.cache)
         if tokens is not None:
             durable.replace_file(self.tokens, tokens)
-        journal.write_json(self.folder / "job.json", "job", {**job, "cache": str(self.cache)})
+        cache = None if self.folder in self.cache.parents else str(self.cache)
+        journal.write_json(self.folder / "job.json", "job", {**job, "cache": cache})
 
     def discard(self) -> None:
-        """Throws the unfinished work away."""
+        """Throws the unfinished work away, in an order in which each beginning of it can be resumed.
+
+        First it is no longer complete, then nothing of it is done, then it is no job, then it is gone.
+        """
+        for first in (self.partial / REPORT, self.journal):
+            durable.remove(first)
+            durable.sync_folder(first.parent)
         durable.clear(self.cache)
+        for path in sorted(self.partial.iterdir()):
+            if path != self.folder:
+                durable.clear(path)
+        for path in sorted(self.folder.iterdir()):
+            if path.name not in ("job.json", "tokens.npy"):
+                durable.clear(path)
+        durable.remove(self.folder / "job.json")
         durable.clear(self.partial)
 
     def publish(self) -> None:
@@ -100,7 +114,7 @@ def partial_of(out: Path) -> Path:
 def new_state(spec: JobSpec) -> JobState:
     """The places of a job that begins now."""
     if spec.work is None:
-        return JobState(spec.out, partial_of(spec.out) / ".streamprune" / "cache")
+        return JobState(spec.out, _inside(partial_of(spec.out)))
     key = xxhash.xxh3_64_hexdigest(json.dumps([str(spec.out.absolute()), spec.fixed()]).encode())
     return JobState(spec.out, spec.work.absolute() / f"{spec.out.name}-{key}")
 
@@ -113,18 +127,32 @@ def find_finished(spec: JobSpec) -> Report | None:
     out = spec.out
     if not out.exists() and not out.is_symlink():
         return None
-    if out.is_dir() and not any(out.iterdir()):
+    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
         return None
     if not (out / REPORT).is_file():
         raise StateError(f"{out} exists and is not an output of streamprune; choose another OUT or move it away")
-    report = journal.read_json(out / REPORT, "report")
+    report = _read_report(out)
     if differences := spec.differences(report.get("job", {})):
         raise StateError(f"{out} is the finished output of another job: {differences}; choose another OUT or remove it")
-    for file in report.get("files", []):
-        path = out / file["name"]
-        if not path.is_file() or path.stat().st_size != file["bytes"]:
-            raise CorruptStateError(f"{path} is missing or not {file['bytes']} bytes long; remove {out} and run again")
+    _check_files(out, report)
     return report
+
+
+def _read_report(folder: Path) -> Report:
+    try:
+        return journal.read_json(folder / REPORT, "report")
+    except CorruptStateError as e:
+        what = str(e).removesuffix("; start again with --restart")
+        raise CorruptStateError(f"{what}; remove {folder} and run again") from e
+
+
+def _check_files(folder: Path, report: Report) -> None:
+    for file in report.get("files", []):
+        path = folder / file["name"]
+        if not path.is_file() or path.stat().st_size != file["bytes"]:
+            raise CorruptStateError(
+                f"{path} is missing or not {file['bytes']} bytes long; remove {folder} and run again"
+            )
 
 
 def find_unfinished(spec: JobSpec) -> tuple[JobState, Report] | None:
@@ -137,17 +165,18 @@ def find_unfinished(spec: JobSpec) -> tuple[JobState, Report] | None:
     if not partial.exists() and not partial.is_symlink():
         return None
     folder = partial / ".streamprune"
-    if (partial / REPORT).is_file():
+    begun = (folder / "job.json").is_file() and not partial.is_symlink()
+    if begun and spec.restart:
+        JobState(spec.out, _recorded_cache(folder, partial)).discard()
+        return None
+    if (partial / REPORT).is_file() and not partial.is_symlink():
         return _complete(spec, partial)
-    if not (folder / "job.json").is_file():
+    if not begun:
         if not _just_begun(partial, folder):
             raise StateError(
                 f"{partial} exists and is not the state of a streamprune job; move it away or choose another OUT"
             )
         durable.clear(partial)
-        return None
-    if spec.restart:
-        JobState(spec.out, _recorded_cache(folder, partial)).discard()
         return None
     job = journal.read_json(folder / "job.json", "job")
     if differences := spec.differences(job.get("job", {})):
@@ -155,10 +184,12 @@ def find_unfinished(spec: JobSpec) -> tuple[JobState, Report] | None:
             f"{partial} is the unfinished work of another job: {differences}; "
             "choose another OUT, or throw that work away with --restart"
         )
-    state = JobState(spec.out, Path(job["cache"]))
+    state = JobState(spec.out, _recorded_cache(folder, partial))
     if spec.work is not None and new_state(spec).cache != state.cache:
+        advice = f"--work {state.cache.parent}" if job["cache"] else "no --work"
         raise StateError(
-            f"the activations of {partial} are in {state.cache.parent}: pass --work with that, or --restart"
+            f"the activations of {partial} are in {state.cache}: go on with {advice}, or throw the work away with "
+            "--restart"
         )
     return state, job
 
@@ -174,21 +205,27 @@ def _just_begun(partial: Path, folder: Path) -> bool:
 
 
 def _complete(spec: JobSpec, partial: Path) -> tuple[JobState, Report] | None:
-    """A partial output that is complete but for the last rename."""
-    report = journal.read_json(partial / REPORT, "report")
-    cache = _recorded_cache(partial / ".streamprune", partial)
-    if spec.restart:
-        JobState(spec.out, cache).discard()
-        return None
+    """A partial output that is complete but for the last rename. Without its `job.json`, it is finished work, which
+    --restart never throws away: it may be somebody's OUT that happens to have this name."""
+    report = (
+        _read_report(partial)
+        if not (partial / ".streamprune" / "job.json").is_file()
+        else journal.read_json(partial / REPORT, "report")
+    )
     if differences := spec.differences(report.get("job", {})):
-        raise StateError(f"{partial} is the work of another job: {differences}; choose another OUT, or pass --restart")
-    return JobState(spec.out, cache), report
+        raise StateError(f"{partial} is the work of another job: {differences}; choose another OUT or move it away")
+    _check_files(partial, report)
+    return JobState(spec.out, _recorded_cache(partial / ".streamprune", partial)), report
+
+
+def _inside(partial: Path) -> Path:
+    return partial / ".streamprune" / "cache"
 
 
 def _recorded_cache(folder: Path, partial: Path) -> Path:
     """Where a job's cache is, as far as its `job.json` can still tell."""
-    inside = partial / ".streamprune" / "cache"
     try:
-        return Path(journal.read_json(folder / "job.json", "job")["cache"])
-    except (CorruptStateError, KeyError):
-        return inside
+        cache = journal.read_json(folder / "job.json", "job").get("cache")
+    except CorruptStateError:
+        cache = None
+    return Path(cache) if cache else _inside(partial)

@@ -2,9 +2,9 @@
 
 Calibration reads a stream of tokens and draws `samples` windows of `seqlen` from it: the stream is divided into as
 many equal stretches, and in each a window begins at a place chosen by a seed (NumPy's PCG64). Spread like this, the
-statistics vary less with the seed than with independent places. The stream is the text in pieces of whole lines, each tokenised by itself and joined;
-a .jsonl record is a piece. No special tokens are added. No more than STREAM_WINDOWS times the tokens that
-are asked for are read, so a text of any size costs bounded memory and time.
+statistics vary less with the seed than with independent places. The stream is the text in pieces of whole lines,
+each tokenised by itself and joined; a .jsonl record is a piece. No special tokens are added. No more than
+STREAM_WINDOWS times the tokens that are asked for are read, so a text of any size costs bounded memory and time.
 
 Evaluation tokenises the whole file in one piece, cuts it into windows without overlap and drops the rest.
 """

@@ -5,8 +5,8 @@ once. In the file, each set has three tensors named after the first linear of it
 
     NAME.tokens  I64 ()      NAME.sum  F64 (in,)      NAME.sumsq  F64 (in,)
 
-and the metadata holds `format`, `version`, `digest` (xxh3_128 of the tensors' bytes), `groups` (linear -> NAME), `model`
-(what the statistics belong to) and `calibration` (which tokens), the last three as JSON.
+and the metadata holds `format`, `version`, `digest` (xxh3_128 of the tensors' bytes), `groups` (linear -> NAME),
+`model` (what the statistics belong to) and `calibration` (which tokens), the last three as JSON.
 """
 
 from __future__ import annotations
