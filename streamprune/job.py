@@ -210,11 +210,12 @@ def _find_statistics(spec: JobSpec) -> dict[str, Any] | None:
 
 
 def _discard_on_bad_input(run: Run, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Unfinished work is kept for a resume, except when the input itself is at fault."""
+    """Unfinished work is kept for a resume, except when the input's content is at fault: a disk may come back."""
     try:
         return work()
-    except (CheckpointError, UnsupportedError, UsageError):
-        run.discard()
+    except (CheckpointError, UnsupportedError, UsageError) as e:
+        if not isinstance(e.__cause__, OSError):
+            run.discard()
         raise
 
 
@@ -222,6 +223,8 @@ def _check_places(spec: JobSpec, checkpoint: Checkpoint) -> None:
     """Refuses places that would be read and written at once, or that are not there."""
     if spec.out.name in ("", ".."):
         raise UsageError(f"OUT {spec.out}: give the folder that is to be written a name of its own")
+    if spec.out.is_mount():
+        raise UsageError(f"OUT {spec.out} is a mount point, which cannot be renamed into place; name a folder in it")
     source = checkpoint.path.resolve()
     for flag, path in (("OUT", spec.out), ("--work", spec.work), ("--save-stats", spec.save_stats)):
         if path is not None and (path.resolve() == source or source in path.resolve().parents):

@@ -35,9 +35,7 @@ def test_a_single_file_is_read(tmp_path: Path) -> None:
 
 def test_order_is_shard_then_offset(tmp_path: Path) -> None:
     one = shard_bytes({"z": entry("U8", [1], 0, 1), "y": entry("U8", [1], 1, 2)}, b"ab")
-    two = shard_bytes(
-        {"b": entry("U8", [1], 1, 2), "e": entry("F16", [0, 5], 1, 1), "c": entry("U8", [], 0, 1)}, b"cd"
-    )
+    two = shard_bytes({"b": entry("U8", [1], 1, 2), "e": entry("F16", [0, 5], 1, 1), "c": entry("U8", [], 0, 1)}, b"cd")
     where = {
         "b": "2.safetensors",
         "c": "2.safetensors",
@@ -46,9 +44,7 @@ def test_order_is_shard_then_offset(tmp_path: Path) -> None:
         "z": "1.safetensors",
     }
     index = {"metadata": {"total_size": 999}, "weight_map": where}  # a wrong total_size is harmless
-    checkpoint = open_checkpoint(
-        make(tmp_path / "m", {"2.safetensors": two, "1.safetensors": one}, index=index)
-    )
+    checkpoint = open_checkpoint(make(tmp_path / "m", {"2.safetensors": two, "1.safetensors": one}, index=index))
     assert list(checkpoint.tensors) == ["z", "y", "c", "e", "b"]
     assert checkpoint.shards == ("1.safetensors", "2.safetensors")
     assert checkpoint.index_metadata == {"total_size": 999}
@@ -60,14 +56,9 @@ def test_order_is_shard_then_offset(tmp_path: Path) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    JSON
-    | st.fixed_dictionaries(
-        {"weight_map": JSON | st.dictionaries(st.sampled_from("ab"), JSON), "metadata": JSON}
-    )
+    JSON | st.fixed_dictionaries({"weight_map": JSON | st.dictionaries(st.sampled_from("ab"), JSON), "metadata": JSON})
 )
-def test_fuzzed_indexes_give_a_checkpoint_or_an_error(
-    tmp_path_factory: pytest.TempPathFactory, index: object
-) -> None:
+def test_fuzzed_indexes_give_a_checkpoint_or_an_error(tmp_path_factory: pytest.TempPathFactory, index: object) -> None:
     shards = {"s.safetensors": shard_bytes(GOOD, DATA)}
     folder = make(tmp_path_factory.getbasetemp() / "fuzz-index", shards, index=index)
     try:
@@ -125,9 +116,7 @@ def test_other_names_of_the_index_and_the_single_file(tmp_path: Path) -> None:
     folder = make(tmp_path / "m", {"s.safetensors": S}, index={"weight_map": {"a": "s.safetensors"}})
     (folder / "model.safetensors.index.json").rename(folder / "weights.safetensors.index.json")
     assert open_checkpoint(folder).shards == ("s.safetensors",)
-    assert open_checkpoint(make(tmp_path / "n", {"weights.safetensors": S})).shards == (
-        "weights.safetensors",
-    )
+    assert open_checkpoint(make(tmp_path / "n", {"weights.safetensors": S})).shards == ("weights.safetensors",)
 
 
 def test_model_safetensors_goes_before_an_index_that_does_not_name_it(tmp_path: Path) -> None:
@@ -347,9 +336,7 @@ def test_fingerprint_and_identity(tmp_path: Path) -> None:
     assert first.identity() == copied.identity()
     assert first.fingerprint()["shards"] != copied.fingerprint()["shards"]
     (folder / "README.md").write_text("two")
-    assert (
-        open_checkpoint(folder).fingerprint() == first.fingerprint() == open_checkpoint(folder).fingerprint()
-    )
+    assert open_checkpoint(folder).fingerprint() == first.fingerprint() == open_checkpoint(folder).fingerprint()
     before = first.fingerprint()
     (folder / "tokenizer.json").write_text('{"a": 1}')
     (folder / "config.json").write_text('{"b": 1}')
@@ -371,7 +358,5 @@ def test_no_heavy_import(tmp_path: Path) -> None:
         "open_checkpoint(Path(sys.argv[1])).fingerprint()\n"
         "print([m for m in ('torch', 'numpy', 'transformers', 'huggingface_hub') if m in sys.modules])"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, make(tmp_path / "m")], capture_output=True, text=True, check=True
-    )
+    ran = subprocess.run([sys.executable, "-c", code, make(tmp_path / "m")], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

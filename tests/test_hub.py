@@ -103,9 +103,7 @@ def test_folders_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "a\nb",
     ],
 )
-def test_paths_are_never_looked_up_on_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_paths_are_never_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def fetch(*args: Any, **kwargs: Any) -> str:
         raise AssertionError("the hub was asked")
 
@@ -181,9 +179,7 @@ def http_error(kind: type[Exception]) -> Exception:
         (errors.HfHubHTTPError, "the download failed: HfHubHTTPError"),
     ],
 )
-def test_each_failure_has_its_own_line(
-    kind: type[Exception], needle: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_failure_has_its_own_line(kind: type[Exception], needle: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     raising(http_error(kind), monkeypatch)
     with pytest.raises(CheckpointError, match=needle) as caught:

@@ -29,9 +29,7 @@ def model(folder: Path, weights: dict[str, torch.Tensor], config: object = None)
     return folder
 
 
-def one(
-    folder: Path, weight: torch.Tensor, expect: str | None = None
-) -> tuple[LinearReport, tuple[str, ...]]:
+def one(folder: Path, weight: torch.Tensor, expect: str | None = None) -> tuple[LinearReport, tuple[str, ...]]:
     found = inspect(model(folder, {NAME: weight}), expect=expect)
     assert found.ok is (None if expect is None else not found.failures)
     assert len(found.linears) == 1
@@ -156,13 +154,9 @@ def test_expected_sparsity(tmp_path: Path) -> None:
     assert one(tmp_path / "m", weight, "0.69")[1] == ()
 
 
-@pytest.mark.parametrize(
-    ("value", "kind"), [(-0.0, "-0.0"), (math.nan, "NaN"), (math.inf, "Inf"), (-math.inf, "Inf")]
-)
+@pytest.mark.parametrize(("value", "kind"), [(-0.0, "-0.0"), (math.nan, "NaN"), (math.inf, "Inf"), (-math.inf, "Inf")])
 @pytest.mark.parametrize("expect", ["2:4", "0.5"])
-def test_what_must_not_be_there_fails_any_expectation(
-    tmp_path: Path, value: float, kind: str, expect: str
-) -> None:
+def test_what_must_not_be_there_fails_any_expectation(tmp_path: Path, value: float, kind: str, expect: str) -> None:
     weight = pruned(3, 32, 2, 4)
     place = (weight[1] == 0 if kind == "-0.0" else weight[1] != 0).nonzero().flatten()[[2, 5]]
     weight[1, place] = value
@@ -189,9 +183,7 @@ def test_conv1d_holds_its_pattern_along_the_first_axis(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_blocks_do_not_change_the_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transposed: bool
-) -> None:
+def test_blocks_do_not_change_the_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
     weight = pruned(70, 288, 3, 6, torch.float32)
     weight[41, 7], weight[50, 190], weight[69, 287] = -0.0, math.nan, math.inf
     weight[1, 198:204] = 1
@@ -275,9 +267,7 @@ def test_only_and_skip(tmp_path: Path) -> None:
             inspect(folder, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "expect", ["4:2", "2:4:8", "0:4", "2:64", "x", "", "1.5", "1", "0", "-0.5", "nan", "50%", ":"]
-)
+@pytest.mark.parametrize("expect", ["4:2", "2:4:8", "0:4", "2:64", "x", "", "1.5", "1", "0", "-0.5", "nan", "50%", ":"])
 def test_malformed_expectations(tmp_path: Path, expect: str) -> None:
     with pytest.raises(UsageError):
         inspect(tmp_path / "never-opened", expect=expect)

@@ -74,9 +74,7 @@ def select(kernels: ModuleType, name: str, weight: torch.Tensor, count: int, pow
 @pytest.mark.parametrize(
     ("width", "power"), [(1, 2), (2, 1), (31, 2), (32, 1), (33, 2), (64, 1), (1000, 2), (1000, 1), (4096, 2)]
 )
-def test_exact_selection_matches_the_reference(
-    kernels: ModuleType, dtype: torch.dtype, width: int, power: int
-) -> None:
+def test_exact_selection_matches_the_reference(kernels: ModuleType, dtype: torch.dtype, width: int, power: int) -> None:
     weight = linear(6, width, dtype)
     score = references.scores(weight, features(width), power)
     for count in {0, 1, width // 3, width // 2, width - 1, width}:
@@ -86,9 +84,7 @@ def test_exact_selection_matches_the_reference(
 
 @pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("width", "block"), [(1, 32), (31, 32), (33, 32), (1000, 32), (1024, 64), (97, 12), (50, 7)]
-)
+@pytest.mark.parametrize(("width", "block"), [(1, 32), (31, 32), (33, 32), (1000, 32), (1024, 64), (97, 12), (50, 7)])
 def test_ewma_matches_the_reference(kernels: ModuleType, dtype: torch.dtype, width: int, block: int) -> None:
     weight, feature = linear(6, width, dtype), features(width)
     score = references.scores(weight, feature, 2)
@@ -96,7 +92,7 @@ def test_ewma_matches_the_reference(kernels: ModuleType, dtype: torch.dtype, wid
     z = np.stack([row.z for row in rows])
     rounding = np.stack([4e-6 * (s + row.est) / row.dev for s, row in zip(score, rows, strict=True)])
     for count in {width // 3, width // 2, width - width // 5}:
-        selection = kernels.prune_ewma(weight, feature, 2, count, block=block, want_keep=True)
+        selection = kernels.prune_ewma(weight, feature, 2, count, block=block, alpha=1 / 8, want_keep=True)
         keep = check(selection, weight, feature, 2).numpy()
         assert_lowest(~keep, z, count, rounding)
 
@@ -198,9 +194,7 @@ def test_both_kernels_choose_the_same(
 @pytest.mark.parametrize("name", ["ewma", "exact"])
 @pytest.mark.parametrize("value", [0.0, -0.0, 1 / 3, -7e-5])
 @pytest.mark.parametrize("width", [1, 37, 320])
-def test_constant_rows_lose_their_first_columns(
-    kernels: ModuleType, name: str, value: float, width: int
-) -> None:
+def test_constant_rows_lose_their_first_columns(kernels: ModuleType, name: str, value: float, width: int) -> None:
     """dev = 0, every z equal: the ties go by column."""
     weight, ones, count = torch.full((3, width), value), torch.ones(width), width // 2
     selection = getattr(kernels, f"prune_{name}")(weight, ones, 2, count, want_keep=True)
@@ -326,9 +320,7 @@ def test_the_number_of_threads_changes_no_bit(threads: None, monkeypatch: pytest
         pairs = cpu.prune_n_of_m(weight, feature, 2, 2, 4)
         total = torch.zeros(2, 300, dtype=torch.float64)
         cpu.accumulate(x, total[0], total[1])
-        seen.append(
-            (ewma.weight, pairs.weight, total, (ewma.removed, ewma.total, pairs.removed, pairs.total))
-        )
+        seen.append((ewma.weight, pairs.weight, total, (ewma.removed, ewma.total, pairs.removed, pairs.total)))
         weight.view(-1)[11_111] = float("nan")
         assert cpu.first_nonfinite(weight) == 11_111
         weight.view(-1)[11_111] = 0.01
@@ -341,9 +333,7 @@ PROBE = "import torch; from streamprune.kernels import cpu; print(cpu.first_nonf
 
 
 def probe(cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    clean = {
-        key: value for key, value in os.environ.items() if not key.startswith(("NUMBA", "PYTHON", "XDG"))
-    }
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("NUMBA", "PYTHON", "XDG"))}
     return subprocess.Popen(
         [sys.executable, "-c", PROBE], cwd=cwd, env=clean | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -358,9 +348,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 def test_compiles_without_any_place_for_a_cache(tmp_path: Path) -> None:
     """Neither package nor home can be written: a file sits where numba wants a folder, even for root."""
     package = tmp_path / "streamprune"
-    shutil.copytree(
-        Path(cpu.__file__).parent, package / "kernels", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(Path(cpu.__file__).parent, package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     (package / "__init__.py").touch()
     (package / "kernels" / "__pycache__").touch()
     finish(probe(tmp_path, HOME="/dev/null", XDG_CACHE_HOME="/dev/null", PYTHONDONTWRITEBYTECODE="1"))

@@ -33,9 +33,7 @@ def as_bytes(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
 
 
-DTYPES = sorted(
-    set(TORCH_DTYPES) - {"F8_E8M0"}
-)  # which the safetensors library does not write in all versions
+DTYPES = sorted(set(TORCH_DTYPES) - {"F8_E8M0"})  # which the safetensors library does not write in all versions
 
 
 @st.composite
@@ -227,9 +225,7 @@ if sys.platform == "linux":
 
     def test_a_shard_larger_than_memory_can_be_mapped(tmp_path: Path) -> None:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        total = (
-            sum(int(line.split()[1]) for line in lines if line.startswith(("MemTotal:", "SwapTotal:"))) * 1024
-        )
+        total = sum(int(line.split()[1]) for line in lines if line.startswith(("MemTotal:", "SwapTotal:"))) * 1024
         size = 2 * total
         path = make(tmp_path / "m") / "model.safetensors"
         path.write_bytes(shard_bytes({"w": entry("U8", [size], 0, size)}))
@@ -248,9 +244,7 @@ if sys.platform == "linux":
         for name, size in sizes.items():
             header[name] = entry("U8", [size], at, at + size)
             at += size
-        checkpoint = open_checkpoint(
-            make(tmp_path / "m", {"model.safetensors": shard_bytes(header, bytes(at))})
-        )
+        checkpoint = open_checkpoint(make(tmp_path / "m", {"model.safetensors": shard_bytes(header, bytes(at))}))
         with ShardMaps(checkpoint) as maps:
             views = {name: maps.tensor(ref) for name, ref in checkpoint.tensors.items()}
             for view in views.values():
@@ -265,10 +259,7 @@ if sys.platform == "linux":
 def test_release_over_several_shards(tmp_path: Path) -> None:
     """Ranges that would be neighbours were they in one file are not."""
     sizes = {"a": 4 * mapping._PAGE, "b": 8 * mapping._PAGE}
-    shards = {
-        f"{name}.safetensors": shard_bytes({name: entry("U8", [n], 0, n)}, bytes(n))
-        for name, n in sizes.items()
-    }
+    shards = {f"{name}.safetensors": shard_bytes({name: entry("U8", [n], 0, n)}, bytes(n)) for name, n in sizes.items()}
     index = {"weight_map": {name: f"{name}.safetensors" for name in sizes}}
     checkpoint = open_checkpoint(make(tmp_path / "m", shards, index=index))
     with ShardMaps(checkpoint) as maps:

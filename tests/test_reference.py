@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamprune.job import JobResult, prune
+from streamprune.kernels import EWMA_ALPHA
 from streamprune.model.calibration import draw_windows
 from streamprune.model.statistics import StatisticsFile
 
@@ -130,7 +131,7 @@ def keys_of(scores: np.ndarray, selector: str) -> np.ndarray:
     """What the selector orders the weights of a row by."""
     if selector == "exact":
         return scores
-    return np.stack([references.ewma(row, min(32, len(row)), 1 / 8).z for row in scores])
+    return np.stack([references.ewma(row, min(32, len(row)), EWMA_ALPHA).z for row in scores])
 
 
 def check_mask(pruned: np.ndarray, keys: np.ndarray, count: int) -> int:

@@ -91,9 +91,7 @@ def test_activations_that_overflow_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize(
-    ("name", "survives"), [("lscore", True), ("wanda", True), ("lscore-isotropic", False)]
-)
+@pytest.mark.parametrize(("name", "survives"), [("lscore", True), ("wanda", True), ("lscore-isotropic", False)])
 def test_invariance_to_the_scale_of_features(name: str, survives: bool, selector: str) -> None:
     """Divide a norm's gain by s and multiply the next linear's columns by s: the network is the same."""
     generator = torch.Generator().manual_seed(5)
@@ -117,16 +115,12 @@ def test_select_agrees_between_backends_and_chunks(selector: str) -> None:
         out = torch.empty_like(weight)
         for begin in range(0, 40, 7):
             rows = slice(begin, begin + 7)
-            select(
-                weight[rows], feature, power, selector=selector, sparsity=0.6, out=out[rows], backend=backend
-            )
+            select(weight[rows], feature, power, selector=selector, sparsity=0.6, out=out[rows], backend=backend)
         assert torch.equal(out, whole.weight)
     assert ((whole.weight == 0).sum(1) == 153).all()
     pattern = select(weight, feature, power, pattern=Pattern(2, 4))
     assert ((pattern.weight.reshape(40, 64, 4) == 0).sum(2) == 2).all()
-    assert torch.equal(
-        select(weight, feature, power, pattern=Pattern(2, 4), backend="torch").weight, pattern.weight
-    )
+    assert torch.equal(select(weight, feature, power, pattern=Pattern(2, 4), backend="torch").weight, pattern.weight)
 
 
 def test_select_refuses_what_cannot_be() -> None:

@@ -29,7 +29,7 @@ from types import TracebackType
 
 import xxhash
 
-from streamprune.errors import LockedError, ResourceError, StateError
+from streamprune.errors import CheckpointError, LockedError, ResourceError, StateError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -173,9 +173,12 @@ def replace_file(path: Path, data: Buffer) -> str:
 def copy_file(source: Path, target: Path) -> tuple[int, str]:
     """Copies one file (links are followed) atomically and durably; returns its bytes and xxh3_128."""
     make_folder(target.parent)
-    with source.open("rb") as r, AtomicFile(target) as w:
-        while block := r.read(4 << 20):
-            w.write(block)
+    try:
+        with source.open("rb") as r, AtomicFile(target) as w:
+            while block := r.read(4 << 20):
+                w.write(block)
+    except OSError as e:  # the target's errors have been turned into ours already
+        raise CheckpointError(f"{source}: cannot be read ({e.strerror}); the same command resumes when it can") from e
     return w.size, w.digest
 
 

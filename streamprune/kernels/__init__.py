@@ -8,6 +8,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+EWMA_ALPHA = 1 / 128
+"""How fast EWMA's estimates follow, per block of 32 scores. The smaller, the nearer to exact selection (0 is exact).
+On a trained 8 M-parameter model at 70 % the perplexity over exact selection is + 3.4 % with 1/8, + 1.8 % with 1/32,
++ 1.1 % with 1/64 and + 0.5 % with 1/128."""
+
+
 class Selection(NamedTuple):
     """What a pruning kernel returns.
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamprune.kernels import Selection, cpu_rows, cpu_stats
+from streamprune.kernels import EWMA_ALPHA, Selection, cpu_rows, cpu_stats
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 _KINDS = {torch.bfloat16: cpu_rows.BF16, torch.float16: cpu_rows.FP16, torch.float32: cpu_rows.FP32}
@@ -44,7 +44,7 @@ def prune_ewma(
     count: int,
     *,
     block: int = 32,
-    alpha: float = 1 / 8,
+    alpha: float = EWMA_ALPHA,
     out: Tensor | None = None,
     want_keep: bool = False,
 ) -> Selection:

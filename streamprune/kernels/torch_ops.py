@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from streamprune.kernels import Selection
+from streamprune.kernels import EWMA_ALPHA, Selection
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TEMPORARY = 256 << 20  # bytes
@@ -27,7 +27,7 @@ def prune_ewma(
     count: int,
     *,
     block: int = 32,
-    alpha: float = 1 / 8,
+    alpha: float = EWMA_ALPHA,
     out: Tensor | None = None,
     want_keep: bool = False,
 ) -> Selection:
