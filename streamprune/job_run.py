@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import datetime
 import io
-import shutil
 import time
 from pathlib import Path
 from types import TracebackType
@@ -29,28 +28,22 @@ from streamprune.disk.checkpoint import Checkpoint, open_shard
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.shards import shard_name, write_index
 from streamprune.disk.state import JobState, file_digest, new_state
-from streamprune.errors import CorruptStateError, ResourceError, UsageError
+from streamprune.errors import CorruptStateError, UsageError
+from streamprune.job_prepare import batch_of, check_disk, make_writer, open_given, windows_of
 from streamprune.kernels import cpu, torch_ops
 from streamprune.memory import peak_resident_bytes
 from streamprune.model.budget import (
-    Budget,
-    choose_batch,
     compute_dtype,
-    estimate,
     resolve_device,
 )
-from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
+from streamprune.model.calibration import tokens_digest
 from streamprune.model.passes import check_weights, embed_pass, layer_pass, split_batches
 from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
-from streamprune.model.statistics import Collector, StatisticsFile, merge_statistics, write_statistics
+from streamprune.model.statistics import Collector, merge_statistics, write_statistics
 from streamprune.model.walk import Walk
-from streamprune.pruning.selection import parse_pattern
 from streamprune.pruning.stats import InputStats
 from streamprune.report import build_report
-from streamprune.spec import JobSpec, Progress, ProgressCallback, compile_filter, format_bytes
-from streamprune.stage_writer import StageWriter, Target, check_shapes, selected_linears
-
-SLACK_BYTES = 64 << 20
+from streamprune.spec import JobSpec, Progress, ProgressCallback
 
 
 class Run:
@@ -68,21 +61,20 @@ class Run:
         self.begun = unfinished is not None
         resolved: dict[str, Any] = unfinished[1]["resolved"] if unfinished else {}
         self.maps = ShardMaps(checkpoint)
-        self.device = resolve_device(spec.device)
+        self.device = resolve_device(resolved.get("device", spec.device))
         self.backend = spec.backend if spec.backend != "auto" else "numba" if self.device.type == "cpu" else "torch"
         if self.backend == "numba" and self.device.type != "cpu":
             raise UsageError(f"--backend numba runs on the CPU only, not on {self.device}; leave it out or use torch")
         self.dtype = compute_dtype(resolved.get("dtype", spec.dtype), stored_dtype(checkpoint), self.device)
         self.skeleton = build_skeleton(checkpoint, self.dtype, trust_remote_code=spec.trust_remote_code)
         self.walk = Walk(self.skeleton, self.maps, self.dtype, self.device)
-        self.writer = self._writer()
-        self.given = StatisticsFile(spec.stats_path) if spec.stats_path else None
-        self._check_given()
-        self.batch = self._batch(resolved)
-        self.windows = self._windows(resolved)
+        self.writer = make_writer(spec, self.skeleton, self.maps, self.device, self.backend)
+        self.given = open_given(spec, checkpoint, self.skeleton, self.writer)
+        self.batch = batch_of(spec, self.skeleton, self.dtype, resolved)
+        self.windows = windows_of(spec, self.skeleton, self.state.tokens, resolved)
         self.records = journal.read(self.state.journal) if self.begun else []
         self.resolved = resolved or {
-            "dtype": str(self.dtype).removeprefix("torch."), "batch": self.batch,
+            "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "batch": self.batch,
             "tokens": tokens_digest(self.windows) if self.windows is not None else None,
         }  # fmt: skip
 
@@ -98,85 +90,6 @@ class Run:
         """Throws the unfinished work away: its input is at fault."""
         if self.begun:
             self.state.discard()
-
-    # ---- prepare
-
-    def _writer(self) -> StageWriter | None:
-        spec = self.spec
-        if spec.recipe is None:
-            return None
-        target = Target(spec.recipe, spec.sparsity, parse_pattern(spec.pattern) if spec.pattern else None, self.backend)
-        only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
-        chosen = selected_linears(self.skeleton.stages, only, skip)
-        check_shapes(target, chosen, self.skeleton.transposed)
-        return StageWriter(self.skeleton, self.maps, target, frozenset(chosen), self.device)
-
-    def _check_given(self) -> None:
-        if self.given is None or self.writer is None or not self.writer.target.recipe.needs_statistics:
-            return
-        if self.given.model != self.checkpoint.identity():
-            raise UsageError(
-                f"--stats {self.given.path} belongs to another model; make it with `calibrate {self.spec.source}`"
-            )
-        for stage in self.skeleton.layer_stages:
-            for name in stage.linears.keys() & self.writer.selected:
-                self.given.load(name, self._in_features(stage, name))
-
-    def _in_features(self, stage: Stage, name: str) -> int:
-        return stage.linears[name].shape[0 if name in self.skeleton.transposed else 1]
-
-    def _batch(self, resolved: dict[str, Any]) -> int:
-        calibration = self.spec.calibration
-        seqlen, samples = (calibration.seqlen, calibration.samples) if calibration else (1, 1)
-        budget = estimate(self.skeleton, seqlen, self.dtype)
-        if calibration is None:
-            budget = Budget(budget.base, budget.reserve, 0, 0)  # weights are streamed in chunks
-        batch = choose_batch(budget, samples, seqlen, self.spec.max_ram)
-        recorded = int(resolved.get("batch", batch))
-        if self.spec.max_ram is not None and budget.peak(recorded) > self.spec.max_ram:
-            raise ResourceError(
-                f"this job began with batches of {recorded} samples and needs --max-ram "
-                f"{-(-budget.peak(recorded) >> 20) + 1}MiB to go on; or throw its work away with --restart"
-            )
-        return recorded
-
-    def _windows(self, resolved: dict[str, Any]) -> Tokens | None:
-        c = self.spec.calibration
-        if c is None:
-            return None
-        if self.begun:
-            try:
-                windows: Tokens = np.load(self.state.tokens, allow_pickle=False)
-            except (OSError, ValueError, EOFError) as e:
-                raise CorruptStateError(f"{self.state.tokens} cannot be read ({e}); start again with --restart") from e
-            if tokens_digest(windows) != resolved["tokens"]:
-                raise CorruptStateError(f"{self.state.tokens} is damaged; start again with --restart")
-            return windows
-        return draw_windows(
-            c.path, self.spec.source, self.skeleton.vocab_size, c.samples, c.seqlen, c.seed,
-            trust_remote_code=self.spec.trust_remote_code,
-        )  # fmt: skip
-
-    def _check_disk(self) -> None:
-        """Raises ResourceError unless checkpoint + 2 × cache + 64 MiB (less what is there) fit."""
-        written = sum(r["shard"]["bytes"] for r in self.records if r["shard"])
-        output = self.checkpoint.nbytes - written if self.writer else 0
-        cache = 0
-        if self.windows is not None and len(self.records) < len(self.skeleton.stages) - 1:
-            cache = 2 * self.windows.size * self.skeleton.hidden_size * self.walk.cache_dtype.itemsize
-        needs: dict[int, tuple[Path, int]] = {}
-        for path, size in ((self.state.partial, output + SLACK_BYTES), (self.state.cache, cache)):
-            there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-            device = there.stat().st_dev
-            needs[device] = (there, needs.get(device, (there, 0))[1] + size)
-        for there, size in needs.values():
-            free = shutil.disk_usage(there).free
-            if free < size:
-                raise ResourceError(
-                    f"{there} has {format_bytes(free)} free, this job needs {format_bytes(size)} "
-                    f"({format_bytes(output)} for the output, {format_bytes(cache)} for activations); free some, "
-                    "choose another OUT, or put the activations elsewhere with --work DIR"
-                )
 
     # ---- run
 
@@ -206,6 +119,14 @@ class Run:
                 remove_cache(self.state.cache, stages[position].index)
             self.progress(Progress(stages[position].name, position + 1, len(stages), record["seconds"]))
         return self._finish(time.perf_counter() if done < len(stages) else begun)
+
+    def _check_disk(self) -> None:
+        written = sum(r["shard"]["bytes"] for r in self.records if r["shard"])
+        output = self.checkpoint.nbytes - written if self.writer else 0
+        cache = 0
+        if self.windows is not None and len(self.records) < len(self.skeleton.stages) - 1:
+            cache = 2 * self.windows.size * self.skeleton.hidden_size * self.walk.cache_dtype.itemsize
+        check_disk(self.state, output, cache)
 
     def _create(self) -> None:
         self.begun = True

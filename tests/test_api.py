@@ -190,7 +190,7 @@ def test_less_memory_makes_smaller_batches(
         found = estimate(*args, **more)
         return budget.Budget(found.base, found.reserve, found.stage, 50 << 20)
 
-    monkeypatch.setattr("streamprune.job_run.estimate", large)
+    monkeypatch.setattr("streamprune.job_prepare.estimate", large)
     room = BASE + budget.RESERVE + (1 << 20)  # the stages are smaller than 1 MiB
     for batch in (6, 4, 1):
         limit = room + batch * (50 << 20)

@@ -27,6 +27,7 @@ ORDER: list[set[str]] = [
     {"pruning"},
     {"model"},
     {"stage_writer", "report"},
+    {"job_prepare"},
     {"job_run", "job", "evaluation", "planning", "inspection"},
     {"tables", "progress", "demo", "cli", "__main__"},
 ]

@@ -1,0 +1,112 @@
+"""What a run needs before it writes anything; whatever can be refused is refused here."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.mapping import ShardMaps
+from streamprune.disk.state import JobState
+from streamprune.errors import CorruptStateError, ResourceError, UsageError
+from streamprune.model.budget import Budget, choose_batch, estimate
+from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.statistics import StatisticsFile
+from streamprune.pruning.selection import parse_pattern
+from streamprune.spec import JobSpec, compile_filter, format_bytes
+from streamprune.stage_writer import StageWriter, Target, check_shapes, selected_linears
+
+SLACK_BYTES = 64 << 20
+"""Disk for everything besides weights and activations."""
+
+
+def make_writer(
+    spec: JobSpec, skeleton: Skeleton, maps: ShardMaps, device: torch.device, backend: str
+) -> StageWriter | None:
+    """The writer of a prune job, None for calibrate. Raises UsageError for filters and patterns that do not fit."""
+    if spec.recipe is None:
+        return None
+    target = Target(spec.recipe, spec.sparsity, parse_pattern(spec.pattern) if spec.pattern else None, backend)
+    only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
+    chosen = selected_linears(skeleton.stages, only, skip)
+    check_shapes(target, chosen, skeleton.transposed)
+    return StageWriter(skeleton, maps, target, frozenset(chosen), device)
+
+
+def open_given(
+    spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton, writer: StageWriter | None
+) -> StatisticsFile | None:
+    """The file given with --stats. Raises UsageError unless it is this model's and has every linear that is pruned."""
+    if spec.stats_path is None:
+        return None
+    given = StatisticsFile(spec.stats_path)
+    if writer is None or not writer.target.recipe.needs_statistics:
+        return given
+    if given.model != checkpoint.identity():
+        raise UsageError(f"--stats {given.path} belongs to another model; make it with `calibrate {spec.source}`")
+    for stage in skeleton.layer_stages:
+        for name in stage.linears.keys() & writer.selected:
+            given.load(name, stage.linears[name].shape[0 if name in skeleton.transposed else 1])
+    return given
+
+
+def batch_of(spec: JobSpec, skeleton: Skeleton, dtype: torch.dtype, resolved: Mapping[str, Any]) -> int:
+    """Samples a batch: as recorded when the job began, or as memory allows. Raises ResourceError."""
+    calibration = spec.calibration
+    seqlen, samples = (calibration.seqlen, calibration.samples) if calibration else (1, 1)
+    budget = estimate(skeleton, seqlen, dtype)
+    if calibration is None:
+        budget = Budget(budget.base, budget.reserve, 0, 0)  # weights are streamed in chunks
+    batch = choose_batch(budget, samples, seqlen, spec.max_ram)
+    recorded = int(resolved.get("batch", batch))
+    if spec.max_ram is not None and budget.peak(recorded) > spec.max_ram:
+        raise ResourceError(
+            f"this job began with batches of {recorded} samples and needs --max-ram "
+            f"{-(-budget.peak(recorded) >> 20) + 1}MiB to go on; or throw its work away with --restart"
+        )
+    return recorded
+
+
+def windows_of(spec: JobSpec, skeleton: Skeleton, kept: Path, resolved: Mapping[str, Any]) -> Tokens | None:
+    """Calibration windows (samples, seqlen): those kept when the job began, or drawn now; None without calibration.
+
+    Raises CorruptStateError when the kept ones are damaged, and what draw_windows raises.
+    """
+    c = spec.calibration
+    if c is None:
+        return None
+    if not resolved:
+        return draw_windows(
+            c.path, spec.source, skeleton.vocab_size, c.samples, c.seqlen, c.seed,
+            trust_remote_code=spec.trust_remote_code,
+        )  # fmt: skip
+    try:
+        windows: Tokens = np.load(kept, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise CorruptStateError(f"{kept} cannot be read ({e}); start again with --restart") from e
+    if tokens_digest(windows) != resolved["tokens"]:
+        raise CorruptStateError(f"{kept} is damaged; start again with --restart")
+    return windows
+
+
+def check_disk(state: JobState, output: int, cache: int) -> None:
+    """Raises ResourceError unless `output` + 64 MiB and `cache` bytes fit where they are going to be."""
+    needs: dict[int, tuple[Path, int]] = {}
+    for path, size in ((state.partial, output + SLACK_BYTES), (state.cache, cache)):
+        there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        device = there.stat().st_dev
+        needs[device] = (there, needs.get(device, (there, 0))[1] + size)
+    for there, size in needs.values():
+        free = shutil.disk_usage(there).free
+        if free < size:
+            raise ResourceError(
+                f"{there} has {format_bytes(free)} free, this job needs {format_bytes(size)} "
+                f"({format_bytes(output)} for the output, {format_bytes(cache)} for activations); free some, "
+                "choose another OUT, or put the activations elsewhere with --work DIR"
+            )
