@@ -21,7 +21,7 @@ def _steady_heap() -> None:
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None and hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 32 << 20)
 
 
