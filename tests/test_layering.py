@@ -29,9 +29,16 @@ ORDER: list[set[str]] = [
     {"stage_writer", "report"},
     {"job_prepare"},
     {"job_run", "job", "evaluation", "planning", "inspection"},
-    {"tables", "progress", "demo", "cli", "__main__"},
+    {"arguments", "tables", "progress", "demo", "cli", "__main__"},
 ]
-WITHIN_A_LEVEL = {("job", "job_run"), ("__main__", "cli"), ("cli", "demo"), ("cli", "progress"), ("cli", "tables")}
+WITHIN_A_LEVEL = {
+    ("job", "job_run"),
+    ("cli", "arguments"),
+    ("__main__", "cli"),
+    ("cli", "demo"),
+    ("cli", "progress"),
+    ("cli", "tables"),
+}
 NO_TORCH = ["errors", "memory", "pruning.recipes", "spec", "job", "cli", "__main__", "progress", "report"]
 NO_TORCH += ["disk.durable", "disk.header", "disk.checkpoint", "disk.hub", "disk.journal", "disk.state", "disk.shards"]
 NO_TORCH += ["model.texts"]

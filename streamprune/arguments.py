@@ -1,0 +1,141 @@
+"""The arguments of every command, and their help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+from streamprune.errors import UsageError
+
+EXIT_CODES = """exit codes:
+  0    done, or already done
+  1    an error in streamprune itself (run again with --debug and report it)
+  2    wrong arguments, pattern, sparsity or text; inspect --expect not met
+  3    bad checkpoint: missing, malformed, truncated, NaN or Inf
+  4    sound checkpoint of a kind that cannot be pruned
+  5    not enough RAM, VRAM or disk
+  6    OUT belongs to another job, or is not ours
+  7    a file of ours is damaged
+  75   another run holds the lock on OUT: try later
+  130  interrupted; the same command resumes
+"""
+
+Handler = Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line, as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UsageError.exit_code, f"streamprune: error: {message}; see {self.prog} --help\n")
+
+
+def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
+    """The parser of all commands; each stores its handler, found under its name."""
+    parser = _Parser(
+        prog="streamprune", description="Prune any safetensors causal LM out of core, one layer at a time.",
+        epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"streamprune {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, model: bool = True) -> argparse.ArgumentParser:
+        p = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        if model:
+            p.add_argument("model", metavar="MODEL", help="a checkpoint's folder, or its name on the hub")
+        p.set_defaults(handler=handlers[name])
+        return p
+
+    p = add("prune", "prune MODEL into OUT")
+    p.add_argument("out", metavar="OUT", help="folder to write; appears only when it is complete")
+    _method_options(p)
+    _calibration_options(p)
+    p.add_argument("--stats", metavar="FILE", help="use these statistics instead of calibrating")
+    p.add_argument("--save-stats", metavar="FILE", help="also keep the statistics for later --stats")
+    p.add_argument("--propagate", default="dense", choices=("dense", "pruned"),
+                   help="which layer's outputs the next layer is calibrated on (default: %(default)s)")  # fmt: skip
+    p.add_argument("--restart", action="store_true", help="throw unfinished work for OUT away")
+    _resource_options(p)
+
+    p = add("calibrate", "gather the statistics of MODEL into STATS, for prune --stats")
+    p.add_argument("out", metavar="STATS", help="safetensors file to write")
+    _calibration_options(p)
+    p.add_argument("--restart", action="store_true", help="throw unfinished work for STATS away")
+    _resource_options(p)
+
+    p = add("eval", "measure the perplexity of MODEL on a text, layer by layer")
+    p.add_argument("--text", metavar="FILE", required=True, help="text (.txt, .gz) or token ids (.npy)")
+    p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
+    _resource_options(p, with_kernels=False)
+
+    p = add("inspect", "show sparsity and pattern of every linear of MODEL")
+    p.add_argument("--expect", metavar="N:M|S", help="exit with 2 unless every linear has this pattern or sparsity")
+    _filter_options(p)
+
+    p = add("plan", "say what pruning MODEL will take: memory, disk, arithmetic, time; reads headers only")
+    _filter_options(p)
+    p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
+    p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
+    p.add_argument("--stats", metavar="FILE", help="plan for a run with these statistics, without calibration")
+    p.add_argument("--propagate", default="dense", choices=("dense", "pruned"), help="as for prune")
+    _device_options(p)
+
+    add("demo", "prune the small model that comes with streamprune, and show the result", model=False)
+    for p in commands.choices.values():
+        p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        p.add_argument("--quiet", "-q", action="store_true", help="no progress, no summary; errors only")
+        p.add_argument("--debug", action="store_true", help="print a traceback before an error")
+    return parser
+
+
+def _method_options(p: argparse.ArgumentParser) -> None:
+    amount = p.add_mutually_exclusive_group()
+    amount.add_argument("--sparsity", type=float, metavar="S", help="prune this share of every row, 0 ≤ S < 1")
+    amount.add_argument("--pattern", metavar="N:M", help="keep N of every M consecutive inputs, such as 2:4")
+    p.add_argument("--method", default="swiftprune", metavar="RECIPE",
+                   help="swiftprune (default), wanda or magnitude")  # fmt: skip
+    p.add_argument("--score", help="another score: lscore, lscore-isotropic, wanda, magnitude")
+    p.add_argument("--selector", help="another selector for --sparsity: ewma, exact")
+    _filter_options(p)
+
+
+def _filter_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--only", metavar="REGEX", help="only linears whose name matches somewhere")
+    p.add_argument("--skip", metavar="REGEX", help="not linears whose name matches somewhere")
+
+
+def _calibration_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--calib", metavar="FILE",
+                   help='calibration text: .txt, .jsonl with "text", .gz of either, or .npy of token ids '
+                        "(default: a built-in text)")  # fmt: skip
+    p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
+    p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="which windows (default: %(default)s)")
+
+
+def _device_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                   help="what to compute in (default: the stored dtype where it is fast, else float32)")  # fmt: skip
+    p.add_argument("--trust-remote-code", action="store_true", help="allow the checkpoint's own Python code to run")
+
+
+def _resource_options(p: argparse.ArgumentParser, with_kernels: bool = True) -> None:
+    _device_options(p)
+    if with_kernels:
+        p.add_argument(
+            "--backend", default="auto", choices=("auto", "numba", "torch"),
+            help="kernels that prune: numba (CPU) or torch (any device); default by device",
+        )  # fmt: skip
+    p.add_argument("--max-ram", metavar="SIZE", help="resident memory to stay within, such as 4GiB")
+    p.add_argument("--work", metavar="DIR", help="folder for the activation cache (a fast disk)")
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("streamprune")
