@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamprune import cli
+from streamprune import arguments
 from streamprune.cli import build_parser, main
 from streamprune.job import calibrate, prune
 
@@ -229,7 +229,7 @@ def test_help_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
 def test_exit_codes_are_those_of_the_errors() -> None:
     from streamprune import errors
 
-    listed = {int(line.split()[0]) for line in cli.EXIT_CODES.splitlines()[1:] if line.strip()[:1].isdigit()}
+    listed = {int(line.split()[0]) for line in arguments.EXIT_CODES.splitlines()[1:] if line.strip()[:1].isdigit()}
     tree = {kind.exit_code for kind in errors.StreampruneError.__subclasses__()}
     assert listed == tree | {0, 1, errors.INTERRUPTED}
 
