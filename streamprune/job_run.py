@@ -2,13 +2,14 @@
 
 The order of writes of a stage, and the one commit point:
 
-    1  layer i's statistics   OUT.partial/.streamprune/statistics-i.safetensors   durable
-    2  its shard              OUT.partial/model-….safetensors                      durable
-    3  cache i + 1            cache/i+1.bin, then .json                            durable
+    1  cache i + 1            cache/i+1.bin, then .json                            durable
+    2  layer i's statistics   OUT.partial/.streamprune/statistics-i.safetensors   durable
+    3  its shard              OUT.partial/model-….safetensors                      durable
     4  journal line                                                                durable: COMMIT
     5  cache i is removed
 
-A crash before 4 does the stage again from cache i, which is still there; after 4, only rubbish is left.
+With `--propagate pruned` the cache comes after the shard, from whose weights it is made. A crash before 4 does the
+stage again from cache i, which is still there; after 4, only rubbish is left.
 """
 
 from __future__ import annotations
