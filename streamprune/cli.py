@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         handler: Handler = args.handler
-        return handler(args)
+        code = handler(args)
+        sys.stdout.flush()  # here, where a reader that has gone away is expected, and not at exit
+        return code
     except StreampruneError as e:
         return _fail(args, e, str(e), e.exit_code)
     except KeyboardInterrupt as e:
