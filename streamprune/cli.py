@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         handler: Handler = args.handler
         code = handler(args)
-        sys.stdout.flush()  # here, where a reader that has gone away is expected, and not at exit
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a reader that has gone away is expected, and not at exit
         return code
     except StreampruneError as e:
         return _fail(args, e, str(e), e.exit_code)
