@@ -132,6 +132,7 @@ def _resource_options(p: argparse.ArgumentParser, with_kernels: bool = True) -> 
             help="kernels that prune: numba (CPU) or torch (any device); default by device",
         )  # fmt: skip
     p.add_argument("--max-ram", metavar="SIZE", help="resident memory to stay within, such as 4GiB")
+    p.add_argument("--max-vram", metavar="SIZE", help="memory of the GPU to stay within (default: what is free there)")
     p.add_argument("--work", metavar="DIR", help="folder for the activation cache (a fast disk)")
 
 

@@ -66,6 +66,7 @@ def _resources(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": args.device, "dtype": args.dtype, "work": args.work, "trust_remote_code": args.trust_remote_code,
         "max_ram": parse_bytes(args.max_ram) if args.max_ram else None,
+        "max_vram": parse_bytes(args.max_vram) if args.max_vram else None,
     }  # fmt: skip
 
 

@@ -16,26 +16,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from streamprune.disk import durable
-from streamprune.disk.cache import CacheReader, remove_cache
+from streamprune.disk.cache import remove_cache
 from streamprune.disk.checkpoint import open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
 from streamprune.memory import peak_resident_bytes
-from streamprune.model.budget import (
-    choose_batch,
-    compute_dtype,
-    estimate,
-    resolve_device,
-)
+from streamprune.model.activations import Activations
+from streamprune.model.budget import Layout, compute_dtype, layout_for, resolve_device
 from streamprune.model.calibration import Tokens, cut_windows
-from streamprune.model.passes import check_weights, embed_pass, layer_pass, split_batches
+from streamprune.model.feed import Feed
+from streamprune.model.passes import check_weights, embed_pass, layer_pass, retry_smaller, split_batches
 from streamprune.model.skeleton import build_skeleton, stored_dtype
 from streamprune.model.texts import check_seqlen, default_seqlen
 from streamprune.model.walk import Walk
@@ -59,13 +57,13 @@ class Evaluation:
 
 def evaluate(
     model: str | Path, text: str | Path, *, seqlen: int | None = None, device: str = "auto", dtype: str = "auto",
-    max_ram: int | None = None, work: str | Path | None = None, trust_remote_code: bool = False,
-    progress: ProgressCallback = no_progress,
+    max_ram: int | None = None, max_vram: int | None = None, work: str | Path | None = None,
+    trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
 ) -> Evaluation:  # fmt: skip
     """Perplexity of `model` on the file `text` in windows of `seqlen` tokens (default min(2048, model's limit)).
 
     Activations are kept in a folder of their own below `work` (default: the user's cache folder) and removed at
-    the end. `max_ram` is in bytes. Raises the errors of streamprune.errors.
+    the end. `max_ram` and `max_vram` (of a GPU) are in bytes. Raises the errors of streamprune.errors.
     """
     begun = time.perf_counter()
     checkpoint = open_checkpoint(resolve_model(str(model)))
@@ -78,14 +76,17 @@ def evaluate(
     compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
     skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)
     windows = cut_windows(path, checkpoint.path, skeleton.vocab_size, length, trust_remote_code=trust_remote_code)
-    batch = choose_batch(estimate(skeleton, length, compute), len(windows), length, max_ram)
+    layout = layout_for(skeleton, length, len(windows), compute, target, max_ram, max_vram)
     with (
         _scratch(Path(work) if work is not None else _default_work()) as folder,
         ShardMaps(checkpoint) as maps,
+        Feed(maps, target) as feed,
     ):
-        walk = Walk(skeleton, maps, compute, target)
-        _check_disk(folder, windows, walk)
-        total = _stream(walk, windows, batch, folder, progress)
+        walk = Walk(skeleton, feed, compute)
+        activations = Activations(folder, walk.cache_dtype, target, resident=layout.resident)
+        if not layout.resident:
+            _check_disk(folder, windows, walk)
+        total = _stream(walk, windows, layout, activations, progress)
     tokens = windows.shape[0] * (length - 1)
     nll = total / tokens
     if not math.isfinite(nll):
@@ -101,37 +102,41 @@ def evaluate(
     )
 
 
-def _stream(walk: Walk, windows: Tokens, batch: int, folder: Path, progress: ProgressCallback) -> float:
+def _stream(walk: Walk, windows: Tokens, layout: Layout, activations: Activations, progress: ProgressCallback) -> float:
     """Embeds, runs every layer, and sums the loss; returns nats over all predicted tokens."""
-    stages = walk.skeleton.stages
+    stages, persist = walk.skeleton.stages, not layout.resident
+    batches = split_batches(windows, layout.batch)
+    total = 0.0
     for position, stage in enumerate(stages):
         at = time.perf_counter()
-        total = 0.0
-        check_weights(walk.maps, walk.skeleton, stage)
+        for near in stages[position : position + (2 if layout.layers > 1 or not walk.feed.copies else 1)]:
+            if near.kind == "layer" or not walk.feed.copies:
+                walk.feed.expect(near.tensors)
+        check_weights(walk.feed, walk.skeleton, stage)
         if stage.kind == "embed":
-            embed_pass(walk, split_batches(windows, batch), folder)
+            retry_smaller(walk, partial(embed_pass, walk, batches, activations, persist=persist))
         elif stage.kind == "layer":
-            layer_pass(walk, stage, folder, write=True)
-            remove_cache(folder, stage.index)
+            retry_smaller(walk, partial(layer_pass, walk, stage, activations, write=True, persist=persist))
+            if persist:
+                remove_cache(activations.folder, stage.index)
         else:
-            total = _loss(walk, windows, folder, batch)
+            total = _loss(walk, batches, activations)
+        walk.feed.release(stage.tensors)
         progress(Progress(stage.name, position + 1, len(stages), time.perf_counter() - at))
     return total
 
 
-def _loss(walk: Walk, windows: Tokens, folder: Path, batch: int) -> float:
-    """Nats over all predicted tokens, from the last cache."""
-    reader = CacheReader(folder, len(walk.skeleton.layers))
-    targets = split_batches(windows, batch)
-    seqlen = windows.shape[1]
+def _loss(walk: Walk, batches: list[Tensor], activations: Activations) -> float:
+    """Nats over all predicted tokens, from the states after the last layer."""
+    seqlen = batches[0].shape[1]
     step = max(1, min(seqlen, LOGITS_BYTES // (walk.skeleton.vocab_size * 8)))
     total = 0.0
     with walk.head() as head:
-        for chunk in range(len(reader)):
-            states = reader[chunk][:, :-1].reshape(-1, walk.skeleton.hidden_size)
-            wanted = targets[chunk][:, 1:].reshape(-1)
+        for states, ids in zip(activations.read(len(walk.skeleton.layers)), batches, strict=True):
+            flat = states[:, :-1].reshape(-1, walk.skeleton.hidden_size)
+            wanted = ids[:, 1:].reshape(-1)
             for begin in range(0, len(wanted), step):
-                total += _nll(head(states[begin : begin + step]), wanted[begin : begin + step])
+                total += _nll(head(flat[begin : begin + step]), wanted[begin : begin + step])
     return total
 
 

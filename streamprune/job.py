@@ -57,7 +57,7 @@ def prune(
     stats: str | Path | None = None, save_stats: str | Path | None = None,
     only: str | None = None, skip: str | None = None, propagate: str = "dense",
     device: str = "auto", dtype: str = "auto", backend: str = "auto",
-    max_ram: int | None = None, work: str | Path | None = None,
+    max_ram: int | None = None, max_vram: int | None = None, work: str | Path | None = None,
     restart: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
 ) -> JobResult:  # fmt: skip
     """Prunes the checkpoint `model` (a folder or a hub name) into the folder `out`.
@@ -65,8 +65,8 @@ def prune(
     Exactly one of `sparsity` (share of each row, 0 ≤ S < 1) and `pattern` ("N:M") says how much goes. Statistics
     come from `samples` windows of `seqlen` tokens of `calib` (default: a built-in text; default length
     min(2048, the model's limit)), or from the file `stats`. `backend` chooses the kernels that prune: Numba on the CPU,
-    Torch elsewhere, unless it says "numba" or "torch". `max_ram` is in bytes. Running the same job again
-    resumes it, or finds it done. Raises the errors of streamprune.errors.
+    Torch elsewhere, unless it says "numba" or "torch". `max_ram` and `max_vram` (of a GPU) are in bytes. Running the
+    same job again resumes it, or finds it done. Raises the errors of streamprune.errors.
     """
     recipe = make_recipe(method, score, selector)
     _check_amount(sparsity, pattern)
@@ -83,7 +83,7 @@ def prune(
         only=only, skip=skip, propagate=propagate, calibration=calibration if needs_pass else None,
         stats=_stats_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype, backend=backend,
         source=checkpoint.path, out=Path(out), stats_path=Path(stats) if stats is not None else None,
-        max_ram=max_ram, save_stats=Path(save_stats) if save_stats is not None else None,
+        max_ram=max_ram, max_vram=max_vram, save_stats=Path(save_stats) if save_stats is not None else None,
         work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     return _carry_out(spec, checkpoint, progress)
@@ -93,7 +93,7 @@ def calibrate(
     model: str | Path, out: str | Path, *,
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
     device: str = "auto", dtype: str = "auto", backend: str = "auto",
-    max_ram: int | None = None, work: str | Path | None = None,
+    max_ram: int | None = None, max_vram: int | None = None, work: str | Path | None = None,
     restart: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
 ) -> JobResult:  # fmt: skip
     """Gathers the statistics of every linear's input into the file `out`, for `prune(..., stats=out)`.
@@ -106,8 +106,9 @@ def calibrate(
         verb="calibrate", model=checkpoint.fingerprint(), recipe=None, sparsity=None, pattern=None,
         only=None, skip=None, propagate="dense",
         calibration=_describe_calibration(checkpoint, calib, samples, seqlen, seed),
-        stats=None, device=device, dtype=dtype, backend=backend, source=checkpoint.path, out=Path(out), max_ram=max_ram,
-        work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
+        stats=None, device=device, dtype=dtype, backend=backend, source=checkpoint.path, out=Path(out),
+        max_ram=max_ram, max_vram=max_vram, work=Path(work) if work is not None else None,
+        restart=restart, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     return _carry_out(spec, checkpoint, progress)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import numpy as np
 import torch
 
 from streamprune.disk.checkpoint import Checkpoint
-from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.state import JobState
 from streamprune.errors import CorruptStateError, ResourceError, UsageError
-from streamprune.model.budget import Budget, choose_batch, estimate
+from streamprune.model.budget import Layout, estimate, layout_for
 from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
+from streamprune.model.feed import Feed
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.statistics import StatisticsFile
 from streamprune.pruning.selection import parse_pattern
@@ -26,9 +27,7 @@ SLACK_BYTES = 64 << 20
 """Disk for everything besides weights and activations."""
 
 
-def make_writer(
-    spec: JobSpec, skeleton: Skeleton, maps: ShardMaps, device: torch.device, backend: str
-) -> StageWriter | None:
+def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> StageWriter | None:
     """The writer of a prune job, None for calibrate. Raises UsageError for filters and patterns that do not fit."""
     if spec.recipe is None:
         return None
@@ -36,7 +35,7 @@ def make_writer(
     only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
     chosen = selected_linears(skeleton.stages, only, skip)
     check_shapes(target, chosen, skeleton.transposed)
-    return StageWriter(skeleton, maps, target, frozenset(chosen), device)
+    return StageWriter(skeleton, feed, target, frozenset(chosen))
 
 
 def open_given(
@@ -56,21 +55,23 @@ def open_given(
     return given
 
 
-def batch_of(spec: JobSpec, skeleton: Skeleton, dtype: torch.dtype, resolved: Mapping[str, Any]) -> int:
-    """Samples a batch: as recorded when the job began, or as memory allows. Raises ResourceError."""
-    calibration = spec.calibration
-    seqlen, samples = (calibration.seqlen, calibration.samples) if calibration else (1, 1)
+def layout_of(
+    spec: JobSpec, skeleton: Skeleton, dtype: torch.dtype, device: torch.device, resolved: Mapping[str, Any]
+) -> Layout:
+    """How the job lies in memory: with batches as recorded when it began, or as memory allows. Raises ResourceError."""
+    c = spec.calibration
+    seqlen, samples = (c.seqlen, c.samples) if c else (1, 0)
+    layout = layout_for(skeleton, seqlen, samples, dtype, device, spec.max_ram, spec.max_vram)
+    if device.type != "cpu" or not samples or not resolved:
+        return layout
     budget = estimate(skeleton, seqlen, dtype)
-    if calibration is None:
-        budget = Budget(budget.base, budget.reserve, 0, 0)  # weights are streamed in chunks
-    batch = choose_batch(budget, samples, seqlen, spec.max_ram)
-    recorded = int(resolved.get("batch", batch))
+    recorded = int(resolved["batch"])
     if spec.max_ram is not None and budget.peak(recorded) > spec.max_ram:
         raise ResourceError(
             f"this job began with batches of {recorded} samples and needs --max-ram "
             f"{-(-budget.peak(recorded) >> 20) + 1}MiB to go on; or throw its work away with --restart"
         )
-    return recorded
+    return replace(layout, batch=recorded)
 
 
 def windows_of(spec: JobSpec, skeleton: Skeleton, kept: Path, resolved: Mapping[str, Any]) -> Tokens | None:

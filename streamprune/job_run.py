@@ -9,7 +9,12 @@ The order of writes of a stage, and the one commit point:
     5  cache i is removed
 
 With `--propagate pruned` the cache comes after the shard, from whose weights it is made. A crash before 4 does the
-stage again from cache i, which is still there; after 4, only rubbish is left.
+stage again from cache i, which is still there; after 4, only rubbish is left. Step 3's fsync, 4 and 5 follow behind in
+a thread of their own: without a forward pass the next shard is being filled meanwhile, and on a GPU the whole of step 3
+happens beside the next layer's forward pass.
+
+Activations that stay on a GPU are written to disk once a minute only: a record says whether its cache is durable. A
+resumed run goes on from the last one that is, and runs the layers since then once more, forward only.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import datetime
 import io
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,27 +30,31 @@ from typing import Any
 import numpy as np
 
 from streamprune.disk import durable, journal
+from streamprune.disk.behind import Behind
 from streamprune.disk.cache import remove_cache
-from streamprune.disk.checkpoint import Checkpoint, open_shard
+from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.shards import shard_name, write_index
 from streamprune.disk.state import JobState, file_digest, new_state
 from streamprune.errors import CorruptStateError, UsageError
-from streamprune.job_prepare import batch_of, check_disk, make_writer, open_given, windows_of
+from streamprune.job_pass import Pass
+from streamprune.job_prepare import check_disk, layout_of, make_writer, open_given, windows_of
 from streamprune.kernels import cpu, torch_ops
 from streamprune.memory import peak_resident_bytes
-from streamprune.model.budget import (
-    compute_dtype,
-    resolve_device,
-)
-from streamprune.model.calibration import tokens_digest
-from streamprune.model.passes import check_weights, embed_pass, layer_pass, split_batches
+from streamprune.model.activations import Activations
+from streamprune.model.budget import compute_dtype, resolve_device
+from streamprune.model.calibration import Tokens, tokens_digest
+from streamprune.model.feed import Feed
 from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
-from streamprune.model.statistics import Collector, merge_statistics, write_statistics
+from streamprune.model.statistics import merge_statistics, write_statistics
 from streamprune.model.walk import Walk
 from streamprune.pruning.stats import InputStats
 from streamprune.report import build_report
 from streamprune.spec import JobSpec, Progress, ProgressCallback
+
+
+def _call(work: Callable[[], None]) -> None:
+    work()
 
 
 class Run:
@@ -68,23 +78,37 @@ class Run:
             raise UsageError(f"--backend numba runs on the CPU only, not on {self.device}; leave it out or use torch")
         self.dtype = compute_dtype(resolved.get("dtype", spec.dtype), stored_dtype(checkpoint), self.device)
         self.skeleton = build_skeleton(checkpoint, self.dtype, trust_remote_code=spec.trust_remote_code)
-        self.walk = Walk(self.skeleton, self.maps, self.dtype, self.device)
-        self.writer = make_writer(spec, self.skeleton, self.maps, self.device, self.backend)
+        self.feed = Feed(self.maps, self.device, drop_cache=spec.verb == "prune")
+        self.writer = make_writer(spec, self.skeleton, self.feed, self.backend)
         self.given = open_given(spec, checkpoint, self.skeleton, self.writer)
-        self.batch = batch_of(spec, self.skeleton, self.dtype, resolved)
-        self.windows = windows_of(spec, self.skeleton, self.state.tokens, resolved)
+        self.layout = layout_of(spec, self.skeleton, self.dtype, self.device, resolved)
         self.records = journal.read(self.state.journal) if self.begun else []
+        windows = windows_of(spec, self.skeleton, self.state.tokens, resolved)
+        batch = int(resolved.get("batch", self.layout.batch))
+        self.forward = None if windows is None else self._make_pass(windows, batch)
         self.resolved = resolved or {
-            "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "batch": self.batch,
-            "tokens": tokens_digest(self.windows) if self.windows is not None else None,
+            "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "batch": batch,
+            "tokens": tokens_digest(windows) if windows is not None else None,
         }  # fmt: skip
+        self._uncommitted: list[durable.AtomicFile] = []
+        self._since = time.perf_counter()
+
+    def _make_pass(self, windows: Tokens, batch: int) -> Pass:
+        walk = Walk(self.skeleton, self.feed, self.dtype)
+        most = [self.layout.batch, *(r["batch"] for r in self.records if r["batch"])]
+        walk.most = min(most) if min(most) < batch else None
+        resident = self.layout.resident
+        activations = Activations(self.state.cache, walk.cache_dtype, self.device, resident=resident)
+        return Pass(walk, windows, batch, activations, (cpu if self.backend == "numba" else torch_ops).accumulate)
 
     def __enter__(self) -> Run:
+        self.feed.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.feed.__exit__(kind, error, trace)
         self.maps.close()
 
     def discard(self) -> None:
@@ -105,44 +129,41 @@ class Run:
         if self.writer is None:
             stages = stages[:-1]  # statistics alone need no head
         done = len(self.records)
-        if self.windows is not None and 0 < done <= len(self.skeleton.layer_stages):
-            self.walk.learn_calls(split_batches(self.windows, self.batch))
-        for position in range(done, len(stages)):
-            at = time.perf_counter()
-            record = self._stage(position, stages[position])
-            record |= {
-                "seconds": time.perf_counter() - (begun if position == done else at),
-                "peak": peak_resident_bytes(),
-            }
-            journal.append(self.state.journal, record)
-            self.records.append(record)
-            if stages[position].kind == "layer":
-                remove_cache(self.state.cache, stages[position].index)
-            self.progress(Progress(stages[position].name, position + 1, len(stages), record["seconds"]))
+        self._since = begun
+        if self.forward is not None and 0 < done <= len(self.skeleton.layer_stages):
+            self.forward.catch_up(self._newest_cache(), done)
+        try:
+            with Behind[Callable[[], None]](_call, 1) as commits:
+                for position in range(done, len(stages)):
+                    self._stage(position, stages, commits)
+        finally:
+            for file in self._uncommitted:
+                file.abandon()
         return self._finish(time.perf_counter() if done < len(stages) else begun)
 
     def _check_disk(self) -> None:
         written = sum(r["shard"]["bytes"] for r in self.records if r["shard"])
         output = self.checkpoint.nbytes - written if self.writer else 0
         cache = 0
-        if self.windows is not None and len(self.records) < len(self.skeleton.stages) - 1:
-            cache = 2 * self.windows.size * self.skeleton.hidden_size * self.walk.cache_dtype.itemsize
+        if self.forward is not None and len(self.records) < len(self.skeleton.stages) - 1:
+            cache = 2 * self.forward.cache_bytes
         check_disk(self.state, output, cache)
 
     def _create(self) -> None:
         self.begun = True
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         tokens = None
-        if self.windows is not None:
+        if self.forward is not None:
             buffer = io.BytesIO()
-            np.save(buffer, self.windows, allow_pickle=False)
+            np.save(buffer, self.forward.windows, allow_pickle=False)
             tokens = buffer.getbuffer()
         self.state.create({"job": self.spec.fixed(), "resolved": self.resolved, "started": started}, tokens)
 
     def _clean(self) -> None:
         """Removes what a crash left behind: caches of other stages than the next, and temporary files."""
         durable.make_folder(self.state.cache)
-        keep = {f"{len(self.records) - 1:04d}.bin", f"{len(self.records) - 1:04d}.json"}
+        newest = self._newest_cache()
+        keep = {f"{newest:04d}.bin", f"{newest:04d}.json"}
         for path in [
             *self.state.cache.iterdir(),
             *self.state.partial.glob(".*.tmp"),
@@ -156,32 +177,94 @@ class Run:
                 if not path.is_file() or path.stat().st_size != record["shard"]["bytes"]:
                     raise CorruptStateError(f"{path} is missing or damaged; start again with --restart")
 
-    def _stage(self, position: int, stage: Stage) -> dict[str, Any]:
-        """Steps 1 to 3 of a stage; returns its journal record."""
-        record: dict[str, Any] = {"stage": stage.name, "shard": None, "statistics": None, "linears": []}
+    def _newest_cache(self) -> int:
+        """The number of the last cache that is durable, -1 if there is none: record n is of the stage that makes it."""
+        return max((n for n, record in enumerate(self.records) if record["cache"]), default=-1)
+
+    def _stage(self, position: int, stages: Sequence[Stage], commits: Behind[Callable[[], None]]) -> None:
+        """Steps 1 and 2 of a stage; 3 to 5 follow behind, at most one stage late."""
+        stage = stages[position]
+        self._expect(stages[position : position + 2])
+        record: dict[str, Any] = {
+            "stage": stage.name, "shard": None, "statistics": None, "linears": [], "cache": False, "batch": None,
+        }  # fmt: skip
         stats: dict[str, InputStats] = {}
-        folder, pruned = self.state.cache, self.spec.propagate == "pruned"
-        more = stage.kind == "layer" and stage.index + 1 < len(self.skeleton.layers)
-        collector = Collector((cpu if self.backend == "numba" else torch_ops).accumulate)
-        if self.windows is not None:
-            for touched in (stage, self.skeleton.stages[-1]) if stage.kind == "embed" else (stage,):
-                check_weights(self.maps, self.skeleton, touched)
-        if self.windows is not None and stage.kind == "embed":
-            embed_pass(self.walk, split_batches(self.windows, self.batch), folder)
-        if self.windows is not None and stage.kind == "layer":
-            layer_pass(self.walk, stage, folder, write=more and not pruned, collector=collector)
-            found = collector.finish()
-            stats = {name: found[leader] for name, leader in collector.groups.items()}
-            path = self.state.layer_stats(stage.index)
-            record["statistics"] = write_statistics(path, found.items(), collector.groups, {}, {})
-        if self.writer is not None:
-            path = self.state.partial / shard_name(position + 1, len(self.skeleton.stages))
-            summary = self.writer.write(path, stage, lambda name, width: self._stats(stats, name, width))
-            record["shard"] = {"name": summary.name, "bytes": summary.nbytes, "xxh3_128": summary.digest}
-            record["linears"] = self.writer.linears
-            if self.windows is not None and pruned and more:
-                self._propagate_pruned(stage, path)
-        return record
+        if self.forward is not None and stage.kind != "head":
+            if self.forward.persists():
+                commits.drain()  # before the next cache grows, so that there are never more than two
+            stats = self._pass(self.forward, stage, record)
+        path = self.state.partial / shard_name(position + 1, len(self.skeleton.stages))
+        dense = self.spec.propagate == "dense"
+        if self.layout.layers > 2 and dense:
+            commits.drain()
+            commits.put(lambda: self._commit(stage, record, self._fill(path, stage, stats, record)))
+            return
+        file = self._fill(path, stage, stats, record)
+        if self.forward is not None and file is not None and not dense and self._more(stage):
+            file.commit()
+            self._uncommitted.remove(file)
+            file = None
+            record["cache"] = self.forward.persists()
+            self.forward.pruned_layer(stage, path, record["cache"])
+        commits.put(lambda: self._commit(stage, record, file))
+
+    def _expect(self, stages: Sequence[Stage]) -> None:
+        """Begins to bring the weights of this stage and the next near; a device needs those of layers only."""
+        for stage in stages[: self.layout.layers] if self.feed.copies else stages:
+            if not self.feed.copies:
+                self.feed.expect(stage.tensors)
+            elif stage.kind == "layer":
+                self.feed.expect(stage.linears.values() if self.forward is None else stage.tensors)
+
+    def _more(self, stage: Stage) -> bool:
+        """Whether a layer comes after this one."""
+        return stage.kind == "layer" and stage.index + 1 < len(self.skeleton.layers)
+
+    def _pass(self, forward: Pass, stage: Stage, record: dict[str, Any]) -> dict[str, InputStats]:
+        """The forward pass through the embedding or a layer; returns the statistics of each linear's input."""
+        persist = forward.persists()
+        if stage.kind == "embed":
+            forward.embed(persist)
+            record["cache"] = persist
+            return {}
+        write = self._more(stage) and self.spec.propagate == "dense"
+        collector = forward.layer(stage, write, persist)
+        record["cache"], record["batch"] = write and persist, forward.walk.most
+        found = collector.finish()
+        path = self.state.layer_stats(stage.index)
+        record["statistics"] = write_statistics(path, found.items(), collector.groups, {}, {})
+        return {name: found[leader] for name, leader in collector.groups.items()}
+
+    def _fill(
+        self, path: Path, stage: Stage, stats: dict[str, InputStats], record: dict[str, Any]
+    ) -> durable.AtomicFile | None:
+        """The stage's shard, all but committed; None for a job that writes none."""
+        if self.writer is None:
+            return None
+        file = self.writer.fill(path, stage, lambda name, width: self._stats(stats, name, width))
+        self._uncommitted.append(file)
+        record["shard"] = {"name": path.name, "bytes": file.size, "xxh3_128": file.digest}
+        record["linears"] = self.writer.linears
+        return file
+
+    def _commit(self, stage: Stage, record: dict[str, Any], file: durable.AtomicFile | None) -> None:
+        """Steps 3 (its fsync and rename), 4 and 5 of a stage."""
+        if file is not None:
+            file.commit()
+            self._uncommitted.remove(file)
+        now = time.perf_counter()
+        record |= {"seconds": now - self._since, "peak": peak_resident_bytes()}
+        self._since = now
+        before = self._newest_cache()
+        journal.append(self.state.journal, record)
+        self.records.append(record)
+        if before >= 0 and (record["cache"] or (stage.kind == "layer" and not self._more(stage))):
+            remove_cache(self.state.cache, before)
+        if record["cache"] and self.forward is not None:
+            self.forward.kept = now
+        self.feed.release(stage.tensors)
+        total = len(self.skeleton.stages) - (self.writer is None)
+        self.progress(Progress(stage.name, len(self.records), total, record["seconds"]))
 
     def _stats(self, gathered: dict[str, InputStats], name: str, in_features: int) -> InputStats:
         if self.given is not None:
@@ -189,17 +272,6 @@ class Run:
         if name not in gathered:
             raise UsageError(f"{name} was not used on this text, so there are no statistics for it; --skip it")
         return gathered[name]
-
-    def _propagate_pruned(self, stage: Stage, shard: Path) -> None:
-        """The second forward pass, with the weights that have just been written."""
-        written = open_shard(shard)
-        sources = {
-            name: written.tensors[ref.name]
-            for name, ref in self.skeleton.sources.items()
-            if name.startswith(stage.prefix + ".")
-        }
-        with ShardMaps(written) as maps, self.walk.layer(stage, maps=maps, sources=sources) as run:
-            layer_pass(self.walk, stage, self.state.cache, write=True, run=run)
 
     # ---- finish
 

@@ -2,7 +2,7 @@
 
     fixed        verb, model, score, selector, sparsity, pattern, only, skip, propagate, calib, samples,
                  seqlen, seed, stats, device, dtype, backend
-    changeable   max_ram, save_stats, work (only before anything has been cached there)
+    changeable   max_ram, max_vram, save_stats, work (only before anything has been cached there)
 
 The fixed fields go into `job.json` while the job is unfinished and into `streamprune.json` for ever.
 """
@@ -78,6 +78,8 @@ class JobSpec:
     stats_path: Path | None = field(default=None, metadata=_CHANGEABLE)
     max_ram: int | None = field(default=None, metadata=_CHANGEABLE)
     """Bytes of resident memory that may be used."""
+    max_vram: int | None = field(default=None, metadata=_CHANGEABLE)
+    """Bytes of the device's memory that may be used."""
     save_stats: Path | None = field(default=None, metadata=_CHANGEABLE)
     work: Path | None = field(default=None, metadata=_CHANGEABLE)
     restart: bool = field(default=False, metadata=_CHANGEABLE)

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.disk.durable import Buffer
+from streamprune.disk.durable import AtomicFile, Buffer
 from streamprune.disk.header import TensorRef
-from streamprune.disk.mapping import ShardMaps
-from streamprune.disk.shards import ShardSummary, write_shard
+from streamprune.disk.shards import fill_shard
 from streamprune.errors import UsageError
+from streamprune.model.feed import Feed
+from streamprune.model.lane import Lane
 from streamprune.model.passes import finite_rows
 from streamprune.model.skeleton import TORCH_DTYPES, Skeleton, Stage
 from streamprune.pruning.recipes import Recipe
@@ -39,10 +40,10 @@ class Target:
     backend: str | None = None
     """Which kernels: "numba", "torch", or by device."""
 
-    def select(self, weight: Tensor, feature: Tensor, power: int, device: torch.device) -> Any:
+    def select(self, weight: Tensor, feature: Tensor, power: int) -> Any:
         """Prunes rows (n, in); see selection.select."""
         return select(
-            weight.to(device), feature.to(device), power,
+            weight, feature, power,
             selector=self.recipe.selector, sparsity=self.sparsity, pattern=self.pattern, backend=self.backend,
         )  # fmt: skip
 
@@ -52,16 +53,16 @@ class StageWriter:
     """Writes the shards of one job. `linears` collects a report of each pruned linear of the current stage."""
 
     skeleton: Skeleton
-    maps: ShardMaps
+    feed: Feed
     target: Target
     selected: frozenset[str]
     """Module paths of the linears to prune."""
-    device: torch.device
     linears: list[dict[str, Any]] = field(default_factory=list)
 
-    def write(self, path: Path, stage: Stage, stats: Callable[[str, int], InputStats]) -> ShardSummary:
-        """Writes one shard. `stats(linear, in_features)` gives the statistics of a linear's input."""
+    def fill(self, path: Path, stage: Stage, stats: Callable[[str, int], InputStats]) -> AtomicFile:
+        """Fills one shard; the caller commits it. `stats(linear, in_features)` are those of a linear's input."""
         self.linears = []
+        self._lane = Lane(self.feed.device)
         chosen = {ref.name: name for name, ref in stage.linears.items() if name in self.selected}
         known = {ref.name for ref in self.skeleton.sources.values()}
 
@@ -71,17 +72,18 @@ class StageWriter:
             elif ref.name in known:
                 yield from self._checked(ref)
             else:
-                yield from _pieces(self.maps.raw(ref))
+                yield from _pieces(self.feed.maps.raw(ref))
 
-        return write_shard(path, stage.tensors, content, written=self._release)
+        with self._lane.on():
+            return fill_shard(path, stage.tensors, content, written=self._release)
 
     def _release(self, ref: TensorRef, begin: int, end: int) -> None:
         """Lets go of the pages of a tensor whose bytes have been used."""
-        self.maps.release([replace(ref, begin=ref.begin + begin, end=ref.begin + end)], drop_cache=True)
+        self.feed.maps.release([replace(ref, begin=ref.begin + begin, end=ref.begin + end)], drop_cache=True)
 
     def _checked(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of a tensor that is not pruned."""
-        for rows in finite_rows(self.maps, ref, CHUNK_BYTES):
+        for _, rows in finite_rows(self.feed.maps, ref, CHUNK_BYTES):
             yield _bytes(rows)
 
     def _pruned(self, ref: TensorRef, name: str, stats: Callable[[str, int], InputStats]) -> Iterator[Buffer]:
@@ -91,12 +93,13 @@ class StageWriter:
         needs = self.target.recipe.needs_statistics
         given = stats(name, in_features) if needs else InputStats.zeros(in_features)
         feature, power = make_feature(given)
+        feature = feature.to(self.feed.device)
         removed = total = 0.0
-        for rows in finite_rows(self.maps, ref, ref.nbytes if transposed else CHUNK_BYTES):
-            result = self.target.select(rows.t().contiguous() if transposed else rows, feature, power, self.device)
-            weight = result.weight.cpu()
+        for _, rows in finite_rows(self.feed, ref, ref.nbytes if transposed else CHUNK_BYTES):
+            result = self.target.select(rows.t().contiguous() if transposed else rows, feature, power)
+            weight = result.weight.t().contiguous() if transposed else result.weight
             removed, total = removed + result.removed, total + result.total
-            yield _bytes(weight.t().contiguous() if transposed else weight)
+            yield _bytes(self._lane.fetch(weight, None))
         out_features = ref.shape[1] if transposed else ref.shape[0]
         per_row = prune_per_row(self.target, in_features)
         self.linears.append({

@@ -190,7 +190,8 @@ def test_less_memory_makes_smaller_batches(
         found = estimate(*args, **more)
         return budget.Budget(found.base, found.reserve, found.stage, 50 << 20)
 
-    monkeypatch.setattr("streamprune.job_prepare.estimate", large)
+    for place in ("streamprune.model.budget.estimate", "streamprune.job_prepare.estimate"):
+        monkeypatch.setattr(place, large)
     room = BASE + budget.RESERVE + (1 << 20)  # the stages are smaller than 1 MiB
     for batch in (6, 4, 1):
         limit = room + batch * (50 << 20)

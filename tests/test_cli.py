@@ -19,6 +19,7 @@ import torch
 
 from streamprune import arguments
 from streamprune.cli import build_parser, main
+from streamprune.disk.cache import CacheReader
 from streamprune.job import calibrate, prune
 
 Models = Callable[..., Path]
@@ -269,15 +270,18 @@ def test_interrupt(
 ) -> None:
     """SIGTERM and Ctrl-C end with 130 and one line; the same command resumes."""
 
-    def stop(*args: Any, **more: Any) -> None:
+    read = CacheReader.__getitem__
+
+    def stop(reader: CacheReader, chunk: int) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
+        return read(reader, chunk)
 
     before = signal.getsignal(signal.SIGTERM)
     args: list[object] = ["eval", models(), "--text", text, "--seqlen", "32", "--work", tmp_path]
     if verb == "prune":
         args = ["prune", models(), tmp_path / "out", "--sparsity", "0.5", "--calib", text, *WINDOW]
     with monkeypatch.context() as patch:
-        patch.setattr("streamprune.model.passes.CacheReader.__getitem__", stop)
+        patch.setattr(CacheReader, "__getitem__", stop)
         done = run(*args, "--quiet")
     assert done.code == 130 and done.out == ""
     assert len(done.err.splitlines()) == 1 and done.err.startswith("streamprune: error: interrupted")

@@ -27,7 +27,7 @@ ORDER: list[set[str]] = [
     {"pruning"},
     {"model"},
     {"stage_writer", "report"},
-    {"job_prepare"},
+    {"job_prepare", "job_pass"},
     {"job_run", "job", "evaluation", "planning", "inspection"},
     {"arguments", "tables", "progress", "demo", "cli", "__main__"},
 ]

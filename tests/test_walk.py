@@ -23,6 +23,7 @@ from streamprune.evaluation import evaluate
 from streamprune.job import calibrate, prune
 from streamprune.model import binding
 from streamprune.model.binding import bound
+from streamprune.model.feed import Feed
 from streamprune.model.skeleton import Skeleton, build_skeleton, is_linear, stored_dtype
 from streamprune.model.walk import Walk
 
@@ -52,7 +53,7 @@ def walked(folder: Path, batches: list[torch.Tensor], dtype: torch.dtype = torch
     """Logits of each batch, through every stage in memory."""
     checkpoint = open_checkpoint(folder)
     with ShardMaps(checkpoint) as maps:
-        walk = Walk(build_skeleton(checkpoint, dtype), maps, dtype, CPU)
+        walk = Walk(build_skeleton(checkpoint, dtype), Feed(maps, CPU), dtype)
         states = list(walk.embed(batches))
         for stage in walk.skeleton.layer_stages:
             with walk.layer(stage) as layer:
@@ -154,14 +155,14 @@ def test_bound_and_unbound(models: Models) -> None:
     layer = skeleton.layers[1]
     with ShardMaps(checkpoint) as maps:
         before = {n: id(p) for n, p in layer.named_parameters()}
-        with bound(skeleton, "model.layers.1", maps, torch.float32, CPU):
+        with bound(skeleton, "model.layers.1", Feed(maps, CPU), torch.float32):
             for name, parameter in layer.named_parameters():
                 assert torch.equal(parameter.float(), stored[f"model.layers.1.{name}"].float()), name
             assert all(p.device.type == "meta" for p in skeleton.layers[0].parameters())
             assert "forward" in layer.mlp.up_proj.__dict__
         assert {n: id(p) for n, p in layer.named_parameters()} == before
         assert "forward" not in layer.mlp.up_proj.__dict__
-        with pytest.raises(RuntimeError, match="stop"), bound(skeleton, None, maps, torch.float32, CPU):
+        with pytest.raises(RuntimeError, match="stop"), bound(skeleton, None, Feed(maps, CPU), torch.float32):
             assert not any(p.device.type == "meta" for p in skeleton.model.model.norm.parameters())  # type: ignore[union-attr]
             assert all(p.device.type == "meta" for p in layer.parameters())
             raise RuntimeError("stop")
@@ -173,7 +174,7 @@ def test_bound_and_unbound(models: Models) -> None:
 def test_nothing_is_copied_where_dtypes_agree(models: Models) -> None:
     checkpoint = open_checkpoint(models(dtype="float32"))
     skeleton = build_skeleton(checkpoint, torch.float32)
-    with ShardMaps(checkpoint) as maps, bound(skeleton, "model.layers.0", maps, torch.float32, CPU):
+    with ShardMaps(checkpoint) as maps, bound(skeleton, "model.layers.0", Feed(maps, CPU), torch.float32):
         for name, parameter in skeleton.layers[0].named_parameters():
             mapped = maps.tensor(skeleton.sources[f"model.layers.0.{name}"])
             assert parameter.data_ptr() == mapped.data_ptr(), name
@@ -218,7 +219,7 @@ def test_sliding_windows_reach_their_layers(models: Models, ids: torch.Tensor) -
     """gemma2 alternates two kinds of mask; each layer is called with its own."""
     checkpoint = open_checkpoint(models("gemma2", dtype="float32"))
     with ShardMaps(checkpoint) as maps:
-        walk = Walk(build_skeleton(checkpoint, torch.float32), maps, torch.float32, CPU)
+        walk = Walk(build_skeleton(checkpoint, torch.float32), Feed(maps, CPU), torch.float32)
         list(walk.embed([ids]))
         masks = [call.kwargs.get("attention_mask") for call in walk._calls[len(ids)]]
     assert len(masks) == 3
@@ -230,7 +231,9 @@ def test_a_walk_that_begins_in_the_middle(models: Models, ids: torch.Tensor) -> 
     checkpoint = open_checkpoint(models("falcon", dtype="float32"))
     batches = [ids[:4], ids[4:]]
     with ShardMaps(checkpoint) as maps:
-        first, second = (Walk(build_skeleton(checkpoint, torch.float32), maps, torch.float32, CPU) for _ in range(2))
+        first, second = (
+            Walk(build_skeleton(checkpoint, torch.float32), Feed(maps, CPU), torch.float32) for _ in range(2)
+        )
         states = list(first.embed(batches))
         second.learn_calls(batches)
         for walk in (first, second):
@@ -242,7 +245,7 @@ def test_a_walk_that_begins_in_the_middle(models: Models, ids: torch.Tensor) -> 
 def test_watch_sees_every_linear(models: Models, ids: torch.Tensor) -> None:
     checkpoint = open_checkpoint(models("gpt2", dtype="float32"))
     with ShardMaps(checkpoint) as maps:
-        walk = Walk(build_skeleton(checkpoint, torch.float32), maps, torch.float32, CPU)
+        walk = Walk(build_skeleton(checkpoint, torch.float32), Feed(maps, CPU), torch.float32)
         (states,) = walk.embed([ids])
         stage = walk.skeleton.layer_stages[0]
         seen: dict[str, torch.Size] = {}

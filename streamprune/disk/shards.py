@@ -46,26 +46,39 @@ def write_shard(
     metadata: Mapping[str, str] | None = None,
     written: Callable[[TensorRef, int, int], None] | None = None,
 ) -> ShardSummary:
-    """Streams one shard to `path`, atomically and durably. `metadata` is {"format": "pt"} unless given.
+    """Streams one shard to `path`, atomically and durably. Arguments and errors as for `fill_shard`."""
+    with fill_shard(path, tensors, content, metadata, written) as file:
+        return ShardSummary(path.name, file.size, file.digest)
 
-    One thread produces pieces while another hashes and writes them, PIECES_AHEAD of them at most in between.
-    `written(tensor, begin, end)` is called, in the writing thread, when those bytes of a tensor have been handed to the
-    system and their buffer is free again.
 
-    `content(tensor)` yields the tensor's bytes in pieces; names, dtypes and shapes are those of `tensors`.
-    Raises ValueError when a tensor's pieces do not add up to its size (nothing is written then), and what
+def fill_shard(
+    path: Path,
+    tensors: Iterable[TensorRef],
+    content: Callable[[TensorRef], Iterable[Buffer]],
+    metadata: Mapping[str, str] | None = None,
+    written: Callable[[TensorRef, int, int], None] | None = None,
+) -> AtomicFile:
+    """Streams one shard to a temporary file, complete but for its commit: the caller commits or abandons it.
+
+    `content(tensor)` yields the tensor's bytes in pieces; names, dtypes and shapes are those of `tensors`. `metadata`
+    is {"format": "pt"} unless given. One thread produces pieces while another hashes and writes them, PIECES_AHEAD of
+    them at most in between. `written(tensor, begin, end)` is called, in the writing thread, when those bytes of a
+    tensor have been handed to the system and their buffer is free again.
+
+    Raises ValueError when a tensor's pieces do not add up to its size (nothing is left behind then), and what
     durable.AtomicFile raises.
     """
     ordered = sorted(tensors, key=lambda t: (-ITEM_BITS.get(t.dtype, 16), t.name))
-    with AtomicFile(path) as f:
-        f.write(_header(ordered, metadata or {"format": "pt"}))
+    file = AtomicFile(path)
 
-        def write(piece: tuple[TensorRef, int, Buffer]) -> None:
-            tensor, begin, data = piece
-            f.write(data)
-            if written is not None:
-                written(tensor, begin, begin + memoryview(data).nbytes)
+    def write(piece: tuple[TensorRef, int, Buffer]) -> None:
+        tensor, begin, data = piece
+        file.write(data)
+        if written is not None:
+            written(tensor, begin, begin + memoryview(data).nbytes)
 
+    try:
+        file.write(_header(ordered, metadata or {"format": "pt"}))
         with Behind(write, PIECES_AHEAD) as behind:
             for tensor in ordered:
                 size = 0
@@ -74,7 +87,10 @@ def write_shard(
                     size += memoryview(data).nbytes
                 if size != tensor.nbytes:
                     raise ValueError(f"{tensor.name}: {size} bytes written, {tensor.nbytes} announced")
-    return ShardSummary(path.name, f.size, f.digest)
+    except BaseException:
+        file.abandon()
+        raise
+    return file
 
 
 def _header(tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> bytes:

@@ -2,7 +2,8 @@
 
 Where the stored dtype is the one that is computed in, a parameter is the mapped file itself: nothing is
 copied. Where it is not (bf16 weights on a processor without bf16 arithmetic), large matrices stay mapped and
-are converted in panels of rows while they are used, so a converted copy of a stage never exists:
+are converted in panels of rows while they are used, so a converted copy of a stage never exists. On a device the
+input embedding stays on the CPU, too:
 
     linears            out[:, rows] = x · W[rows]ᵀ, rows converted panel by panel
     input embedding    only the rows that the batch looks up are converted
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamprune.disk.header import TensorRef
-from streamprune.disk.mapping import ShardMaps
+from streamprune.model.feed import Feed
 from streamprune.model.skeleton import Skeleton
 
 _PANEL_BYTES = 32 << 20
@@ -30,45 +31,48 @@ _PANEL_BYTES = 32 << 20
 def bound(
     skeleton: Skeleton,
     prefix: str | None,
-    maps: ShardMaps,
+    feed: Feed,
     dtype: torch.dtype,
-    device: torch.device,
     sources: Mapping[str, TensorRef] | None = None,
-) -> Iterator[None]:
+    head: bool = True,
+) -> Iterator[list[TensorRef]]:
     """Binds the parameters below `prefix`, or with None all parameters outside the decoder layers.
 
-    Within the context the modules compute in `dtype` on `device`; on leaving they are on the meta device
-    again and the mapped pages are released. `sources` may name other tensors than the checkpoint's own.
+    Within the context the modules compute in `dtype` on the feed's device; on leaving they are on the meta device
+    again. Yields what is in use, for the caller to release. `sources` may name other tensors than the checkpoint's
+    own. Without `head`, what makes logits is left out.
     """
     refs = sources or skeleton.sources
-    inside = {id(m) for m in skeleton.layers.modules()}
+    outside = {id(m) for m in skeleton.layers.modules()} if prefix is None else set()
     root = skeleton.model.get_submodule(prefix) if prefix else skeleton.model
     undo: list[Callable[[], None]] = []
     used: list[TensorRef] = []
     embedding = skeleton.model.get_input_embeddings()  # type: ignore[operator]
+    if not head:
+        outside.add(id(skeleton.model.get_output_embeddings()))  # type: ignore[operator]
     try:
         for path, module in root.named_modules():
-            if prefix is None and id(module) in inside:
+            if id(module) in outside and module is not embedding:
                 continue
             full = ".".join(p for p in (prefix, path) if p)
             names = [*module._parameters, *module._buffers]
             for leaf in names:
                 ref = refs.get(f"{full}.{leaf}" if full else leaf)
-                if ref is not None:
-                    used.append(ref)
-                    undo.append(_bind(module, leaf, maps.tensor(ref), dtype, device, module is embedding))
-        yield
+                if ref is None:
+                    continue
+                used.append(ref)
+                if module is embedding and leaf == "weight" and (feed.copies or feed.maps.tensor(ref).dtype != dtype):
+                    undo.append(_narrow(module, feed.maps.tensor(ref), dtype, feed.device))
+                else:
+                    undo.append(_bind(module, leaf, feed.tensor(ref), dtype))
+        yield used
     finally:
         for restore in reversed(undo):
             restore()
-        maps.release(used)
 
 
-def _bind(
-    module: nn.Module, leaf: str, stored: Tensor, dtype: torch.dtype, device: torch.device, is_embedding: bool
-) -> Callable[[], None]:
+def _bind(module: nn.Module, leaf: str, value: Tensor, dtype: torch.dtype) -> Callable[[], None]:
     """Puts a stored tensor in a module's place; returns what puts the meta tensor back."""
-    value = stored.to(device)
     if leaf in module._buffers:
         return _bind_buffer(module, leaf, value)
     before = module._parameters[leaf]
@@ -78,9 +82,6 @@ def _bind(
         held = value
         module.forward = functools.partial(_linear_in_panels, module)  # type: ignore[method-assign]
         release = functools.partial(module.__dict__.pop, "forward", None)
-    elif held is None and is_embedding and leaf == "weight":
-        held = value
-        release = _narrow(module, value, dtype)
     elif held is None:
         held = value.to(dtype)
     module._parameters[leaf] = nn.Parameter(held, requires_grad=False)
@@ -106,13 +107,17 @@ def _nothing() -> None:
     """Nothing to release."""
 
 
-def _narrow(module: nn.Module, table: Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    """Makes an embedding convert only the rows it is asked for; returns what ends that."""
+def _narrow(module: nn.Module, table: Tensor, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """Makes an embedding bring only the rows it is asked for to `device` and `dtype`; returns what ends that.
+
+    `table` stays on the CPU.
+    """
+    before = module._parameters["weight"]
 
     def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        rows, places = torch.unique(args[0], return_inverse=True)
-        module._parameters["weight"] = nn.Parameter(table[rows].to(dtype), requires_grad=False)
-        return (places, *args[1:])
+        rows, places = torch.unique(args[0].cpu(), return_inverse=True)
+        module._parameters["weight"] = nn.Parameter(table[rows].to(device, dtype), requires_grad=False)
+        return (places.to(device), *args[1:])
 
     handle = module.register_forward_pre_hook(narrow)
     padding = getattr(module, "padding_idx", None)
@@ -122,6 +127,7 @@ def _narrow(module: nn.Module, table: Tensor, dtype: torch.dtype) -> Callable[[]
     def end() -> None:
         handle.remove()
         module.__dict__["padding_idx"] = padding
+        module._parameters["weight"] = before
 
     return end
 

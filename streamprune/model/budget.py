@@ -27,6 +27,18 @@ BATCH_TOKENS = 2048
 
 RESERVE = 160 << 20
 
+DEVICE_BATCH_TOKENS = 8192
+"""Tokens in a batch on a device when its memory allows: fewer would leave small layers waiting for launches."""
+
+DRIVER_RAM = 1 << 30
+"""RAM that a device's driver and libraries take in this process, with the pinned buffers."""
+
+CONTEXT = 512 << 20
+"""Memory of the device that the driver's context and the matrix library's workspace take."""
+
+KERNELS = 384 << 20
+"""Memory of the device for temporaries of the selection kernels (kernels/torch_ops.py)."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -42,8 +54,16 @@ class Budget:
         return self.base + self.reserve + self.stage + batch * self.per_sample
 
 
-def estimate(skeleton: Skeleton, seqlen: int, dtype: torch.dtype, base: int | None = None) -> Budget:
-    """The budget of a pass with windows of `seqlen` tokens computed in `dtype`."""
+def estimate(
+    skeleton: Skeleton, seqlen: int, dtype: torch.dtype, base: int | None = None, *, on_device: bool = False
+) -> Budget:
+    """The budget of a pass with windows of `seqlen` tokens computed in `dtype`, here or `on_device`.
+
+    On a device, RAM holds pieces of weights in flight and three chunks of hidden states.
+    """
+    if on_device:
+        states = 3 * seqlen * skeleton.hidden_size * dtype.itemsize
+        return Budget(base if base is not None else resident_bytes(), RESERVE + DRIVER_RAM, 0, states)
     largest = max(s.nbytes for s in skeleton.stages)
     return Budget(
         base if base is not None else resident_bytes(),
@@ -80,6 +100,99 @@ def choose_batch(budget: Budget, samples: int, seqlen: int, max_ram: int | None)
             f"the rest for the program itself)"
         )
     return min(batch, (limit - budget.peak(0)) // budget.per_sample) if budget.per_sample else batch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a job lies on its device. On the CPU only `batch` says anything."""
+
+    batch: int
+    """Samples a batch."""
+    layers: int
+    """Layers on the device at once: one computes; a second travels there; a third is being pruned and written."""
+    resident: bool
+    """Whether the hidden states of all samples stay there between layers."""
+    nbytes: int
+    """Estimated peak memory of the device."""
+
+
+def lay_out(
+    skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, device: torch.device, limit: int | None
+) -> Layout:
+    """The fastest layout of a pass (or none, samples = 0) within `limit` bytes of the device, by default what is free.
+
+    What is given up first: pruning a layer beside the next one's pass, then hidden states on the device, then
+    bringing layers early, then batches. Raises ResourceError with the smallest sufficient value.
+    """
+    least = memory_of(skeleton, seqlen, samples, dtype, 1, False, min(samples, 1))
+    whose = "--max-vram"
+    if limit is None:
+        whose, limit = f"{device}'s free memory of", free_on(device)
+    if limit is None:
+        return Layout(batch_within(seqlen, samples), 2, False, least)
+    if least > limit:
+        raise ResourceError(
+            f"{whose} {format_bytes(limit)} is not enough: this job needs --max-vram {-(-least >> 20) + 1}MiB"
+        )
+    wanted, enough = batch_within(seqlen, samples), max(1, min(samples, BATCH_TOKENS // seqlen))
+    for layers, resident, fewest in (
+        (3, True, enough), (2, True, enough), (2, False, enough), (1, False, enough), (1, False, 1),
+    ):  # fmt: skip
+        fixed = memory_of(skeleton, seqlen, samples, dtype, layers, resident, 0)
+        each = memory_of(skeleton, seqlen, samples, dtype, layers, resident, 1) - fixed
+        batch = min(wanted, (limit - fixed) // each) if samples and limit >= fixed else 0
+        if batch >= fewest or (not samples and limit >= fixed):
+            return Layout(max(batch, 1), layers, resident and samples > 0, fixed + batch * each)
+    raise AssertionError("the least layout fits")
+
+
+def layout_for(
+    skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, device: torch.device,
+    max_ram: int | None, max_vram: int | None,
+) -> Layout:  # fmt: skip
+    """The layout of a pass over `samples` windows, or of pruning without one (samples = 0).
+
+    Raises ResourceError when `max_ram`, `max_vram` or what the machine has free is not enough, and UsageError for
+    `max_vram` on the CPU.
+    """
+    on_device = device.type != "cpu"
+    if max_vram is not None and not on_device:
+        raise UsageError("--max-vram is for a GPU, and this job runs on the CPU; leave it out, or see --device")
+    budget = estimate(skeleton, seqlen, dtype, on_device=on_device)
+    if not samples and not on_device:
+        budget = Budget(budget.base, budget.reserve, 0, 0)  # weights are streamed in chunks
+    batch = choose_batch(budget, max(1, samples), seqlen, max_ram)
+    if not on_device:
+        return Layout(batch, 1, False, 0)
+    hold_to(max_vram, device)
+    return lay_out(skeleton, seqlen, samples, dtype, device, max_vram)
+
+
+def batch_within(seqlen: int, samples: int) -> int:
+    """Samples a batch on a device with memory to spare."""
+    return max(1, min(samples, DEVICE_BATCH_TOKENS // seqlen))
+
+
+def memory_of(
+    skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, layers: int, resident: bool, batch: int
+) -> int:
+    """Estimated peak bytes on a device: see Layout. While a layer computes, its inputs and outputs are resident."""
+    weights = max((layers * s.nbytes for s in skeleton.layer_stages), default=0)
+    states = 2 * samples * seqlen * skeleton.hidden_size * dtype.itemsize if resident else 0
+    in_flight = 4 * batch * seqlen * skeleton.hidden_size * dtype.itemsize
+    return CONTEXT + KERNELS + weights + states + in_flight + batch * seqlen * token_bytes(skeleton, seqlen, dtype)
+
+
+def free_on(device: torch.device) -> int | None:
+    """Bytes that this process may still take on a device, nine tenths of what is free; None where that is unknown."""
+    return int(0.9 * torch.cuda.mem_get_info(device)[0]) + CONTEXT if device.type == "cuda" else None
+
+
+def hold_to(limit: int | None, device: torch.device) -> None:
+    """Makes torch's allocator refuse what exceeds `limit` bytes of a device, its context included."""
+    if limit is not None and device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (limit - CONTEXT) / total)), device)
 
 
 def native_bf16() -> bool:

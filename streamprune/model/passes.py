@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from streamprune.disk.cache import CacheReader, CacheWriter
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError
-from streamprune.kernels import cpu
+from streamprune.kernels import cpu, torch_ops
+from streamprune.model.activations import Activations
 from streamprune.model.calibration import Tokens
+from streamprune.model.feed import Feed
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.statistics import Collector
 from streamprune.model.walk import Walk
 
 _CHECK_BYTES = 16 << 20
+
+Result = TypeVar("Result")
 
 
 def split_batches(windows: Tokens, batch: int) -> list[Tensor]:
@@ -28,67 +32,64 @@ def split_batches(windows: Tokens, batch: int) -> list[Tensor]:
     return [ids[begin : begin + batch] for begin in range(0, len(ids), batch)]
 
 
-def embed_pass(walk: Walk, batches: list[Tensor], folder: Path) -> None:
-    """Token ids to cache 0."""
-    with CacheWriter(folder, 0, walk.cache_dtype) as writer:
+def embed_pass(walk: Walk, batches: list[Tensor], activations: Activations, *, persist: bool = True) -> None:
+    """Token ids to the states before layer 0."""
+    with activations.write(0, persist=persist) as put:
         for states in walk.embed(batches):
-            writer.append(states)
+            put(states)
 
 
 def layer_pass(
     walk: Walk,
     stage: Stage,
-    folder: Path,
+    activations: Activations,
     *,
     write: bool,
+    persist: bool = True,
     collector: Collector | None = None,
     run: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Cache i through layer i to cache i + 1 (if `write`), its linears' inputs into the collector (if given).
+    """States before layer i through it to those before i + 1 (if `write`), its linears' inputs into the collector.
 
-    `run` takes the place of the layer with the checkpoint's weights.
+    `run` takes the place of the layer with the checkpoint's weights; `persist` as for Activations.write.
     """
     if run is None:
         with walk.layer(stage, watch=collector.watch if collector else None) as dense:
-            layer_pass(walk, stage, folder, write=write, collector=collector, run=dense)
+            layer_pass(walk, stage, activations, write=write, persist=persist, collector=collector, run=dense)
         return
-    outputs = _outputs(CacheReader(folder, stage.index), run, collector)
-    if not write:
-        for _ in outputs:
-            pass
-        return
-    with CacheWriter(folder, stage.index + 1, walk.cache_dtype) as writer:
-        for states in outputs:
-            writer.append(states)
+    with activations.write(stage.index + 1, persist=persist) if write else nullcontext(_nowhere) as put:
+        for states in activations.read(stage.index):
+            put(run(states))
+            if collector:
+                collector.end_batch()
 
 
-def _outputs(reader: CacheReader, run: Callable[[Tensor], Tensor], collector: Collector | None) -> Iterator[Tensor]:
-    for chunk in range(len(reader)):
-        yield run(reader[chunk])
-        if collector:
-            collector.end_batch()
+def _nowhere(states: Tensor) -> None:
+    """The states after the last layer that is run are not needed."""
 
 
-def check_weights(maps: ShardMaps, skeleton: Skeleton, stage: Stage) -> None:
+def check_weights(feed: Feed, skeleton: Skeleton, stage: Stage) -> None:
     """Looks at every weight of a stage before it is used. Raises CheckpointError for NaN and Inf, as finite_rows."""
     known = {ref.name for ref in skeleton.sources.values()}
+    in_passing = stage.kind != "layer"  # of the embeddings and the head, a pass touches a few rows only
     for ref in stage.tensors:
         if ref.name in known:
-            # of the embeddings and the head, a pass touches a few rows only
-            for _ in finite_rows(maps, ref, _CHECK_BYTES, release=stage.kind != "layer"):
-                pass
+            for begin, rows in finite_rows(feed.maps if in_passing else feed, ref, _CHECK_BYTES):
+                if in_passing:
+                    at = ref.begin + begin * (ref.nbytes // max(1, ref.shape[0] if ref.shape else 1))
+                    feed.maps.release([replace(ref, begin=at, end=at + rows.nbytes)], drop_cache=True)
 
 
-def finite_rows(maps: ShardMaps, ref: TensorRef, chunk_bytes: int, *, release: bool = False) -> Iterator[Tensor]:
-    """A stored tensor in chunks of whole rows; a scalar in one piece. `release` lets go of a chunk after its use.
+def finite_rows(source: Feed | ShardMaps, ref: TensorRef, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
+    """A stored tensor in chunks of whole rows, each with the number of its first; a scalar in one piece.
 
     Raises CheckpointError naming file, tensor and index of the first NaN or Inf.
     """
     count = ref.shape[0] if ref.shape else 1
     step = max(1, chunk_bytes * count // max(ref.nbytes, 1))
     for begin in range(0, count, step):
-        rows = maps.rows(ref, begin, min(begin + step, count)) if ref.shape else maps.tensor(ref)
-        flat = cpu.first_nonfinite(rows)
+        rows = source.rows(ref, begin, min(begin + step, count)) if ref.shape else source.tensor(ref)
+        flat = (cpu if rows.device.type == "cpu" else torch_ops).first_nonfinite(rows)
         if flat is not None:
             index = [int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape)]
             place = [begin + index[0], *index[1:]] if index else []
@@ -96,7 +97,23 @@ def finite_rows(maps: ShardMaps, ref: TensorRef, chunk_bytes: int, *, release: b
                 f"{ref.shard}: tensor {ref.name} is {float(rows.reshape(-1)[flat])} at {place}; "
                 "the checkpoint is damaged, download it again"
             )
-        yield rows
-        if release:
-            at = ref.begin + begin * (ref.nbytes // count)
-            maps.release([replace(ref, begin=at, end=at + rows.nbytes)], drop_cache=True)
+        yield begin, rows
+
+
+def retry_smaller(walk: Walk, work: Callable[[], Result]) -> Result:
+    """What `work` returns; when it runs out of memory it starts again with batches of half the size.
+
+    Raises ResourceError when a single sample does not fit.
+    """
+    while True:
+        try:
+            return work()
+        except (torch.OutOfMemoryError, RuntimeError) as e:
+            if not is_out_of_memory(e):
+                raise
+        walk.give_way()  # out here, where the failed attempt's tensors are no longer held by its traceback
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator of torch gave up, the device's or the CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

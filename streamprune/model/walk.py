@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamprune.disk.mapping import ShardMaps
-from streamprune.errors import UnsupportedError
+from streamprune.errors import ResourceError, UnsupportedError
 from streamprune.model.binding import bound
 from streamprune.model.budget import cache_dtype
+from streamprune.model.feed import Feed
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
 
 
@@ -65,18 +65,21 @@ class _Recorder(nn.Module):
 class Walk:
     """Runs a skeleton's stages on batches of token ids (batch, seqlen) or hidden states (batch, seqlen, hidden).
 
-    `dtype` and `device` are what is computed in and where. All methods must be called with the same seqlen.
+    `dtype` is what is computed in, on the device of `feed`. All methods must be called with the same seqlen. `most`,
+    when set, is how many samples a layer is given at once: a batch is then computed in parts.
     """
 
-    def __init__(self, skeleton: Skeleton, maps: ShardMaps, dtype: torch.dtype, device: torch.device) -> None:
-        self.skeleton, self.maps, self.dtype, self.device = skeleton, maps, dtype, device
+    def __init__(self, skeleton: Skeleton, feed: Feed, dtype: torch.dtype) -> None:
+        self.skeleton, self.feed, self.dtype, self.device = skeleton, feed, dtype, feed.device
         self.cache_dtype = cache_dtype(skeleton.dtype, dtype)
+        self.most: int | None = None
+        self._example: Tensor | None = None
         self._calls: dict[int, list[Call]] = {}
         self._as_tuple: bool | None = None
         for buffer_owner in skeleton.model.modules():
             for name, buffer in buffer_owner._buffers.items():
                 if buffer is not None:
-                    buffer_owner._buffers[name] = buffer.to(device)
+                    buffer_owner._buffers[name] = buffer.to(self.device)
 
     def embed(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Hidden states before layer 0 for each batch of ids; remembers the layers' arguments on the way.
@@ -84,22 +87,50 @@ class Walk:
         Raises UnsupportedError when the model does something between layers, or when a layer's arguments
         depend on the tokens.
         """
-        with bound(self.skeleton, None, self.maps, self.dtype, self.device):
+        with self._outside(head=False):
             for ids in batches:
-                states, calls = self._record(ids.to(self.device))
-                known = self._calls.setdefault(ids.shape[0], calls)
-                if known is not calls and not all(_same(a, b) for a, b in zip(known, calls, strict=True)):
-                    raise UnsupportedError(
-                        f"{_kind(self.skeleton)} gives its layers arguments that depend on the tokens; "
-                        "its layers cannot be replayed from hidden states alone"
-                    )
-                yield states
+                states = [self._embed(part) for part in torch.split(ids.to(self.device), self.most or len(ids))]
+                yield states[0] if len(states) == 1 else torch.cat(states)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        self._example = ids if self._example is None or len(ids) > len(self._example) else self._example
+        states, calls = self._record(ids)
+        known = self._calls.setdefault(ids.shape[0], calls)
+        if known is not calls and not all(_same(a, b) for a, b in zip(known, calls, strict=True)):
+            raise UnsupportedError(
+                f"{_kind(self.skeleton)} gives its layers arguments that depend on the tokens; "
+                "its layers cannot be replayed from hidden states alone"
+            )
+        return states
 
     def learn_calls(self, batches: Sequence[Tensor]) -> None:
         """Records the layers' arguments for each batch size in `batches`, for a walk that resumes at a layer."""
         firsts = {ids.shape[0]: ids for ids in reversed(batches)}
         for _ in self.embed(list(firsts.values())):
             pass
+
+    def give_way(self) -> None:
+        """Halves `most`, because memory ran out. Raises ResourceError when it is one sample already."""
+        largest = self.most or (1 if self._example is None else len(self._example))
+        if largest == 1:
+            flag = "--max-ram or" if self.device.type == "cpu" else "--max-vram or"
+            raise ResourceError(
+                f"{self.device} ran out of memory with a single sample at a time; free some ({flag} other programs "
+                "may hold it), or take a smaller --seqlen"
+            )
+        self.most = -(-largest // 2)
+        self.feed.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def _outside(self, head: bool) -> Iterator[None]:
+        """The parameters outside the decoder layers, bound; without `head`, those that make logits are not."""
+        with bound(self.skeleton, None, self.feed, self.dtype, head=head) as used:
+            try:
+                yield
+            finally:
+                self.feed.release(used)
 
     @torch.inference_mode()
     def _record(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
@@ -128,14 +159,15 @@ class Walk:
         self,
         stage: Stage,
         *,
-        maps: ShardMaps | None = None,
+        feed: Feed | None = None,
         sources: dict[str, Any] | None = None,
         watch: Callable[[str, Tensor], None] | None = None,
     ) -> Iterator[Callable[[Tensor], Tensor]]:
         """One decoder layer with its weights bound: a function from states to states, (batch, seqlen, hidden).
 
-        `watch(linear, x)` sees the input (tokens, in) of each linear. `maps` and `sources` may take the
-        weights from elsewhere, as when the pruned layer is run.
+        `watch(linear, x)` sees the input (tokens, in) of each linear. `feed` and `sources` may take the
+        weights from elsewhere, as when the pruned layer is run. On a device the weights stay there until the caller
+        releases them; on the CPU their pages are given back on leaving.
         """
         layer = self.skeleton.layers[stage.index]
         hooks = [
@@ -145,8 +177,8 @@ class Walk:
         ]
 
         @torch.inference_mode()
-        def run(states: Tensor) -> Tensor:
-            call = self._calls[states.shape[0]][stage.index]
+        def part(states: Tensor) -> Tensor:
+            call = self._calls_of(states.shape[0])[stage.index]
             states = states.to(self.device, self.dtype)
             if call.by_keyword:
                 out = layer(*call.args, hidden_states=states, **call.kwargs)
@@ -155,12 +187,30 @@ class Walk:
             result: Tensor = out[0] if isinstance(out, tuple) else out
             return result
 
+        def run(states: Tensor) -> Tensor:
+            parts = [part(some) for some in torch.split(states, self.most or len(states))]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        source = feed or self.feed
         try:
-            with bound(self.skeleton, stage.prefix, maps or self.maps, self.dtype, self.device, sources):
-                yield run
+            with bound(self.skeleton, stage.prefix, source, self.dtype, sources) as used:
+                try:
+                    yield run
+                finally:
+                    if not source.copies:
+                        source.release(used)
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _calls_of(self, samples: int) -> list[Call]:
+        """The layers' arguments for so many samples, recorded if there was no such batch yet."""
+        if samples not in self._calls:
+            assert self._example is not None
+            repeats = -(-samples // len(self._example))
+            with self._outside(head=False):
+                self._calls[samples] = self._record(self._example.repeat(repeats, 1)[:samples])[1]
+        return self._calls[samples]
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -170,7 +220,7 @@ class Walk:
         """
         assert self._as_tuple is not None, "embed or learn_calls comes first"
         with (
-            bound(self.skeleton, None, self.maps, self.dtype, self.device),
+            self._outside(head=True),
             _recorders(self.skeleton, self._as_tuple) as recorders,
         ):
 

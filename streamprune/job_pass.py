@@ -1,0 +1,101 @@
+"""The forward side of a job: activations from stage to stage, and the statistics of every linear's input."""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+
+from streamprune.disk.cache import remove_cache
+from streamprune.disk.checkpoint import open_shard
+from streamprune.disk.mapping import ShardMaps
+from streamprune.model.activations import Activations
+from streamprune.model.calibration import Tokens
+from streamprune.model.feed import Feed
+from streamprune.model.passes import check_weights, embed_pass, layer_pass, retry_smaller, split_batches
+from streamprune.model.skeleton import Stage
+from streamprune.model.statistics import Accumulate, Collector
+from streamprune.model.walk import Walk
+
+PERSIST_SECONDS = 60
+"""Activations that stay on the device are written to disk this often: what a crash costs at most, beside one layer."""
+
+
+class Pass:
+    """Runs `windows` (samples, seqlen) through the model in batches of `batch`; cache n is what goes into layer n.
+
+    Where memory runs out, a stage is done again in smaller parts; `walk.most` says how small.
+    """
+
+    def __init__(
+        self, walk: Walk, windows: Tokens, batch: int, activations: Activations, accumulate: Accumulate
+    ) -> None:
+        self.walk, self.windows, self.activations = walk, windows, activations
+        self._batches = split_batches(windows, batch)
+        self._accumulate = accumulate
+        self.kept = time.perf_counter()
+        """When a cache became durable last."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """What one stage's cache takes on disk."""
+        return self.windows.size * self.walk.skeleton.hidden_size * self.walk.cache_dtype.itemsize
+
+    def persists(self) -> bool:
+        """Whether the next cache is to be durable: always, or once a minute where activations stay on the device."""
+        return not self.activations.resident or time.perf_counter() - self.kept >= PERSIST_SECONDS
+
+    def catch_up(self, newest: int, done: int) -> None:
+        """Brings the activations to those before layer `done` - 1, from cache `newest`, or if that is -1 the tokens."""
+        persist = not self.activations.resident
+        if newest < 0:
+            self.embed(persist)
+        else:
+            self.walk.learn_calls(self._batches)
+        for stage in self.walk.skeleton.stages[max(newest, 0) + 1 : done]:
+            self._layer(stage, persist)
+            if stage.index > newest:
+                remove_cache(self.activations.folder, stage.index)
+
+    def embed(self, persist: bool) -> None:
+        """Tokens to the states before layer 0. The head's weights are looked at as well: a bad one is found early."""
+        stages = self.walk.skeleton.stages
+        for stage in (stages[0], stages[-1]):
+            check_weights(self.walk.feed, self.walk.skeleton, stage)
+        retry_smaller(self.walk, lambda: embed_pass(self.walk, self._batches, self.activations, persist=persist))
+
+    def layer(self, stage: Stage, write: bool, persist: bool) -> Collector:
+        """One layer: its outputs, if `write`, and the statistics of its linears' inputs."""
+        check_weights(self.walk.feed, self.walk.skeleton, stage)
+
+        def attempt() -> Collector:
+            collector = Collector(self._accumulate)
+            layer_pass(self.walk, stage, self.activations, write=write, persist=persist, collector=collector)
+            return collector
+
+        return retry_smaller(self.walk, attempt)
+
+    def _layer(self, stage: Stage, persist: bool) -> None:
+        retry_smaller(
+            self.walk,
+            functools.partial(layer_pass, self.walk, stage, self.activations, write=True, persist=persist),
+        )
+        self.walk.feed.release(stage.tensors)
+
+    def pruned_layer(self, stage: Stage, shard: Path, persist: bool) -> None:
+        """The second pass of `--propagate pruned`, with the weights that have just been written to `shard`."""
+        written = open_shard(shard)
+        sources = {
+            name: written.tensors[ref.name]
+            for name, ref in self.walk.skeleton.sources.items()
+            if name.startswith(stage.prefix + ".")
+        }
+        with (
+            ShardMaps(written) as maps,
+            Feed(maps, self.walk.device) as feed,
+            self.walk.layer(stage, feed=feed, sources=sources) as run,
+        ):
+            again = functools.partial(
+                layer_pass, self.walk, stage, self.activations, write=True, persist=persist, run=run
+            )
+            retry_smaller(self.walk, again)

@@ -1,0 +1,77 @@
+"""Hidden states between two stages: chunks on disk, and on the device as well where they fit.
+
+On disk they are what a killed job resumes from (disk/cache.py). A chunk is read while the one before it is computed
+on, and written while the one after it is. Where states are resident they also stay on the device from one stage to
+the next; they have been rounded to the cache's dtype like those on disk, so that both give the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune.disk.behind import Behind, read_ahead
+from streamprune.disk.cache import CacheReader, CacheWriter
+from streamprune.model.lane import Lane, Sent, take
+
+
+class Activations:
+    """The hidden states before each stage, in `folder`; chunks are batches (batch, seqlen, hidden) in `dtype`."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, *, resident: bool = False) -> None:
+        self.folder, self.dtype, self.device, self.resident = folder, dtype, device, resident
+        self._held: tuple[int, list[Tensor]] = (-1, [])
+
+    def read(self, stage: int) -> Iterator[Tensor]:
+        """The chunks before layer `stage`, on the device, in order. Raises CorruptStateError as CacheReader."""
+        at, held = self._held
+        if at == stage:
+            yield from held
+            return
+        for sent in read_ahead(_Sending(CacheReader(self.folder, stage), Lane(self.device))):
+            yield take(sent)
+
+    @contextmanager
+    def write(self, stage: int, *, persist: bool = True) -> Iterator[Callable[[Tensor], None]]:
+        """A function that takes the chunks before layer `stage`, one after the other.
+
+        On leaving they are durable, unless `persist` is off; that needs resident states.
+        """
+        lane, held = Lane(self.device), list[Tensor]()
+
+        def store(item: tuple[Tensor, Any]) -> None:
+            if writer is not None:
+                writer.append(lane.fetch(*item))
+
+        def put(states: Tensor) -> None:
+            states = states.detach().to(self.dtype)
+            if self.resident:
+                held.append(states)
+            if persist:
+                behind.put((states, lane.mark()))
+
+        waiting = 1 << 20 if self.resident else 1
+        with (
+            CacheWriter(self.folder, stage, self.dtype) if persist else nullcontext() as writer,
+            Behind(store, waiting) as behind,
+        ):
+            yield put
+        self._held = (stage, held) if self.resident else (-1, [])
+
+
+class _Sending:
+    """A cache's chunks as a sequence of tensors on their way to the device."""
+
+    def __init__(self, reader: CacheReader, lane: Lane) -> None:
+        self._reader, self._lane = reader, lane
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, chunk: int) -> Sent:
+        return self._lane.send(self._reader[chunk])

@@ -1,0 +1,144 @@
+"""Weights on their way to where they are used, one stage ahead of it.
+
+On the CPU a tensor is the mapped file itself, and going ahead means asking the system to read the pages of the next
+stage. On a device every tensor is copied there in pieces, file -> pinned memory -> device, by a thread and on a
+stream of their own: stage i + 1 travels while stage i computes, and a piece's pages are given back once it is copied.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from streamprune.disk.behind import Behind
+from streamprune.disk.header import TensorRef
+from streamprune.disk.mapping import ShardMaps
+from streamprune.model.lane import Lane, Sent, take
+
+_PIECE_BYTES = 32 << 20
+_PIECES_IN_FLIGHT = 2
+
+
+@dataclass
+class _Parcel:
+    """One tensor that is expected: complete when `done` is set, with a result or an error."""
+
+    ref: TensorRef
+    done: threading.Event = field(default_factory=threading.Event)
+    sent: Sent | None = None
+    error: BaseException | None = None
+
+
+class Feed:
+    """The tensors of a checkpoint on `device`. A context manager; what it was told to expect arrives in the background.
+
+    `copies` forces the path of a device, which on the CPU copies too; `drop_cache` forgets the system's cached pages
+    of what has been copied. Tensors raise on use what went wrong on their way.
+    """
+
+    def __init__(
+        self, maps: ShardMaps, device: torch.device, *, copies: bool | None = None, drop_cache: bool = False
+    ) -> None:
+        self.maps, self.device = maps, device
+        self.copies = device.type != "cpu" if copies is None else copies
+        self._drop_cache = drop_cache
+        self._parcels: dict[TensorRef, _Parcel] = {}
+        self._lane = Lane(device)
+        self._behind: Behind[_Parcel | list[TensorRef]] = Behind(self._work, 1 << 20)
+
+    def __enter__(self) -> Self:
+        self._behind.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._behind.drop()  # what still waits is no longer wanted
+        self._behind.__exit__(kind, error, trace)
+        self._parcels.clear()
+
+    def expect(self, refs: Iterable[TensorRef]) -> None:
+        """Begins to bring tensors near, and returns at once. Those that are expected already are left alone."""
+        if not self.copies:
+            self._behind.put(list(refs))
+            return
+        for ref in refs:
+            if ref not in self._parcels:
+                self._parcels[ref] = parcel = _Parcel(ref)
+                self._behind.put(parcel)
+
+    def tensor(self, ref: TensorRef) -> Tensor:
+        """A tensor on the device, in its stored dtype; waits for it where it is on its way. Raises as ShardMaps."""
+        parcel = self._parcels.get(ref)
+        if parcel is None:
+            stored = self.maps.tensor(ref)
+            return stored.to(self.device) if self.copies else stored
+        parcel.done.wait()
+        if parcel.error is not None:
+            self._parcels.pop(ref, None)
+            raise parcel.error
+        assert parcel.sent is not None
+        return take(parcel.sent)
+
+    def rows(self, ref: TensorRef, begin: int, end: int) -> Tensor:
+        """Rows begin to end of a tensor, on the device. Raises as ShardMaps."""
+        if ref in self._parcels:
+            return self.tensor(ref)[begin:end]
+        stored = self.maps.rows(ref, begin, end)
+        return stored.to(self.device) if self.copies else stored
+
+    def release(self, refs: Iterable[TensorRef]) -> None:
+        """Gives back what tensors occupy, here and on the device."""
+        refs = list(refs)
+        for ref in refs:
+            self._parcels.pop(ref, None)
+        self.maps.release(refs)
+
+    def forget(self) -> None:
+        """Lets go of everything that is here or on its way."""
+        for parcel in list(self._parcels.values()):
+            parcel.done.wait()
+        self._parcels.clear()
+
+    def _work(self, item: _Parcel | list[TensorRef]) -> None:
+        """In the feeding thread. What fails here fails again, with its reason, where the tensor is used."""
+        if isinstance(item, list):
+            self._read(item)
+            return
+        try:
+            item.sent = self._carry(item.ref)
+        except BaseException as e:  # noqa: BLE001 - raised by `tensor`
+            item.error = e
+        item.done.set()
+
+    def _read(self, refs: list[TensorRef]) -> None:
+        try:
+            self.maps.prefetch(refs)
+        except Exception:  # noqa: BLE001 - only a hint: whoever uses the tensor meets the same error
+            return
+
+    def _carry(self, ref: TensorRef) -> Sent:
+        """Copies one tensor to the device, a few pieces in flight."""
+        flights: deque[Any] = deque()
+        stored = self.maps.tensor(ref)
+        with self._lane.on():
+            there = torch.empty(stored.shape, dtype=stored.dtype, device=self.device)
+            source, target = stored.reshape(-1).view(torch.uint8), there.reshape(-1).view(torch.uint8)
+            for begin in range(0, source.numel(), _PIECE_BYTES):
+                piece = source[begin : begin + _PIECE_BYTES]
+                if self.device.type == "cuda":
+                    piece = piece.pin_memory()
+                target[begin : begin + _PIECE_BYTES].copy_(piece, non_blocking=True)
+                flights.append(self._lane.mark())
+                if len(flights) > _PIECES_IN_FLIGHT and (landed := flights.popleft()) is not None:
+                    landed.synchronize()
+                end = ref.begin + begin + piece.numel()
+                self.maps.release([replace(ref, begin=ref.begin + begin, end=end)], drop_cache=self._drop_cache)
+            return Sent(there, self._lane.mark())
