@@ -33,7 +33,14 @@ from streamprune.model.activations import Activations
 from streamprune.model.budget import Layout, compute_dtype, layout_for, resolve_device
 from streamprune.model.calibration import Tokens, cut_windows
 from streamprune.model.feed import Feed
-from streamprune.model.passes import check_weights, embed_pass, layer_pass, retry_smaller, split_batches
+from streamprune.model.passes import (
+    check_weights,
+    embed_pass,
+    layer_pass,
+    out_of_memory_named,
+    retry_smaller,
+    split_batches,
+)
 from streamprune.model.skeleton import build_skeleton, stored_dtype
 from streamprune.model.texts import check_seqlen, default_seqlen
 from streamprune.model.walk import Walk
@@ -81,6 +88,7 @@ def evaluate(
         _scratch(Path(work) if work is not None else _default_work()) as folder,
         ShardMaps(checkpoint) as maps,
         Feed(maps, target) as feed,
+        out_of_memory_named(target),
     ):
         walk = Walk(skeleton, feed, compute)
         activations = Activations(folder, walk.cache_dtype, target, resident=layout.resident)

@@ -45,6 +45,7 @@ from streamprune.model.activations import Activations
 from streamprune.model.budget import compute_dtype, resolve_device
 from streamprune.model.calibration import Tokens, tokens_digest
 from streamprune.model.feed import Feed
+from streamprune.model.passes import out_of_memory_named
 from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
 from streamprune.model.statistics import merge_statistics, write_statistics
 from streamprune.model.walk import Walk
@@ -131,9 +132,10 @@ class Run:
         done = len(self.records)
         self._since = begun
         if self.forward is not None and 0 < done <= len(self.skeleton.layer_stages):
-            self.forward.catch_up(self._newest_cache(), done)
+            with out_of_memory_named(self.device):
+                self.forward.catch_up(self._newest_cache(), done)
         try:
-            with Behind[Callable[[], None]](_call, 1) as commits:
+            with out_of_memory_named(self.device), Behind[Callable[[], None]](_call, 1) as commits:
                 for position in range(done, len(stages)):
                     self._stage(position, stages, commits)
         finally:

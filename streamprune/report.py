@@ -29,6 +29,7 @@ def build_report(
     `seconds` are those of the work over all runs it took, `startup` those that the last run needed before it could
     begin (imports, skeleton, tokens), `peak` the resident bytes of the highest run.
     """
+    reduced = [r["batch"] for r in records if r["batch"]]
     linears = [linear for record in records for linear in record["linears"]]
     pruned = sum(n["pruned"] for n in linears)
     weights = sum(n["rows"] * n["in_features"] for n in linears)
@@ -38,6 +39,7 @@ def build_report(
         "seconds": round(seconds, 3),
         "startup_seconds": round(startup, 3),
         "peak_rss_bytes": peak,
+        **({"out_of_memory_batch": min(reduced)} if reduced else {}),
         "job": spec.fixed(),
         "resolved": dict(resolved),
         "calibration": dict(calibration),

@@ -33,7 +33,7 @@ class Behind(Generic[Item]):
         self._items: queue.Queue[Item | None] = queue.Queue(ahead)
         self._error: BaseException | None = None
         self._dropping = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(target=self._run, name="streamprune-behind", daemon=True)
 
     def put(self, item: Item) -> None:
         """Hands one item on; waits while the queue is full."""

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamprune.disk.behind import Behind, read_ahead
 from streamprune.disk.cache import CacheReader, CacheWriter
-from streamprune.model.lane import Lane, Sent, take
+from streamprune.model.lane import Event, Lane, Sent, take
 
 
 class Activations:
@@ -44,7 +43,7 @@ class Activations:
         """
         lane, held = Lane(self.device), list[Tensor]()
 
-        def store(item: tuple[Tensor, Any]) -> None:
+        def store(item: tuple[Tensor, Event | None]) -> None:
             if writer is not None:
                 writer.append(lane.fetch(*item))
 

@@ -225,11 +225,16 @@ def cache_dtype(stored: torch.dtype, compute: torch.dtype) -> torch.dtype:
 
 
 def resolve_device(requested: str) -> torch.device:
-    """The device to compute on; "auto" is the GPU if there is one. Raises UsageError when it cannot be used."""
+    """The device to compute on; "auto" is the GPU if there is one. Raises UsageError when it cannot be used.
+
+    CUDA (and ROCm, which torch calls by the same name) or the CPU: other devices lack float64 or streams.
+    """
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(requested)
+        if device.type not in ("cpu", "cuda"):
+            raise UsageError(f"--device {requested}: choose cpu or cuda (cuda:0, cuda:1 …)")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UsageError(f"--device {requested} cannot be used here: {' '.join(str(e).split())[:160]}") from e

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from streamprune.disk.behind import Behind
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
-from streamprune.model.lane import Lane, Sent, take
+from streamprune.model.lane import Event, Lane, Sent, take
 
 _PIECE_BYTES = 32 << 20
 _PIECES_IN_FLIGHT = 2
@@ -126,19 +126,16 @@ class Feed:
 
     def _carry(self, ref: TensorRef) -> Sent:
         """Copies one tensor to the device, a few pieces in flight."""
-        flights: deque[Any] = deque()
+        flights: deque[Event | None] = deque()
         stored = self.maps.tensor(ref)
         with self._lane.on():
             there = torch.empty(stored.shape, dtype=stored.dtype, device=self.device)
-            source, target = stored.reshape(-1).view(torch.uint8), there.reshape(-1).view(torch.uint8)
-            for begin in range(0, source.numel(), _PIECE_BYTES):
-                piece = source[begin : begin + _PIECE_BYTES]
-                if self.device.type == "cuda":
-                    piece = piece.pin_memory()
-                target[begin : begin + _PIECE_BYTES].copy_(piece, non_blocking=True)
-                flights.append(self._lane.mark())
-                if len(flights) > _PIECES_IN_FLIGHT and (landed := flights.popleft()) is not None:
-                    landed.synchronize()
-                end = ref.begin + begin + piece.numel()
-                self.maps.release([replace(ref, begin=ref.begin + begin, end=end)], drop_cache=self._drop_cache)
-            return Sent(there, self._lane.mark())
+        source, target = stored.reshape(-1).view(torch.uint8), there.reshape(-1).view(torch.uint8)
+        for begin in range(0, source.numel(), _PIECE_BYTES):
+            end = min(begin + _PIECE_BYTES, source.numel())
+            flights.append(self._lane.copy(source[begin:end], target[begin:end]))
+            if len(flights) > _PIECES_IN_FLIGHT and (landed := flights.popleft()) is not None:
+                landed.synchronize()
+            done = replace(ref, begin=ref.begin + begin, end=ref.begin + end)
+            self.maps.release([done], drop_cache=self._drop_cache)
+        return Sent(there, flights[-1] if flights else None)

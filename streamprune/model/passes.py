@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
-from streamprune.errors import CheckpointError
+from streamprune.errors import CheckpointError, ResourceError
 from streamprune.kernels import cpu, torch_ops
 from streamprune.model.activations import Activations
 from streamprune.model.calibration import Tokens
@@ -112,6 +112,19 @@ def retry_smaller(walk: Walk, work: Callable[[], Result]) -> Result:
             if not is_out_of_memory(e):
                 raise
         walk.give_way()  # out here, where the failed attempt's tensors are no longer held by its traceback
+
+
+@contextmanager
+def out_of_memory_named(device: torch.device) -> Iterator[None]:
+    """Turns what is left of torch's out-of-memory errors into a ResourceError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        raise ResourceError(
+            f"{device} ran out of memory: {' '.join(str(e).split())[:120]}; free some and run the same command again"
+        ) from e
 
 
 def is_out_of_memory(error: BaseException) -> bool:

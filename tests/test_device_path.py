@@ -1,0 +1,422 @@
+"""The path of a GPU, on Torch's CPU device: weights sent ahead, resident states, pruning beside the next layer's pass.
+
+What differs on a real GPU are streams and pinned memory (model/lane.py); the order of work and what it yields do not.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streamprune.disk.cache import CacheReader
+from streamprune.disk.checkpoint import open_checkpoint
+from streamprune.disk.mapping import ShardMaps
+from streamprune.errors import CheckpointError, ResourceError, UsageError
+from streamprune.evaluation import evaluate
+from streamprune.job import JobResult, calibrate, prune
+from streamprune.model import budget, passes
+from streamprune.model.activations import Activations
+from streamprune.model.budget import Layout, lay_out, memory_of
+from streamprune.model.feed import Feed
+from streamprune.model.lane import Lane, Sent
+from streamprune.model.skeleton import build_skeleton
+from streamprune.spec import Progress
+
+CPU = torch.device("cpu")
+LAYOUTS = {
+    "one layer": (1, False), "one ahead": (2, False), "resident": (2, True), "three": (3, True), "streamed": (3, False),
+}  # fmt: skip
+
+Models = Callable[..., Path]
+Use = Callable[..., None]
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
+    """Makes jobs run as on a device, in a given layout."""
+
+    def set_layout(layers: int, resident: bool, batch: int = 2) -> None:
+        layout = Layout(batch, layers, resident, 0)
+        monkeypatch.setattr("streamprune.job_run.layout_of", lambda *args: layout)
+        monkeypatch.setattr("streamprune.evaluation.layout_for", lambda *args: layout)
+        for place in ("job_run", "job_pass", "evaluation"):
+            monkeypatch.setattr(f"streamprune.{place}.Feed", functools.partial(Feed, copies=True))
+
+    yield set_layout
+    names = [t.name for t in threading.enumerate()]
+    assert not [n for n in names if n.startswith(("streamprune-behind", "streamprune-read"))], (
+        "a thread outlives its job"
+    )
+
+
+def weights_of(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(out.glob("*.safetensors"))}
+
+
+def job(models: Models, text: Path, kind: str, out: Path, **more: Any) -> JobResult:
+    given = {"calib": text, "samples": 5, "seqlen": 32, "pattern": "2:4", "backend": "torch"}
+    return prune(models(kind), out, **{**given, **more})
+
+
+# ---- the whole job
+
+
+@pytest.mark.parametrize("layers_resident", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("how", [{}, {"propagate": "pruned"}, {"method": "magnitude"}], ids=["dense", "pruned", "none"])
+def test_every_layout_gives_the_same_output(
+    models: Models, text: Path, tmp_path: Path, use: Use, layers_resident: tuple[int, bool], how: dict[str, Any]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "BATCH_TOKENS", 64)  # batches of two windows, as below
+        job(models, text, "llama", tmp_path / "plain", **how)
+    use(*layers_resident)
+    result = job(models, text, "llama", tmp_path / "out", **how)
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
+    assert not (tmp_path / "out.partial").exists()
+    assert [s["name"] for s in result.report["stages"]] == ["embed", "layer 0", "layer 1", "layer 2", "head"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "falcon", "opt"])
+def test_other_architectures(models: Models, text: Path, tmp_path: Path, use: Use, kind: str) -> None:
+    """Transposed weights, tied and scaled embeddings, learned positions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "BATCH_TOKENS", 64)
+        job(models, text, kind, tmp_path / "plain")
+        dense = evaluate(models(kind), text, seqlen=32, work=tmp_path)
+    use(3, True)
+    job(models, text, kind, tmp_path / "out")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
+    assert evaluate(models(kind), text, seqlen=32, work=tmp_path).nll == dense.nll
+
+
+def test_statistics_are_the_same(models: Models, text: Path, tmp_path: Path, use: Use) -> None:
+    given: dict[str, Any] = {"calib": text, "samples": 5, "seqlen": 32, "backend": "torch"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "BATCH_TOKENS", 64)
+        calibrate(models(), tmp_path / "plain", **given)
+    use(3, True)
+    calibrate(models(), tmp_path / "stats", **given)
+    assert (tmp_path / "stats").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+@pytest.mark.parametrize("layers_resident", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["every cache is kept", "no cache is kept"])
+def test_resumed_at_any_stage_in_any_layout(
+    models: Models, text: Path, tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch,
+    layers_resident: tuple[int, bool], at: int, seconds: float,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("streamprune.job_pass.PERSIST_SECONDS", seconds)
+    use(3, True)
+    job(models, text, "llama", tmp_path / "whole")
+
+    def stop(step: Progress) -> None:
+        if step.done == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job(models, text, "llama", tmp_path / "out", progress=stop)
+    kept = sorted(p.name for p in (tmp_path / "out.partial/.streamprune/cache").glob("*.bin"))
+    assert len(kept) <= (2 if seconds == 0.0 else 0)
+    use(*layers_resident)
+    job(models, text, "llama", tmp_path / "out")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+
+
+def test_bad_weights_are_named(models: Models, text: Path, tmp_path: Path, use: Use) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = models(layers=2)
+    (shard,) = model.glob("*.safetensors")
+    tensors = load_file(shard)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = float("inf")
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in model.iterdir():
+        if file != shard:
+            (copy / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, copy / shard.name, metadata={"format": "pt"})
+    use(3, True)
+    with pytest.raises(CheckpointError, match=r"up_proj.weight is inf at \[3, 5\]"):
+        prune(copy, tmp_path / "out", sparsity=0.5, calib=text, samples=4, seqlen=32, backend="torch")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- copies that take their time
+
+
+class LateEvent:
+    """Set some time after the copy was asked for."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
+    def wait(self) -> None:
+        assert self.done.wait(10)
+
+    synchronize = wait
+
+
+class LateLane(Lane):
+    """Copies as a GPU does: later. Until then the target is full of ones, and the source must not have been needed."""
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> LateEvent:
+        event, pinned = LateEvent(), source.clone()
+        target.fill_(1)
+
+        def land() -> None:
+            target.copy_(pinned)
+            event.done.set()
+
+        threading.Timer(0.003, land).start()
+        return event
+
+    def send(self, host: torch.Tensor) -> Sent:
+        there = torch.empty_like(host)
+        return Sent(there, self.copy(host, there))
+
+
+@pytest.mark.parametrize("layers_resident", LAYOUTS.values(), ids=LAYOUTS)
+def test_nothing_is_used_before_it_has_arrived(
+    models: Models, text: Path, tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch,
+    layers_resident: tuple[int, bool],
+) -> None:  # fmt: skip
+    use(*layers_resident)
+    job(models, text, "llama", tmp_path / "plain")
+    dense = evaluate(models(), text, seqlen=32, work=tmp_path)
+    for place in ("feed", "activations"):
+        monkeypatch.setattr(f"streamprune.model.{place}.Lane", LateLane)
+    monkeypatch.setattr("streamprune.model.feed._PIECE_BYTES", 3000)
+    job(models, text, "llama", tmp_path / "out")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
+    assert evaluate(models(), text, seqlen=32, work=tmp_path).nll == dense.nll
+
+
+# ---- running out of memory
+
+
+@pytest.fixture
+def scarce(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Makes the decoder layers of a Llama fail for batches of more than so many samples; lists what they were given."""
+
+    def limit(most: int) -> list[int]:
+        from transformers.models.llama.modeling_llama import LlamaMLP
+
+        forward, seen = LlamaMLP.forward, list[int]()
+
+        def failing(module: Any, x: torch.Tensor) -> Any:
+            seen.append(len(x))
+            if len(x) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return forward(module, x)
+
+        monkeypatch.setattr(LlamaMLP, "forward", failing)
+        return seen
+
+    return limit
+
+
+@pytest.mark.parametrize("how", [{}, {"propagate": "pruned"}], ids=["dense", "pruned"])
+def test_out_of_memory_takes_smaller_batches(
+    models: Models, text: Path, tmp_path: Path, use: Use, scarce: Callable[[int], list[int]], how: dict[str, Any]
+) -> None:
+    """The statistics count every token once, whatever was tried before, and the report says what was given up."""
+    use(2, True, batch=4)
+    plain = job(models, text, "llama", tmp_path / "plain", save_stats=tmp_path / "plain.stats", **how)
+    assert "out_of_memory_batch" not in plain.report
+    seen = scarce(1)
+    result = job(models, text, "llama", tmp_path / "out", save_stats=tmp_path / "out.stats", **how)
+    assert 4 in seen and 2 in seen and seen.count(1) >= 15
+    assert seen.index(4) < seen.index(2) < seen.index(1) and 2 not in seen[seen.index(1) :]
+    assert result.report["out_of_memory_batch"] == 1
+    from safetensors.torch import load_file
+
+    ours, wanted = load_file(tmp_path / "out.stats"), load_file(tmp_path / "plain.stats")
+    assert ours.keys() == wanted.keys()
+    for name, values in wanted.items():
+        torch.testing.assert_close(ours[name], values, rtol=3e-2, atol=1e-3)
+        if name.endswith("tokens"):
+            assert int(ours[name]) == 5 * 32
+
+
+def test_out_of_memory_on_the_cpu_is_noticed_as_well(models: Models, text: Path, tmp_path: Path) -> None:
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+    assert passes.is_out_of_memory(error)
+    assert not passes.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_not_even_one_sample(
+    models: Models, text: Path, tmp_path: Path, use: Use, scarce: Callable[[int], list[int]]
+) -> None:
+    use(2, False)
+    seen = scarce(0)
+    with pytest.raises(ResourceError, match="single sample"):
+        job(models, text, "llama", tmp_path / "out")
+    assert seen == [2, 1]
+    assert (tmp_path / "out.partial").is_dir(), "what is done is kept for a machine with more memory"
+    with pytest.raises(ResourceError, match="single sample"):
+        evaluate(models(), text, seqlen=32, work=tmp_path)
+
+
+def test_a_resumed_run_does_not_try_the_large_batch_again(
+    models: Models, text: Path, tmp_path: Path, use: Use, scarce: Callable[[int], list[int]]
+) -> None:
+    use(2, False, batch=4)
+
+    def stop(step: Progress) -> None:
+        if step.done == 2:
+            raise KeyboardInterrupt
+
+    seen = scarce(2)
+    with pytest.raises(KeyboardInterrupt):
+        job(models, text, "llama", tmp_path / "out", progress=stop)
+    assert 4 in seen
+    del seen[:]
+    result = job(models, text, "llama", tmp_path / "out")
+    assert set(seen) <= {1, 2}
+    assert result.report["out_of_memory_batch"] == 2
+
+
+# ---- weights on their way
+
+
+def test_what_is_expected_arrives(models: Models) -> None:
+    checkpoint = open_checkpoint(models())
+    refs = list(checkpoint.tensors.values())
+    with ShardMaps(checkpoint) as maps, Feed(maps, CPU, copies=True) as feed:
+        feed.expect(refs)
+        feed.expect(refs[:3])
+        for ref in reversed(refs):
+            arrived = feed.tensor(ref)
+            assert torch.equal(arrived, maps.tensor(ref))
+            assert arrived.data_ptr() == feed.tensor(ref).data_ptr() != maps.tensor(ref).data_ptr()
+        two = feed.rows(refs[0], 1, 3)
+        assert torch.equal(two, maps.tensor(refs[0])[1:3])
+        feed.release(refs)
+        assert feed.tensor(refs[0]).data_ptr() != arrived.data_ptr()
+        assert torch.equal(feed.rows(refs[0], 1, 3), two)
+
+
+def test_many_pieces(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamprune.model.feed._PIECE_BYTES", 100)
+    checkpoint = open_checkpoint(models(dtype="float32"))
+    refs = list(checkpoint.tensors.values())
+    with ShardMaps(checkpoint) as maps, Feed(maps, CPU, copies=True) as feed:
+        feed.expect(refs)
+        assert all(torch.equal(feed.tensor(ref), maps.tensor(ref)) for ref in refs)
+
+
+def test_an_error_on_the_way_is_raised_where_the_tensor_is_used(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(models())
+    first, second, *_ = checkpoint.tensors.values()
+    with ShardMaps(checkpoint) as maps, Feed(maps, CPU, copies=True) as feed:
+        carry = Feed._carry
+
+        def failing(self: Feed, ref: Any) -> Any:
+            if ref is first:
+                raise CheckpointError("gone")
+            return carry(self, ref)
+
+        monkeypatch.setattr(Feed, "_carry", failing)
+        feed.expect([first, second])
+        with pytest.raises(CheckpointError, match="gone"):
+            feed.tensor(first)
+        assert torch.equal(feed.tensor(second), maps.tensor(second))
+        assert torch.equal(feed.tensor(first), maps.tensor(first)), "it is tried again without haste"
+
+
+def test_the_mapped_file_itself_on_the_cpu(models: Models) -> None:
+    checkpoint = open_checkpoint(models())
+    refs = list(checkpoint.tensors.values())
+    with ShardMaps(checkpoint) as maps, Feed(maps, CPU) as feed:
+        feed.expect(refs)
+        assert all(feed.tensor(ref).data_ptr() == maps.tensor(ref).data_ptr() for ref in refs)
+
+
+# ---- states on their way
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_states_come_back_as_they_were_rounded(tmp_path: Path, resident: bool) -> None:
+    """What stays on the device is what a resumed run reads from disk."""
+    chunks = [torch.randn(n, 4, 8) for n in (3, 3, 1)]
+    activations = Activations(tmp_path, torch.bfloat16, CPU, resident=resident)
+    with activations.write(2) as put:
+        for chunk in chunks:
+            put(chunk)
+    found = list(activations.read(2))
+    assert [torch.equal(f, c.bfloat16()) for f, c in zip(found, chunks, strict=True)] == [True] * 3
+    reader = CacheReader(tmp_path, 2)
+    assert all(torch.equal(reader[i], f) for i, f in enumerate(found))
+
+
+def test_resident_states_need_no_disk(tmp_path: Path) -> None:
+    activations = Activations(tmp_path, torch.float32, CPU, resident=True)
+    with activations.write(0, persist=False) as put:
+        put(torch.ones(1, 2, 3))
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        (states,) = activations.read(0)
+        assert torch.equal(states, torch.ones(1, 2, 3))
+
+
+# ---- memory of a device
+
+
+def skeleton(models: Models) -> Any:
+    return build_skeleton(open_checkpoint(models()), torch.bfloat16)
+
+
+def test_less_memory_gives_up_the_right_things_first(models: Models) -> None:
+    model, dtype, device = skeleton(models), torch.bfloat16, torch.device("cuda")
+    seqlen, samples = 32, 512
+
+    def need(layers: int, resident: bool, batch: int) -> int:
+        return memory_of(model, seqlen, samples, dtype, layers, resident, batch)
+
+    def found(limit: int) -> tuple[int, bool, int]:
+        layout = lay_out(model, seqlen, samples, dtype, device, limit)
+        assert layout.nbytes <= limit
+        return layout.layers, layout.resident, layout.batch
+
+    assert found(1 << 40) == (3, True, 256)
+    assert found(need(3, True, 100)) == (3, True, 100)
+    assert found(need(3, True, 64) - 1)[:2] == (2, True)
+    assert found(need(2, True, 64) - 1)[:2] == (2, False)
+    assert found(need(2, False, 64) - 1)[:2] == (1, False)
+    assert found(need(1, False, 1)) == (1, False, 1)
+    with pytest.raises(ResourceError) as caught:
+        found(need(1, False, 1) - 1)
+    named = int(str(caught.value).rsplit("--max-vram ", 1)[1].removesuffix("MiB")) << 20
+    assert found(named) == (1, False, lay_out(model, seqlen, samples, dtype, device, named).batch)
+
+
+def test_memory_of_a_prune_without_a_pass(models: Models) -> None:
+    model, dtype, device = skeleton(models), torch.bfloat16, torch.device("cuda")
+    assert lay_out(model, 1, 0, dtype, device, 1 << 40).layers == 3
+    with pytest.raises(ResourceError, match="--max-vram"):
+        lay_out(model, 1, 0, dtype, device, 1 << 20)
+
+
+def test_max_vram_needs_a_gpu(models: Models, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--max-vram is for a GPU"):
+        prune(models(), tmp_path / "out", sparsity=0.5, calib=text, max_vram=1 << 30, device="cpu")
+    with pytest.raises(UsageError, match="--max-vram is for a GPU"):
+        evaluate(models(), text, seqlen=32, max_vram=1 << 30, device="cpu", work=tmp_path)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_report_is_json(models: Models, text: Path, tmp_path: Path, use: Use) -> None:
+    use(3, True)
+    job(models, text, "llama", tmp_path / "out")
+    assert json.loads((tmp_path / "out/streamprune.json").read_text())["resolved"]["batch"] == 2
