@@ -99,7 +99,7 @@ def test_any_damage_is_found(data: st.DataObject, tmp_path_factory: pytest.TempP
 
 
 def test_unknown_version(path: Path) -> None:
-    body = json.dumps({"v": 2, "stage": "from the future"}).encode()
+    body = json.dumps({"v": 3, "stage": "from the future"}).encode()
     durable.append_line(path, xxhash.xxh3_64_hexdigest(body).encode() + b" " + body)
     with pytest.raises(CorruptStateError, match=r"line 4 has version 2, this program knows 1.*--restart"):
         journal.read(path)
@@ -179,7 +179,7 @@ def test_a_damaged_journal_stops_the_job(job: Callable[..., JobResult], tmp_path
     if harm == "flip":
         lines[0] = lines[0][:30] + b"#" + lines[0][31:]
     elif harm == "version":
-        body = lines[1][17:-1].replace(b'"v":1', b'"v":9')
+        body = lines[1][17:-1].replace(b'"v":2', b'"v":9')
         lines[1] = xxhash.xxh3_64_hexdigest(body).encode() + b" " + body + b"\n"
     else:
         del lines[0]

@@ -21,11 +21,15 @@ from streamprune.errors import CorruptStateError
 Record = dict[str, Any]
 
 VERSION = 1
+"""Of JSON documents."""
+
+LINE_VERSION = 2
+"""Of the journal's lines. 2 says of each stage whether its cache is durable, and which batch memory forced on it."""
 
 
 def append(path: Path, record: Record) -> None:
     """Commits one record: when this returns, the record survives a power loss."""
-    body = json.dumps({"v": VERSION, **record}, separators=(",", ":"), allow_nan=False).encode()
+    body = json.dumps({"v": LINE_VERSION, **record}, separators=(",", ":"), allow_nan=False).encode()
     durable.append_line(path, _digest(body) + b" " + body)
 
 
@@ -48,9 +52,9 @@ def read(path: Path) -> list[Record]:
             durable.truncate(path, good)
             break
         record = json.loads(body)
-        if record.get("v") != VERSION:
+        if record.get("v") != LINE_VERSION:
             raise CorruptStateError(
-                f"{path}: line {number} has version {record.get('v')}, this program knows {VERSION}; "
+                f"{path}: line {number} has version {record.get('v')}, this program knows {LINE_VERSION}; "
                 "finish with the version that began, or start again with --restart"
             )
         records.append(record)
