@@ -101,7 +101,7 @@ def test_any_damage_is_found(data: st.DataObject, tmp_path_factory: pytest.TempP
 def test_unknown_version(path: Path) -> None:
     body = json.dumps({"v": 3, "stage": "from the future"}).encode()
     durable.append_line(path, xxhash.xxh3_64_hexdigest(body).encode() + b" " + body)
-    with pytest.raises(CorruptStateError, match=r"line 4 has version 2, this program knows 1.*--restart"):
+    with pytest.raises(CorruptStateError, match=r"line 4 has version 3, this program knows 2.*--restart"):
         journal.read(path)
 
 
