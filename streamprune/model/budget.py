@@ -5,8 +5,8 @@ peak = base + reserve + stage + batch · seqlen · per_token
 base       resident memory of this process once everything is imported and the skeleton is built
 reserve    compiling kernels, row chunks of weights, buffers of the matrix library
 stage      bytes of the largest stage: its weights are mapped, and resident while it is at work
-per_token  the widest moment of a layer's forward pass: six states of the hidden size and four
-           activations of the widest linear, in the dtype that is computed in
+per_token  the widest moment of a layer's forward pass: nine states of the hidden size, three of them being read and
+           written beside it, and four activations of the widest linear, in the dtype that is computed in
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def estimate(
 def token_bytes(skeleton: Skeleton, seqlen: int, dtype: torch.dtype) -> int:
     """Bytes of activations a token takes at the widest moment of a layer."""
     widths = [max(ref.shape) for s in skeleton.layer_stages for ref in s.linears.values()]
-    per_token = (6 * skeleton.hidden_size + 4 * max(widths, default=skeleton.hidden_size)) * dtype.itemsize
+    per_token = (9 * skeleton.hidden_size + 4 * max(widths, default=skeleton.hidden_size)) * dtype.itemsize
     config = skeleton.model.config.get_text_config()  # type: ignore[union-attr, operator]
     if getattr(config, "_attn_implementation", "sdpa") == "eager":
         per_token += 3 * seqlen * int(config.num_attention_heads) * 4  # scores, mask and softmax in full
