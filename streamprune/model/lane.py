@@ -17,7 +17,7 @@ class Event(Protocol):
     """A moment on a stream, such as torch.cuda.Event."""
 
     def wait(self) -> None:
-        """Lets what the caller's current stream does from now on wait for this moment."""
+        """Lets what the caller's stream does from now on wait for this moment."""
 
     def synchronize(self) -> None:
         """Lets the calling thread wait for it."""
@@ -71,7 +71,7 @@ class Lane:
             return tensor.detach().cpu()
         with self.on():
             if after is not None:
-                after.wait()
+                self._stream.wait_event(after)
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             host.copy_(tensor.detach(), non_blocking=True)
             tensor.record_stream(self._stream)
@@ -81,8 +81,10 @@ class Lane:
 
 def take(sent: Sent) -> Tensor:
     """The tensor, safe to use on the caller's current stream from now on."""
-    if sent.arrived is not None:
+    if sent.arrived is not None and sent.tensor.is_cuda:
+        stream: Any = torch.cuda.current_stream(sent.tensor.device)
+        stream.wait_event(sent.arrived)
+        sent.tensor.record_stream(stream)
+    elif sent.arrived is not None:
         sent.arrived.wait()
-        if sent.tensor.is_cuda:
-            sent.tensor.record_stream(torch.cuda.current_stream(sent.tensor.device))
     return sent.tensor
