@@ -1,187 +1,224 @@
-"""Benchmarks. Each subcommand prints a table, or JSON lines with --json; baselines run in the same process.
+"""How fast the program is, beside what bounds it: copying, a bare forward pass, the sorting that others do.
 
-    python tools/bench.py kernels                        4096x4096 and 11008x4096, bf16
-    python tools/bench.py kernels --large --json         8192x28672 as well
-    python tools/bench.py kernels --shape 4096x4096 --dtype float16 --repeat 9
+    python tools/bench.py kernels --large                    selection kernels against memcpy, sort, topk
+    python tools/bench.py stats --preset 7b --layers 4       prune --stats against cp -r
+    python tools/bench.py calibration --preset 1b            calibration against a bare forward of the same layer
+    python tools/bench.py memory                             peak memory against layers, --max-ram, --max-vram
+    python tools/bench.py end-to-end --preset 1b --layers 4  the whole prune, and what plan said
+    python tools/bench.py all --quick                        each of them on small shapes, in a minute or two
 
-A new subcommand is a function that yields rows (dicts with the same keys) and an entry in COMMANDS.
+Every figure is the median of several runs, with the least and greatest, and a ratio to a baseline that was measured
+in turns with it. Output is a table, Markdown with --markdown, or with --json one object a line, the machine first.
+A new subcommand is a function that yields rows (bench_rig.figure) and an entry in COMMANDS.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
+import os
+import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import groupby
 from pathlib import Path
+from subprocess import SubprocessError
+from typing import NoReturn
 
-import numpy as np
-import torch
-from torch import Tensor
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench_rig import BenchError, Row, machine, say  # noqa: E402
 
-Row = dict[str, str | float]
-SORT = "torch.sort + scatter (Wanda)"
-TOPK = "torch.topk + scatter"
-GROUPS = "2:4 topk per group (Wanda)"
+INTERRUPTED = 130
 
 
-def wall_ms(work: Callable[[], object], repeat: int, budget_s: float = 20.0) -> tuple[float, float]:
-    """Median and least wall time in ms of `repeat` runs after one unmeasured run; fewer past the budget."""
-    begin = time.perf_counter()
-    work()
-    times: list[float] = []
-    while len(times) < repeat and (not times or time.perf_counter() - begin < budget_s):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times), 1e3 * min(times)
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: where its functions are, what its table shows besides, how often it runs, how `all` calls it."""
+
+    module: str
+    measure: str
+    options: str
+    help: str
+    repeat: int
+    columns: Mapping[str, str] = field(default_factory=dict)
+    small: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()
 
 
-def wanda_sort(weight: Tensor, feature: Tensor, count: int) -> Tensor:
-    """What Wanda's public code does for a sparsity: score, stable sort of every row, scatter, zero."""
-    score = weight.abs() * feature.to(weight.dtype)
-    mask = torch.zeros_like(score, dtype=torch.bool)
-    order = torch.sort(score, dim=-1, stable=True)[1][:, :count]
-    mask.scatter_(1, order, True)
-    result = weight.clone()
-    result[mask] = 0
-    return result
+_QUICK = ("--preset", "narrow", "--layers", "3", "--samples", "8", "--seqlen", "512", "--repeat", "1")
+COMMANDS = {
+    "kernels": Command(
+        "bench_kernels", "kernels", "add_options", "selection kernels against memcpy, sorting, topk", 7,
+        {"sort ÷ it": "sort_over_it", "topk ÷ it": "topk_over_it", "group topk ÷ it": "group_topk_over_it"},
+        ("--shape", "4096x4096"), ("--shape", "1024x4096", "--repeat", "3"),
+    ),
+    "stats": Command(
+        "bench_jobs", "stats", "add_stats_options", "prune --stats against cp -r and fsync", 5, {"GB/s": "gb_per_s"},
+        ("--layers", "4"), ("--preset", "narrow", "--repeat", "2"),
+    ),
+    "calibration": Command(
+        "bench_forward", "calibration", "add_calibration_options", "calibration against a bare forward", 3,
+        {"TFLOP/s": "tflop_per_s", "% of bare": "percent_of_bare"},
+        ("--layers", "3"), _QUICK,
+    ),
+    "memory": Command(
+        "bench_jobs", "memory", "add_memory_options", "peak memory against layers and limits", 3,
+        {"seen outside": "vmhwm_mib", "checkpoint": "checkpoint_mib", "batch": "batch", "s": "seconds",
+         "whole device": "device_mib"},
+        (), ("--layers", "2", "8", "--limits", "2", "--repeat", "1"),
+    ),
+    "end-to-end": Command(
+        "bench_forward", "end_to_end", "add_end_to_end_options", "the whole prune, and what plan said", 3,
+        {"÷ prune": "over_prune", "peak MiB": "peak_mib"},
+        ("--layers", "3", "--samples", "4"),
+        _QUICK,
+    ),
+}  # fmt: skip
 
 
-def topk_scatter(weight: Tensor, feature: Tensor, count: int) -> Tensor:
-    score = weight.abs() * feature.to(weight.dtype)
-    return weight.scatter(1, torch.topk(score, count, dim=-1, largest=False, sorted=False)[1], 0)
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BenchError(f"{message}; see {self.prog} --help")
 
 
-def numpy_partition(weight: Tensor, feature: Tensor, count: int) -> Tensor:
-    score = weight.float().abs() * feature
-    threshold = np.partition(score.numpy(), count - 1, axis=1)[:, count - 1 : count]
-    return weight.masked_fill(score <= torch.from_numpy(threshold), 0)
-
-
-def wanda_groups(weight: Tensor, feature: Tensor, n: int, m: int) -> Tensor:
-    """What Wanda's public code does for N:M: one topk for each group of columns."""
-    score = weight.float().abs() * feature
-    mask = torch.zeros_like(score, dtype=torch.bool)
-    for column in range(0, score.shape[1], m):
-        order = torch.topk(score[:, column : column + m], m - n, dim=1, largest=False)[1]
-        mask.scatter_(1, column + order, True)
-    result = weight.clone()
-    result[mask] = 0
-    return result
-
-
-def topk_all_groups(weight: Tensor, feature: Tensor, n: int, m: int) -> Tensor:
-    """One topk call over all groups at once."""
-    score = (weight.float().abs() * feature).reshape(-1, m)
-    order = torch.topk(score, m - n, dim=1, largest=False, sorted=False)[1]
-    return weight.reshape(-1, m).scatter(1, order, 0).reshape(weight.shape)
-
-
-def kernel_cases(rows: int, width: int, dtype: torch.dtype, quick: bool) -> dict[str, Callable[[], object]]:
-    """Baselines first, memcpy the very first; then our kernels at 50 % and at patterns."""
-    from streamprune.kernels import cpu, torch_ops
-
-    torch.manual_seed(0)
-    w = torch.empty(rows, width, dtype=dtype)
-    for chunk in torch.split(w, 256):
-        chunk.copy_(torch.randn(chunk.shape) * 0.02)
-    f, ones, k = torch.rand(width) + 0.01, torch.ones(width), width // 2
-    out = torch.empty_like(w)
-    source, target = w.view(torch.uint8).numpy(), out.view(torch.uint8).numpy()
-    sums = torch.zeros(2, width, dtype=torch.float64)
-    cases: dict[str, Callable[[], object]] = {"memcpy": lambda: np.copyto(target, source)}
-    if not quick:
-        cases |= {
-            SORT: lambda: wanda_sort(w, f, k),
-            TOPK: lambda: topk_scatter(w, f, k),
-            "numpy.partition": lambda: numpy_partition(w, f, k),
-            GROUPS: lambda: wanda_groups(w, f, 2, 4),
-            "2:4 topk, all groups": lambda: topk_all_groups(w, f, 2, 4),
-        }
-    cases |= {
-        "ewma": lambda: cpu.prune_ewma(w, f, 2, k, out=out),
-        "ewma, want_keep": lambda: cpu.prune_ewma(w, f, 2, k, out=out, want_keep=True),
-        "exact": lambda: cpu.prune_exact(w, f, 2, k, out=out),
-        "exact, magnitude": lambda: cpu.prune_exact(w, ones, 1, k, out=out),
-        "2:4": lambda: cpu.prune_n_of_m(w, f, 2, 2, 4, out=out),
-        "4:8": lambda: cpu.prune_n_of_m(w, f, 2, 4, 8, out=out),
-        "8:16": lambda: cpu.prune_n_of_m(w, f, 2, 8, 16, out=out),
-        "16:32": lambda: cpu.prune_n_of_m(w, f, 2, 16, 32, out=out),
-        "accumulate": lambda: cpu.accumulate(w, sums[0], sums[1]),
-        "first_nonfinite": lambda: cpu.first_nonfinite(w),
-    }
-    if not quick:
-        cases |= {
-            "torch_ops ewma": lambda: torch_ops.prune_ewma(w, f, 2, k, out=out),
-            "torch_ops 2:4": lambda: torch_ops.prune_n_of_m(w, f, 2, 2, 4, out=out),
-        }
-    return cases
-
-
-def kernels(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Selection kernels against memcpy of the same bytes and against sorting, at 50 % and 2:4."""
-    shapes = arguments.shape or ["4096x4096", "11008x4096", *(["8192x28672"] if arguments.large else [])]
-    for shape in shapes:
-        rows, width = (int(number) for number in shape.split("x"))
-        times: dict[str, float] = {}
-        for name, work in kernel_cases(rows, width, getattr(torch, arguments.dtype), arguments.quick).items():
-            times[name], best = wall_ms(work, arguments.repeat)
-            row: Row = {"shape": shape, "dtype": arguments.dtype, "kernel": name}
-            row |= {"ms": round(times[name], 2), "best ms": round(best, 2)}
-            row["/ memcpy"] = round(times[name] / times["memcpy"], 2)
-            for title, baseline in (("sort /", SORT), ("topk /", TOPK), ("2:4 topk /", GROUPS)):
-                row[title] = round(times[baseline] / times[name], 1) if baseline in times else "-"
-            yield row
-
-
-def machine() -> Row:
-    """What the figures were measured on."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def show(rows: Iterator[Row], as_json: bool) -> None:
-    """Print rows as they come: JSON lines, or a table with the columns of the first row."""
-    widths: dict[str, int] = {}
-    for row in rows:
-        if as_json:
-            print(json.dumps(row), flush=True)
-            continue
-        if not widths:
-            widths = {key: max(len(key), 30 if key == "kernel" else 10) for key in row}
-            print("  ".join(f"{key:<{width}}" for key, width in widths.items()))
-        print("  ".join(f"{row[key]!s:<{width}}" for key, width in widths.items()), flush=True)
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {"kernels": kernels}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+def make_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all subcommands; with `only`, the options of no other are looked up."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.__doc__)
-        sub.add_argument("--json", action="store_true", help="one JSON object per line")
-        sub.add_argument("--repeat", type=int, default=7, help="runs per figure; ratios are of medians")
-        if name == "kernels":
-            sub.add_argument("--shape", action="append", help="ROWSxINPUTS; may be given several times")
-            sub.add_argument("--large", action="store_true", help="8192x28672 as well")
-            sub.add_argument("--quick", action="store_true", help="our kernels and memcpy only")
-            sub.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    arguments = parser.parse_args()
-    show(iter([machine()]) if arguments.json else iter(()), arguments.json)
-    show(COMMANDS[arguments.command](arguments), arguments.json)
+        sub = commands.add_parser(name, help=command.help, description=command.help)
+        _common(sub, command.repeat)
+        if only in (None, name):
+            getattr(import_module(command.module), command.options)(sub)
+    sub = commands.add_parser("all", help="the five of them, on small shapes", description="all of the above")
+    _common(sub, None)
+    sub.add_argument("--quick", action="store_true", help="smaller shapes, fewer runs: a minute or two")
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser, repeat: int | None) -> None:
+    parser.add_argument("--repeat", type=int, default=repeat, metavar="N",
+                        help="measured runs of everything" + (" (default: %(default)s)" if repeat else ""))  # fmt: skip
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
+    parser.add_argument(
+        "--work", metavar="DIR", help="folder for checkpoints, removed at the end (default: the system's)"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object a line, the machine first")
+    form.add_argument("--markdown", action="store_true", help="tables in Markdown")
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[Row]:
+    """The rows of a subcommand, each with its name as `benchmark`."""
+    if arguments.command != "all":
+        if arguments.repeat < 1:
+            raise BenchError(f"--repeat {arguments.repeat}: at least 1")
+        command = COMMANDS[arguments.command]
+        for row in getattr(import_module(command.module), command.measure)(arguments):
+            yield {"benchmark": arguments.command} | row
+        return
+    for name, command in COMMANDS.items():
+        given = [*(command.quick if arguments.quick else command.small), "--device", arguments.device]
+        given += ["--repeat", str(arguments.repeat)] if arguments.repeat is not None else []
+        given += ["--work", arguments.work] if arguments.work else []
+        yield from measure(make_parser(name).parse_args([name, *given]))
+
+
+# ---- output
+
+
+def show(rows: Iterator[Row], arguments: argparse.Namespace) -> None:
+    """Prints the machine, then rows as they come in JSON, or a table for each thing that was worked on."""
+    if arguments.json:
+        print(json.dumps(machine()), flush=True)
+        for row in rows:
+            say("")
+            print(json.dumps(row), flush=True)
+        return
+    here = machine()
+    memory = f"{here['ram_bytes'] / 2**30:.0f} GiB, " if here["ram_bytes"] else ""
+    gpu = f"{here['gpu']}, " if here["gpu"] else ""
+    versions = ", ".join(f"{name} {here[name]}" for name in ("torch", "numpy", "numba", "transformers"))
+    print(
+        f"{here['processor']}, {here['threads']} threads, {memory}{gpu}{versions}, commit {here['commit']}", flush=True
+    )
+    for (benchmark, on), group in groupby(rows, key=lambda row: (row["benchmark"], row["on"])):
+        found = list(group)
+        say("")
+        print(f"\n{'**' * arguments.markdown}{benchmark}: {on}{'**' * arguments.markdown}\n")
+        print(_table(found, COMMANDS[benchmark].columns, arguments.markdown), flush=True)
+
+
+def _table(rows: list[Row], extra: Mapping[str, str], markdown: bool) -> str:
+    """Cases down, figures across; columns that no row has are left out."""
+    from streamprune.tables import table
+
+    extra = {title: key for title, key in extra.items() if any(key in row for row in rows)}
+    head = ["", rows[0]["unit"], "min … max", f"÷ {rows[0]['baseline']}", "min … max", *extra]
+    cells = [
+        [
+            row["case"], number(row["value"]), f"{number(row['min'])} … {number(row['max'])}", number(row["ratio"]),
+            f"{number(row['ratio_min'])} … {number(row['ratio_max'])}",
+            *(number(row[key]) if key in row else "" for key in extra.values()),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    if not markdown:
+        return table(head, cells)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three digits, more only before the point."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a subcommand; returns the exit code: 2 with one line when it cannot be run."""
+    from streamprune.errors import StreampruneError
+
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        words = sys.argv[1:] if argv is None else argv
+        arguments = make_parser(next((w for w in words if w in COMMANDS), "all")).parse_args(words)
+        show(measure(arguments), arguments)
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (BenchError, StreampruneError, OSError, RuntimeError, ValueError, SubprocessError) as e:
+        return _fail(" ".join(str(e).split()) or type(e).__name__, 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fail(message: str, code: int) -> int:
+    say("")
+    print(f"bench: error: {message}", file=sys.stderr)
+    return code
+
+
+def run() -> None:
+    """Runs main with the settings of the program, so that what it is compared with has them too; before torch comes."""
+    from streamprune.__main__ import _steady_heap
+
+    _steady_heap()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(main())
 
 
 if __name__ == "__main__":
-    main()
+    run()

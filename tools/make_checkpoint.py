@@ -1,6 +1,7 @@
 """Makes a synthetic Llama checkpoint of any size, streamed to disk: for measuring, not for talking to.
 
     python tools/make_checkpoint.py OUT --preset 7b --layers 4
+    python tools/make_checkpoint.py OUT --preset 70b-layer
     python tools/make_checkpoint.py OUT --hidden 2048 --intermediate 5632 --layers 12
 
 Weights are bf16, Gaussian with standard deviation 0.02, cut from one random block at places chosen by the seed; norms
@@ -13,82 +14,151 @@ import argparse
 import importlib.resources
 import json
 import math
+import shutil
+import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
-from streamprune.disk import durable
-from streamprune.disk.header import TensorRef
-from streamprune.disk.shards import shard_name, write_index, write_shard
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+BLOCK = 1 << 25
+LEAST_VOCAB = 2048
+"""Tokens of the demo model's tokenizer."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama: widths, and how many there are of each. Raises ValueError when they do not fit together."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"--hidden {self.hidden} is not an even number for each of --heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads}")
+        if self.vocab < LEAST_VOCAB:
+            raise ValueError(f"--vocab {self.vocab} is smaller than the tokenizer's, {LEAST_VOCAB}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(2 * math.prod(s) for tensors in self.stages() for s in tensors.values())
+
+    def stages(self) -> list[dict[str, tuple[int, ...]]]:
+        """Names and shapes of the tensors of each shard: embedding, layers, head."""
+        hidden, kv = self.hidden, self.hidden // self.heads * self.kv_heads
+        stages: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (self.vocab, hidden)}]
+        for i in range(self.layers):
+            p = f"model.layers.{i}."
+            stages.append({
+                p + "self_attn.q_proj.weight": (hidden, hidden), p + "self_attn.k_proj.weight": (kv, hidden),
+                p + "self_attn.v_proj.weight": (kv, hidden), p + "self_attn.o_proj.weight": (hidden, hidden),
+                p + "mlp.gate_proj.weight": (self.intermediate, hidden),
+                p + "mlp.up_proj.weight": (self.intermediate, hidden),
+                p + "mlp.down_proj.weight": (hidden, self.intermediate), p + "input_layernorm.weight": (hidden,),
+                p + "post_attention_layernorm.weight": (hidden,),
+            })  # fmt: skip
+        stages.append({"model.norm.weight": (hidden,), "lm_head.weight": (self.vocab, hidden)})
+        return stages
+
 
 PRESETS = {
-    "1b": {"hidden": 2048, "intermediate": 5632, "layers": 22, "heads": 16, "kv_heads": 4, "vocab": 32000},
-    "7b": {"hidden": 4096, "intermediate": 11008, "layers": 32, "heads": 32, "kv_heads": 32, "vocab": 32000},
-    "8b": {"hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "vocab": 128256},
-    "70b": {"hidden": 8192, "intermediate": 28672, "layers": 80, "heads": 64, "kv_heads": 8, "vocab": 128256},
+    "narrow": Shape(hidden=1024, intermediate=2816, layers=4, heads=16, kv_heads=4, vocab=32000),
+    "1b": Shape(hidden=2048, intermediate=5632, layers=22, heads=16, kv_heads=4, vocab=32000),
+    "7b": Shape(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32, vocab=32000),
+    "8b": Shape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocab=128256),
+    "70b": Shape(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8, vocab=128256),
+    "70b-layer": Shape(hidden=8192, intermediate=28672, layers=1, heads=64, kv_heads=8, vocab=32000),
 }
-BLOCK = 1 << 25
 
 
-def main() -> None:
-    """Reads the arguments and writes the checkpoint."""
+def add_shape_options(parser: argparse.ArgumentParser, preset: str = "1b", *, layers: bool = True) -> None:
+    """--preset, one option for each size (--layers only if wanted), --seed."""
+    parser.add_argument("--preset", choices=PRESETS, default=preset, help="default: %(default)s")
+    for size in fields(Shape):
+        if layers or size.name != "layers":
+            parser.add_argument(
+                f"--{size.name.replace('_', '-')}", type=int, metavar="N", help="in place of the preset's"
+            )
+    parser.add_argument("--seed", type=int, default=0, help="which random weights (default: %(default)s)")
+
+
+def shape_from(arguments: argparse.Namespace, **sizes: int) -> Shape:
+    """The preset's shape with what was given in its place, `sizes` before all. Raises ValueError as Shape does."""
+    given = {f.name: getattr(arguments, f.name, None) for f in fields(Shape)} | sizes
+    return replace(PRESETS[arguments.preset], **{name: size for name, size in given.items() if size is not None})
+
+
+def main() -> int:
+    """Reads the arguments and writes the checkpoint; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--preset", choices=PRESETS, default="1b")
-    for name in ("hidden", "intermediate", "layers", "heads", "kv-heads", "vocab"):
-        parser.add_argument(f"--{name}", type=int, help="in place of the preset's")
-    parser.add_argument("--seed", type=int, default=0)
-    args = vars(parser.parse_args())
-    shape = {k: args[k] if args[k] is not None else v for k, v in PRESETS[args["preset"]].items()}
-    total = write_checkpoint(args["out"], args["seed"], **shape)
-    print(f"{args['out']}: {total / 1e9:.2f} GB, {shape['layers']} layers")
+    parser.add_argument("out", type=Path, help="folder to write")
+    add_shape_options(parser)
+    arguments = parser.parse_args()
+    from streamprune.errors import StreampruneError
+
+    try:
+        shape = shape_from(arguments)
+        out: Path = arguments.out
+        there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+        if (free := shutil.disk_usage(there).free) < shape.nbytes:
+            raise ValueError(f"{there} has {free / 1e9:.3g} GB free, {out} needs {shape.nbytes / 1e9:.3g} GB")
+        total = write_checkpoint(out, arguments.seed, shape)
+    except (ValueError, OSError, StreampruneError) as e:
+        print(f"make_checkpoint: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    print(f"{out}: {total / 1e9:.3g} GB, {shape.layers} layers")
+    return 0
 
 
-def write_checkpoint(
-    out: Path, seed: int, *, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int
-) -> int:
+def write_checkpoint(out: Path, seed: int, shape: Shape) -> int:
     """Writes a Llama checkpoint; returns the bytes of its tensors."""
+    from streamprune.disk import durable
+    from streamprune.disk.header import TensorRef
+    from streamprune.disk.shards import shard_name, write_index, write_shard
+
     durable.make_folder(out)
-    head_dim = hidden // heads
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "vocab_size": vocab,
-        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": head_dim, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.hidden,
+        "vocab_size": shape.vocab, "intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.hidden // shape.heads, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
         "hidden_act": "silu", "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
     durable.replace_file(out / "config.json", json.dumps(config, indent=2).encode())
     with importlib.resources.as_file(importlib.resources.files("streamprune") / "demo_model") as demo:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             durable.copy_file(demo / name, out / name)
-    stages: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (vocab, hidden)}]
-    for i in range(layers):
-        p, q, kv = f"model.layers.{i}.", heads * head_dim, kv_heads * head_dim
-        stages.append({
-            p + "self_attn.q_proj.weight": (q, hidden), p + "self_attn.k_proj.weight": (kv, hidden),
-            p + "self_attn.v_proj.weight": (kv, hidden), p + "self_attn.o_proj.weight": (hidden, q),
-            p + "mlp.gate_proj.weight": (intermediate, hidden), p + "mlp.up_proj.weight": (intermediate, hidden),
-            p + "mlp.down_proj.weight": (hidden, intermediate), p + "input_layernorm.weight": (hidden,),
-            p + "post_attention_layernorm.weight": (hidden,),
-        })  # fmt: skip
-    stages.append({"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)})
+    stages = shape.stages()
+    largest = max(math.prod(s) for tensors in stages for s in tensors.values())
     generator = np.random.Generator(np.random.PCG64(seed))
-    block = _bf16(generator.standard_normal(BLOCK, dtype=np.float32) * np.float32(0.02))
+    block = _bf16(generator.standard_normal(min(BLOCK, 2 * largest), dtype=np.float32) * np.float32(0.02))
     where: dict[str, str] = {}
     for number, tensors in enumerate(stages, 1):
         name = shard_name(number, len(stages))
         refs = [TensorRef(t, name, "BF16", s, 0, 2 * math.prod(s)) for t, s in tensors.items()]
-        write_shard(out / name, refs, lambda ref: _content(ref, block, generator))
+        write_shard(out / name, refs, lambda ref: _content(ref.shape, block, generator))
         where |= dict.fromkeys(tensors, name)
-    total = sum(2 * math.prod(s) for tensors in stages for s in tensors.values())
-    write_index(out / "model.safetensors.index.json", {}, total, where)
-    return total
+    write_index(out / "model.safetensors.index.json", {}, shape.nbytes, where)
+    return shape.nbytes
 
 
-def _content(ref: TensorRef, block: np.ndarray, generator: np.random.Generator) -> Iterator[memoryview]:
+def _content(shape: tuple[int, ...], block: np.ndarray, generator: np.random.Generator) -> Iterator[memoryview]:
     """A tensor's bytes: ones for a norm, pieces of the random block for a matrix."""
-    left = math.prod(ref.shape)
-    if len(ref.shape) == 1:
+    left = math.prod(shape)
+    if len(shape) == 1:
         yield _bf16(np.ones(left, np.float32)).data.cast("B")
         return
     while left:
@@ -105,4 +175,4 @@ def _bf16(values: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
