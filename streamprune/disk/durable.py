@@ -29,12 +29,16 @@ from types import TracebackType
 
 import xxhash
 
+from streamprune.disk.direct import ALIGNMENT, DirectWriter
 from streamprune.errors import CheckpointError, LockedError, ResourceError, StateError
 
 Buffer = bytes | bytearray | memoryview
 
 _WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 """Links are never written through: whoever laid one beside OUT does not get to choose what is overwritten."""
+
+_LARGE_PIECE = 1 << 20
+"""A piece of this size takes its file past the page cache."""
 
 _FLUSH_BYTES = 32 << 20
 """Dirty data is handed to the disk in pieces of this size, so that the final fsync is short."""
@@ -77,7 +81,8 @@ class AtomicFile:
 
     Use as a context manager: leaving it normally commits, leaving it with an exception removes the
     temporary file. `digest` (xxh3_128, hexadecimal) and `size` (bytes) describe what has been written.
-    `reread=True` leaves the data in the page cache, for files that are read again at once.
+    `reread=True` leaves the data in the page cache, for files that are read again at once; others pass it by from
+    the first large piece on, where the file system can do that.
     """
 
     def __init__(self, path: Path, *, reread: bool = False) -> None:
@@ -87,6 +92,7 @@ class AtomicFile:
         self.size = 0
         self._hash = xxhash.xxh3_128()
         self._flushed = 0
+        self._direct: DirectWriter | None = None
         with disk_errors(path):
             self._fd = os.open(self.temporary, _WRITE | os.O_CREAT | os.O_TRUNC, 0o666)
         self._pending = True
@@ -100,17 +106,31 @@ class AtomicFile:
         view = memoryview(data).cast("B")
         self._hash.update(view)
         with disk_errors(self.path):
-            written = 0
-            while written < len(view):
-                written += os.write(self._fd, view[written : written + _FLUSH_BYTES])
-            self.size += written
-            if not self._reread and self.size - self._flushed >= _FLUSH_BYTES:
-                _start_writeback(self._fd, self._flushed, self.size - self._flushed)
-                self._flushed = self.size
+            if self._direct is None and not self._reread and len(view) >= _LARGE_PIECE:
+                head = view[: -self.size % ALIGNMENT]
+                self._append(head)
+                view = view[len(head) :]
+                self._direct = DirectWriter(self._fd, os.write)
+            if self._direct is None:
+                self._append(view)
+            else:
+                self._direct.append(view)
+                self.size += len(view)
+
+    def _append(self, view: memoryview) -> None:
+        written = 0
+        while written < len(view):
+            written += os.write(self._fd, view[written : written + _FLUSH_BYTES])
+        self.size += written
+        if not self._reread and self.size - self._flushed >= _FLUSH_BYTES:
+            _start_writeback(self._fd, self._flushed, self.size - self._flushed)
+            self._flushed = self.size
 
     def commit(self) -> None:
         """Makes the file durable under its own name and forgets its cached pages."""
         with disk_errors(self.path):
+            if self._direct is not None:
+                self._direct.finish()
             os.fsync(self._fd)
             if not self._reread:
                 _drop_cached(self._fd)
@@ -122,6 +142,7 @@ class AtomicFile:
 
     def abandon(self) -> None:
         """Removes the temporary file; harmless after a commit."""
+        self._direct = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
