@@ -41,7 +41,7 @@ WITHIN_A_LEVEL = {
 }
 NO_TORCH = ["errors", "memory", "pruning.recipes", "spec", "job", "cli", "__main__", "progress", "report"]
 NO_TORCH += ["disk.durable", "disk.header", "disk.checkpoint", "disk.hub", "disk.journal", "disk.state", "disk.shards"]
-NO_TORCH += ["model.texts"]
+NO_TORCH += ["model.texts", "disk.direct"]
 
 
 def level(module: str) -> int:
