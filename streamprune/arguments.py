@@ -119,6 +119,7 @@ def _calibration_options(p: argparse.ArgumentParser) -> None:
 
 def _device_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
+    p.add_argument("--max-vram", metavar="SIZE", help="memory of the GPU to stay within (default: what is free there)")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
                    help="what to compute in (default: the stored dtype where it is fast, else float32)")  # fmt: skip
     p.add_argument("--trust-remote-code", action="store_true", help="allow the checkpoint's own Python code to run")
@@ -132,7 +133,6 @@ def _resource_options(p: argparse.ArgumentParser, with_kernels: bool = True) -> 
             help="kernels that prune: numba (CPU) or torch (any device); default by device",
         )  # fmt: skip
     p.add_argument("--max-ram", metavar="SIZE", help="resident memory to stay within, such as 4GiB")
-    p.add_argument("--max-vram", metavar="SIZE", help="memory of the GPU to stay within (default: what is free there)")
     p.add_argument("--work", metavar="DIR", help="folder for the activation cache (a fast disk)")
 
 

@@ -168,12 +168,13 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from streamprune.planning import plan
+    from streamprune.spec import parse_bytes
     from streamprune.tables import plan_table
 
     found = plan(
         args.model, only=args.only, skip=args.skip, samples=args.samples, seqlen=args.seqlen,
         with_stats=args.stats is not None, propagate=args.propagate, device=args.device, dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
+        max_vram=parse_bytes(args.max_vram) if args.max_vram else None, trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     if args.json:
         _print_json(found.to_json())

@@ -18,9 +18,10 @@ from streamprune.disk.durable import AtomicFile, Buffer
 from streamprune.disk.header import TensorRef
 from streamprune.disk.shards import fill_shard
 from streamprune.errors import UsageError
+from streamprune.kernels import Selection
 from streamprune.model.feed import Feed
 from streamprune.model.lane import Lane
-from streamprune.model.passes import finite_rows
+from streamprune.model.passes import finite_rows, refuse_nonfinite, rows_of
 from streamprune.model.skeleton import TORCH_DTYPES, Skeleton, Stage
 from streamprune.pruning.recipes import Recipe
 from streamprune.pruning.scores import SCORES
@@ -40,7 +41,7 @@ class Target:
     backend: str | None = None
     """Which kernels: "numba", "torch", or by device."""
 
-    def select(self, weight: Tensor, feature: Tensor, power: int) -> Any:
+    def select(self, weight: Tensor, feature: Tensor, power: int) -> Selection:
         """Prunes rows (n, in); see selection.select."""
         return select(
             weight, feature, power,
@@ -95,8 +96,10 @@ class StageWriter:
         feature, power = make_feature(given)
         feature = feature.to(self.feed.device)
         removed = total = 0.0
-        for _, rows in finite_rows(self.feed, ref, ref.nbytes if transposed else CHUNK_BYTES):
+        for begin, rows in rows_of(self.feed, ref, ref.nbytes if transposed else CHUNK_BYTES):
             result = self.target.select(rows.t().contiguous() if transposed else rows, feature, power)
+            if not result.finite:
+                refuse_nonfinite(ref, begin, rows)
             weight = result.weight.t().contiguous() if transposed else result.weight
             removed, total = removed + result.removed, total + result.total
             yield _bytes(self._lane.fetch(weight, None))

@@ -10,7 +10,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import references
@@ -18,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamprune.kernels import Selection, cpu, torch_ops
+from streamprune.kernels import Selection, cpu, lanes, torch_ops
 
 BACKENDS = [pytest.param(cpu, id="numba"), pytest.param(torch_ops, id="torch")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -53,6 +55,7 @@ def check(selection: Selection, weight: torch.Tensor, feature: torch.Tensor, pow
     stays = keep & (weight != 0)
     assert torch.equal(bits(selection.weight)[stays], bits(weight)[stays]), "kept weights change no bit"
     assert not bits(selection.weight)[~stays].any(), "every zero is +0.0"
+    assert selection.finite
     score = references.scores(weight, feature, power)
     assert selection.total == pytest.approx(score.sum(), rel=1e-5, abs=1e-30)
     assert selection.removed == pytest.approx(score[~keep.numpy()].sum(), rel=1e-5, abs=1e-30)
@@ -84,7 +87,10 @@ def test_exact_selection_matches_the_reference(kernels: ModuleType, dtype: torch
 
 @pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("width", "block"), [(1, 32), (31, 32), (33, 32), (1000, 32), (1024, 64), (97, 12), (50, 7)])
+@pytest.mark.parametrize(
+    ("width", "block"),
+    [(1, 32), (31, 32), (33, 32), (48, 32), (1000, 32), (1040, 32), (4096, 32), (1024, 64), (97, 12), (50, 7)],
+)
 def test_ewma_matches_the_reference(kernels: ModuleType, dtype: torch.dtype, width: int, block: int) -> None:
     weight, feature = linear(6, width, dtype), features(width)
     score = references.scores(weight, feature, 2)
@@ -122,13 +128,22 @@ def test_blocks_of_one_are_the_published_recurrence(kernels: ModuleType, alpha: 
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("m", [2, 3, 4, 5, 8, 16, 31, 32])
+@pytest.mark.parametrize("m", range(2, 33))
 def test_n_of_m_matches_the_reference(kernels: ModuleType, m: int) -> None:
+    """Groups that fill no vector, rows of more than one chunk; ties, zeros and constant rows among them."""
     for n in {1, m // 2, m - 1} - {0}:
-        for dtype in DTYPES:
-            weight = linear(5, 7 * m, dtype)
+        for dtype, width in (
+            (DTYPES[0], 7 * m),
+            (DTYPES[1], 16 * m),
+            (DTYPES[2], 3 * m),
+            (DTYPES[m % 3], 4500 // m * m),
+        ):
+            weight = linear(5, width, dtype)
+            weight[1] = (weight[1] * 100).round()
+            weight[2] = -1e-3
+            weight[3, ::2] = 0
             keep = groups(kernels, weight, n, m)
-            expected = references.lowest_of_groups(references.scores(weight, features(7 * m), 2), n, m)
+            expected = references.lowest_of_groups(references.scores(weight, features(width), 2), n, m)
             assert (expected != ~keep.numpy()).sum() == 0
 
 
@@ -271,6 +286,80 @@ def test_out_and_strides_and_read_only_memory(kernels: ModuleType, tmp_path: Pat
     )
 
 
+@pytest.mark.parametrize("name", ["ewma", "exact"])
+@pytest.mark.parametrize("width", [512, 500])
+def test_what_rows_before_teach_changes_no_mask(name: str, width: int) -> None:
+    """Thresholds jump by orders of magnitude, stay, vanish: the mask of a row is that of the row alone."""
+    weight = linear(120, width, torch.bfloat16) * torch.exp(3 * features(120, 5)).to(torch.bfloat16)[:, None]
+    weight[40:44] *= 1e6
+    weight[60:64] = 0
+    weight[80:84] = weight[80:84].sign()
+    weight[100] *= 1e-15
+    together = select(cpu, name, weight, width // 3)
+    alone = torch.cat([select(cpu, name, row[None].clone(), width // 3) for row in weight])
+    assert torch.equal(together, alone)
+    if name == "exact":
+        expected = references.lowest(references.scores(weight, features(width), 2), width // 3)
+        assert (together.numpy() == ~expected).mean() > 0.9999  # float32 rounding may make ties
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [96, 90])
+def test_in_place(kernels: ModuleType, dtype: torch.dtype, width: int) -> None:
+    feature = features(width)
+    for prune in (
+        lambda weight, out: kernels.prune_ewma(weight, feature, 2, 40, out=out, want_keep=True),
+        lambda weight, out: kernels.prune_exact(weight, feature, 1, 40, out=out, want_keep=True),
+        lambda weight, out: kernels.prune_n_of_m(weight, feature, 2, 1, 2, out=out, want_keep=True),
+        lambda weight, out: kernels.prune_n_of_m(weight, feature, 2, 2, 3, out=out, want_keep=True),
+    ):
+        weight = linear(20, width, dtype)
+        expected = prune(weight, None)
+        got = prune(weight, weight)
+        assert got.weight is weight and torch.equal(bits(weight), bits(expected.weight))
+        assert torch.equal(got.keep, expected.keep) and got[2:] == expected[2:]
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [96, 90])
+def test_weights_that_are_not_finite_are_noticed(kernels: ModuleType, dtype: torch.dtype, width: int) -> None:
+    for value in (float("nan"), float("inf"), float("-inf"), torch.finfo(dtype).max, -torch.finfo(dtype).max):
+        for column in (0, 17, width - 1):
+            weight, feature = linear(20, width, dtype), features(width) * 1e6
+            weight[13, column] = value
+            feature[column] = 0  # Inf x 0 in fp32, and a score that hides the value in others
+            ewma = kernels.prune_ewma(weight, feature, 2, 40)
+            exact = kernels.prune_exact(weight, feature + 1, 2, 40, want_keep=True)
+            pairs = kernels.prune_n_of_m(weight, feature, 2, 1, 2)
+            triples = kernels.prune_n_of_m(weight, feature, 1, 1, 3)
+            finite = abs(value) <= torch.finfo(dtype).max
+            assert {s.finite for s in (ewma, exact, pairs, triples)} == {finite}
+            if finite:
+                assert ((~exact.keep).sum(1) == 40).all(), "a score may overflow, its weight is the largest"
+                assert exact.keep[13, column]
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (3, 17), (257, 64), (700, 1000), (2, 2100), (0, 5)])
+def test_accumulate_matches_the_reference(kernels: ModuleType, dtype: torch.dtype, tokens: int, width: int) -> None:
+    x, totals = linear(tokens, width, dtype), torch.ones(2, width, dtype=torch.float64)
+    kernels.accumulate(x, totals[0], totals[1])
+    for total, expected in zip(totals, references.sums(x), strict=True):
+        np.testing.assert_allclose(total.numpy() - 1, expected, rtol=3e-5, atol=3e-6)
+
+
+def test_accumulate_passes_on_what_is_not_finite() -> None:
+    for dtype in DTYPES:
+        x, totals = torch.ones(5, 20, dtype=dtype), torch.zeros(2, 20, dtype=torch.float64)
+        x[3, 0], x[3, 18], x[2, 19] = float("inf"), float("nan"), float("-inf")
+        cpu.accumulate(x, totals[0], totals[1])
+        assert totals[0, 0] == float("inf") and totals[0, 18].isnan() and totals[0, 19] == float("-inf")
+        assert (totals[:, 1:18] == 5).all()
+
+
 @pytest.mark.parametrize("kernels", BACKENDS)
 def test_wrong_arguments_are_refused(kernels: ModuleType) -> None:
     weight, feature = linear(2, 8), features(8)
@@ -329,13 +418,61 @@ def test_the_number_of_threads_changes_no_bit(threads: None, monkeypatch: pytest
         assert seen[0][3] == other[3]
 
 
+FORKING = """
+import os, torch
+from streamprune.kernels import cpu
+cpu._PART = 500
+torch.set_num_threads(3)
+weight = torch.randn(40, 64)
+expected = cpu.prune_exact(weight, torch.ones(64), 1, 20).weight
+child = os.fork()
+same = torch.equal(cpu.prune_exact(weight, torch.ones(64), 1, 20).weight, expected)
+if not child:
+    os._exit(0 if same else 1)
+assert os.waitpid(child, 0)[1] == 0 and same
+torch.set_num_threads(2)
+print(cpu.first_nonfinite(weight))
+"""
+
+
+def test_threads_survive_a_fork() -> None:
+    finish(probe(Path(cpu.__file__).parent.parent.parent, FORKING))
+
+
+OTHER = """
+import sys, torch
+sys.path.insert(0, "tests")
+from test_kernels import linear, features, fingerprint
+print(fingerprint())
+"""
+
+
+def fingerprint() -> str:
+    """Of masks and sums of rows that use every path of the row kernels."""
+    weight, feature = linear(60, 512, torch.float16), features(512)
+    weight[7], weight[9] = 0, weight[9].sign()
+    ewma = cpu.prune_ewma(weight, feature, 2, 200)
+    exact = cpu.prune_exact(weight, feature, 1, 200)
+    groups = cpu.prune_n_of_m(weight, feature, 2, 3, 8)
+    numbers = [int(bits(s.weight).long().mul(torch.arange(512)).sum()) for s in (ewma, exact, groups)]
+    return f"{numbers} {[(s.removed, s.total) for s in (ewma, exact, groups)]}"
+
+
+def test_every_processor_computes_the_same_bits() -> None:
+    """Here, one without AVX-512."""
+    here = Path(__file__).parent.parent
+    process = probe(here, OTHER, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="", NUMBA_DISABLE_CACHING="1")
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out.strip()) == (0, fingerprint()), err
+
+
 PROBE = "import torch; from streamprune.kernels import cpu; print(cpu.first_nonfinite(torch.ones(5).log()))"
 
 
-def probe(cwd: Path, **environment: str) -> subprocess.Popen[str]:
+def probe(cwd: Path, script: str = PROBE, **environment: str) -> subprocess.Popen[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("NUMBA", "PYTHON", "XDG"))}
     return subprocess.Popen(
-        [sys.executable, "-c", PROBE], cwd=cwd, env=clean | environment, text=True,
+        [sys.executable, "-c", script], cwd=cwd, env=clean | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -345,13 +482,15 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert (process.returncode, out.strip()) == (0, "None"), err
 
 
-def test_compiles_without_any_place_for_a_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [None, "/dev/null/cache"], ids=["default", "NUMBA_CACHE_DIR"])
+def test_compiles_without_any_place_for_a_cache(tmp_path: Path, place: str | None) -> None:
     """Neither package nor home can be written: a file sits where numba wants a folder, even for root."""
     package = tmp_path / "streamprune"
     shutil.copytree(Path(cpu.__file__).parent, package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     (package / "__init__.py").touch()
     (package / "kernels" / "__pycache__").touch()
-    finish(probe(tmp_path, HOME="/dev/null", XDG_CACHE_HOME="/dev/null", PYTHONDONTWRITEBYTECODE="1"))
+    given = {} if place is None else {"NUMBA_CACHE_DIR": place}
+    finish(probe(tmp_path, HOME="/dev/null", XDG_CACHE_HOME="/dev/null", PYTHONDONTWRITEBYTECODE="1", **given))
     assert (package / "kernels" / "__pycache__").is_file()
 
 
@@ -359,4 +498,38 @@ def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
     root = Path(cpu.__file__).parent.parent.parent
     for process in [probe(root, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]:
         finish(process)
-    assert list(tmp_path.rglob("*.nbi"))
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
+    assert written
+    for folder in (tmp_path, *tmp_path.iterdir()):
+        folder.chmod(0o555)
+    finish(probe(root, NUMBA_CACHE_DIR=str(tmp_path), HOME="/dev/null", XDG_CACHE_HOME="/dev/null"))
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
+    for folder in (tmp_path, *tmp_path.iterdir()):
+        folder.chmod(0o755)
+
+
+def test_lanes() -> None:
+    """What sixteen numbers at once do, against numpy."""
+
+    def loop(a: Any, b: Any, shuffled: Any, packed: Any, numbers: Any, bytes: Any) -> Any:
+        x, y = lanes.load(a, 0), lanes.load(b, 0)
+        for i, lane in enumerate((lanes.even(x, y), lanes.odd(x, y), lanes.first(x, y), lanes.last(x, y))):
+            lanes.store(shuffled, 16 * i, lane)
+        lanes.pack(packed, 3, x, y < x)
+        sums = lanes.as_float(lanes.as_int(lanes.load(numbers, 0) * lanes.fill(np.float32(0.5))))
+        lanes.store(bytes, 0, lanes.invert(y < x))
+        lanes.store(shuffled, 64, lanes.above(lanes.load_eight(a, 0), lanes.load_eight(b, 0)))
+        lanes.store(shuffled, 72, lanes.select(x <= y, (x + 1) & 6, lanes.largest(x, y) >> lanes.columns()))
+        return lanes.count(y < x), lanes.total(sums), lanes.top(x)
+
+    random = np.random.default_rng(0)
+    a, b = random.integers(0, 100, (2, 16)).astype(np.int32)
+    shuffled, packed, bytes = np.zeros(88, np.int32), np.zeros(40, np.int32), np.zeros(16, bool)
+    numbers = random.random(16).astype(np.float32)
+    count, total, top = numba.njit(loop)(a, b, shuffled, packed, numbers, bytes)
+    both, mixed = np.concatenate((a, b)), np.stack((a, b), 1).ravel()
+    assert (shuffled[:64] == np.concatenate((both[::2], both[1::2], mixed))).all()
+    assert (shuffled[64:72] == -(a > b)[:8].astype(int)).all() and (bytes == ~(b < a)).all()
+    assert (shuffled[72:] == np.where(a <= b, (a + 1) & 6, np.maximum(a, b) >> np.arange(16))).all()
+    assert count == (b < a).sum() and (packed[3 : 3 + count] == a[b < a]).all() and not packed[:3].any()
+    assert total == pytest.approx(numbers.sum() / 2, rel=1e-6) and top == a.max()

@@ -23,9 +23,12 @@ class Selection(NamedTuple):
              a kept weight that happens to be zero is True.
     removed  sum of the scores of the pruned weights.
     total    sum of all scores.
+    finite   no weight is NaN or Inf, by their bits: a score may overflow where no weight does. Where it is False,
+             neither the weights nor the sums mean anything, and first_nonfinite finds the place.
     """
 
     weight: Tensor
     keep: Tensor | None
     removed: float
     total: float
+    finite: bool

@@ -15,26 +15,36 @@ column first.
 bf16, fp16 and fp32 weights are read through their bits without a copy; a row lives in cache-sized buffers, so
 no float32 image of a linear ever exists. Rows are shared out to torch.get_num_threads() threads of our own
 (the loops release the GIL); the result does not depend on their number. Nothing changes its inputs, except
-`accumulate`, whose purpose it is. torch_ops.py has the same functions for any device.
+`accumulate`, whose purpose it is, and a pruning function whose `out` is its `weight`. torch_ops.py has the same
+functions for any device.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from streamprune.kernels import EWMA_ALPHA, Selection, cpu_rows, cpu_stats
+from streamprune.kernels import EWMA_ALPHA, Selection, cpu_groups, cpu_rows, cpu_stats
+from streamprune.kernels.lanes import COUNT
 
 _Array = np.ndarray[Any, np.dtype[Any]]
-_KINDS = {torch.bfloat16: cpu_rows.BF16, torch.float16: cpu_rows.FP16, torch.float32: cpu_rows.FP32}
-_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
-_PART = 1 << 18  # weights per unit of work: large against the cost of a call, small against a linear
+_FORMS = {  # mask of everything but the sign, shift and factor that make float32 of what is left, bits of infinity
+    torch.bfloat16: (np.int32(0x7FFF), np.int32(16), np.float32(1), np.int32(0x7F80)),
+    torch.float16: (np.int32(0x7FFF), np.int32(13), np.float32(2.0**112), np.int32(0x7C00)),
+    torch.float32: (np.int32(0x7FFFFFFF), np.int32(0), np.float32(1), np.int32(0x7F800000)),
+}
+_PART = 1 << 18  # weights per unit of work, at least: large against the cost of a call
+_STRETCH = 2048  # columns of a token that are read in one go, if there are as many for each thread
+_CHUNK = 2048  # weights, about, that are turned together to compare their groups
 
 
 def prune_ewma(
@@ -50,9 +60,9 @@ def prune_ewma(
 ) -> Selection:
     """Prune `count` weights of every row, those furthest below the running mean of the row's scores.
 
-    weight (rows, in_features) bf16, fp16 or fp32, finite; feature (in_features,) float32, not negative; power
-    1 or 2; 0 <= count <= in_features; block >= 1; 0 <= alpha <= 1. `out` (like weight) receives the weights.
-    Raises ValueError for anything else.
+    weight (rows, in_features) bf16, fp16 or fp32; feature (in_features,) float32, not negative; power
+    1 or 2; 0 <= count <= in_features; block >= 1; 0 <= alpha <= 1. `out` (like weight) receives the weights; it may
+    be `weight` itself, but not overlap it otherwise. Raises ValueError for anything else.
     """
     if block < 1 or not 0 <= alpha <= 1:
         raise ValueError(f"block {block} must be at least 1 and alpha {alpha} in 0..1")
@@ -89,11 +99,15 @@ def prune_n_of_m(
     if not 1 <= n < m or weight.shape[-1] % m:
         raise ValueError(f"{n}:{m} does not divide rows of {weight.shape[-1]} weights")
     job = _Job(weight, feature, power, out, want_keep)
+    halves = 2 if weight.element_size() == 2 and m % 2 == 0 else 1
+    chunks = max(1, weight.shape[1] // _CHUNK)
+    groups = -(-weight.shape[1] // (chunks * m * 2 * COUNT)) * 2 * COUNT
+    turned = np.ascontiguousarray(job.padded(m * groups).reshape(-1, groups, m).transpose(0, 2, 1)).reshape(-1)
 
     def part(begin: int, end: int) -> None:
         rows = slice(begin, end)
-        cpu_rows.prune_groups(
-            job.weight[rows], job.feature, power, job.kind, m - n, m, job.bits, job.out[rows], job.keep[rows],
+        cpu_groups.prune_groups(
+            job.weight[rows], turned, power, job.form, m - n, m, halves, groups, job.out[rows], job.keep[rows],
             job.loss[rows],
         )  # fmt: skip
 
@@ -106,37 +120,33 @@ def accumulate(x: Tensor, sum: Tensor, sumsq: Tensor) -> None:
     x (tokens, in_features) bf16, fp16 or fp32; sum, sumsq (in_features,) float64, contiguous. Runs of 256
     tokens are summed in float32. The bits do not depend on the number of threads. Raises ValueError.
     """
-    if x.ndim != 2 or x.dtype not in _KINDS:
+    if x.ndim != 2 or x.dtype not in _FORMS:
         raise ValueError(f"x must be (tokens, in_features) bf16, fp16 or fp32, not {x.dtype} {[*x.shape]}")
     for total in (sum, sumsq):
         if total.dtype != torch.float64 or total.shape != x.shape[1:] or not total.is_contiguous():
             raise ValueError(f"sum and sumsq must be contiguous float64 of shape ({x.shape[1]},)")
-    bits, sums, squares = _bits(x), sum.numpy(), sumsq.numpy()
-    kind = _KINDS[x.dtype]
+    bits, sums, squares, width = _bits(x).reshape(-1), sum.numpy(), sumsq.numpy(), x.shape[1]
 
     def part(begin: int, end: int) -> None:
-        columns = slice(begin, end)
-        cpu_stats.accumulate_columns(bits[:, columns], kind, sums[columns], squares[columns])
+        cpu_stats.accumulate_columns(bits, width, begin, end, _FORMS[x.dtype], sums, squares)
 
-    threads = torch.get_num_threads() if x.numel() > _PART else 1
-    step = -(-x.shape[1] // threads // 64) * 64
-    _share(x.shape[1], max(64, step), part)
+    step = max(_PART // max(1, x.shape[0]), min(_STRETCH, -(-width // torch.get_num_threads())))
+    _share(width, -(-step // 64) * 64, part, multiple=64)
 
 
 def first_nonfinite(weight: Tensor) -> int | None:
     """Flat index of the first NaN or Inf of a bf16, fp16 or fp32 tensor of any shape, or None."""
-    if weight.dtype not in _KINDS:
+    if weight.dtype not in _FORMS:
         raise ValueError(f"expected bf16, fp16 or fp32, not {weight.dtype}")
     bits = _bits(weight).reshape(-1)
-    infinity = bits.dtype.type(_INFINITY[weight.dtype])
     found: list[int] = []
 
     def part(begin: int, end: int) -> None:
-        index = cpu_stats.first_at_least(bits[begin:end], _magnitude(bits)[0], infinity)
+        index = cpu_stats.first_nonfinite(bits[begin:end], _FORMS[weight.dtype])
         if index >= 0:
             found.append(begin + int(index))
 
-    _share(bits.size, 4 * _PART, part)
+    _share(bits.size, _PART, part)
     return min(found, default=None)
 
 
@@ -154,12 +164,13 @@ def _prune_rows(
         raise ValueError(f"cannot prune {count} of {weight.shape[-1]} weights in a row")
     job = _Job(weight, feature, power, out, want_keep)
     block = min(block, weight.shape[-1])
+    padded = job.padded(COUNT)
 
     def part(begin: int, end: int) -> None:
         rows = slice(begin, end)
         cpu_rows.prune_rows(
-            job.weight[rows], job.feature, power, job.kind, count, block, np.float32(alpha), job.bits,
-            job.out[rows], job.keep[rows], job.loss[rows],
+            job.weight[rows], padded, power, job.form, count, block, float(alpha), job.out[rows], job.keep[rows],
+            job.loss[rows],
         )  # fmt: skip
 
     return job.run(part)
@@ -169,7 +180,7 @@ class _Job:
     """Arrays of one call: inputs and outputs as numpy views of the tensors' memory."""
 
     def __init__(self, weight: Tensor, feature: Tensor, power: int, out: Tensor | None, want_keep: bool) -> None:
-        if weight.ndim != 2 or weight.dtype not in _KINDS:
+        if weight.ndim != 2 or weight.dtype not in _FORMS:
             raise ValueError(f"weight must be 2-D bf16, fp16 or fp32, not {weight.dtype} {[*weight.shape]}")
         if feature.dtype != torch.float32 or feature.shape != weight.shape[1:]:
             raise ValueError(f"feature must be float32 of shape ({weight.shape[1]},)")
@@ -177,47 +188,74 @@ class _Job:
             raise ValueError(f"power must be 1 or 2, not {power}")
         if out is None:
             out = torch.empty(weight.shape, dtype=weight.dtype)
-        if out.dtype != weight.dtype or out.shape != weight.shape or not out.is_contiguous():
-            raise ValueError("out must be contiguous, with the shape and dtype of weight")
+        fits = out.dtype == weight.dtype and out.shape == weight.shape
+        if not fits or not out.is_contiguous() or out.data_ptr() % out.element_size():
+            raise ValueError("out must be contiguous and aligned, with the shape and dtype of weight")
         self.result = out
         self.kept = torch.empty(weight.shape, dtype=torch.bool) if want_keep else None
-        self.kind = _KINDS[weight.dtype]
+        self.form = _FORMS[weight.dtype]
         self.weight, self.out = _bits(weight), _bits(out)
-        self.bits = _magnitude(self.weight)
         self.feature = (feature.detach() + 0.0).contiguous().numpy()  # + 0.0: -0.0 would order below +0.0
         rows = weight.shape[0]
         self.keep = np.empty((rows, 0), np.bool_) if self.kept is None else self.kept.numpy()
-        self.loss = np.zeros((rows, 2), np.float64)
+        self.loss = np.ones((rows, 3), np.float64)  # removed, total, is the row finite
+
+    def padded(self, multiple: int) -> _Array:
+        """The feature, with zeros behind it up to a multiple."""
+        return np.pad(self.feature, (0, -self.feature.size % multiple))
 
     def run(self, part: Callable[[int, int], None]) -> Selection:
         rows, width = self.weight.shape
         if width:
             _share(rows, max(1, _PART // width), part)
-        removed, total = math.fsum(self.loss[:, 0]), math.fsum(self.loss[:, 1])
-        return Selection(self.result, self.kept, removed, total)
+            removed, total = (math.fsum(self.loss[:, i]) for i in range(2))
+            return Selection(self.result, self.kept, removed, total, bool(self.loss[:, 2].all()))
+        return Selection(self.result, self.kept, 0.0, 0.0, True)
 
 
 def _bits(tensor: Tensor) -> _Array:
-    """The tensor's memory as uint16 or uint32; a copy only if it is not contiguous."""
+    """The tensor's memory as uint16 or uint32; a copy only if it is not contiguous, or not aligned."""
     tensor = tensor.detach().contiguous()
-    if tensor.element_size() == 2:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    return tensor.view(torch.int32).numpy().view(np.uint32)
+    kind, unsigned = (torch.int16, np.uint16) if tensor.element_size() == 2 else (torch.int32, np.uint32)
+    return np.require(tensor.view(kind).numpy().view(unsigned), requirements="A")
 
 
-def _magnitude(bits: _Array) -> _Array:
-    """[mask of everything but the sign, zero] in the dtype of `bits`."""
-    return np.array([np.iinfo(bits.dtype).max >> 1, 0], bits.dtype)
+def _share(size: int, step: int, part: Callable[[int, int], None], multiple: int = 1) -> None:
+    """Call part(begin, end) for stretches that cover 0..size, on as many threads as torch uses.
 
+    Four stretches for each thread even out what else the machine does; none but the last is shorter than `step`, and
+    all but the last are multiples of `multiple`.
+    """
+    threads = torch.get_num_threads()
+    step = max(step, -(-size // (4 * threads) // multiple) * multiple)
+    stretches = deque((begin, min(begin + step, size)) for begin in range(0, size, step))
 
-def _share(size: int, step: int, part: Callable[[int, int], None]) -> None:
-    """Call part(begin, end) for stretches of `step` that cover 0..size, on as many threads as torch uses."""
-    stretches = [(begin, min(begin + step, size)) for begin in range(0, size, step)]
-    threads = min(torch.get_num_threads(), len(stretches))
-    if threads <= 1:
-        for begin, end in stretches:
-            part(begin, end)
+    def work() -> None:
+        while stretches:
+            try:
+                stretch = stretches.popleft()
+            except IndexError:
+                return
+            part(*stretch)
+
+    helpers = min(threads, len(stretches)) - 1
+    if helpers < 1:
+        work()
         return
-    with ThreadPoolExecutor(threads, thread_name_prefix="streamprune-kernel") as pool:
-        for done in [pool.submit(part, begin, end) for begin, end in stretches]:
-            done.result()
+    pool = _pool(os.getpid(), helpers)
+    others = [pool.submit(work) for _ in range(helpers)]
+    try:
+        work()
+    finally:
+        for other in others:
+            if not other.cancel():  # it may wait behind another call's
+                other.result()
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int, helpers: int) -> ThreadPoolExecutor:
+    """Threads that last: starting some costs a tenth of a millisecond, or one where the machine is busy.
+
+    A forked process has none of its parent's, hence `process`. When another number is asked for, these end.
+    """
+    return ThreadPoolExecutor(helpers, thread_name_prefix="streamprune-kernel")

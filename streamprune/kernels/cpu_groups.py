@@ -1,9 +1,10 @@
-"""Compiled loops of the CPU kernels: which weights of every m consecutive ones go. See cpu.py for the drivers.
+"""Compiled loops of the CPU kernels: `drop` of every m consecutive weights go. See cpu.py for the drivers.
 
-A weight's rank is the number of weights of its group that go before it: those of lower score, and of equal
-score those to the left. Everything is branch-free, and one vector instruction works on many groups. For that
-a row is taken apart into planes, which hold the same columns of every group; for 4 and 8, the common cases,
-by even/odd splits, as loops of stride two become vector code and larger strides do not.
+A weight's rank is the number of weights of its group that go before it: those of lower score, and of equal score those
+to the left. A row is worked on in chunks of some hundred groups. A chunk is turned so that its planes hold the same
+column of every group, and one vector comparison then serves sixteen groups. What moves are words of 32 bits, which hold
+two 16-bit weights where m is even; words of P to a group turn in log2(P) steps, each of which puts the even words
+first and the odd ones behind, and turn back by undoing them. A chunk stays in the caches of its core.
 """
 
 from __future__ import annotations
@@ -12,131 +13,198 @@ from typing import Any
 
 import numpy as np
 
+from streamprune.kernels import lanes
+from streamprune.kernels.cpu_rows import copy, scored
+from streamprune.kernels.cpu_select import HIGHEST
 from streamprune.kernels.jit import jit
+from streamprune.kernels.lanes import COUNT, above, as_float, as_int, fill, fill_eight, load, load_eight, select, store
 
 
-@jit()
-def keys_of_m(score: Any, key: Any, m: Any, drop: Any, scratch: Any, ranks: Any) -> None:
-    """key = 0 for the `drop` smallest of every m scores, lowest column first, else 1.
+@jit(inline=True)
+def _read(row: Any, i: Any, halves: Any) -> Any:
+    return lanes.load_words(row, i) if halves == 2 else load(row, i)
 
-    score (n,) float32, key (n,) int32; scratch (2, n) float32 and ranks (2, n) int32 are overwritten.
-    """
-    groups = score.size // m
-    if m != 4 and m != 8:
-        _rank_any(
-            score.reshape(groups, m), key.reshape(groups, m), drop,
-            scratch[0].reshape(m, groups), ranks[0].reshape(m, groups),
-        )  # fmt: skip
-        return
-    if m == 4:
-        half = score.size // 2
-        _split(score, scratch[0], 1)
-        _rank_4(scratch[0, :half], scratch[0, half:], ranks[0, :half], ranks[0, half:], drop)
+
+@jit(inline=True)
+def _write(out: Any, i: Any, halves: Any, words: Any) -> None:
+    if halves == 2:
+        lanes.store_words(out, i, words)
     else:
-        _split(score, scratch[1], 1)
-        _split(scratch[1], scratch[0], 2)
-        _split(scratch[0], scratch[1], 4)
-        _rank_8(scratch[1].reshape(8, groups), ranks[0].reshape(8, groups), drop)
-        _join(ranks[0], ranks[1], 4)
-        _join(ranks[1], ranks[0], 2)
-    _join(ranks[0], key, 1)
+        store(out, i, words)
 
 
 @jit()
-def _split_one(values: Any, even: Any, odd: Any) -> None:
-    for i in range(even.size):
-        even[i] = values[2 * i]
-        odd[i] = values[2 * i + 1]
+def _turn(row: Any, begin: Any, words: Any, size: Any, halves: Any, out: Any) -> Any:
+    """Words of row[begin:], `size` to a group, to planes: the first or second half of words; says where they begin.
+
+    What comes after them, and the place for what is left of them, are asked for meanwhile.
+    """
+    half = words.size // 2
+    single = size == 1 or size & (size - 1) != 0
+    for i in range(0, half, 2 * COUNT):
+        for j in range(i, i + 2 * COUNT, COUNT):
+            lanes.will_read(row, begin + halves * (half + j))
+            lanes.will_write(out, begin + halves * j)
+        a, b = _read(row, begin + halves * i, halves), _read(row, begin + halves * (i + COUNT), halves)
+        if single:
+            store(words, i, a)
+            store(words, i + COUNT, b)
+        else:
+            store(words, i // 2, lanes.even(a, b))
+            store(words, (half + i) // 2, lanes.odd(a, b))
+    if size & (size - 1):
+        for g in range(half // size):
+            for p in range(size):
+                words[half + p * (half // size) + g] = words[g * size + p]
+        return half
+    source, target, step = 0, half, 2
+    while step < size:
+        for i in range(0, half // 2, COUNT):
+            a, b = load(words, source + 2 * i), load(words, source + 2 * i + COUNT)
+            store(words, target + i, lanes.even(a, b))
+            store(words, target + half // 2 + i, lanes.odd(a, b))
+        source, target, step = target, source, 2 * step
+    return source
 
 
 @jit()
-def _split(values: Any, halves: Any, stretches: Any) -> None:
-    """Each of `stretches` equal stretches of values becomes its even elements, then its odd ones."""
-    source, target = values.reshape(stretches, -1), halves.reshape(2 * stretches, -1)
-    for s in range(stretches):
-        _split_one(source[s], target[2 * s], target[2 * s + 1])
+def _turn_back(words: Any, source: Any, size: Any, halves: Any, out: Any, begin: Any) -> None:
+    """Undo _turn; source is what it returned."""
+    half = words.size // 2
+    target, step, single = half - source, size, size == 1 or size & (size - 1) != 0
+    if size & (size - 1):
+        for g in range(half // size):
+            for p in range(size):
+                words[target + g * size + p] = words[source + p * (half // size) + g]
+        source, step = target, 1
+    while step > 2:
+        for i in range(0, half // 2, COUNT):
+            a, b = load(words, source + i), load(words, source + half // 2 + i)
+            store(words, target + 2 * i, lanes.first(a, b))
+            store(words, target + 2 * i + COUNT, lanes.last(a, b))
+        source, target, step = target, source, step // 2
+    for i in range(0, half // 2, COUNT):
+        if single:
+            a, b = load(words, source + 2 * i), load(words, source + 2 * i + COUNT)
+        else:
+            x, y = load(words, source + i), load(words, source + half // 2 + i)
+            a, b = lanes.first(x, y), lanes.last(x, y)
+        _write(out, begin + halves * 2 * i, halves, a)
+        _write(out, begin + halves * (2 * i + COUNT), halves, b)
 
 
 @jit()
-def _join_one(even: Any, odd: Any, values: Any) -> None:
-    for i in range(even.size):
-        values[2 * i] = even[i]
-        values[2 * i + 1] = odd[i]
+def _score_planes(
+    words: Any, feature: Any, begin: Any, power: Any, form: Any, halves: Any, m: Any, groups: Any, key: Any
+) -> Any:
+    """key = bits of |w|**power * feature[begin:], in planes. Returns (sum of scores, are all weights finite)."""
+    mask, shift, factor, infinity = form
+    square, total, top = fill(np.int32(power)) == 2, fill(np.float32(0.0)), fill(np.int32(0))
+    for i in range(m):
+        word, place = i // halves * groups, 16 * (i % halves)
+        for g in range(0, groups, COUNT):
+            bits = (load(words, word + g) >> place) & mask
+            top = lanes.largest(top, bits)
+            score = scored(as_float(bits << shift) * factor, load(feature, begin + i * groups + g), square)
+            total = total + score
+            store(key, i * groups + g, as_int(score))
+    return np.float64(lanes.total(total)), lanes.count(top < infinity) == COUNT
+
+
+@jit(inline=True)
+def _meet(a: Any, b: Any, rank_a: Any, rank_b: Any) -> Any:
+    """Ranks of two planes, a left of b; ranks begin as if everything to the left went first."""
+    after = above(a, b)
+    return rank_a - after, rank_b + after
 
 
 @jit()
-def _join(halves: Any, values: Any, stretches: Any) -> None:
-    """Undo _split."""
-    source, target = halves.reshape(2 * stretches, -1), values.reshape(stretches, -1)
-    for s in range(stretches):
-        _join_one(source[2 * s], source[2 * s + 1], target[s])
+def _rank(key: Any, m: Any, step: Any, rank: Any) -> None:
+    """rank of each key, four planes at a time; m planes of `step` keys, m a multiple of four."""
+    for i in range(0, m, 4):
+        ia, ib, ic, id_ = fill_eight(i), fill_eight(i + 1), fill_eight(i + 2), fill_eight(i + 3)
+        for g in range(i * step, (i + 1) * step, 8):
+            a, b = load_eight(key, g), load_eight(key, g + step)
+            c, d = load_eight(key, g + 2 * step), load_eight(key, g + 3 * step)
+            ra, rb = _meet(a, b, ia, ib)
+            rc, rd = _meet(c, d, ic, id_)
+            ra, rc = _meet(a, c, ra, rc)
+            rb, rd = _meet(b, d, rb, rd)
+            ra, rd = _meet(a, d, ra, rd)
+            rb, rc = _meet(b, c, rb, rc)
+            j = g - i * step
+            for _ in range(i):
+                x = load_eight(key, j)
+                ra, rb, rc, rd = ra + above(x, a), rb + above(x, b), rc + above(x, c), rd + above(x, d)
+                j += step
+            j += 4 * step
+            for _ in range(i + 4, m):
+                x = load_eight(key, j)
+                ra, rb, rc, rd = ra - above(a, x), rb - above(b, x), rc - above(c, x), rd - above(d, x)
+                j += step
+            store(rank, g, ra)
+            store(rank, g + step, rb)
+            store(rank, g + 2 * step, rc)
+            store(rank, g + 3 * step, rd)
 
 
 @jit()
-def _le(left: Any, right: Any) -> Any:
-    return np.int32(left <= right)
+def _clear(words: Any, key: Any, rank: Any, mask: Any, halves: Any, m: Any, groups: Any, drop: Any) -> Any:
+    """Weights of rank < drop, and zeros, become +0.0. Returns the sum of the former's scores."""
+    removed, nothing = fill(np.float32(0.0)), fill(np.float32(0.0))
+    for i in range(m):
+        at, place = i // halves * groups, 16 * (i % halves)
+        others = np.int32(~(0xFFFF << place)) if halves == 2 else np.int32(0)
+        for g in range(0, groups, COUNT):
+            word, gone = load(words, at + g), load(rank, i * groups + g) < drop
+            removed = removed + select(gone, as_float(load(key, i * groups + g)), nothing)
+            store(words, at + g, select(gone | (((word >> place) & mask) == 0), word & others, word))
+    return np.float64(lanes.total(removed))
 
 
 @jit()
-def _rank_4(even: Any, odd: Any, even_keys: Any, odd_keys: Any, drop: Any) -> None:
-    """Keys of groups of four, after one split; a second split would cost more than these strides of two."""
-    for i in range(even.size // 2):
-        a, b, c, d = even[2 * i], odd[2 * i], even[2 * i + 1], odd[2 * i + 1]
-        ab, ac, ad = _le(a, b), _le(a, c), _le(a, d)
-        bc, bd, cd = _le(b, c), _le(b, d), _le(c, d)
-        even_keys[2 * i] = np.int32(np.int32(3 - ab - ac - ad) >= drop)
-        odd_keys[2 * i] = np.int32(np.int32(2 + ab - bc - bd) >= drop)
-        even_keys[2 * i + 1] = np.int32(np.int32(1 + ac + bc - cd) >= drop)
-        odd_keys[2 * i + 1] = np.int32(np.int32(ad + bd + cd) >= drop)
-
-
-@jit()
-def _rank_8(planes: Any, keys: Any, drop: Any) -> None:
-    """Keys of groups of eight, after three splits: column i is in the plane of i's three bits reversed."""
-    p0, p1, p2, p3 = planes[0], planes[4], planes[2], planes[6]
-    p4, p5, p6, p7 = planes[1], planes[5], planes[3], planes[7]
-    k0, k1, k2, k3 = keys[0], keys[4], keys[2], keys[6]
-    k4, k5, k6, k7 = keys[1], keys[5], keys[3], keys[7]
-    for i in range(planes.shape[1]):
-        a, b, c, d, e, f, g, h = p0[i], p1[i], p2[i], p3[i], p4[i], p5[i], p6[i], p7[i]
-        ab, ac, ad, ae = _le(a, b), _le(a, c), _le(a, d), _le(a, e)
-        af, ag, ah = _le(a, f), _le(a, g), _le(a, h)
-        bc, bd, be, bf, bg, bh = _le(b, c), _le(b, d), _le(b, e), _le(b, f), _le(b, g), _le(b, h)
-        cd, ce, cf, cg, ch = _le(c, d), _le(c, e), _le(c, f), _le(c, g), _le(c, h)
-        de, df, dg, dh = _le(d, e), _le(d, f), _le(d, g), _le(d, h)
-        ef, eg, eh = _le(e, f), _le(e, g), _le(e, h)
-        fg, fh = _le(f, g), _le(f, h)
-        gh = _le(g, h)
-        k0[i] = np.int32(np.int32(7 - ab - ac - ad - ae - af - ag - ah) >= drop)
-        k1[i] = np.int32(np.int32(6 + ab - bc - bd - be - bf - bg - bh) >= drop)
-        k2[i] = np.int32(np.int32(5 + ac + bc - cd - ce - cf - cg - ch) >= drop)
-        k3[i] = np.int32(np.int32(4 + ad + bd + cd - de - df - dg - dh) >= drop)
-        k4[i] = np.int32(np.int32(3 + ae + be + ce + de - ef - eg - eh) >= drop)
-        k5[i] = np.int32(np.int32(2 + af + bf + cf + df + ef - fg - fh) >= drop)
-        k6[i] = np.int32(np.int32(1 + ag + bg + cg + dg + eg + fg - gh) >= drop)
-        k7[i] = np.int32(np.int32(ah + bh + ch + dh + eh + fh + gh) >= drop)
-
-
-@jit()
-def _compare(first: Any, second: Any, rank_first: Any, rank_second: Any) -> None:
-    for g in range(first.size):
-        before = np.int32(first[g] <= second[g])
-        rank_first[g] = np.int32(rank_first[g] - before)
-        rank_second[g] = np.int32(rank_second[g] + before)
-
-
-@jit()
-def _rank_any(scores: Any, keys: Any, drop: Any, planes: Any, ranks: Any) -> None:
-    """Any m: scores, keys (groups, m); planes, ranks (m, groups) are scratch."""
-    groups, m = scores.shape
+def _write_keep(rank: Any, drop: Any, m: Any, groups: Any, keep: Any, begin: Any) -> None:
     for g in range(groups):
         for i in range(m):
-            planes[i, g] = scores[g, i]
-    for i in range(m):
-        ranks[i, :] = np.int32(m - 1 - i)
-    for i in range(m):
-        for j in range(i + 1, m):
-            _compare(planes[i], planes[j], ranks[i], ranks[j])
-    for g in range(groups):
-        for i in range(m):
-            keys[g, i] = np.int32(ranks[i, g] >= drop)
+            keep[begin + g * m + i] = rank[i * groups + g] >= drop
+
+
+@jit(entry=True)
+def prune_groups(
+    weight: Any, feature: Any, power: Any, form: Any, drop: Any, m: Any, halves: Any, groups: Any, out: Any, keep: Any,
+    loss: Any,
+) -> None:  # fmt: skip
+    """`drop` weights of every m consecutive ones go. Arrays as in cpu_rows.prune_rows, but for the feature.
+
+    feature (chunks * m * groups,) is padded to whole chunks, and turned like the weights. groups: of a chunk, a
+    multiple of 32. halves: weights in a word, 2 for 16-bit weights in even groups, else 1.
+    """
+    rows, n = weight.shape
+    size, width = m // halves, feature.size
+    words, planes = np.empty(2 * size * groups, np.int32), -(-m // 4) * 4
+    key, rank = np.empty(planes * groups, np.int32), np.empty(planes * groups, np.int32)
+    for i in range(key.size):
+        key[i] = HIGHEST
+    line, line_out = np.zeros(width, weight.dtype), np.empty(width, weight.dtype)
+    line_keep = np.empty(width if keep.shape[1] else 0, np.bool_)
+    for r in range(rows):
+        row, row_out, row_keep = weight[r], out[r], keep[r]
+        if n < width:
+            copy(row, line)
+            row, row_out, row_keep = line, line_out, line_keep
+        removed, total, finite = 0.0, 0.0, True
+        for begin in range(0, width, m * groups):
+            source = _turn(row, begin, words, size, halves, row_out)
+            turned = words[source : source + size * groups]
+            scores, fine = _score_planes(turned, feature, begin, power, form, halves, m, groups, key)
+            _rank(key, planes, groups, rank)
+            removed += _clear(turned, key, rank, form[0], halves, m, groups, np.int32(drop))
+            total += scores
+            finite = finite and fine
+            _turn_back(words, source, size, halves, row_out, begin)
+            if row_keep.size:
+                _write_keep(rank, drop, m, groups, row_keep, begin)
+        loss[r, 0], loss[r, 1], loss[r, 2] = removed, total, np.float64(finite)
+        if n < width:
+            copy(line_out, out[r])
+            copy(line_keep, keep[r])

@@ -1,9 +1,9 @@
 """Compiled loops of the CPU kernels: rows of weights in, pruned rows out. See cpu.py for the drivers.
 
-Weights arrive as raw bits: uint16 for bf16 and fp16 (`kind` says which), uint32 for fp32. Work goes row by
-row in buffers that fit the level-1 or level-2 cache: decode and score, decide (cpu_select.py or
-cpu_groups.py), write. Scores are strict IEEE float32; only the sums in `_loss` may be reassociated by the
-compiler.
+Weights arrive as raw bits, uint16 for bf16 and fp16, uint32 for fp32. `form`, from cpu.py, says how these become
+magnitudes: (mask of everything but the sign, shift, factor, bits of infinity); |w| = float32(bits << shift) * factor,
+exactly. Work goes row by row in buffers that fit the level-1 or level-2 cache: score, decide (cpu_select.py), write.
+Rows are padded to whole lanes.
 """
 
 from __future__ import annotations
@@ -12,119 +12,117 @@ from typing import Any
 
 import numpy as np
 
-from streamprune.kernels.cpu_groups import keys_of_m
-from streamprune.kernels.cpu_select import HIGHEST, LOWEST, ewma_keys, find_threshold
+from streamprune.kernels import lanes
+from streamprune.kernels.cpu_select import BLOCK, HIGHEST, LOWEST, find_threshold, follow, keys_at, write_keys
 from streamprune.kernels.jit import jit
-
-BF16, FP16, FP32 = 0, 1, 2
-_F16_SCALE = np.float32(2.0**112)
-_LOSS_CHUNK = 4096
+from streamprune.kernels.lanes import COUNT, as_float, fill, load, select, store
 
 
-@jit()
-def _score(magnitude: Any, square: Any, feature: Any) -> Any:
-    return (magnitude * (magnitude if square else np.float32(1.0))) * feature
+@jit(inline=True)
+def scored(size: Any, feature: Any, square: Any) -> Any:
+    """|w|**power * feature, lanes of float32; `square` where power is 2."""
+    return size * select(square, size, fill(np.float32(1.0))) * feature
 
 
 @jit()
-def load_scores(row: Any, feature: Any, power: Any, kind: Any, score: Any) -> None:
-    """score[j] = |w_j|**power * feature[j] in float32, with w decoded from bits."""
-    square = power == 2
-    if kind == BF16:
-        for j in range(row.size):
-            bits = np.uint32((np.uint32(row[j]) & np.uint32(0x7FFF)) << np.uint32(16))
-            score[j] = _score(bits.view(np.float32), square, feature[j])
-    elif kind == FP16:  # exact for normals and subnormals; Inf and NaN were refused before
-        for j in range(row.size):
-            bits = np.uint32((np.uint32(row[j]) & np.uint32(0x7FFF)) << np.uint32(13))
-            score[j] = _score(bits.view(np.float32) * _F16_SCALE, square, feature[j])
-    else:
-        for j in range(row.size):
-            bits = np.uint32(np.uint32(row[j]) & np.uint32(0x7FFFFFFF))
-            score[j] = _score(bits.view(np.float32), square, feature[j])
+def copy(source: Any, target: Any) -> None:
+    """As much as fits. An assignment of slices takes longer to compile than all the rest: its error has a message."""
+    for i in range(min(source.size, target.size)):
+        target[i] = source[i]
 
 
 @jit()
-def _emit(row: Any, key: Any, limit: Any, magnitude: Any, zero: Any, out: Any) -> None:
-    """Copy the bits of the weights with key > limit; every other weight, and every zero, becomes +0.0."""
-    for j in range(row.size):
-        bits = row[j]
-        gone = (key[j] <= limit) | ((bits & magnitude) == zero)
-        out[j] = zero if gone else bits
+def _load_scores(
+    row: Any, n: Any, out: Any, feature: Any, power: Any, form: Any, score: Any, sums: Any, by_lanes: Any
+) -> Any:
+    """score[j] = |w_j|**power * feature[j]; if by_lanes, sums[b] = their sums over blocks of BLOCK.
 
-
-@jit(fastmath={"reassoc"})
-def _loss(score: Any, key: Any, limit: Any) -> Any:
-    removed = total = np.float32(0.0)
-    for j in range(score.size):
-        total += score[j]
-        removed += score[j] if key[j] <= limit else np.float32(0.0)
-    return removed, total
-
-
-@jit()
-def _finish(row: Any, key: Any, limit: Any, score: Any, bits: Any, out: Any, keep: Any, loss: Any) -> None:
-    """Everything that follows the decision for one stretch of a row: key <= limit goes."""
-    _emit(row, key, limit, bits[0], bits[1], out)
-    for j in range(keep.size):
-        keep[j] = key[j] > limit
-    for begin in range(0, score.size, _LOSS_CHUNK):
-        end = min(begin + _LOSS_CHUNK, score.size)
-        removed, total = _loss(score[begin:end], key[begin:end], limit)
-        loss[0] += np.float64(removed)
-        loss[1] += np.float64(total)
+    The row behind this one, n further on, and the place for what is left of this one are asked for meanwhile.
+    Returns (sum of scores, sum of |w|, are all weights finite).
+    """
+    mask, shift, factor, infinity = form
+    square, nothing = fill(np.int32(power)) == 2, fill(np.float32(0.0))
+    total, sizes, top, left = nothing, nothing, fill(np.int32(0)), nothing
+    for j in range(0, score.size, COUNT):
+        lanes.will_read(row, j + n)
+        lanes.will_write(out, j)
+        bits = load(row, j) & mask
+        top = lanes.largest(top, bits)
+        size = as_float(bits << shift) * factor
+        value = scored(size, load(feature, j), square)
+        store(score, j, value)
+        total = total + value
+        sizes = sizes + size
+        if by_lanes and j % BLOCK:
+            sums[j // BLOCK] = np.float64(lanes.total(left + value))
+        left = value
+    return np.float64(lanes.total(total)), np.float64(lanes.total(sizes)), lanes.count(top < infinity) == COUNT
 
 
 @jit()
+def _emit(
+    row: Any, threshold: Any, cut: Any, mask: Any, key: Any, score: Any, est: Any, inverse: Any, by_lanes: Any,
+    out: Any, keep: Any,
+) -> Any:  # fmt: skip
+    """Copy the bits of the weights that stay; those that go, and every zero, become +0.0.
+
+    Keys <= threshold go left of column cut, keys < threshold from there on. Returns the sum of scores of what goes.
+    """
+    removed, nothing = fill(np.float32(0.0)), fill(np.float32(0.0))
+    limit, behind = fill(np.int32(threshold)), fill(np.int32(threshold - 1))
+    for j in range(0, key.size, COUNT):
+        if j + COUNT > cut:
+            limit = select(lanes.columns() < np.int32(max(cut - j, 0)), limit, behind)
+        bits, gone = load(row, j), keys_at(j, key, score, est, inverse, by_lanes) <= limit
+        store(out, j, select(gone | ((bits & mask) == 0), fill(np.int32(0)), bits))
+        removed = removed + select(gone, load(score, j), nothing)
+        if keep.size:
+            store(keep, j, lanes.invert(gone))
+    return np.float64(lanes.total(removed))
+
+
+@jit(entry=True)
 def prune_rows(
-    weight: Any, feature: Any, power: Any, kind: Any, count: Any, block: Any, alpha: Any, bits: Any, out: Any,
-    keep: Any, loss: Any,
+    weight: Any, feature: Any, power: Any, form: Any, count: Any, block: Any, alpha: Any, out: Any, keep: Any,
+    loss: Any,
 ) -> None:  # fmt: skip
     """`count` weights of every row go; block 0 means the exact selector, else EWMA.
 
-    weight, out (rows, n) uint16|uint32; keep (rows, n) bool or (rows, 0); loss (rows, 2) float64; bits holds
-    the mask of everything but the sign, and zero, in the dtype of weight.
+    weight, out (rows, n) uint16|uint32, may be the same; feature (n, padded to whole lanes) float32; keep (rows, n)
+    bool or (rows, 0); loss (rows, 3) float64 gets removed, total and whether the row is finite.
     """
     rows, n = weight.shape
-    score = np.empty(n, np.float32)
-    work, spare = np.empty(n, np.float32), np.empty(n, np.float32)
-    key = score.view(np.int32) if block == 0 else np.empty(n, np.int32)
-    state = np.empty((4, n // max(block, 1) + 1), np.float32)
-    guess, slope = np.int64(0), 1e-6
+    size = feature.size
+    by_lanes = block == BLOCK and n == size
+    score = np.empty(size, np.float32)
+    key = score.view(np.int32) if block == 0 else np.empty(size, np.int32)
+    found, blocks = np.empty(size + COUNT, np.int32), n // max(block, 1)
+    sums, state = np.empty(blocks, np.float64), np.empty(blocks + 1, np.float64)
+    est, inverse = np.empty(blocks + 1, np.float32), np.empty(blocks + 1, np.float32)
+    middle, spread, track = 0.0, 1.0, np.empty(2, np.float64)
+    track[0] = track[1] = np.nan
+    line, line_out = np.zeros(size, weight.dtype), np.empty(size, weight.dtype)
+    line_keep = np.empty(size if keep.shape[1] else 0, np.bool_)
     for r in range(rows):
-        load_scores(weight[r], feature, power, kind, score)
+        row, row_out, row_keep = weight[r], out[r], keep[r]
+        if n < size:
+            copy(row, line)
+            row, row_out, row_keep = line, line_out, line_keep
+        total, sizes, finite = _load_scores(row, n, row_out, feature, power, form, score, sums, by_lanes)
         if block > 0:
-            ewma_keys(score, key, block, alpha, work, spare, state)
-        threshold, cut = np.int64(LOWEST), n
+            middle, spread = follow(score, block, alpha, by_lanes, sums, state, est, inverse)
+            if not by_lanes:
+                write_keys(score, n, block, est, inverse, key)
+        for j in range(n, size):
+            key[j] = HIGHEST
+        threshold, cut = np.int64(LOWEST), size
         if count == n:
-            threshold = np.int64(HIGHEST)
+            threshold = np.int64(HIGHEST - 1)  # the padding stays
         elif count > 0:
-            threshold, cut, slope = find_threshold(key, count, guess, slope)
-            guess = threshold
-        loss[r] = 0.0
-        kept = min(cut, keep.shape[1])
-        _finish(
-            weight[r, :cut], key[:cut], np.int32(threshold), score[:cut], bits, out[r, :cut],
-            keep[r, :kept], loss[r],
-        )  # fmt: skip
-        if cut < n:
-            _finish(
-                weight[r, cut:], key[cut:], np.int32(threshold - 1), score[cut:], bits, out[r, cut:],
-                keep[r, kept:], loss[r],
-            )  # fmt: skip
-
-
-@jit()
-def prune_groups(
-    weight: Any, feature: Any, power: Any, kind: Any, drop: Any, m: Any, bits: Any, out: Any, keep: Any,
-    loss: Any,
-) -> None:  # fmt: skip
-    """`drop` weights of every m consecutive ones go. Arrays as in prune_rows."""
-    rows, n = weight.shape
-    score, key = np.empty(n, np.float32), np.empty(n, np.int32)
-    scratch, ranks = np.empty((2, n), np.float32), np.empty((2, n), np.int32)
-    for r in range(rows):
-        load_scores(weight[r], feature, power, kind, score)
-        keys_of_m(score, key, m, np.int32(drop), scratch, ranks)
-        loss[r] = 0.0
-        _finish(weight[r], key, np.int32(0), score, bits, out[r], keep[r], loss[r])
+            unit = ((sizes / n) ** power, middle, spread)
+            threshold, cut = find_threshold(key, score, block, est, inverse, by_lanes, count, unit, track, found)
+        removed = _emit(row, threshold, cut, form[0], key, score, est, inverse, by_lanes, row_out, row_keep)
+        loss[r, 0], loss[r, 1], loss[r, 2] = removed, total, np.float64(finite)
+        if n < size:
+            copy(line_out, out[r])
+            copy(line_keep, keep[r])

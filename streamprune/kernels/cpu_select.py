@@ -1,18 +1,16 @@
 """Compiled loops of the CPU kernels: from a row of scores to the weights that go. See cpu.py for the drivers.
 
-A selector turns a row of scores into int32 keys; then selection is a threshold on keys:
+A selector turns a row of scores into int32 keys, sixteen at a time; then selection is a threshold on keys:
 
     exact   key = bits of L (L >= 0, so the order of bits is the order of values)
     ewma    key = order-preserving bits of z = (L - est) / dev
-    n of m  key = 0 for the weights to go, 1 for the others (cpu_groups.py)
 
-The k smallest of n keys are found without sorting: each pass counts the keys at or below a trial threshold
-and notes its two neighbours among the keys, so that the bracket always snaps to keys that exist. Trials come
-from the previous row, then from Newton steps, and from bisection when those stall: at most 8 + 2 x 32 passes,
-usually four. The outcome does not depend on where the search began.
+The k smallest of n keys are found without sorting. The rows before tell where the threshold should be: keys in a
+bracket around that, a few percent, are packed into a list while the keys below are counted, in one pass. A search by
+counts ends on the list; where the bracket misses, on the whole row. The outcome depends on neither.
 
-Rounding: strict IEEE float32, sums over a block by a fixed tree, so every processor computes the same bits.
-Sums of equal numbers over a block are exact: a constant row has dev = 0 exactly.
+Rounding: strict IEEE float32, sums over a block by a fixed tree, the moving means in float64 and then rounded, so
+every processor computes the same bits. Sums and means of equal numbers are exact: a constant row has dev = 0.
 """
 
 from __future__ import annotations
@@ -21,131 +19,179 @@ from typing import Any
 
 import numpy as np
 
+from streamprune.kernels import lanes
 from streamprune.kernels.jit import jit
+from streamprune.kernels.lanes import COUNT, as_float, as_int, fill, load, pack
 
 LOWEST = -(2**31)
 HIGHEST = 2**31 - 1
+BLOCK = 2 * COUNT  # the usual block of EWMA: its loops are written with lanes
 _TINY = np.float32(np.finfo(np.float32).tiny)
-
-
-@jit()
-def _fold(values: Any, pairs: Any, size: Any) -> None:
-    for i in range(size):
-        pairs[i] = values[2 * i] + values[2 * i + 1]
-
-
-@jit()
-def _block_means(values: Any, block: Any, spare: Any, other: Any, means: Any) -> None:
-    """means[b] = mean of values[b * block : (b + 1) * block], all b at once; spare and other are scratch.
-
-    `other` may be `values` where those are no longer needed.
-    """
-    odd = block
-    while odd % 2 == 0:
-        odd //= 2
-        _fold(values, spare, means.size * odd)
-        values, spare, other = spare, other, spare
-    for b in range(means.size):
-        total = np.float64(0.0)
-        for j in range(odd):
-            total += np.float64(values[b * odd + j])
-        means[b] = np.float32(total / block)
-
-
-@jit()
-def _distances(score: Any, est: Any, out: Any) -> None:
-    for b in range(score.shape[0]):
-        for j in range(score.shape[1]):
-            out[b, j] = abs(score[b, j] - est[b])
-
-
-@jit()
-def _ordered(z: Any) -> Any:
-    bits = np.float32(z).view(np.int32)
-    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-
-
-@jit()
-def _block_keys(score: Any, est: Any, dev: Any, key: Any) -> None:
-    for b in range(score.shape[0]):
-        inverse = np.float32(1.0) / max(dev[b], _TINY)
-        for j in range(score.shape[1]):
-            key[b, j] = _ordered((score[b, j] - est[b]) * inverse)
+_SIGNLESS = 0x7FFFFFFF
 
 
 @jit()
 def _moving(values: Any, alpha: Any, state: Any) -> None:
-    """state[b] = the moving mean of values before block b; it starts at the first value."""
-    now = values[0]
-    for b in range(values.size):
-        state[b] = now
-        now += alpha * np.float32(values[b] - now)
-    state[values.size] = now
+    """state[b] = the moving mean of values before block b, state (values.size + 1,); it starts at the first value.
+
+    Four steps at once: now = keep**4 now + four, so that one product and one sum wait for those before and not
+    eight. In float64, for otherwise a constant row might not have a constant mean.
+    """
+    keep, now = 1.0 - alpha, values[0]
+    keep_2, keep_3, keep_4 = keep * keep, keep * keep * keep, keep * keep * keep * keep
+    state[0] = now
+    whole = values.size // 4 * 4
+    for b in range(0, whole, 4):
+        one = alpha * values[b]
+        two = keep * one + alpha * values[b + 1]
+        three = keep * two + alpha * values[b + 2]
+        four = keep * three + alpha * values[b + 3]
+        state[b + 1] = keep * now + one
+        state[b + 2] = keep_2 * now + two
+        state[b + 3] = keep_3 * now + three
+        now = keep_4 * now + four
+        state[b + 4] = now
+    for b in range(whole, values.size):
+        now = keep * now + alpha * values[b]
+        state[b + 1] = now
 
 
 @jit()
-def ewma_keys(score: Any, key: Any, block: Any, alpha: Any, work: Any, spare: Any, state: Any) -> None:
-    """key = ordered bits of z; score (n,), 1 <= block <= n; the rest is scratch.
+def _block_sums(score: Any, est: Any, sums: Any) -> None:
+    """sums[b] = sum of the distances of block b from est[b], which is float32; blocks of BLOCK."""
+    for b in range(sums.size):
+        middle = fill(est[b])
+        left = as_int(load(score, b * BLOCK) - middle) & _SIGNLESS
+        right = as_int(load(score, b * BLOCK + COUNT) - middle) & _SIGNLESS
+        sums[b] = np.float64(lanes.total(as_float(left) + as_float(right)))
 
-    work, spare (n,) and state (4, n // block + 1) float32.
+
+@jit()
+def _plain_sums(score: Any, block: Any, est: Any, sums: Any) -> None:
+    """_block_sums for blocks of any size."""
+    for b in range(sums.size):
+        total = 0.0
+        for j in range(b * block, (b + 1) * block):
+            total += np.float64(abs(score[j] - est[b]))
+        sums[b] = total
+
+
+@jit()
+def _mean_states(sums: Any, block: Any, alpha: Any, state: Any, rounded: Any) -> Any:
+    """From sums of blocks to the moving mean before each, state in float64, rounded. Returns about its mean."""
+    for b in range(sums.size):
+        sums[b] = np.float64(np.float32(sums[b] / block))
+    _moving(sums, alpha, state)
+    total, size = 0.0, 0
+    for b in range(state.size):
+        rounded[b] = np.float32(state[b])
+    for b in range(0, state.size, 8):
+        total += state[b]
+        size += 1
+    return total / size
+
+
+@jit()
+def follow(score: Any, block: Any, alpha: Any, by_lanes: Any, sums: Any, state: Any, est: Any, inverse: Any) -> Any:
+    """est and 1 / dev before each block, (n // block + 1,) float32. Returns about the means of est and dev.
+
+    sums (n // block,) and state float64 are scratch; if by_lanes, sums are already those of the blocks of scores.
     """
-    full = score.size // block
-    end = full * block
-    mean, est, spread, dev = state[0, :full], state[1], state[2, :full], state[3]
-    blocks = score[:end].reshape(full, block)
-    _block_means(score, block, spare, work, mean)
-    _moving(mean, alpha, est)
-    _distances(blocks, est, work[:end].reshape(full, block))
-    _block_means(work, block, spare, work, spread)
-    _moving(spread, alpha, dev)
-    _block_keys(blocks, est, dev, key[:end].reshape(full, block))
-    rest = score.size - end
-    if rest > 0:  # nothing follows the shorter last block, so its own means are not needed
-        _block_keys(score[end:].reshape(1, rest), est[full:], dev[full:], key[end:].reshape(1, rest))
+    if not by_lanes:
+        for b in range(est.size):
+            est[b] = np.float32(0.0)
+        _plain_sums(score, block, est, sums)
+    means = _mean_states(sums, block, alpha, state, est)
+    if by_lanes:
+        _block_sums(score, est, sums)
+    else:
+        _plain_sums(score, block, est, sums)
+    spreads = _mean_states(sums, block, alpha, state, inverse)
+    for b in range(inverse.size):
+        inverse[b] = np.float32(1.0) / (inverse[b] if inverse[b] > _TINY else _TINY)
+    return means, spreads
+
+
+@jit()
+def ordered(z: Any) -> Any:
+    """int32 in the order of float32."""
+    bits = np.float32(z).view(np.int32)
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(_SIGNLESS)))
+
+
+@jit()
+def write_keys(score: Any, n: Any, block: Any, est: Any, inverse: Any, key: Any) -> None:
+    """key = ordered bits of z = (L - est) / dev."""
+    for b in range(est.size):
+        for j in range(b * block, min((b + 1) * block, n)):
+            key[j] = ordered((score[j] - est[b]) * inverse[b])
+
+
+@jit(inline=True)
+def keys_at(j: Any, key: Any, score: Any, est: Any, inverse: Any, by_lanes: Any) -> Any:
+    """The keys of columns j.. from `key`, or, if by_lanes, those that write_keys would write there."""
+    if not by_lanes:
+        return load(key, j)
+    bits = as_int((load(score, j) - fill(est[j // BLOCK])) * fill(inverse[j // BLOCK]))
+    return lanes.select(bits < 0, bits ^ _SIGNLESS, bits)
+
+
+@jit()
+def _pack_bracket(
+    key: Any, score: Any, est: Any, inverse: Any, by_lanes: Any, low: Any, high: Any, found: Any
+) -> Any:  # fmt: skip
+    """(number of keys <= low, number in low < key <= high); the latter go to found, which has COUNT to spare."""
+    below = inside = np.int64(0)
+    bottom, top = fill(np.int32(low)), fill(np.int32(high))
+    for j in range(0, key.size, COUNT):
+        keys = keys_at(j, key, score, est, inverse, by_lanes)
+        above = bottom < keys
+        chosen = above & (keys <= top)
+        pack(found, inside, keys, chosen)
+        inside += lanes.count(chosen)
+        below += COUNT - lanes.count(above)
+    return below, inside
 
 
 @jit()
 def _scan(key: Any, trial: Any) -> Any:
     """Number of keys <= trial, the largest of them, and the smallest key > trial."""
-    count = np.int32(0)
-    below = np.int32(LOWEST)
-    above = np.int32(HIGHEST)
-    for j in range(key.size):
-        x = key[j]
-        inside = x <= trial
-        count = np.int32(count + np.int32(inside))
-        below = max(below, x if inside else np.int32(LOWEST))
-        above = min(above, np.int32(HIGHEST) if inside else x)
-    return np.int64(count), np.int64(below), np.int64(above)
+    within = np.int64(0)
+    below = not_above = fill(np.int32(LOWEST))
+    for j in range(0, key.size, COUNT):
+        keys = load(key, j)
+        inside = keys <= np.int32(trial)
+        within += lanes.count(inside)
+        below = lanes.largest(below, lanes.select(inside, keys, below))
+        not_above = lanes.largest(not_above, lanes.select(inside, not_above, keys ^ -1))
+    return within, np.int64(lanes.top(below)), np.int64(~lanes.top(not_above))
 
 
 @jit()
 def _column_of_tie(key: Any, threshold: Any, ties: Any) -> Any:
     """1 + the column of the `ties`-th key equal to threshold."""
-    begin = 0
+    j = -COUNT
+    while ties > 0:
+        j += COUNT
+        ties -= lanes.count(load(key, j) == np.int32(threshold))
+    j += COUNT
     while True:
-        end = min(begin + 64, key.size)
-        here = np.int32(0)
-        for j in range(begin, end):
-            here = np.int32(here + np.int32(key[j] == threshold))
-        if here >= ties:
-            break
-        ties -= np.int64(here)
-        begin = end
-    while True:
-        ties -= np.int64(key[begin] == threshold)
-        begin += 1
-        if ties == 0:
-            return begin
+        j -= 1
+        if key[j] == threshold:
+            if ties == 0:
+                return j + 1
+            ties += 1
 
 
 @jit()
-def find_threshold(key: Any, k: Any, guess: Any, slope: Any) -> Any:
-    """The k smallest keys, 0 < k < n: key <= threshold in columns < cut, key < threshold beyond.
+def _search(key: Any, k: Any, guess: Any, slope: Any) -> Any:
+    """(threshold, ties): the k smallest keys, 0 < k <= size, are those <= threshold, or, unless ties is 0, those
+    < threshold and the first `ties` of those equal to it.
 
-    Returns (threshold, cut, slope). `guess` and `slope`, keys per unit of threshold, only steer the search:
-    Newton steps, along the chord of the bracket where they leave it or it is narrow, one neighbour up or down
-    when one key is missing or too many, bisection every other pass from the eighth.
+    `guess` and `slope`, keys per unit of threshold, only steer the search: each pass counts the keys at or below
+    a trial and notes its two neighbours, so that the bracket always snaps to keys that exist. Newton steps, along
+    the chord of the bracket where they leave it or it is narrow, one neighbour up or down when one key is missing
+    or too many, bisection every other pass from the eighth: at most 8 + 2 x 32 passes.
     """
     low, count_low = np.int64(LOWEST) - 1, np.int64(0)
     high, count_high = np.int64(HIGHEST), np.int64(key.size)
@@ -156,16 +202,14 @@ def find_threshold(key: Any, k: Any, guess: Any, slope: Any) -> Any:
         count, below, above = _scan(key, np.int32(trial))
         passes += 1
         if count == k:
-            return below, key.size, slope
+            return below, np.int64(0)
         if count < k:
             low, count_low = above - 1, count
         else:
             high, count_high = below, count
         span = high - low
         if span == 1:
-            if count_high == k:
-                return high, key.size, slope
-            return high, _column_of_tie(key, high, k - count_low), slope
+            return high, (np.int64(0) if count_high == k else k - count_low)
         if count_last >= 0 and abs(count - count_last) >= 16:
             slope = np.float64(abs(count - count_last)) / (np.float64(abs(trial - last)) + 1.0)
         last, count_last = trial, count
@@ -181,3 +225,49 @@ def find_threshold(key: Any, k: Any, guess: Any, slope: Any) -> Any:
             if trial <= low or trial >= high or count_high - count_low < 24:
                 chord = np.float64(span) / np.float64(count_high - count_low)
                 trial = low + np.int64(np.float64(k - count_low) * chord)
+
+
+@jit()
+def find_threshold(
+    key: Any, score: Any, block: Any, est: Any, inverse: Any, by_lanes: Any, k: Any, unit: Any, track: Any, found: Any
+) -> Any:
+    """(threshold, cut): the k smallest keys are those <= threshold left of column cut, < threshold from there on.
+
+    0 < k < n; arrays as in keys_at, found (key.size + COUNT,) int32 is scratch. unit (scale, est, dev) are the row's
+    scale and the means of its states: a key is that of (L - est) / dev. track, two float64, is what earlier rows
+    tell: the usual threshold on L / scale, and how far from it thresholds are on average.
+    """
+    scale, middle, spread = unit
+    guess, reach = (track[0] * scale - middle) / spread, 5.0 * track[1] * scale / spread
+    low, high = np.int64(ordered(np.float32(guess - reach))), np.int64(ordered(np.float32(guess + reach)))
+    below, inside = _pack_bracket(key, score, est, inverse, by_lanes, low, high, found)
+    slope = np.float64(inside) / np.float64(abs(high - low) + 1)
+    hit = below < k <= below + inside
+    if hit:
+        size = -(-inside // COUNT) * COUNT
+        for i in range(inside, size):
+            found[i] = HIGHEST
+        threshold, ties = _search(found[:size], k - below, low + np.int64(np.float64(k - below) / slope), slope)
+    if by_lanes and (not hit or ties > 0):
+        write_keys(score, score.size, block, est, inverse, key)
+    if not hit:
+        threshold, ties = _search(key, k, np.int64(ordered(np.float32(guess))), slope)
+    _learn(track, (_value(threshold) * spread + middle) / scale)
+    return threshold, (_column_of_tie(key, threshold, ties) if ties > 0 else key.size)
+
+
+@jit()
+def _value(key: Any) -> Any:
+    """The float32 that has this key, as float64."""
+    return np.float64(np.int32(ordered(np.int32(key).view(np.float32))).view(np.float32))
+
+
+@jit()
+def _learn(track: Any, usual: Any) -> None:
+    """Follow the threshold of one more row; what is not finite teaches nothing."""
+    off = abs(usual - track[0])
+    if off < np.inf:
+        track[0] += (usual - track[0]) / 8
+        track[1] += (off - track[1]) / 8
+    elif abs(usual) < np.inf:
+        track[0], track[1] = usual, abs(usual) / 16

@@ -7,73 +7,78 @@ from typing import Any
 import numpy as np
 
 from streamprune.kernels.jit import jit
+from streamprune.kernels.lanes import COUNT, as_float, as_int, count, fill, largest, load, select, store
 
 TOKENS = 256  # tokens summed in float32 before they are added to the float64 accumulators
 COLUMNS = 1024  # columns visited together: two float32 buffers of 4 KiB each
+_AT_ONCE = 4  # tokens added in registers
 _SEARCH = 8192
-_F16_SCALE = np.float32(2.0**112)
+
+
+@jit(inline=True)
+def _value(bits: Any, form: Any) -> Any:
+    """Lanes of signed float32; NaN and Inf stay what they are."""
+    mask, shift, factor, infinity = form
+    if factor == np.float32(1.0):
+        return as_float(bits << shift)
+    size = bits & mask
+    special = select(size < infinity, fill(np.int32(0)), fill(np.int32(0x7F800000)))
+    return as_float(as_int(as_float(size << shift) * factor) | ((bits ^ size) << 16) | special)
 
 
 @jit()
-def _decode(row: Any, kind: Any, value: Any) -> None:
-    """Signed float32 values of one stretch of a row of raw bits; NaN and Inf stay what they are."""
-    if kind == 0:
-        for j in range(row.size):
-            value[j] = np.uint32(np.uint32(row[j]) << np.uint32(16)).view(np.float32)
-    elif kind == 1:
-        for j in range(row.size):
-            half = np.uint32(row[j])
-            small = np.uint32((half & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * _F16_SCALE
-            sign = np.uint32((half & np.uint32(0x8000)) << np.uint32(16))
-            special = np.uint32(0x7F800000) if (half & np.uint32(0x7C00)) == 0x7C00 else np.uint32(0)
-            value[j] = np.uint32(np.float32(small).view(np.uint32) | sign | special).view(np.float32)
-    else:
-        for j in range(row.size):
-            value[j] = np.uint32(row[j]).view(np.float32)
+def _add(x: Any, width: Any, begin: Any, end: Any, left: Any, form: Any, sums: Any, squares: Any) -> None:
+    """Add the tokens begin..end of columns left.. of x (tokens * width,) to sums and squares, whole lanes float32."""
+    for j in range(0, sums.size, COUNT):
+        total, square = load(sums, j), load(squares, j)
+        for t in range(begin, end):
+            value = _value(load(x, t * width + left + j), form)
+            total = total + value
+            square = square + value * value
+        store(sums, j, total)
+        store(squares, j, square)
 
 
-@jit()
-def _add(value: Any, sums: Any, squares: Any) -> None:
-    for j in range(value.size):
-        v = value[j]
-        sums[j] += v
-        squares[j] += v * v
+@jit(entry=True)
+def accumulate_columns(x: Any, width: Any, left: Any, right: Any, form: Any, sums: Any, squares: Any) -> None:
+    """sums += sum over tokens, squares += sum of squares, of columns left..right of x (tokens * width,) raw bits.
 
-
-@jit()
-def accumulate_columns(x: Any, kind: Any, sums: Any, squares: Any) -> None:
-    """sums += sum over tokens, squares += sum of squares; x (tokens, columns) raw bits, the rest float64.
-
-    Each column is added up on its own, tokens in order, so neither the number of threads nor the way the
-    columns are split between them changes a bit.
+    sums, squares (width,) float64. Each column is added up on its own, tokens in order, so neither the number of
+    threads nor the way the columns are split between them changes a bit.
     """
-    tokens, columns = x.shape
-    value = np.empty(COLUMNS, np.float32)
-    part, part_squares = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32)
-    for left in range(0, columns, COLUMNS):
-        right = min(left + COLUMNS, columns)
-        width = right - left
-        for begin in range(0, tokens, TOKENS):
+    tokens = x.size // width
+    edge = np.zeros(TOKENS * COUNT, x.dtype)
+    part = np.empty((2, COLUMNS), np.float32)
+    for begin in range(0, tokens, TOKENS):
+        end = min(begin + TOKENS, tokens)
+        for first in range(left, right, COLUMNS):
+            columns = min(COLUMNS, right - first)
+            whole = columns // COUNT * COUNT
             part[:] = np.float32(0.0)
-            part_squares[:] = np.float32(0.0)
-            for t in range(begin, min(begin + TOKENS, tokens)):
-                _decode(x[t, left:right], kind, value[:width])
-                _add(value[:width], part[:width], part_squares[:width])
-            for j in range(width):
-                sums[left + j] += np.float64(part[j])
-                squares[left + j] += np.float64(part_squares[j])
+            for t in range(begin, end, _AT_ONCE):
+                _add(x, width, t, min(t + _AT_ONCE, end), first, form, part[0, :whole], part[1, :whole])
+            if whole < columns:  # the last columns go to lanes of their own, for what lies behind them may be no memory
+                for t in range(begin, end):
+                    for j in range(columns - whole):
+                        edge[(t - begin) * COUNT + j] = x[t * width + first + whole + j]
+                own = whole + COUNT
+                _add(edge, COUNT, 0, end - begin, 0, form, part[0, whole:own], part[1, whole:own])
+            for j in range(columns):
+                sums[first + j] += np.float64(part[0, j])
+                squares[first + j] += np.float64(part[1, j])
 
 
-@jit()
-def first_at_least(bits: Any, magnitude: Any, infinity: Any) -> Any:
-    """Index of the first element with (bits & magnitude) >= infinity, or -1."""
+@jit(entry=True)
+def first_nonfinite(bits: Any, form: Any) -> Any:
+    """Index of the first NaN or Inf of (size,) raw bits, or -1."""
+    mask, _, _, infinity = form
     for begin in range(0, bits.size, _SEARCH):
         end = min(begin + _SEARCH, bits.size)
-        found = np.int32(0)
-        for value in bits[begin:end]:
-            found = np.int32(found | np.int32((value & magnitude) >= infinity))
-        if found:
+        whole, top = begin + (end - begin) // COUNT * COUNT, fill(np.int32(0))
+        for i in range(begin, whole, COUNT):
+            top = largest(top, load(bits, i) & mask)
+        if whole < end or count(top < infinity) < COUNT:
             for i in range(begin, end):
-                if (bits[i] & magnitude) >= infinity:
+                if np.int32(bits[i] & mask) >= infinity:
                     return i
     return -1

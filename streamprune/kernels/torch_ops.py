@@ -1,12 +1,17 @@
 """Torch kernels, for any device: the functions of cpu.py, same signatures, same meaning.
 
 The same number of weights goes in every row and group, and the same ones except where two scores agree to
-float32 rounding: sums over a block are taken in another order. Rows are worked on in chunks, so temporaries
-stay below about 256 MiB. See cpu.py for the mathematics and for the arguments.
+float32 rounding. Rows are worked on in chunks, so temporaries stay below about 256 MiB. Nothing waits for the device
+before a call ends, but for its three sums. See cpu.py for the mathematics and for the arguments.
+
+No product of matrices occurs, so TF32 changes nothing: EWMA's states are a scan in log2(blocks) steps, in float64
+because only then a constant row has a constant mean; there is one state for 32 weights. Thresholds are Torch's own
+kthvalue, a radix select on a GPU.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +22,7 @@ from streamprune.kernels import EWMA_ALPHA, Selection
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TEMPORARY = 256 << 20  # bytes
 _PER_WEIGHT = 40  # bytes of temporaries for each weight of a chunk
+_RUN = 256  # tokens summed in float32
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -71,17 +77,19 @@ def prune_n_of_m(
 
 
 def accumulate(x: Tensor, sum: Tensor, sumsq: Tensor) -> None:
-    """See cpu.accumulate; sums in float64 throughout, on the device of x."""
+    """See cpu.accumulate; on the device of x, which is read twice and not copied."""
     if x.ndim != 2 or x.dtype not in _DTYPES:
         raise ValueError(f"x must be (tokens, in_features) bf16, fp16 or fp32, not {x.dtype} {[*x.shape]}")
     for total in (sum, sumsq):
         if total.dtype != torch.float64 or total.shape != x.shape[1:] or total.device != x.device:
             raise ValueError(f"sum and sumsq must be float64 of shape ({x.shape[1]},) on {x.device}")
     with torch.no_grad():
-        for chunk in torch.split(x, max(1, _TEMPORARY // (16 * max(1, x.shape[1])))):
-            values = chunk.to(torch.float64) if x.device.type == "cpu" else chunk.float()
-            sum += values.sum(0, dtype=torch.float64)
-            sumsq += values.square().sum(0, dtype=torch.float64)
+        runs, width = x.shape[0] // _RUN, x.shape[1]
+        for part in (x[: runs * _RUN].reshape(runs, _RUN, width), x[None, runs * _RUN :]):
+            if part.numel():
+                sum += part.sum(1, dtype=torch.float32).sum(0, dtype=torch.float64)
+                norms = torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
+                sumsq += norms.double().square_().sum(0)
 
 
 def first_nonfinite(weight: Tensor) -> int | None:
@@ -90,9 +98,8 @@ def first_nonfinite(weight: Tensor) -> int | None:
         raise ValueError(f"expected bf16, fp16 or fp32, not {weight.dtype}")
     begin = 0
     for chunk in torch.split(weight.detach().reshape(-1), _TEMPORARY // 4):
-        bad = ~torch.isfinite(chunk)
-        if bool(bad.any()):
-            return begin + int(bad.to(torch.uint8).argmax())
+        if chunk.numel() and not math.isfinite(float(_extent(chunk))):
+            return begin + int((~torch.isfinite(chunk)).to(torch.uint8).argmax())
         begin += chunk.numel()
     return None
 
@@ -116,79 +123,106 @@ def _prune(
     if result.dtype != weight.dtype or result.shape != weight.shape or not result.is_contiguous():
         raise ValueError("out must be contiguous, with the shape and dtype of weight")
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if want_keep else None
-    removed = torch.zeros((), dtype=torch.float64, device=weight.device)
-    total = removed.clone()
     rows = max(1, _TEMPORARY // (_PER_WEIGHT * max(1, weight.shape[1])))
+    figures = []
     with torch.no_grad():
         for begin in range(0, weight.shape[0] if weight.shape[1] else 0, rows):
             chunk = weight[begin : begin + rows].detach()
-            score = chunk.float().abs()
-            score = (score * score if power == 2 else score) * (feature + 0.0)
+            extent = _extent(chunk)
+            score = chunk.abs().float()
+            score = (score.square_() if power == 2 else score).mul_(feature + 0.0)
             pruned = gone(score)
-            result[begin : begin + rows] = chunk.masked_fill(pruned | (chunk == 0), 0)
             if keep is not None:
-                keep[begin : begin + rows] = ~pruned
-            total += score.sum(dtype=torch.float64)
-            removed += score.masked_fill_(~pruned, 0).sum(dtype=torch.float64)
-    return Selection(result, keep, float(removed), float(total))
+                torch.logical_not(pruned, out=keep[begin : begin + rows])
+            total = score.sum(dtype=torch.float64)
+            removed = score.masked_fill_(~pruned, 0).sum(dtype=torch.float64)
+            figures.append(torch.stack((removed, total, extent)))
+            result[begin : begin + rows] = chunk.masked_fill(pruned.logical_or_(chunk == 0), 0)
+        sums = torch.stack(figures).tolist() if figures else []
+    return Selection(
+        result, keep, sum(row[0] for row in sums), sum(row[1] for row in sums),
+        finite=all(math.isfinite(row[2]) for row in sums),
+    )  # fmt: skip
+
+
+def _extent(values: Tensor) -> Tensor:
+    """The largest less the smallest value in float64: finite exactly if all values are. On the device; one read."""
+    low, high = torch.aminmax(values)
+    return high.double() - low.double()
 
 
 def _ewma_z(score: Tensor, block: int, alpha: float) -> Tensor:
     """z = (L - est) / dev, (rows, in_features) float32; the state moves from block to block."""
     width = score.shape[1]
-    step = torch.tensor(alpha, dtype=torch.float32, device=score.device)
-    means = _block_means(score, min(block, width))
-    est = means[0]
-    ests = []
-    for mean in means:
-        ests.append(est)
-        est = est + step * (mean - est)
-    distance = score - torch.stack(ests).repeat_interleave(min(block, width), 0)[:width].T
-    spreads = _block_means(distance.abs(), min(block, width))
-    dev = spreads[0]
-    inverses = []
-    for spread in spreads:
-        inverses.append(1.0 / dev.clamp_min(_TINY))
-        dev = dev + step * (spread - dev)
-    return distance * torch.stack(inverses).repeat_interleave(min(block, width), 0)[:width].T
+    block = min(block, width)
+    end = width // block * block
+    shape = (score.shape[0], end // block, block)
+    blocks = score[:, :end].view(shape)
+    est = _moving(_block_means(blocks), alpha)
+    z = torch.empty_like(score)
+    distance = torch.sub(blocks, est[:, :-1, None], out=z[:, :end].view(shape))
+    dev = _moving(_block_means(distance.abs()), alpha)
+    inverse = 1.0 / dev.clamp_min(_TINY)
+    distance.mul_(inverse[:, :-1, None])
+    if end < width:  # the shorter last block
+        torch.sub(score[:, end:], est[:, -1:], out=z[:, end:]).mul_(inverse[:, -1:])
+    return z
 
 
-def _block_means(values: Tensor, block: int) -> list[Tensor]:
-    """Mean of each block of columns, the last one perhaps shorter: a list of (rows,) float32."""
-    full = values.shape[1] // block
-    sums = values[:, : full * block].reshape(-1, full, block).sum(-1, dtype=torch.float64)
-    means = list((sums / block).float().T.contiguous().unbind(0))
-    if full * block < values.shape[1]:
-        means.append(values[:, full * block :].mean(1, dtype=torch.float64).float())
-    return means
+def _block_means(blocks: Tensor) -> Tensor:
+    """Means over the last axis, (rows, blocks) float32; by halves, so that means of equal numbers are exact."""
+    size, values = blocks.shape[-1], blocks
+    while values.shape[-1] % 2 == 0:
+        half = values.shape[-1] // 2
+        values = values[..., :half] + values[..., half:]
+    sums = values[..., 0].double() if values.shape[-1] == 1 else values.sum(-1, dtype=torch.float64)
+    return (sums / size).float()
+
+
+def _moving(values: Tensor, alpha: float) -> Tensor:
+    """The moving mean of values (rows, blocks) before each block and after the last, (rows, blocks + 1) float32.
+
+    state[0] = values[0], state[b + 1] = (1 - alpha) state[b] + alpha values[b]: the row is added to itself, moved by
+    1, 2, 4, ... blocks and faded accordingly. All terms are positive, so nothing cancels.
+    """
+    values = values.double()
+    state = torch.cat((values[:, :1], alpha * values), 1)
+    fade, step = 1.0 - alpha, 1
+    while step < state.shape[1]:
+        moved = state[:, :-step] * fade
+        state[:, step:] += moved
+        fade, step = fade * fade, 2 * step
+    return state.float()
 
 
 def _lowest(values: Tensor, count: int) -> Tensor:
-    """True at the `count` smallest of each row, ties by column: bisection on order-preserving int32 keys."""
-    if count == values.shape[1]:
-        return torch.ones_like(values, dtype=torch.bool)
+    """True at the `count` smallest of each row, ties by column, in the order of int32 keys."""
+    if count in (0, values.shape[1]):
+        return torch.full_like(values, count > 0, dtype=torch.bool)
     bits = values.view(torch.int32)
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    low = torch.full((values.shape[0], 1), -(2**31), dtype=torch.int64, device=values.device)
-    high = torch.full_like(low, 2**31 - 1)
-    for _ in range(32):  # the smallest threshold with at least `count` keys at or below it
-        middle = (low + high) >> 1
-        enough = (keys <= middle.int()).sum(1, keepdim=True) >= count
-        high = torch.where(enough, middle, high)
-        low = torch.where(enough, low, middle + 1)
-    threshold = high.int()
-    below = keys < threshold
+    keys = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    threshold = keys.kthvalue(count, dim=1, keepdim=True).values
+    pruned = keys <= threshold
+    excess = pruned.sum(1, keepdim=True, dtype=torch.int32) - count
+    if values.device.type == "cpu" and not bool(excess.any()):  # elsewhere, looking would wait for the device
+        return pruned
     tied = keys == threshold
-    room = count - below.sum(1, keepdim=True)
-    return below | (tied & (tied.cumsum(1, dtype=torch.int32) <= room))
+    room = tied.sum(1, keepdim=True, dtype=torch.int32) - excess
+    return pruned.logical_and_((tied.cumsum(1, dtype=torch.int32) <= room).logical_or_(~tied))
 
 
 def _lowest_of_groups(score: Tensor, m: int, drop: int) -> Tensor:
-    """True at the `drop` smallest of every m consecutive scores, ties by column, by counting ranks."""
-    groups = score.reshape(-1, score.shape[1] // m, m)
-    pruned = torch.empty(groups.shape, dtype=torch.bool, device=score.device)
+    """True at the `drop` smallest of every m consecutive scores, ties by column, by counting ranks.
+
+    The columns of a group become planes; each two of them are compared once.
+    """
+    planes = score.view(score.shape[0], -1, m).permute(2, 0, 1).contiguous()
+    ranks = torch.empty(planes.shape, dtype=torch.int8, device=score.device)
     for i in range(m):
-        own = groups[..., i : i + 1]
-        rank = (groups[..., :i] <= own).sum(-1) + (groups[..., i + 1 :] < own).sum(-1)
-        pruned[..., i] = rank < drop
-    return pruned.flatten(1)
+        ranks[i] = m - 1 - i
+    for i in range(m):
+        for j in range(i + 1, m):
+            first = (planes[i] <= planes[j]).view(torch.int8)
+            ranks[i] -= first
+            ranks[j] += first
+    return (ranks < drop).permute(1, 2, 0).flatten(1)

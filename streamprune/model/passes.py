@@ -80,24 +80,32 @@ def check_weights(feed: Feed, skeleton: Skeleton, stage: Stage) -> None:
                     feed.maps.release([replace(ref, begin=at, end=at + rows.nbytes)], drop_cache=True)
 
 
-def finite_rows(source: Feed | ShardMaps, ref: TensorRef, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
-    """A stored tensor in chunks of whole rows, each with the number of its first; a scalar in one piece.
-
-    Raises CheckpointError naming file, tensor and index of the first NaN or Inf.
-    """
+def rows_of(source: Feed | ShardMaps, ref: TensorRef, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
+    """A stored tensor in chunks of whole rows, each with the number of its first; a scalar in one piece."""
     count = ref.shape[0] if ref.shape else 1
     step = max(1, chunk_bytes * count // max(ref.nbytes, 1))
     for begin in range(0, count, step):
-        rows = source.rows(ref, begin, min(begin + step, count)) if ref.shape else source.tensor(ref)
-        flat = (cpu if rows.device.type == "cpu" else torch_ops).first_nonfinite(rows)
-        if flat is not None:
-            index = [int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape)]
-            place = [begin + index[0], *index[1:]] if index else []
-            raise CheckpointError(
-                f"{ref.shard}: tensor {ref.name} is {float(rows.reshape(-1)[flat])} at {place}; "
-                "the checkpoint is damaged, download it again"
-            )
+        yield begin, source.rows(ref, begin, min(begin + step, count)) if ref.shape else source.tensor(ref)
+
+
+def finite_rows(source: Feed | ShardMaps, ref: TensorRef, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
+    """As rows_of. Raises CheckpointError naming file, tensor and index of the first NaN or Inf."""
+    for begin, rows in rows_of(source, ref, chunk_bytes):
+        refuse_nonfinite(ref, begin, rows)
         yield begin, rows
+
+
+def refuse_nonfinite(ref: TensorRef, begin: int, rows: Tensor) -> None:
+    """Raises CheckpointError naming the first NaN or Inf of a tensor's rows from `begin` on, if there is one."""
+    flat = (cpu if rows.device.type == "cpu" else torch_ops).first_nonfinite(rows)
+    if flat is None:
+        return
+    index = [int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape)]
+    place = [begin + index[0], *index[1:]] if index else []
+    raise CheckpointError(
+        f"{ref.shard}: tensor {ref.name} is {float(rows.reshape(-1)[flat])} at {place}; "
+        "the checkpoint is damaged, download it again"
+    )
 
 
 def retry_smaller(walk: Walk, work: Callable[[], Result]) -> Result:

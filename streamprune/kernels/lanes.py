@@ -1,0 +1,324 @@
+"""Sixteen numbers at once, for Numba: LLVM's vectors with Python's operators.
+
+LLVM makes of each operation one AVX-512 instruction, two of AVX2 or four of NEON. Rows are worked on with these
+because the loop vectoriser neither packs what a mask selects nor turns groups into planes without a detour, because
+they compile faster than what it makes, and because sums are then taken in a written order: every processor computes
+the same bits. Only compiled functions can call them. No bound is checked.
+
+    load(array, i)               array[i:i+16] (1-D, contiguous) as int32 or float32; uint16 is widened
+    store(array, i, a)           and back; int32 into uint16 keep their low halves, masks become bytes
+    load_words(array, i)         the 64 bytes from array[i] as int32: two uint16 in each, the first one low
+    store_words(array, i, a)     and back
+    will_read(array, i)          asks for the cache line of array[i], as will_write does; any i is allowed
+    fill(x), columns()           x, an int32 or float32, in every lane; 0, 1, ... 15
+    a + b, a - b, a * b          of equal types; for int32 also & | ^ << and >> (of unsigned bits); b may be a scalar
+    a < b, a <= b, a == b        a mask; masks know & and |, and there is invert(mask)
+    as_int(a), as_float(a)       the same bits
+    largest(a, b)                of each two int32 the larger
+    select(mask, a, b)           a where the mask is set
+    count(mask)                  how many are set
+    total(a), top(a)             the sum of float32, by halves; the largest of int32
+    even(a, b), odd(a, b)        every other one of 32
+    first(a, b), last(a, b)      undo even and odd: lanes of a and b in turn, the first 16 and the last 16
+    pack(array, i, a, mask)      int32 where the mask is set to array[i:], one after the other; up to 16 elements
+                                 of the array are overwritten
+    load_eight(array, i)         8 int32, for comparisons that are counted; with fill_eight(x), store, +, - and
+    above(a, b)                  -1 where a > b, else 0. A mask would have to be turned into numbers first
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import cgutils, types
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+
+COUNT = 16
+_I32, _F32 = ir.IntType(32), ir.FloatType()
+
+
+class Lanes(types.Type):
+    """Numba's type of 16 elements, int32, float32 or bool (a mask), or of 8."""
+
+    def __init__(self, dtype: Any, size: int = COUNT) -> None:
+        self.dtype, self.size = dtype, size
+        super().__init__(name=f"Lanes({dtype}, {size})")
+
+
+INT, FLOAT, MASK, EIGHT = Lanes(types.int32), Lanes(types.float32), Lanes(types.boolean), Lanes(types.int32, 8)
+_VECTOR = {
+    INT: ir.VectorType(_I32, COUNT),
+    FLOAT: ir.VectorType(_F32, COUNT),
+    MASK: ir.VectorType(ir.IntType(1), COUNT),
+    EIGHT: ir.VectorType(_I32, 8),
+}
+
+
+class _Model(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, _VECTOR[fe_type])
+
+
+register_model(Lanes)(_Model)
+
+
+def _function(declare: Callable[..., Any]) -> Any:
+    """A function for compiled code. declare(context, *types of arguments) gives its signature and _emits(...)."""
+    return intrinsic(declare)
+
+
+def _emits(emit: Callable[..., Any]) -> Callable[..., Any]:
+    """What numba calls for code: emit(builder, *arguments). None stands for no result."""
+
+    def emitter(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        result = emit(builder, *arguments)
+        return context.get_dummy_value() if result is None else result
+
+    return emitter
+
+
+def _shuffle(builder: Any, a: Any, b: Any, picks: Sequence[int]) -> Any:
+    mask = ir.Constant(ir.VectorType(_I32, len(picks)), [_I32(i) for i in picks])
+    return builder.shuffle_vector(a, b, mask)
+
+
+def _splat(builder: Any, scalar: Any, size: int = COUNT) -> Any:
+    one = builder.insert_element(ir.Constant(ir.VectorType(scalar.type, size), ir.Undefined), scalar, _I32(0))
+    return _shuffle(builder, one, one, [0] * size)
+
+
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.icmp_signed(">", a, b), a, b)
+
+
+def _operator(symbol: Any, lanes: Lanes, result: Lanes, emit: Callable[[Any, Any, Any], Any]) -> None:
+    """symbol(lanes, lanes or scalar) -> result, as emit(builder, a, b) makes it of two vectors."""
+    scalar = {INT: types.Integer, FLOAT: types.Float}.get(lanes, ())
+
+    def typing(context: Any) -> Any:
+        return lambda a, b: result if a == lanes and (b == lanes or isinstance(b, scalar)) else None
+
+    def with_scalar(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        right = context.cast(builder, arguments[1], signature.args[1], lanes.dtype)
+        return emit(builder, arguments[0], _splat(builder, right))
+
+    type_callable(symbol)(typing)
+    lower_builtin(symbol, lanes, lanes)(_emits(emit))
+    if scalar:
+        lower_builtin(symbol, lanes, scalar)(with_scalar)
+
+
+def _comparing(emit: Callable[..., Any], sign: str) -> Callable[[Any, Any, Any], Any]:
+    return lambda builder, a, b: emit(builder, sign, a, b)
+
+
+def _register_operators() -> None:
+    build = ir.IRBuilder
+    for symbol, integer, floating in (
+        (operator.add, build.add, build.fadd),
+        (operator.sub, build.sub, build.fsub),
+        (operator.mul, build.mul, build.fmul),
+    ):
+        _operator(symbol, INT, INT, integer)
+        _operator(symbol, FLOAT, FLOAT, floating)
+    for symbol, emit in (
+        (operator.and_, build.and_), (operator.or_, build.or_), (operator.xor, build.xor),
+        (operator.lshift, build.shl), (operator.rshift, build.lshr),
+    ):  # fmt: skip
+        _operator(symbol, INT, INT, emit)
+    _operator(operator.and_, MASK, MASK, build.and_)
+    _operator(operator.or_, MASK, MASK, build.or_)
+    _operator(operator.add, EIGHT, EIGHT, build.add)
+    _operator(operator.sub, EIGHT, EIGHT, build.sub)
+    for symbol, sign in ((operator.lt, "<"), (operator.le, "<="), (operator.eq, "==")):
+        _operator(symbol, INT, MASK, _comparing(build.icmp_signed, sign))
+        _operator(symbol, FLOAT, MASK, _comparing(build.fcmp_ordered, sign))
+
+
+_register_operators()
+
+
+def _in_memory(array: Any) -> tuple[Any, Lanes]:
+    """How 16 elements of a numba array type lie in memory, and the lanes they are loaded as."""
+    if array.dtype == types.float32:
+        return _VECTOR[FLOAT], FLOAT
+    if array.dtype == types.boolean:
+        return ir.VectorType(ir.IntType(8), COUNT), MASK
+    return ir.VectorType(ir.IntType(array.dtype.bitwidth), COUNT), INT
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, content: Any) -> Any:
+    """To array[index], as if `content`, an LLVM type, lay there."""
+    data = cgutils.create_struct_proxy(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), content.as_pointer())
+
+
+def _loading(declare: Callable[[Any], tuple[Any, Lanes]]) -> Any:
+    """A function (array, index) -> lanes; declare(array type) says what lies in memory and the lanes."""
+
+    def loading(typing: Any, array: Any, index: Any) -> Any:
+        memory, lanes = declare(array)
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            place = _pointer(context, builder, array, arguments[0], arguments[1], memory)
+            found = builder.load(place, align=1)
+            return found if memory == _VECTOR[lanes] else builder.zext(found, _VECTOR[lanes])
+
+        return lanes(array, types.intp), emit
+
+    return _function(loading)
+
+
+def _storing(declare: Callable[[Any, Lanes], Any]) -> Any:
+    """A function (array, index, lanes); declare(array type, lanes) says what lies in memory."""
+
+    def storing(typing: Any, array: Any, index: Any, a: Any) -> Any:
+        memory = declare(array, a)
+
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            data, place, value = arguments
+            if memory != value.type:
+                value = builder.zext(value, memory) if a == MASK else builder.trunc(value, memory)
+            builder.store(value, _pointer(context, builder, array, data, place, memory), align=1)
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp, a), emit
+
+    return _function(storing)
+
+
+def _prefetching(write: int) -> Any:
+    byte = ir.IntType(8).as_pointer()
+
+    def prefetching(typing: Any, array: Any, index: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            asking = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+            function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), asking)
+            address = _pointer(context, builder, array, arguments[0], arguments[1], ir.IntType(8))
+            builder.call(function, [address, _I32(write), _I32(2), _I32(1)])
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp), emit
+
+    return _function(prefetching)
+
+
+load, store = _loading(_in_memory), _storing(lambda array, a: _VECTOR[a] if a == EIGHT else _in_memory(array)[0])
+load_words, store_words = _loading(lambda array: (_VECTOR[INT], INT)), _storing(lambda array, a: _VECTOR[INT])
+load_eight = _loading(lambda array: (_VECTOR[EIGHT], EIGHT))
+will_read, will_write = _prefetching(0), _prefetching(1)
+
+
+@_function
+def fill(typing: Any, x: Any) -> Any:
+    """x, an int32 or float32, in every lane."""
+    lanes = FLOAT if isinstance(x, types.Float) else INT
+    return lanes(lanes.dtype), _emits(_splat)
+
+
+@_function
+def fill_eight(typing: Any, x: Any) -> Any:
+    return EIGHT(types.int32), _emits(lambda builder, x: _splat(builder, x, EIGHT.size))
+
+
+@_function
+def columns(typing: Any) -> Any:
+    return INT(), _emits(lambda builder: ir.Constant(_VECTOR[INT], [_I32(lane) for lane in range(COUNT)]))
+
+
+@_function
+def as_int(typing: Any, a: Any) -> Any:
+    return INT(FLOAT), _emits(lambda builder, a: builder.bitcast(a, _VECTOR[INT]))
+
+
+@_function
+def as_float(typing: Any, a: Any) -> Any:
+    return FLOAT(INT), _emits(lambda builder, a: builder.bitcast(a, _VECTOR[FLOAT]))
+
+
+@_function
+def largest(typing: Any, a: Any, b: Any) -> Any:
+    return INT(INT, INT), _emits(_larger)
+
+
+@_function
+def above(typing: Any, a: Any, b: Any) -> Any:
+    return EIGHT(EIGHT, EIGHT), _emits(
+        lambda builder, a, b: builder.sext(builder.icmp_signed(">", a, b), _VECTOR[EIGHT])
+    )
+
+
+@_function
+def select(typing: Any, mask: Any, a: Any, b: Any) -> Any:
+    return a(MASK, a, a), _emits(lambda builder, mask, a, b: builder.select(mask, a, b))
+
+
+@_function
+def invert(typing: Any, mask: Any) -> Any:
+    return MASK(MASK), _emits(lambda builder, mask: builder.not_(mask))
+
+
+@_function
+def count(typing: Any, mask: Any) -> Any:
+    """How many lanes are set, int64."""
+
+    def emit(builder: Any, mask: Any) -> Any:
+        return builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(COUNT))), ir.IntType(64))
+
+    return types.int64(MASK), _emits(emit)
+
+
+def _by_halves(lanes: Lanes, join: Callable[[Any, Any, Any], Any]) -> Any:
+    """A function that joins the lower and the upper half of the lanes, until one element is left."""
+
+    def emit(builder: Any, left: Any) -> Any:
+        half = COUNT
+        while half > 1:
+            half //= 2
+            low, high = (_shuffle(builder, left, left, range(begin, begin + half)) for begin in (0, half))
+            left = join(builder, low, high)
+        return builder.extract_element(left, _I32(0))
+
+    return _function(lambda typing, a: (lanes.dtype(lanes), _emits(emit)))
+
+
+def _shuffling(picks: Sequence[int]) -> Any:
+    """A function of two int32 lanes that takes these of their 32 elements."""
+    emit = _emits(lambda builder, a, b: _shuffle(builder, a, b, picks))
+    return _function(lambda typing, a, b: (INT(INT, INT), emit))
+
+
+_IN_TURN = [lane // 2 + COUNT * (lane % 2) for lane in range(2 * COUNT)]
+total, top = _by_halves(FLOAT, ir.IRBuilder.fadd), _by_halves(INT, _larger)
+even, odd = _shuffling(range(0, 2 * COUNT, 2)), _shuffling(range(1, 2 * COUNT, 2))
+first, last = _shuffling(_IN_TURN[:COUNT]), _shuffling(_IN_TURN[COUNT:])
+
+
+@_function
+def pack(typing: Any, array: Any, index: Any, a: Any, mask: Any) -> Any:
+    """Store the chosen lanes one after the other; what they overwrite beyond may be 16 elements in all."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, place, values, chosen = arguments
+        if "+avx512f" in context.codegen().magic_tuple()[2]:
+            packed = _compress(builder, values, chosen)
+            builder.store(packed, _pointer(context, builder, array, data, place, packed.type), align=1)
+            return context.get_dummy_value()
+        for lane in range(COUNT):
+            value, step = (builder.extract_element(lanes, _I32(lane)) for lanes in (values, chosen))
+            builder.store(value, _pointer(context, builder, array, data, place, _I32))
+            place = builder.add(place, builder.zext(step, place.type))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, INT, MASK), emit
+
+
+def _compress(builder: Any, values: Any, chosen: Any) -> Any:
+    """AVX-512's vpcompressd to a register: to memory it is slow on Zen 4, and LLVM's own name for it is young."""
+    name = "llvm.x86.avx512.mask.compress.v16i32"
+    kind = ir.FunctionType(values.type, [values.type, values.type, chosen.type])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [values, ir.Constant(values.type, None), chosen])
