@@ -1,33 +1,40 @@
-"""`plan`: what pruning a checkpoint will take, from its headers alone.
+"""`plan`: what pruning a checkpoint will take, from its headers and two seconds of measuring.
 
-Sizes are exact. Peak memory is the same estimate that `--max-ram` works with (model/budget.py). Time is
-arithmetic ÷ this machine's measured matrix speed + bytes ÷ its measured reading speed, both taken in about a
-second: one product of the model's own shape, and up to 64 MiB of the checkpoint read past the page cache.
-Writing is taken to be as fast as reading.
+Sizes are exact. Peak memory is the same estimate that `--max-ram` and `--max-vram` work with (model/budget.py). Time
+is what each stage does (model/cost.py) ÷ what this machine does in a second (model/speeds.py), measured on pieces of
+the model's shapes and on up to 64 MiB of the checkpoint. Writing is taken to be as fast as reading, since nothing is
+written; weights are taken to be pruned by `ewma`, and not to be in the system's cache.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import time
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
+from streamprune.disk.checkpoint import open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
 from streamprune.errors import UsageError
-from streamprune.model.budget import cache_dtype, choose_batch, compute_dtype, estimate, resolve_device
-from streamprune.model.skeleton import Skeleton, Stage, build_skeleton, stored_dtype
+from streamprune.job_prepare import SLACK_BYTES
+from streamprune.model.budget import (
+    Layout,
+    cache_dtype,
+    compute_dtype,
+    estimate,
+    layout_for,
+    memory_of,
+    resolve_device,
+)
+from streamprune.model.cost import Course, Speeds, Split, Work, stage_seconds, work_of
+from streamprune.model.skeleton import Skeleton, build_skeleton, stored_dtype
+from streamprune.model.speeds import measure
 from streamprune.model.texts import check_seqlen, default_seqlen
 from streamprune.spec import compile_filter
 from streamprune.stage_writer import selected_linears
-
-_SLACK_BYTES = 64 << 20
-_READ_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -53,13 +60,20 @@ class Plan:
     least_ram_bytes: int
     """The smallest --max-ram that would do."""
     vram_bytes: int
-    """On a GPU: largest stage, activations of a batch, and rows being pruned; 0 on the CPU."""
+    """Peak memory of the GPU, its driver's included; 0 on the CPU."""
+    least_vram_bytes: int
+    """The smallest --max-vram that would do; 0 on the CPU."""
+    layout: str
+    """What is on the GPU at once, in words; empty on the CPU."""
     output_bytes: int
     cache_bytes: int
     disk_bytes: int
     """What is checked before starting: output + cache + 64 MiB."""
     flops: int
     seconds: float
+    """Of the work, without the start of the program."""
+    split: Split
+    """What these seconds go to: they add up to `seconds`."""
     batch: int
     dtype: str
     device: str
@@ -74,11 +88,12 @@ class Plan:
 def plan(
     model: str | Path, *, samples: int = 128, seqlen: int | None = None, with_stats: bool = False,
     propagate: str = "dense", only: str | None = None, skip: str | None = None, device: str = "auto",
-    dtype: str = "auto", trust_remote_code: bool = False,
+    dtype: str = "auto", max_vram: int | None = None, trust_remote_code: bool = False, speeds: Speeds | None = None,
 ) -> Plan:  # fmt: skip
     """Plans a prune of `model` calibrated on `samples` windows of `seqlen` tokens, or `with_stats` from a file.
 
-    Raises the errors of streamprune.errors; no weight is read but up to 64 MiB to time the disk.
+    `max_vram` (of a GPU) is in bytes. `speeds` take the place of measuring. Raises the errors of streamprune.errors;
+    no weight is read but up to 64 MiB to time the disk.
     """
     checkpoint = open_checkpoint(resolve_model(str(model)))
     refuse_quantised(checkpoint)
@@ -92,66 +107,79 @@ def plan(
     compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
     skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)
     chosen = selected_linears(skeleton.stages, compile_filter("--only", only), compile_filter("--skip", skip))
-    tokens = 0 if with_stats else samples * length
-    forwards = 2 if propagate == "pruned" else 1
-    budget = estimate(skeleton, length, compute)
-    batch = choose_batch(budget, samples, length, None)
-    reading, computing = _read_speed(checkpoint), _matmul_speed(skeleton, compute, target)
-    hidden = skeleton.hidden_size * cache_dtype(skeleton.dtype, compute).itemsize
-    stages = []
-    for stage in skeleton.stages:
-        flops = forwards * tokens * _token_flops(skeleton, stage, length)
-        traffic = 2 * stage.nbytes + (forwards + 1) * tokens * hidden * (stage.kind == "layer")
-        count = sum(name in chosen for name in stage.linears)
-        stages.append(StagePlan(stage.name, stage.nbytes, count, flops, flops / computing + traffic / reading))
-    cache = 2 * tokens * hidden
-    largest = max(s.nbytes for s in skeleton.stages)
-    on_gpu = target.type != "cpu"
-    peak = budget.peak(batch) if tokens else budget.base + budget.reserve
+    windows = 0 if with_stats else samples
+    on_device = target.type != "cpu"
+    budget = estimate(skeleton, length, compute, on_device=on_device)
+    layout = layout_for(skeleton, length, windows, compute, target, None, max_vram)
+    course = course_of(skeleton, windows, length, compute, layout, propagate, on_device)
+    works = [work_of(skeleton, s, chosen, length, compute.itemsize) for s in skeleton.stages]
+    source = "given" if speeds else "measured now"
+    if speeds is None:
+        work = max(works[1:-1], key=lambda w: w.nbytes)
+        speeds = measure(checkpoint, skeleton, compute, target, work, course, layout.batch, length)
+    seconds = stage_seconds(works, course, speeds)
+    split = sum(seconds, Split())
+    stages = _stages(skeleton, chosen, works, course, seconds)
+    bare = budget.base + budget.reserve
     return Plan(
         model=str(model), architecture=str(checkpoint.config.get("model_type")),
-        parameters=sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
-        stages=tuple(stages), peak_ram_bytes=peak,
-        least_ram_bytes=budget.peak(1) if tokens else peak,
-        vram_bytes=largest + batch * budget.per_sample + (64 << 20) if on_gpu else 0,
-        output_bytes=checkpoint.nbytes, cache_bytes=cache, disk_bytes=checkpoint.nbytes + cache + _SLACK_BYTES,
-        flops=sum(s.flops for s in stages), seconds=sum(s.seconds for s in stages), batch=batch,
+        parameters=sum(math.prod(t.shape) for t in checkpoint.tensors.values()), stages=stages,
+        peak_ram_bytes=budget.peak(layout.batch) if windows else bare,
+        least_ram_bytes=budget.peak(1) if windows else bare,
+        vram_bytes=layout.nbytes,
+        least_vram_bytes=memory_of(skeleton, length, windows, compute, 1, False, min(windows, 1)) if on_device else 0,
+        layout=_layout_in_words(layout, windows) if on_device else "",
+        output_bytes=checkpoint.nbytes, cache_bytes=2 * course.tokens * course.state_bytes,
+        disk_bytes=checkpoint.nbytes + 2 * course.tokens * course.state_bytes + SLACK_BYTES,
+        flops=sum(s.flops for s in stages), seconds=split.total, split=split, batch=layout.batch,
         dtype=str(compute).removeprefix("torch."), device=str(target),
-        rests_on=f"measured now: matrix products {computing / 1e9:.0f} GFLOP/s, "
-        f"reading the checkpoint {reading / 1e6:.0f} MB/s; writing taken as fast as reading",
+        rests_on=f"{source}: {_in_words(speeds, course)}",
     )  # fmt: skip
 
 
-def _token_flops(skeleton: Skeleton, stage: Stage, seqlen: int) -> int:
-    """Operations a token takes in a layer: two a weight, and causal attention over half the window."""
-    if stage.kind != "layer":
-        return 0
-    return 2 * sum(ref.shape[0] * ref.shape[1] for ref in stage.linears.values()) + 2 * seqlen * skeleton.hidden_size
+def course_of(
+    skeleton: Skeleton, samples: int, seqlen: int, dtype: torch.dtype, layout: Layout, propagate: str, on_device: bool
+) -> Course:
+    """How a run over `samples` windows goes in a layout; with samples = 0 there is no pass."""
+    return Course(
+        tokens=samples * seqlen, batches=-(-samples // max(1, layout.batch)),
+        forwards=2 if propagate == "pruned" else 1,
+        state_bytes=skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize,
+        threads=torch.get_num_threads(), on_device=on_device, layers=layout.layers, resident=layout.resident,
+    )  # fmt: skip
 
 
-def _matmul_speed(skeleton: Skeleton, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of one product as large as a batch of this model, best of three."""
-    tokens = 512
-    width = max((max(ref.shape) for s in skeleton.layer_stages for ref in s.linears.values()), default=1024)
-    a = torch.ones(tokens, skeleton.hidden_size, dtype=dtype, device=device)
-    b = torch.ones(min(width, 8192), skeleton.hidden_size, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(4):
-        begun = time.perf_counter()
-        float(torch.nn.functional.linear(a, b)[0, 0])
-        best = min(best, time.perf_counter() - begun)
-    return 2 * tokens * a.shape[1] * b.shape[0] / best
+def _stages(
+    skeleton: Skeleton, chosen: Collection[str], works: Sequence[Work], course: Course, seconds: Sequence[Split]
+) -> tuple[StagePlan, ...]:
+    return tuple(
+        StagePlan(
+            stage.name, stage.nbytes, sum(name in chosen for name in stage.linears),
+            course.passes(work) * course.tokens * (work.products + work.attention), split.total,
+        )
+        for stage, work, split in zip(skeleton.stages, works, seconds, strict=True)
+    )  # fmt: skip
 
 
-def _read_speed(checkpoint: Checkpoint) -> float:
-    """Bytes a second from the largest shard, the page cache left aside where the system allows it."""
-    shard = max(checkpoint.shards, key=lambda s: checkpoint.shard_stats[s][0])
-    size = min(_READ_BYTES, checkpoint.shard_stats[shard][0])
-    with (checkpoint.path / shard).open("rb", buffering=0) as f:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(f.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
-        buffer = bytearray(4 << 20)
-        begun, got = time.perf_counter(), 0
-        while got < size and (n := f.readinto(buffer)):
-            got += n
-        return got / max(time.perf_counter() - begun, 1e-6)
+def _layout_in_words(layout: Layout, samples: int) -> str:
+    layers = f"{layout.layers} layer{'s' if layout.layers > 1 else ''} at once"
+    if not samples:
+        return layers
+    return f"{layers}, {'all activations stay there' if layout.resident else 'activations go to the disk and back'}"
+
+
+def _in_words(s: Speeds, course: Course) -> str:
+    """What a reader can check: the speeds that matter most."""
+    found = []
+    if course.tokens:
+        found += [
+            f"matrix products {s.products / 1e9:.0f} GFLOP/s",
+            f"other work in a layer {s.elementwise / 1e9:.1f} GB/s",
+        ]
+    found += [f"selecting {s.selection / 1e6:.0f} MB/s"]
+    if course.on_device:
+        found += [f"to the GPU {s.link / 1e9:.1f} GB/s"]
+    found += [f"reading the checkpoint {s.reading / 1e6:.0f} MB/s"]
+    if s.writing == s.reading:
+        found += ["writing taken as fast as reading"]
+    return ", ".join(found)

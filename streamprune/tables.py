@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from streamprune.spec import format_bytes
 
 if TYPE_CHECKING:
     from streamprune.inspection import Inspection
+    from streamprune.model.cost import Split
     from streamprune.planning import Plan
 
 
@@ -67,13 +70,27 @@ def plan_table(found: Plan) -> str:
         table(["stage (each)", "weights", "linears", "arithmetic", "time"], rows),
         "",
         f"peak RAM    {format_bytes(found.peak_ram_bytes)}; least --max-ram {format_bytes(found.least_ram_bytes)}",
-        *([f"peak VRAM   {format_bytes(found.vram_bytes)}"] if found.vram_bytes else []),
+        *_vram(found),
         f"disk        {format_bytes(found.disk_bytes)} free: {format_bytes(found.output_bytes)} output, "
         f"{format_bytes(found.cache_bytes)} activations while running",
         f"arithmetic  {found.flops / 1e12:.2f} TFLOP",
-        f"time        about {_duration(found.seconds)} ({found.rests_on})",
+        f"time        about {_duration(found.seconds)}: {_parts(found.split)}",
+        textwrap.fill(f"({found.rests_on})", 118, initial_indent=" " * 12, subsequent_indent=" " * 12),
     ]
     return "\n".join(lines)
+
+
+def _vram(found: Plan) -> list[str]:
+    if not found.vram_bytes:
+        return []
+    least = format_bytes(found.least_vram_bytes)
+    return [f"peak VRAM   {format_bytes(found.vram_bytes)} ({found.layout}); least --max-vram {least}"]
+
+
+def _parts(split: Split) -> str:
+    """What an estimated time goes to, the largest first."""
+    parts = sorted(asdict(split).items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts if seconds > 0)
 
 
 def _duration(seconds: float) -> str:

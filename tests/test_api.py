@@ -78,7 +78,7 @@ def test_the_command_line_offers_all_of_it(name: str) -> None:
     command = {"evaluate": "eval"}.get(name, name)
     given = {"prune": ["m", "o", "--sparsity", "0.5"], "calibrate": ["m", "o"], "eval": ["m", "--text", "t"]}
     args = vars(build_parser().parse_args([command, *given.get(command, ["m"])]))
-    rename = {"with_stats": "stats", "on_linear": None, "progress": None, "revision": None}
+    rename = {"with_stats": "stats", "on_linear": None, "progress": None, "revision": None, "speeds": None}
     for p in inspect_module.signature(getattr(streamprune, name)).parameters.values():
         flag = rename.get(p.name, p.name)
         if flag is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from streamprune.disk import durable
 from streamprune.errors import ResourceError, UnsupportedError, UsageError
 from streamprune.job import prune
+from streamprune.model import speeds as measuring
+from streamprune.model.cost import Split
 from streamprune.planning import Plan, plan
 from streamprune.tables import plan_table, table
 
@@ -63,15 +66,23 @@ def test_arithmetic(models: Models) -> None:
     weights = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64
     attention = 2 * 2 * 20 / 2 * 32
     assert found.stages[1].flops == 10 * 20 * (2 * weights + attention)
-    assert plan(models(), samples=10, seqlen=20, propagate="pruned").flops == 2 * found.flops
+    twice = plan(models(), samples=10, seqlen=20, propagate="pruned")  # but what the last layer makes is not needed
+    assert [s.flops for s in twice.stages] == [s.flops * n for s, n in zip(found.stages, (0, 2, 2, 1, 0), strict=True)]
     assert plan(models(), samples=20, seqlen=20).flops == 2 * found.flops
 
 
-def test_with_statistics(models: Models) -> None:
-    found, without = plan(models(), with_stats=True), plan(models())
+def test_with_statistics(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a pass none is planned for, and none is measured."""
+    monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
+    without = plan(models())
+    monkeypatch.setattr(measuring, "HollowLayer", None)
+    monkeypatch.setattr(measuring, "_products", None)
+    found = plan(models(), with_stats=True)
     assert found.flops == 0 and found.cache_bytes == 0
     assert found.disk_bytes == found.output_bytes + (64 << 20)
     assert found.peak_ram_bytes < without.peak_ram_bytes
+    assert found.split.forward == found.split.statistics == 0 < found.split.selection
+    assert without.split.forward > 0 and without.split.statistics > 0
 
 
 def test_mixed_dtypes(models: Models, tmp_path: Path) -> None:
@@ -165,9 +176,12 @@ def test_json(models: Models) -> None:
     assert values["peak_ram_bytes"] == found.peak_ram_bytes
 
 
-def shown(**more: Any) -> str:
-    from dataclasses import replace
+def test_vram_is_for_a_gpu(models: Models) -> None:
+    with pytest.raises(UsageError, match="--max-vram"):
+        plan(models(), max_vram=8 << 30)
 
+
+def shown(**more: Any) -> str:
     from streamprune.planning import StagePlan
 
     stages = (
@@ -178,8 +192,10 @@ def shown(**more: Any) -> str:
     )
     plain = Plan(
         model="m", architecture="llama", parameters=10**9, stages=stages, peak_ram_bytes=1 << 30,
-        least_ram_bytes=1 << 29, vram_bytes=0, output_bytes=1 << 31, cache_bytes=1 << 20, disk_bytes=3 << 30,
-        flops=10**12, seconds=5.0, batch=4, dtype="float32", device="cpu", rests_on="a guess",
+        least_ram_bytes=1 << 29, vram_bytes=0, least_vram_bytes=0, layout="",
+        output_bytes=1 << 31, cache_bytes=1 << 20, disk_bytes=3 << 30,
+        flops=10**12, seconds=5.0, split=Split(3.0, 0.25, 0.0, 1.75),
+        batch=4, dtype="float32", device="cpu", rests_on="a guess",
     )  # fmt: skip
     return plan_table(replace(plain, **more))
 
@@ -188,9 +204,11 @@ def test_table() -> None:
     text = shown()
     assert "layer 0 … 39" in text and "layer 40" in text and "layer 5 " not in text
     assert "1000.0 M parameters" in text and "peak RAM    1 GiB" in text and "about 5.0 s" in text
-    assert "VRAM" not in text and "peak VRAM   2 GiB" in shown(vram_bytes=2 << 30)
+    assert "about 5.0 s: forward 3.0 s, disk 1.8 s, statistics 0.2 s\n            (a guess)" in text
+    on_gpu = shown(vram_bytes=2 << 30, least_vram_bytes=1 << 30, layout="3 layers at once")
+    assert "VRAM" not in text and "peak VRAM   2 GiB (3 layers at once); least --max-vram 1 GiB\n" in on_gpu
     for seconds, words in ((30.2, "30 s"), (119.9, "120 s"), (600, "10 min"), (7300, "2 h 2 min")):
-        assert f"about {words} (" in shown(seconds=seconds)
+        assert f"about {words}: " in shown(seconds=seconds)
 
 
 def test_columns() -> None:

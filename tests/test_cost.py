@@ -1,0 +1,255 @@
+"""The model of time behind `plan`, on a machine of round numbers; and that measuring a real one stays small.
+
+No time is asserted: what is measured is only seen to be there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from streamprune.disk.checkpoint import open_checkpoint
+from streamprune.disk.mapping import ShardMaps
+from streamprune.job import calibrate
+from streamprune.model import speeds as measuring
+from streamprune.model.cost import PER_BATCH, Course, Speeds, Split, Work, stage_seconds
+from streamprune.model.hollow import LAYER_BYTES, HollowLayer, window_size
+from streamprune.model.skeleton import build_skeleton
+from streamprune.model.statistics import StatisticsFile
+from streamprune.planning import plan
+
+Models = Callable[..., Path]
+KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]
+EAGER = {"bloom", "gemma2"}
+GIGA = Speeds(
+    products=1e12, attention=1e12, elementwise=1e10, embedding=1e10, statistics=1e10, selection=1e9, scanning=1e10,
+    hashing=4e9, reading=1e9, writing=1e9, link=1e10, loading=0.0,
+)  # fmt: skip
+"""A machine of round numbers."""
+LAYER = Work("layer", 10**9, 9 * 10**8, 10**9, 10**8, 10**6, 10**5)
+WORKS = (Work("embed", 10**8, 0, 0, 0, 0, 0), LAYER, replace(LAYER, last=True), Work("head", 10**8, 0, 0, 0, 0, 0))
+COURSE = Course(tokens=10**5, batches=50, forwards=1, state_bytes=8192, threads=2)
+
+
+def total(course: Course, speeds: Speeds = GIGA, works: tuple[Work, ...] = WORKS) -> float:
+    return sum(stage_seconds(works, course, speeds), Split()).total
+
+
+def test_a_layer_is_its_parts() -> None:
+    layer = stage_seconds(WORKS, COURSE, GIGA)[2]
+    assert layer.forward == pytest.approx(1e5 * (1e9 / 1e12 + 1e8 / 1e12 + 1e6 / 1e10) + 50 * PER_BATCH)
+    assert layer.statistics == pytest.approx(1e5 * 1e5 / 1e10)
+    assert layer.selection == pytest.approx(2 * 1e9 / 1e10 + 9e8 / 1e9)  # looked at twice, pruned once
+    assert layer.total == pytest.approx(layer.forward + layer.statistics + layer.selection + layer.disk)
+    assert 0 < layer.disk < 0.2  # reading hides behind the pass before, writing behind pruning
+
+
+def test_planned_time_is_made_of_given_speeds(models: Models) -> None:
+    found = plan(models(), samples=8, seqlen=32, speeds=GIGA)
+    again = plan(models(), samples=8, seqlen=32, speeds=GIGA)
+    assert found.stages == again.stages and found.rests_on.startswith("given: matrix products 1000 GFLOP/s")
+    assert found.seconds == pytest.approx(found.split.total)
+    more = plan(models(), samples=8, seqlen=32, speeds=replace(GIGA, loading=0.7))
+    assert more.seconds - found.seconds == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"tokens": 0}, {"forwards": 2}, {"on_device": True, "layers": 3, "resident": True}]
+)
+@pytest.mark.parametrize("name", [f.name for f in fields(Speeds)])
+def test_slower_is_never_sooner(name: str, how: dict[str, Any]) -> None:
+    course = replace(COURSE, **how)
+    times = [total(course, replace(GIGA, **{name: getattr(GIGA, name) * f})) for f in (4, 2, 1, 0.5, 0.01, 1e-4)]
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(times)) or name == "loading"
+    needed = {"link": course.on_device, "hashing": True, "loading": False}.get(name, bool(course.tokens))
+    needed |= name in ("selection", "reading", "writing", "scanning")
+    assert (times[-1] > 1.5 * times[0]) == needed, "what is used matters, what is not does not"
+
+
+def test_more_work_takes_longer() -> None:
+    base = total(COURSE)
+    assert total(replace(COURSE, tokens=2 * 10**5, batches=100)) > 1.8 * base - 5
+    assert total(replace(COURSE, forwards=2)) > 1.3 * base
+    assert total(replace(COURSE, tokens=0)) < base / 10
+    assert total(COURSE, works=(*WORKS[:2], *WORKS[1:])) - base == pytest.approx(
+        stage_seconds(WORKS, COURSE, GIGA)[1].total, rel=0.05
+    )
+
+
+def test_reading_hides_behind_the_pass_before() -> None:
+    """Layer 1 is read during layer 0's pass of 120 s: 1 GB at 20 MB/s does, at 2 MB/s does not."""
+    times = [stage_seconds(WORKS, COURSE, replace(GIGA, reading=r))[2].disk for r in (1e9, 2e7, 2e6)]
+    assert times[0] == pytest.approx(times[1])
+    passed = stage_seconds(WORKS, COURSE, GIGA)[1]
+    assert times[2] - times[0] == pytest.approx(500 - (passed.total - passed.disk), rel=0.01)
+
+
+def test_without_a_pass_the_slowest_counts() -> None:
+    """Both ways through one disk, or pruning, with hashing on one core of two."""
+    course = replace(COURSE, tokens=0)
+
+    def layer(**speeds: float) -> float:
+        return stage_seconds(WORKS, course, replace(GIGA, **speeds))[1].total
+
+    assert layer(reading=1e8, writing=2e8) == pytest.approx(10 + 5, rel=0.01)
+    assert layer(selection=1e8) == pytest.approx(9 + 0.1 + 0.25 / 2, rel=0.01)
+    assert layer(hashing=1e8) == pytest.approx(10, rel=0.01)
+
+
+@pytest.mark.parametrize("slow", ["link", "reading", "writing", "selection", "hashing"])
+def test_a_device_overlaps_what_fits(slow: str) -> None:
+    speeds = replace(GIGA, products=1e13, **{slow: 2e8})
+    three, two, one = (total(replace(COURSE, on_device=True, resident=True, layers=n), speeds) for n in (3, 2, 1))
+    assert three <= two <= one and three < one
+    away = total(replace(COURSE, on_device=True, resident=False, layers=3), speeds)
+    assert away > three, "activations that do not stay there go to the disk"
+
+
+def test_attention_of_its_own() -> None:
+    """a + b · length, from two lengths."""
+    a, b = 2e-6, 3e-9
+    whole, half = (replace(GIGA, elementwise=LAYER.traffic / (a + b * n), attention=math.inf) for n in (256, 128))
+    found = measuring.growing(whole, half, 256, LAYER, 2048)
+    assert LAYER.traffic / found.elementwise == pytest.approx(a)
+    assert LAYER.attention / found.attention == pytest.approx(b * 2048)
+    assert measuring.growing(whole, whole, 256, LAYER, 2048) == whole
+
+
+def test_clock() -> None:
+    """The median of what comes after the first call, which is loading."""
+    times = iter([0.0, 5.0, 10.0, 11.0, 20.0, 21.0])
+    clock = measuring.Clock(torch.device("cpu"), lambda: next(times, 0.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "_SECONDS", 0.0)
+        assert clock.typical(lambda: None, loads=True) == 1.0
+    assert clock.loading == 4.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_speed_is_measured(
+    models: Models, text: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the layer without weights has as many inputs as a real one, of the same widths."""
+    seen: list[Speeds] = []
+    widths: list[list[int]] = []
+    statistics = measuring._statistics
+
+    def measure(*args: Any, **how: Any) -> Speeds:
+        seen.append(measuring.measure(*args, **how))
+        return seen[-1]
+
+    def gathered(found: list[int], *args: Any) -> float:
+        widths.append(list(found))
+        return statistics(found, *args)
+
+    monkeypatch.setattr("streamprune.planning.measure", measure)
+    monkeypatch.setattr(measuring, "_statistics", gathered)
+    monkeypatch.setattr(ShardMaps, "tensor", None)  # no weight is read but to time the disk
+    plan(models(kind), samples=4, seqlen=32)
+    slow = {f.name: getattr(seen[0], f.name) for f in fields(Speeds)}
+    infinite = {name for name, speed in slow.items() if not 0 < speed < math.inf}
+    assert infinite <= {"link", "loading", "attention"}
+    assert math.isfinite(slow["attention"]) == (kind not in EAGER)
+    monkeypatch.undo()
+    calibrate(models(kind), tmp_path / "stats", calib=text, samples=2, seqlen=32)
+    file = StatisticsFile(tmp_path / "stats")
+    leaders = {leader for name, leader in file.groups.items() if ".0." in name}
+    assert sorted(widths[0]) == sorted(file.refs[f"{leader}.sum"].shape[0] for leader in leaders)
+
+
+def huge(folder: Path) -> Path:
+    """A checkpoint with a 70B model's widths, of holes: its size is not on the disk."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "vocab_size": 32000,
+        "intermediate_size": 28672, "num_hidden_layers": 2, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "max_position_embeddings": 8192, "dtype": "bfloat16",
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens.weight": (32000, 8192), "lm_head.weight": (32000, 8192), "model.norm.weight": (8192,)}
+    for i in range(2):
+        for name, shape in {
+            "self_attn.q_proj": (8192, 8192), "self_attn.k_proj": (1024, 8192), "self_attn.v_proj": (1024, 8192),
+            "self_attn.o_proj": (8192, 8192), "mlp.gate_proj": (28672, 8192), "mlp.up_proj": (28672, 8192),
+            "mlp.down_proj": (8192, 28672), "input_layernorm": (8192,), "post_attention_layernorm": (8192,),
+        }.items():  # fmt: skip
+            shapes[f"model.layers.{i}.{name}.weight"] = shape
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    data = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as f:
+        f.write(len(data).to_bytes(8, "little") + data)
+        f.truncate(8 + len(data) + at)
+    return folder
+
+
+class Largest(TorchDispatchMode):
+    """The largest memory of a tensor, and the operations of all products."""
+
+    nbytes, operations = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in [out] if isinstance(out, torch.Tensor) else []:
+            if tensor.device.type != "meta":
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.linear.default):
+            self.operations = max(self.operations, 2 * args[0].numel() * args[1].numel() // args[0].shape[-1])
+        return out
+
+
+def test_measuring_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a 70B model's layer, which takes 1.6 GiB and three windows of activations, only pieces are worked on."""
+    monkeypatch.setattr(measuring, "_SECONDS", 0.0)
+    largest = Largest()
+
+    def measure(*args: Any, **how: Any) -> Speeds:
+        with largest:
+            return measuring.measure(*args, **how)
+
+    monkeypatch.setattr("streamprune.planning.measure", measure)
+    found = plan(huge(tmp_path / "model"), samples=4, seqlen=2048)
+    assert found.stages[1].nbytes > 1600 << 20
+    assert 1 << 20 < largest.nbytes <= 160 << 20
+    assert 1e8 < largest.operations <= 2.4e10
+    for rows, width in ((8192, 28672), (28672, 8192), (10**6, 10**6), (16, 16)):
+        few, some = measuring.product_size(rows, width, 2048, "cpu")
+        assert 1 <= few <= 2048 and 1 <= some <= rows and few * some * width <= 1.2e10
+        assert few * width * 4 <= 128 << 20 and some * width * 4 <= 512 << 20
+    assert measuring.product_size(256, 256, 2048, "cpu") == (2048, 256), "small ones are measured whole"
+
+
+def test_window(models: Models) -> None:
+    """As in a job where it fits, fewer windows or shorter ones where it does not."""
+    skeleton = build_skeleton(open_checkpoint(models()), torch.bfloat16)
+    assert window_size(skeleton, 5, 32, torch.bfloat16, "cpu") == (5, 32)
+    windows, length = window_size(skeleton, 10**6, 32, torch.bfloat16, "cpu")
+    assert length == 32 and 1 < windows < 10**6
+    assert window_size(skeleton, 3, 10**6, torch.bfloat16, "cpu")[0] == 1
+    assert window_size(skeleton, 3, 10**6, torch.bfloat16, "cpu")[1] * 900 <= LAYER_BYTES["cpu"]
+
+
+def test_hollow_layer_does_not_touch_weights(models: Models) -> None:
+    """It makes finite states of the right shape from nothing."""
+    checkpoint = open_checkpoint(models())
+    skeleton = build_skeleton(checkpoint, torch.bfloat16)
+    layer = HollowLayer(checkpoint, skeleton, torch.bfloat16, torch.device("cpu"), 2, 16)
+    layer.embed()
+    assert layer.states.shape == (2, 16, 32) and layer.tokens == 32 and not bool(layer.states.any())
+    with layer.ready() as run:
+        run()
+        run()
+    assert layer.widths == [32, 32, 32, 64]  # of q, k and v; of o; of gate and up; of down
+    assert layer.called is not None and layer.called.query == (2, 4, 16, 8) and layer.called.key[1] in (2, 4)
