@@ -46,7 +46,8 @@ from streamprune.model.texts import check_seqlen, default_seqlen
 from streamprune.model.walk import Walk
 from streamprune.spec import Progress, ProgressCallback, format_bytes, no_progress
 
-LOGITS_BYTES = 48 << 20
+LOGITS_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
+"""Memory of one call's logits in float32, twice: a device is kept busy by more positions at a time."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def evaluate(
     compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
     skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)
     windows = cut_windows(path, checkpoint.path, skeleton.vocab_size, length, trust_remote_code=trust_remote_code)
-    layout = layout_for(skeleton, length, len(windows), compute, target, max_ram, max_vram)
+    layout = layout_for(skeleton, length, len(windows), compute, target, max_ram, max_vram, head=True)
     with (
         _scratch(Path(work) if work is not None else _default_work()) as folder,
         ShardMaps(checkpoint) as maps,
@@ -120,7 +121,7 @@ def _stream(walk: Walk, windows: Tokens, layout: Layout, activations: Activation
         for near in stages[position : position + (2 if layout.layers > 1 or not walk.feed.copies else 1)]:
             if near.kind == "layer" or not walk.feed.copies:
                 walk.feed.expect(near.tensors)
-        check_weights(walk.feed, walk.skeleton, stage)
+        retry_smaller(walk, partial(check_weights, walk.feed, walk.skeleton, stage))
         if stage.kind == "embed":
             retry_smaller(walk, partial(embed_pass, walk, batches, activations, persist=persist))
         elif stage.kind == "layer":
@@ -136,22 +137,22 @@ def _stream(walk: Walk, windows: Tokens, layout: Layout, activations: Activation
 
 def _loss(walk: Walk, batches: list[Tensor], activations: Activations) -> float:
     """Nats over all predicted tokens, from the states after the last layer."""
-    seqlen = batches[0].shape[1]
-    step = max(1, min(seqlen, LOGITS_BYTES // (walk.skeleton.vocab_size * 8)))
-    total = 0.0
+    seqlen = batches[0].shape[1]  # more positions a model may not have
+    step = max(1, min(seqlen, LOGITS_BYTES[walk.device.type] // (walk.skeleton.vocab_size * 8)))
+    total = torch.zeros((), dtype=torch.float64, device=walk.device)
     with walk.head() as head:
         for states, ids in zip(activations.read(len(walk.skeleton.layers)), batches, strict=True):
             flat = states[:, :-1].reshape(-1, walk.skeleton.hidden_size)
             wanted = ids[:, 1:].reshape(-1)
             for begin in range(0, len(wanted), step):
                 total += _nll(head(flat[begin : begin + step]), wanted[begin : begin + step])
-    return total
+    return float(total)
 
 
-def _nll(logits: Tensor, wanted: Tensor) -> float:
+def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
     """Summed −log p of `wanted` (tokens,) under logits (tokens, vocab), in float32, summed in float64."""
     loss = torch.nn.functional.cross_entropy(logits.float(), wanted.to(logits.device), reduction="none")
-    return float(loss.double().sum())
+    return loss.double().sum()
 
 
 def _check_disk(folder: Path, windows: Tokens, walk: Walk) -> None:

@@ -66,9 +66,9 @@ class Pass:
 
     def layer(self, stage: Stage, write: bool, persist: bool) -> Collector:
         """One layer: its outputs, if `write`, and the statistics of its linears' inputs."""
-        check_weights(self.walk.feed, self.walk.skeleton, stage)
 
         def attempt() -> Collector:
+            check_weights(self.walk.feed, self.walk.skeleton, stage)
             collector = Collector(self._accumulate)
             layer_pass(self.walk, stage, self.activations, write=write, persist=persist, collector=collector)
             return collector

@@ -109,8 +109,10 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.feed.__exit__(kind, error, trace)
-        self.maps.close()
+        try:
+            self.feed.__exit__(kind, error, trace)
+        finally:
+            self.maps.close()
 
     def discard(self) -> None:
         """Throws the unfinished work away: its input is at fault."""
@@ -148,7 +150,8 @@ class Run:
         output = self.checkpoint.nbytes - written if self.writer else 0
         cache = 0
         if self.forward is not None and len(self.records) < len(self.skeleton.stages) - 1:
-            cache = 2 * self.forward.cache_bytes
+            behind = -1 < self._newest_cache() < len(self.records) - 1  # then that one is kept beside the two at work
+            cache = (3 if behind and not self.layout.resident else 2) * self.forward.cache_bytes
         check_disk(self.state, output, cache)
 
     def _create(self) -> None:
@@ -208,15 +211,16 @@ class Run:
             file = None
             record["cache"] = self.forward.persists()
             self.forward.pruned_layer(stage, path, record["cache"])
+            record["batch"] = self.forward.walk.most
         commits.put(lambda: self._commit(stage, record, file))
 
     def _expect(self, stages: Sequence[Stage]) -> None:
         """Begins to bring the weights of this stage and the next near; a device needs those of layers only."""
         for stage in stages[: self.layout.layers] if self.feed.copies else stages:
-            if not self.feed.copies:
+            if not self.feed.copies or (stage.kind == "layer" and self.forward is not None):
                 self.feed.expect(stage.tensors)
-            elif stage.kind == "layer":
-                self.feed.expect(stage.linears.values() if self.forward is None else stage.tensors)
+            elif self.writer is not None:
+                self.feed.expect(ref for name, ref in stage.linears.items() if name in self.writer.selected)
 
     def _more(self, stage: Stage) -> bool:
         """Whether a layer comes after this one."""
@@ -227,7 +231,7 @@ class Run:
         persist = forward.persists()
         if stage.kind == "embed":
             forward.embed(persist)
-            record["cache"] = persist
+            record["cache"], record["batch"] = persist, forward.walk.most
             return {}
         write = self._more(stage) and self.spec.propagate == "dense"
         collector = forward.layer(stage, write, persist)
@@ -241,12 +245,13 @@ class Run:
         self, path: Path, stage: Stage, stats: dict[str, InputStats], record: dict[str, Any]
     ) -> durable.AtomicFile | None:
         """The stage's shard, all but committed; None for a job that writes none."""
-        if self.writer is None:
-            return None
-        file = self.writer.fill(path, stage, lambda name, width: self._stats(stats, name, width))
-        self._uncommitted.append(file)
-        record["shard"] = {"name": path.name, "bytes": file.size, "xxh3_128": file.digest}
-        record["linears"] = self.writer.linears
+        file = None
+        if self.writer is not None:
+            file = self.writer.fill(path, stage, lambda name, width: self._stats(stats, name, width))
+            self._uncommitted.append(file)
+            record["shard"] = {"name": path.name, "bytes": file.size, "xxh3_128": file.digest}
+            record["linears"] = self.writer.linears
+        self.feed.release(stage.tensors)  # now, not when all is durable: the layer after the next is about to be sent
         return file
 
     def _commit(self, stage: Stage, record: dict[str, Any], file: durable.AtomicFile | None) -> None:
@@ -260,11 +265,11 @@ class Run:
         before = self._newest_cache()
         journal.append(self.state.journal, record)
         self.records.append(record)
-        if before >= 0 and (record["cache"] or (stage.kind == "layer" and not self._more(stage))):
-            remove_cache(self.state.cache, before)
+        if self.forward is not None and (record["cache"] or (stage.kind == "layer" and not self._more(stage))):
+            for old in range(max(before, 0), len(self.records) - 1):  # with those that a resumed run made to catch up
+                remove_cache(self.state.cache, old)
         if record["cache"] and self.forward is not None:
             self.forward.kept = now
-        self.feed.release(stage.tensors)
         total = len(self.skeleton.stages) - (self.writer is None)
         self.progress(Progress(stage.name, len(self.records), total, record["seconds"]))
 

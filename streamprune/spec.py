@@ -26,7 +26,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 
 @dataclass(frozen=True)
 class Progress:
-    """One finished step: stage `done` of `total`, called `name`, after `seconds`."""
+    """One finished step: stage `done` of `total`, called `name`, after `seconds`. Jobs tell it from a second thread."""
 
     name: str
     done: int

@@ -20,7 +20,7 @@ from streamprune.disk.shards import fill_shard
 from streamprune.errors import UsageError
 from streamprune.kernels import Selection
 from streamprune.model.feed import Feed
-from streamprune.model.lane import Lane
+from streamprune.model.lane import Lane, is_out_of_memory
 from streamprune.model.passes import finite_rows, refuse_nonfinite, rows_of
 from streamprune.model.skeleton import TORCH_DTYPES, Skeleton, Stage
 from streamprune.pruning.recipes import Recipe
@@ -60,10 +60,12 @@ class StageWriter:
     """Module paths of the linears to prune."""
     linears: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._lane = Lane(self.feed.device)
+
     def fill(self, path: Path, stage: Stage, stats: Callable[[str, int], InputStats]) -> AtomicFile:
         """Fills one shard; the caller commits it. `stats(linear, in_features)` are those of a linear's input."""
         self.linears = []
-        self._lane = Lane(self.feed.device)
         chosen = {ref.name: name for name, ref in stage.linears.items() if name in self.selected}
         known = {ref.name for ref in self.skeleton.sources.values()}
 
@@ -96,19 +98,34 @@ class StageWriter:
         feature, power = make_feature(given)
         feature = feature.to(self.feed.device)
         removed = total = 0.0
+        parts: list[Tensor] = []
         for begin, rows in rows_of(self.feed, ref, ref.nbytes if transposed else CHUNK_BYTES):
-            result = self.target.select(rows.t().contiguous() if transposed else rows, feature, power)
-            if not result.finite:
-                refuse_nonfinite(ref, begin, rows)
-            weight = result.weight.t().contiguous() if transposed else result.weight
-            removed, total = removed + result.removed, total + result.total
-            yield _bytes(self._lane.fetch(weight, None))
+            for result in self._select(rows.t().contiguous() if transposed else rows, feature, power):
+                if not result.finite:
+                    refuse_nonfinite(ref, begin, rows)
+                removed, total = removed + result.removed, total + result.total
+                parts.append(result.weight)
+            weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+            parts.clear()
+            yield _bytes(self._lane.fetch(weight.t().contiguous() if transposed else weight, None))
         out_features = ref.shape[1] if transposed else ref.shape[0]
         per_row = prune_per_row(self.target, in_features)
         self.linears.append({
             "name": name, "rows": out_features, "in_features": in_features, "pruned": per_row * out_features,
             "sparsity": per_row / in_features, "removed_score": removed / total if total else 0.0,
         })  # fmt: skip
+
+    def _select(self, rows: Tensor, feature: Tensor, power: int) -> Iterator[Selection]:
+        """Prunes rows (n, in); in halves, where a device has no room for the kernels' temporaries."""
+        try:
+            yield self.target.select(rows, feature, power)
+            return
+        except RuntimeError as e:
+            if len(rows) == 1 or not is_out_of_memory(e):
+                raise
+        torch.cuda.empty_cache()
+        for half in torch.split(rows, -(-len(rows) // 2)):
+            yield from self._select(half, feature, power)
 
 
 def prune_per_row(target: Target, in_features: int) -> int:

@@ -45,7 +45,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
     def set_layout(layers: int, resident: bool, batch: int = 2) -> None:
         layout = Layout(batch, layers, resident, 0)
         monkeypatch.setattr("streamprune.job_run.layout_of", lambda *args: layout)
-        monkeypatch.setattr("streamprune.evaluation.layout_for", lambda *args: layout)
+        monkeypatch.setattr("streamprune.evaluation.layout_for", lambda *args, **more: layout)
         for place in ("job_run", "job_pass", "evaluation"):
             monkeypatch.setattr(f"streamprune.{place}.Feed", functools.partial(Feed, copies=True))
 

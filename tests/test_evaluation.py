@@ -102,7 +102,7 @@ def test_logits_in_pieces(
         return nll(logits, wanted)
 
     monkeypatch.setattr(evaluation, "_nll", watched)
-    monkeypatch.setattr(evaluation, "LOGITS_BYTES", positions * 8 * 199)
+    monkeypatch.setattr(evaluation, "LOGITS_BYTES", {"cpu": positions * 8 * 199})
     assert evaluate(model, short, seqlen=N, work=tmp_path).nll == pytest.approx(expected, rel=1e-6)
     assert max(shapes) == min(positions, N) and sum(shapes) == 11 * (N - 1)
 

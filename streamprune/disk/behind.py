@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -21,28 +20,46 @@ class Readable(Protocol[Read]):
     def __getitem__(self, number: int, /) -> Read: ...
 
 
+class _Mark:
+    """Put among the items; answered when all before it are done."""
+
+    def __init__(self) -> None:
+        self.reached: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+
 class Behind(Generic[Item]):
     """Calls `work(item)` in a thread of its own for each item that is put, in order, `ahead` waiting at most.
 
     Leaving the context waits for the last item. What `work` raises is raised by the next `put`, by `drain` or on
     leaving; items after it are dropped. When the context is left with an exception, items that still wait are dropped.
+
+    Built on SimpleQueue alone: a signal handler that raises (Ctrl-C, SIGTERM) within queue.Queue, Condition or
+    Thread.join can lose a wake-up, leave a lock held, or mark a thread that runs as ended (bpo-46726, gh-92530).
     """
 
-    def __init__(self, work: Callable[[Item], None], ahead: int) -> None:
+    def __init__(self, work: Callable[[Item], None], ahead: int | None = None) -> None:
         self._work = work
-        self._items: queue.Queue[Item | None] = queue.Queue(ahead)
+        self._items: queue.SimpleQueue[Item | _Mark | None] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] | None = None if ahead is None else queue.SimpleQueue()
+        for _ in range(ahead or 0):
+            self._put_room()
+        self._ended, self._told = False, queue.SimpleQueue[None]()
         self._error: BaseException | None = None
         self._dropping = False
         self._thread = threading.Thread(target=self._run, name="streamprune-behind", daemon=True)
 
     def put(self, item: Item) -> None:
-        """Hands one item on; waits while the queue is full."""
+        """Hands one item on; waits while `ahead` items wait."""
         self._raise()
+        if self._room is not None:
+            self._room.get()
         self._items.put(item)
 
     def drain(self) -> None:
         """Waits until all that was put is done."""
-        self._items.join()
+        mark = _Mark()
+        self._items.put(mark)
+        mark.reached.get()
         self._raise()
 
     def drop(self) -> None:
@@ -53,21 +70,36 @@ class Behind(Generic[Item]):
         if self._error is not None:
             raise self._error
 
+    def _put_room(self) -> None:
+        if self._room is not None:
+            self._room.put(None)
+
     def _run(self) -> None:
-        while True:
-            item = self._items.get()
-            try:
-                if item is None:
-                    return
-                if not self._dropping and self._error is None:
-                    self._work(item)
-            except BaseException as e:  # noqa: BLE001 - handed to the thread that puts
-                self._error = e
-            finally:
-                self._items.task_done()
+        try:
+            while (item := self._items.get()) is not None:
+                if isinstance(item, _Mark):
+                    item.reached.put(None)
+                else:
+                    self._put_room()
+                    self._do(item)
+                del item  # not held while there is nothing to do
+        finally:
+            self._ended = True
+            self._told.put(None)
+
+    def _do(self, item: Item) -> None:
+        try:
+            if not self._dropping and self._error is None:
+                self._work(item)
+        except BaseException as e:  # noqa: BLE001 - handed to the thread that puts
+            self._error = e
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._items.put(None)  # interrupted, it may have started all the same
+            raise
         return self
 
     def __exit__(
@@ -76,13 +108,14 @@ class Behind(Generic[Item]):
         if kind is not None:
             self.drop()
         interrupted: BaseException | None = None
-        while self._thread.is_alive():  # whatever interrupts the waiting, the item at hand is finished first
+        while not self._ended:  # whatever interrupts the waiting, the item at hand is finished first
             try:
                 self._items.put(None)
-                self._thread.join()
-            except KeyboardInterrupt as e:
-                self.drop()
+                self._told.get()
+            except BaseException as e:  # noqa: BLE001 - raised below
+                self._dropping = True
                 interrupted = e
+        self._thread.join()
         failure = self._error or interrupted
         if kind is None and failure is not None:
             raise failure
@@ -90,11 +123,22 @@ class Behind(Generic[Item]):
 
 def read_ahead(items: Readable[Item]) -> Iterator[Item]:
     """The items in order, the next one always being fetched in a thread of its own while one is used."""
-    with ThreadPoolExecutor(1, thread_name_prefix="streamprune-read") as pool:
-        coming = pool.submit(items.__getitem__, 0) if len(items) else None
+    ready: queue.SimpleQueue[tuple[Item, None] | tuple[None, BaseException]] = queue.SimpleQueue()
+
+    def fetch(number: int) -> None:
+        try:
+            ready.put((items[number], None))
+        except BaseException as e:  # noqa: BLE001 - raised by whoever takes the item
+            ready.put((None, e))
+
+    with Behind(fetch) as behind:
+        if len(items):
+            behind.put(0)
         for following in range(1, len(items) + 1):
-            assert coming is not None
-            item = coming.result()
-            coming = pool.submit(items.__getitem__, following) if following < len(items) else None
-            yield item
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if following < len(items):
+                behind.put(following)
+            yield item  # type: ignore[misc]
             del item

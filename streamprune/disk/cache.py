@@ -95,8 +95,8 @@ class CacheReader:
             raise IndexError(chunk)
         first = chunk * self._chunk_samples
         samples = min(self._chunk_samples, self.samples - first)
-        data = bytearray(samples * self._sample_bytes)
-        view = memoryview(data)
+        data = torch.empty(samples * self._sample_bytes, dtype=torch.uint8)  # a bytearray is zeroed with the GIL held
+        whole = view = data.numpy().data
         try:
             with self._path.open("rb", buffering=0) as f:
                 f.seek(first * self._sample_bytes)
@@ -106,12 +106,12 @@ class CacheReader:
             raise CorruptStateError(
                 f"{self._path} cannot be read ({e.strerror}); start again with --restart, and check the disk"
             ) from e
-        if view or xxhash.xxh3_64_hexdigest(data) != self._digests[chunk]:
+        if view or xxhash.xxh3_64_hexdigest(whole) != self._digests[chunk]:
             raise CorruptStateError(
                 f"{self._path}: chunk {chunk} (byte {first * self._sample_bytes}) is not what was written; "
                 "start again with --restart, and check the disk"
             )
-        return torch.frombuffer(data, dtype=self._dtype).view(samples, *self._shape)
+        return data.view(self._dtype).view(samples, *self._shape)
 
 
 def remove_cache(folder: Path, stage: int) -> None:

@@ -93,6 +93,7 @@ class AtomicFile:
         self._hash = xxhash.xxh3_128()
         self._flushed = 0
         self._direct: DirectWriter | None = None
+        self._past = not reread
         with disk_errors(path):
             self._fd = os.open(self.temporary, _WRITE | os.O_CREAT | os.O_TRUNC, 0o666)
         self._pending = True
@@ -106,11 +107,13 @@ class AtomicFile:
         view = memoryview(data).cast("B")
         self._hash.update(view)
         with disk_errors(self.path):
-            if self._direct is None and not self._reread and len(view) >= _LARGE_PIECE:
+            if self._direct is None and self._past and len(view) >= _LARGE_PIECE:
                 head = view[: -self.size % ALIGNMENT]
                 self._append(head)
                 view = view[len(head) :]
-                self._direct = DirectWriter(self._fd, os.write)
+                writer = DirectWriter(self._fd, os.write)
+                self._direct = writer if writer.works else None
+                self._past = writer.works
             if self._direct is None:
                 self._append(view)
             else:

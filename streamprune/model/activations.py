@@ -25,6 +25,8 @@ class Activations:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, *, resident: bool = False) -> None:
         self.folder, self.dtype, self.device, self.resident = folder, dtype, device, resident
         self._held: tuple[int, list[Tensor]] = (-1, [])
+        # for the whole job: torch deals out 32 streams in turn, and what its allocator keeps belongs to one of them
+        self._reading, self._writing = Lane(device), Lane(device)
 
     def read(self, stage: int) -> Iterator[Tensor]:
         """The chunks before layer `stage`, on the device, in order. Raises CorruptStateError as CacheReader."""
@@ -32,7 +34,7 @@ class Activations:
         if at == stage:
             yield from held
             return
-        for sent in read_ahead(_Sending(CacheReader(self.folder, stage), Lane(self.device))):
+        for sent in read_ahead(_Sending(CacheReader(self.folder, stage), self._reading)):
             yield take(sent)
 
     @contextmanager
@@ -41,7 +43,7 @@ class Activations:
 
         On leaving they are durable, unless `persist` is off; that needs resident states.
         """
-        lane, held = Lane(self.device), list[Tensor]()
+        lane, held = self._writing, list[Tensor]()
 
         def store(item: tuple[Tensor, Event | None]) -> None:
             if writer is not None:
@@ -54,7 +56,7 @@ class Activations:
             if persist:
                 behind.put((states, lane.mark()))
 
-        waiting = 1 << 20 if self.resident else 1
+        waiting = None if self.resident else 1
         with (
             CacheWriter(self.folder, stage, self.dtype) if persist else nullcontext() as writer,
             Behind(store, waiting) as behind,

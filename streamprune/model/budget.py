@@ -117,14 +117,17 @@ class Layout:
 
 
 def lay_out(
-    skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, device: torch.device, limit: int | None
-) -> Layout:
+    skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, device: torch.device, limit: int | None,
+    *, head: bool = False,
+) -> Layout:  # fmt: skip
     """The fastest layout of a pass (or none, samples = 0) within `limit` bytes of the device, by default what is free.
+
+    With `head`, what makes logits has its turn there after the layers.
 
     What is given up first: pruning a layer beside the next one's pass, then hidden states on the device, then
     bringing layers early, then batches. Raises ResourceError with the smallest sufficient value.
     """
-    least = memory_of(skeleton, seqlen, samples, dtype, 1, False, min(samples, 1))
+    least = memory_of(skeleton, seqlen, samples, dtype, 1, False, min(samples, 1), head=head)
     whose = "--max-vram"
     if limit is None:
         whose, limit = f"{device}'s free memory of", free_on(device)
@@ -138,8 +141,8 @@ def lay_out(
     for layers, resident, fewest in (
         (3, True, enough), (2, True, enough), (2, False, enough), (1, False, enough), (1, False, 1),
     ):  # fmt: skip
-        fixed = memory_of(skeleton, seqlen, samples, dtype, layers, resident, 0)
-        each = memory_of(skeleton, seqlen, samples, dtype, layers, resident, 1) - fixed
+        fixed = memory_of(skeleton, seqlen, samples, dtype, layers, resident, 0, head=head)
+        each = memory_of(skeleton, seqlen, samples, dtype, layers, resident, 1, head=head) - fixed
         batch = min(wanted, (limit - fixed) // each) if samples and limit >= fixed else 0
         if batch >= fewest or (not samples and limit >= fixed):
             return Layout(max(batch, 1), layers, resident and samples > 0, fixed + batch * each)
@@ -148,7 +151,7 @@ def lay_out(
 
 def layout_for(
     skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, device: torch.device,
-    max_ram: int | None, max_vram: int | None,
+    max_ram: int | None, max_vram: int | None, *, head: bool = False,
 ) -> Layout:  # fmt: skip
     """The layout of a pass over `samples` windows, or of pruning without one (samples = 0).
 
@@ -165,7 +168,7 @@ def layout_for(
     if not on_device:
         return Layout(batch, 1, False, 0)
     hold_to(max_vram, device)
-    return lay_out(skeleton, seqlen, samples, dtype, device, max_vram)
+    return lay_out(skeleton, seqlen, samples, dtype, device, max_vram, head=head)
 
 
 def batch_within(seqlen: int, samples: int) -> int:
@@ -174,25 +177,34 @@ def batch_within(seqlen: int, samples: int) -> int:
 
 
 def memory_of(
-    skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, layers: int, resident: bool, batch: int
-) -> int:
+    skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, layers: int, resident: bool, batch: int,
+    *, head: bool = False,
+) -> int:  # fmt: skip
     """Estimated peak bytes on a device: see Layout. While a layer computes, its inputs and outputs are resident."""
     weights = max((layers * s.nbytes for s in skeleton.layer_stages), default=0)
-    states = 2 * samples * seqlen * skeleton.hidden_size * dtype.itemsize if resident else 0
-    in_flight = 4 * batch * seqlen * skeleton.hidden_size * dtype.itemsize
+    if head:  # its matrix may be the embedding's
+        weights = max(weights, *(t.nbytes for s in (skeleton.stages[0], skeleton.stages[-1]) for t in s.tensors))
+    state = seqlen * skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize
+    states = 2 * samples * state if resident else 0
+    in_flight = 4 * batch * state
     return CONTEXT + KERNELS + weights + states + in_flight + batch * seqlen * token_bytes(skeleton, seqlen, dtype)
 
 
 def free_on(device: torch.device) -> int | None:
     """Bytes that this process may still take on a device, nine tenths of what is free; None where that is unknown."""
-    return int(0.9 * torch.cuda.mem_get_info(device)[0]) + CONTEXT if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for whoever asks next
+    return int(0.9 * (torch.cuda.mem_get_info(device)[0] + kept)) + CONTEXT
 
 
 def hold_to(limit: int | None, device: torch.device) -> None:
-    """Makes torch's allocator refuse what exceeds `limit` bytes of a device, its context included."""
-    if limit is not None and device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (limit - CONTEXT) / total)), device)
+    """Makes torch's allocator refuse what exceeds `limit` bytes of a device, its context included; None ends that."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index  # torch wants a number here
+        total = torch.cuda.mem_get_info(index)[1]
+        share = 1.0 if limit is None else min(1.0, max(0.0, (limit - CONTEXT) / total))
+        torch.cuda.set_per_process_memory_fraction(share, index)
 
 
 def native_bf16() -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from streamprune.disk.behind import Behind
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
-from streamprune.model.lane import Event, Lane, Sent, take
+from streamprune.model.lane import Event, Lane, Sent, is_out_of_memory, take
 
 _PIECE_BYTES = 32 << 20
 _PIECES_IN_FLIGHT = 2
@@ -50,8 +50,8 @@ class Feed:
         self.copies = device.type != "cpu" if copies is None else copies
         self._drop_cache = drop_cache
         self._parcels: dict[TensorRef, _Parcel] = {}
-        self._lane = Lane(device)
-        self._behind: Behind[_Parcel | list[TensorRef]] = Behind(self._work, 1 << 20)
+        self._own_lane: Lane | None = None
+        self._behind: Behind[_Parcel | list[TensorRef]] = Behind(self._work)
 
     def __enter__(self) -> Self:
         self._behind.__enter__()
@@ -77,15 +77,15 @@ class Feed:
     def tensor(self, ref: TensorRef) -> Tensor:
         """A tensor on the device, in its stored dtype; waits for it where it is on its way. Raises as ShardMaps."""
         parcel = self._parcels.get(ref)
-        if parcel is None:
-            stored = self.maps.tensor(ref)
-            return stored.to(self.device) if self.copies else stored
-        parcel.done.wait()
-        if parcel.error is not None:
+        if parcel is not None:
+            parcel.done.wait()
+            if parcel.sent is not None:
+                return take(parcel.sent)
             self._parcels.pop(ref, None)
-            raise parcel.error
-        assert parcel.sent is not None
-        return take(parcel.sent)
+            if parcel.error is not None and not is_out_of_memory(parcel.error):
+                raise parcel.error
+        stored = self.maps.tensor(ref)  # there may be room by now for what there was none while it was sent ahead
+        return stored.to(self.device) if self.copies else stored
 
     def rows(self, ref: TensorRef, begin: int, end: int) -> Tensor:
         """Rows begin to end of a tensor, on the device. Raises as ShardMaps."""
@@ -123,6 +123,11 @@ class Feed:
             self.maps.prefetch(refs)
         except Exception:  # noqa: BLE001 - only a hint: whoever uses the tensor meets the same error
             return
+
+    @property
+    def _lane(self) -> Lane:
+        self._own_lane = self._own_lane or Lane(self.device)  # when first used: many a feed is told to expect nothing
+        return self._own_lane
 
     def _carry(self, ref: TensorRef) -> Sent:
         """Copies one tensor to the device, a few pieces in flight."""

@@ -79,6 +79,12 @@ class Lane:
         return host
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what gave out: torch's allocators, of a device or the CPU, or one of CUDA's libraries."""
+    said = ("DefaultCPUAllocator", "CUDA error: out of memory", "HIP error: out of memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in said)
+
+
 def take(sent: Sent) -> Tensor:
     """The tensor, safe to use on the caller's current stream from now on."""
     if sent.arrived is not None and sent.tensor.is_cuda:

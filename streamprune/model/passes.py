@@ -17,6 +17,7 @@ from streamprune.kernels import cpu, torch_ops
 from streamprune.model.activations import Activations
 from streamprune.model.calibration import Tokens
 from streamprune.model.feed import Feed
+from streamprune.model.lane import is_out_of_memory
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.statistics import Collector
 from streamprune.model.walk import Walk
@@ -133,8 +134,3 @@ def out_of_memory_named(device: torch.device) -> Iterator[None]:
         raise ResourceError(
             f"{device} ran out of memory: {' '.join(str(e).split())[:120]}; free some and run the same command again"
         ) from e
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator of torch gave up, the device's or the CPU's."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -24,6 +24,7 @@ from streamprune.errors import ResourceError, UnsupportedError
 from streamprune.model.binding import bound
 from streamprune.model.budget import cache_dtype
 from streamprune.model.feed import Feed
+from streamprune.model.lane import is_out_of_memory
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
 
 
@@ -39,8 +40,9 @@ class Call:
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps its arguments, returns its input (or `replace`) unchanged."""
 
-    def __init__(self, as_tuple: bool, first: _Recorder | None) -> None:
+    def __init__(self, as_tuple: bool, first: _Recorder | None, compare: bool) -> None:
         super().__init__()
+        self.compare = compare
         self.as_tuple = as_tuple
         self.first = [first] if first else []  # in a list, so that it is no submodule
         self.received: Tensor | None = None
@@ -51,12 +53,14 @@ class _Recorder(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         by_keyword = "hidden_states" in kwargs
         states = kwargs.pop("hidden_states") if by_keyword else args[0]
-        if self.first:
+        if not self.first:
+            self.received = states.clone()  # what comes after may change the states in place
+            self.handed_on = states.dim() == 3
+        elif self.compare:
             given = self.first[0].received
             self.handed_on = given is not None and states.shape == given.shape and bool(torch.equal(states, given))
         else:
-            self.received = states.clone()  # what comes after may change the states in place
-            self.handed_on = states.dim() == 3
+            self.handed_on = True
         self.call = Call(args if by_keyword else args[1:], kwargs, by_keyword)
         out = states if self.replace is None else self.replace
         return (out,) if self.as_tuple else out
@@ -136,13 +140,16 @@ class Walk:
     def _record(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         failure: Exception | None = None
         for as_tuple in (False, True) if self._as_tuple is None else (self._as_tuple,):
-            with _recorders(self.skeleton, as_tuple) as recorders:
+            compare = len(ids) not in self._calls  # once for each size of a batch
+            with _recorders(self.skeleton, as_tuple, compare) as recorders:
                 model = self.skeleton.model
                 base = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
                 try:
                     final = base(input_ids=ids, use_cache=False)[0]
                 except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as e:
-                    failure = e
+                    if is_out_of_memory(e) or isinstance(e, torch.AcceleratorError):
+                        raise  # says nothing about the model, whose unfinished work would be thrown away
+                    failure = e.with_traceback(None)  # whose frames hold tensors
                     continue  # the model takes a layer's output apart: it expects a tuple, or the other way round
                 if _handed_on(recorders, final):
                     self._as_tuple = as_tuple
@@ -221,7 +228,7 @@ class Walk:
         assert self._as_tuple is not None, "embed or learn_calls comes first"
         with (
             self._outside(head=True),
-            _recorders(self.skeleton, self._as_tuple) as recorders,
+            _recorders(self.skeleton, self._as_tuple, compare=False) as recorders,
         ):
 
             @torch.inference_mode()
@@ -244,12 +251,12 @@ def _watching(watch: Callable[[str, Tensor], None], name: str) -> Callable[..., 
 
 
 @contextmanager
-def _recorders(skeleton: Skeleton, as_tuple: bool) -> Iterator[list[_Recorder]]:
-    """Puts a recorder in the place of every decoder layer."""
+def _recorders(skeleton: Skeleton, as_tuple: bool, compare: bool = True) -> Iterator[list[_Recorder]]:
+    """Puts a recorder in the place of every decoder layer; they `compare` what reaches them with what was handed on."""
     layers = skeleton.layers
     real = list(layers)
-    recorders = [_Recorder(as_tuple, None)]
-    recorders += [_Recorder(as_tuple, recorders[0]) for _ in real[1:]]
+    recorders = [_Recorder(as_tuple, None, compare)]
+    recorders += [_Recorder(as_tuple, recorders[0], compare) for _ in real[1:]]
     for i, (recorder, layer) in enumerate(zip(recorders, real, strict=True)):
         for attribute in (
             "attention_type",
