@@ -76,7 +76,10 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     p.add_argument("--expect", metavar="N:M|S", help="exit with 2 unless every linear has this pattern or sparsity")
     _filter_options(p)
 
-    p = add("plan", "say what pruning MODEL will take: memory, disk, arithmetic, time; reads headers only")
+    p = add(
+        "plan",
+        "say what pruning MODEL will take: memory, disk, arithmetic, time; measures for about two seconds",
+    )
     _filter_options(p)
     p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")

@@ -28,7 +28,7 @@ from streamprune.disk.checkpoint import open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
-from streamprune.memory import peak_resident_bytes
+from streamprune.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.model.activations import Activations
 from streamprune.model.budget import Layout, compute_dtype, layout_for, resolve_device
 from streamprune.model.calibration import Tokens, cut_windows
@@ -131,6 +131,7 @@ def _stream(walk: Walk, windows: Tokens, layout: Layout, activations: Activation
         else:
             total = _loss(walk, batches, activations)
         walk.feed.release(stage.tensors)
+        give_back_free_memory()
         progress(Progress(stage.name, position + 1, len(stages), time.perf_counter() - at))
     return total
 

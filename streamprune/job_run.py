@@ -40,7 +40,7 @@ from streamprune.errors import CorruptStateError, UsageError
 from streamprune.job_pass import Pass
 from streamprune.job_prepare import check_disk, layout_of, make_writer, open_given, windows_of
 from streamprune.kernels import cpu, torch_ops
-from streamprune.memory import peak_resident_bytes
+from streamprune.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.model.activations import Activations
 from streamprune.model.budget import compute_dtype, resolve_device
 from streamprune.model.calibration import Tokens, tokens_digest
@@ -197,6 +197,7 @@ class Run:
         if self.forward is not None and stage.kind != "head":
             if self.forward.persists():
                 commits.drain()  # before the next cache grows, so that there are never more than two
+            give_back_free_memory()
             stats = self._pass(self.forward, stage, record)
         path = self.state.partial / shard_name(position + 1, len(self.skeleton.stages))
         dense = self.spec.propagate == "dense"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from streamprune.disk import durable
 from streamprune.disk.cache import CacheReader
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
@@ -420,3 +422,112 @@ def test_the_report_is_json(models: Models, text: Path, tmp_path: Path, use: Use
     use(3, True)
     job(models, text, "llama", tmp_path / "out")
     assert json.loads((tmp_path / "out/streamprune.json").read_text())["resolved"]["batch"] == 2
+
+
+# ---- what was wrong once
+
+
+def test_running_out_of_memory_while_resuming_keeps_the_work(
+    models: Models, text: Path, tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a layer's arguments are recorded, torch's error says nothing about the model."""
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    def stop(step: Progress) -> None:
+        if step.done == 2:
+            raise KeyboardInterrupt
+
+    def scarce(module: Any, *args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    use(1, False)
+    job(models, text, "llama", tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        job(models, text, "llama", tmp_path / "out", progress=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaModel, "forward", scarce)
+        with pytest.raises(ResourceError):
+            job(models, text, "llama", tmp_path / "out")
+    assert len((tmp_path / "out.partial/.streamprune/journal").read_bytes().splitlines()) == 2
+    job(models, text, "llama", tmp_path / "out")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", [{}, {"propagate": "pruned"}, {"method": "magnitude"}], ids=["dense", "pruned", "none"])
+@pytest.mark.parametrize(("layers", "resident"), LAYOUTS.values(), ids=LAYOUTS)
+def test_no_more_layers_are_held_than_the_layout_says(
+    models: Models, text: Path, tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch,
+    layers: int, resident: bool, how: dict[str, Any],
+) -> None:  # fmt: skip
+    """Also when the disk is slow to make a shard durable."""
+    held: list[int] = []
+    expect, fsync = Feed.expect, durable.os.fsync
+
+    def counting(self: Feed, refs: Any) -> None:
+        expect(self, refs)
+        held.append(len({ref.name.split(".")[2] for ref in self._parcels}))
+
+    def slow(fd: int) -> None:
+        time.sleep(0.005)
+        fsync(fd)
+
+    use(layers, resident)
+    monkeypatch.setattr(Feed, "expect", counting)
+    monkeypatch.setattr(durable.os, "fsync", slow)
+    job(models, text, "llama", tmp_path / "out", **how)
+    assert held and max(held) <= max(layers, 1)
+
+
+def test_weights_that_found_no_room_on_their_way_are_sent_again(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(models())
+    (ref, *_) = checkpoint.tensors.values()
+
+    def full(self: Feed, ref: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Feed, "_carry", full)
+    with ShardMaps(checkpoint) as maps, Feed(maps, CPU, copies=True) as feed:
+        feed.expect([ref])
+        assert torch.equal(feed.tensor(ref), maps.tensor(ref))
+
+
+def test_pruning_in_halves_where_temporaries_do_not_fit(
+    models: Models, text: Path, tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamprune.stage_writer import Target
+
+    use(2, True)
+    job(models, text, "llama", tmp_path / "whole")
+    select, seen = Target.select, list[int]()
+
+    def scarce(self: Target, weight: torch.Tensor, *args: Any) -> Any:
+        seen.append(len(weight))
+        if len(weight) > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return select(self, weight, *args)
+
+    monkeypatch.setattr(Target, "select", scarce)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    job(models, text, "llama", tmp_path / "out")
+    assert max(seen) > 10 >= min(seen)
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+
+
+def test_the_allocator_is_told_the_limit_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses torch.device("cuda") without an index; and None ends a limit that an earlier job set."""
+    told: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (6 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, index: told.append((share, index)))
+    budget.hold_to((4 << 30) + budget.CONTEXT, torch.device("cuda"))
+    budget.hold_to(None, torch.device("cuda", 2))
+    budget.hold_to(1 << 20, CPU)
+    assert told == [(0.5, 1), (1.0, 2)]
+
+
+def test_the_head_counts_where_it_is_used(models: Models) -> None:
+    model, dtype = skeleton(models), torch.bfloat16
+    table = max(t.nbytes for t in model.stages[0].tensors)
+    layer = max(s.nbytes for s in model.layer_stages)
+    without, with_head = (memory_of(model, 32, 4, dtype, 1, False, 1, head=head) for head in (False, True))
+    assert with_head - without == max(0, table - layer)
