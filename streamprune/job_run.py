@@ -189,6 +189,7 @@ class Run:
     def _stage(self, position: int, stages: Sequence[Stage], commits: Behind[Callable[[], None]]) -> None:
         """Steps 1 and 2 of a stage; 3 to 5 follow behind, at most one stage late."""
         stage = stages[position]
+        give_back_free_memory()
         self._expect(stages[position : position + 2])
         record: dict[str, Any] = {
             "stage": stage.name, "shard": None, "statistics": None, "linears": [], "cache": False, "batch": None,
@@ -197,7 +198,6 @@ class Run:
         if self.forward is not None and stage.kind != "head":
             if self.forward.persists():
                 commits.drain()  # before the next cache grows, so that there are never more than two
-            give_back_free_memory()
             stats = self._pass(self.forward, stage, record)
         path = self.state.partial / shard_name(position + 1, len(self.skeleton.stages))
         dense = self.spec.propagate == "dense"

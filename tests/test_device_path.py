@@ -478,7 +478,7 @@ def test_no_more_layers_are_held_than_the_layout_says(
     assert held and max(held) <= max(layers, 1)
 
 
-def test_weights_that_found_no_room_on_their_way_are_sent_again(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_found_no_room_are_sent_again(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(models())
     (ref, *_) = checkpoint.tensors.values()
 

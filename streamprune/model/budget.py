@@ -25,7 +25,7 @@ from streamprune.spec import format_bytes
 BATCH_TOKENS = 2048
 """Tokens in a batch when memory allows; more would not make matrix products any faster."""
 
-RESERVE = 160 << 20
+RESERVE = 208 << 20
 
 DEVICE_BATCH_TOKENS = 8192
 """Tokens in a batch on a device when its memory allows: fewer would leave small layers waiting for launches."""
