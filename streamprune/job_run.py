@@ -13,8 +13,8 @@ stage again from cache i, which is still there; after 4, only rubbish is left. S
 a thread of their own: without a forward pass the next shard is being filled meanwhile, and on a GPU the whole of step 3
 happens beside the next layer's forward pass.
 
-Activations that stay on a GPU are written to disk once a minute only: a record says whether its cache is durable. A
-resumed run goes on from the last one that is, and runs the layers since then once more, forward only.
+Activations that stay on a GPU are written once a minute only: a record says whether its cache is durable. A resumed
+run goes on from the last that is, and runs the layers since then once more, forward only.
 """
 
 from __future__ import annotations
@@ -118,8 +118,6 @@ class Run:
         """Throws the unfinished work away: its input is at fault."""
         if self.begun:
             self.state.discard()
-
-    # ---- run
 
     def work(self, startup: float) -> dict[str, Any]:
         """Does what is left to do; returns the report. `startup` is how many seconds it took to get here."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = np.random.default_rng(7).integers(0, VOCAB, (120, 25))
     path.write_text("\n".join(" ".join(f"w{i}" for i in line) for line in words) + "\n")
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interrupts_are_heard() -> None:
+    """A shell ignores Ctrl-C for what it starts in the background, and children would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

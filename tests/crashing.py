@@ -97,8 +97,8 @@ class CrashDisk:
         return fd
 
     def close(self, fd: int) -> None:
+        self._paths.pop(fd, None)  # first: another thread may be given the number as soon as it is closed
         os.close(fd)
-        self._paths.pop(fd, None)
 
     def unlink_path(self, path: Path, missing_ok: bool = False) -> None:
         """In the place of Path.unlink."""
