@@ -21,7 +21,7 @@ from streamprune.disk.hub import resolve_model
 from streamprune.disk.state import file_digest, find_finished, find_unfinished, lock_of, partial_of
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
 from streamprune.memory import peak_resident_bytes
-from streamprune.pruning.recipes import make_recipe
+from streamprune.pruning.recipes import check_damping, make_recipe
 from streamprune.spec import Calibration, JobSpec, ProgressCallback, no_progress
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def prune(
     model: str | Path, out: str | Path, *,
     sparsity: float | None = None, pattern: str | None = None,
     method: str = "swiftprune", score: str | None = None, selector: str | None = None,
+    refit: str | None = None, damping: str | None = None,
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
     stats: str | Path | None = None, save_stats: str | Path | None = None,
     only: str | None = None, skip: str | None = None, propagate: str = "dense",
@@ -68,7 +69,11 @@ def prune(
     Torch elsewhere, unless it says "numba" or "torch". `max_ram` and `max_vram` (of a GPU) are in bytes. Running the
     same job again resumes it, or finds it done. Raises the errors of streamprune.errors.
     """
-    recipe = make_recipe(method, score, selector)
+    recipe = make_recipe(method, score, selector, refit)
+    if damping is not None and not recipe.needs_gram:
+        raise UsageError("--damping is for a refit, and this recipe has none; see --refit")
+    if stats is not None and recipe.needs_gram:
+        raise UsageError(f"--stats has sums only, and {recipe.refit} needs more: leave it out, or choose --refit none")
     _check_amount(sparsity, pattern)
     if propagate not in ("dense", "pruned"):
         raise UsageError(f"--propagate {propagate}: choose dense or pruned")
@@ -76,12 +81,14 @@ def prune(
         raise UsageError("--stats takes the place of calibration: leave out --calib, --save-stats and --propagate")
     _check_backend(backend)
     checkpoint = _open_model(model)
-    needs_pass = stats is None and (recipe.needs_statistics or save_stats is not None or propagate == "pruned")
+    wants_pass = recipe.needs_statistics or recipe.needs_gram or save_stats is not None or propagate == "pruned"
+    needs_pass = stats is None and wants_pass
     calibration = _describe_calibration(checkpoint, calib, samples, seqlen, seed)
     spec = JobSpec(
         verb="prune", model=checkpoint.fingerprint(), recipe=recipe, sparsity=sparsity, pattern=pattern,
         only=only, skip=skip, propagate=propagate, calibration=calibration if needs_pass else None,
         stats=_stats_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype, backend=backend,
+        damping=check_damping(damping or "auto") if recipe.needs_gram else None,
         source=checkpoint.path, out=Path(out), stats_path=Path(stats) if stats is not None else None,
         max_ram=max_ram, max_vram=max_vram, save_stats=Path(save_stats) if save_stats is not None else None,
         work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
@@ -106,7 +113,7 @@ def calibrate(
         verb="calibrate", model=checkpoint.fingerprint(), recipe=None, sparsity=None, pattern=None,
         only=None, skip=None, propagate="dense",
         calibration=_describe_calibration(checkpoint, calib, samples, seqlen, seed),
-        stats=None, device=device, dtype=dtype, backend=backend, source=checkpoint.path, out=Path(out),
+        stats=None, device=device, dtype=dtype, backend=backend, damping=None, source=checkpoint.path, out=Path(out),
         max_ram=max_ram, max_vram=max_vram, work=Path(work) if work is not None else None,
         restart=restart, trust_remote_code=trust_remote_code,
     )  # fmt: skip

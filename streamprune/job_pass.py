@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from streamprune.disk.cache import remove_cache
@@ -12,7 +13,8 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.model.activations import Activations
 from streamprune.model.calibration import Tokens
 from streamprune.model.feed import Feed
-from streamprune.model.passes import check_weights, embed_pass, layer_pass, retry_smaller, split_batches
+from streamprune.model.grams import GramCollector, LayerGrams
+from streamprune.model.passes import Watcher, check_weights, embed_pass, layer_pass, retry_smaller, split_batches
 from streamprune.model.skeleton import Stage
 from streamprune.model.statistics import Accumulate, Collector
 from streamprune.model.walk import Walk
@@ -64,13 +66,28 @@ class Pass:
             check_weights(self.walk.feed, self.walk.skeleton, stage)
         retry_smaller(self.walk, lambda: embed_pass(self.walk, self._batches, self.activations, persist=persist))
 
-    def layer(self, stage: Stage, write: bool, persist: bool) -> Collector:
-        """One layer: its outputs, if `write`, and the statistics of its linears' inputs."""
+    def layer(self, stage: Stage, write: bool, persist: bool, grams: LayerGrams | None = None) -> Collector:
+        """One layer: its outputs, if `write`, and the statistics of its linears' inputs; their Grams if there is room."""
 
-        def attempt() -> Collector:
+        def attempt() -> tuple[Collector, GramCollector | None]:
             check_weights(self.walk.feed, self.walk.skeleton, stage)
             collector = Collector(self._accumulate)
-            layer_pass(self.walk, stage, self.activations, write=write, persist=persist, collector=collector)
+            beside = grams.first_pass() if grams else None
+            watchers: list[Watcher] = [collector, beside] if beside else [collector]
+            layer_pass(self.walk, stage, self.activations, write=write, persist=persist, watchers=watchers)
+            return collector, beside
+
+        collector, beside = retry_smaller(self.walk, attempt)
+        if grams is not None:
+            grams.gathered(beside, collector.groups)
+        return collector
+
+    def gather(self, stage: Stage, make: Callable[[], GramCollector]) -> GramCollector:
+        """One layer again, for what a collector that is made anew for each attempt sees of it."""
+
+        def attempt() -> GramCollector:
+            collector = make()
+            layer_pass(self.walk, stage, self.activations, write=False, watchers=[collector])
             return collector
 
         return retry_smaller(self.walk, attempt)

@@ -14,12 +14,13 @@ import torch
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.state import JobState
 from streamprune.errors import CorruptStateError, ResourceError, UsageError
-from streamprune.model.budget import Layout, estimate, layout_for
+from streamprune.model.budget import Layout, RefitNeeds, estimate, layout_for
 from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
 from streamprune.model.feed import Feed
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.statistics import StatisticsFile
-from streamprune.pruning.selection import parse_pattern
+from streamprune.pruning.selection import Amount, parse_pattern
+from streamprune.refitting import Refit, needs_of
 from streamprune.spec import JobSpec, compile_filter, format_bytes
 from streamprune.stage_writer import StageWriter, Target, check_shapes, selected_linears
 
@@ -31,11 +32,20 @@ def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> 
     """The writer of a prune job, None for calibrate. Raises UsageError for filters and patterns that do not fit."""
     if spec.recipe is None:
         return None
-    target = Target(spec.recipe, spec.sparsity, parse_pattern(spec.pattern) if spec.pattern else None, backend)
+    amount = Amount(spec.sparsity, parse_pattern(spec.pattern) if spec.pattern else None)
+    target = Target(spec.recipe, amount, backend, spec.damping or "auto")
     only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
     chosen = selected_linears(skeleton.stages, only, skip)
     check_shapes(target, chosen, skeleton.transposed)
     return StageWriter(skeleton, feed, target, frozenset(chosen))
+
+
+def refit_needs(writer: StageWriter | None) -> RefitNeeds | None:
+    """The memory that a job's refit takes; None where it has none."""
+    if writer is None or writer.target.recipe.refit is None:
+        return None
+    refit = Refit(writer.target.recipe.refit, writer.target.damping)
+    return needs_of(refit, [writer.in_order(stage).values() for stage in writer.skeleton.layer_stages])
 
 
 def open_given(
@@ -56,15 +66,20 @@ def open_given(
 
 
 def layout_of(
-    spec: JobSpec, skeleton: Skeleton, dtype: torch.dtype, device: torch.device, resolved: Mapping[str, Any]
-) -> Layout:
+    spec: JobSpec, skeleton: Skeleton, dtype: torch.dtype, device: torch.device, resolved: Mapping[str, Any],
+    writer: StageWriter | None,
+) -> Layout:  # fmt: skip
     """How the job lies in memory: with batches as recorded when it began, or as memory allows. Raises ResourceError."""
     c = spec.calibration
     seqlen, samples = (c.seqlen, c.samples) if c else (1, 0)
-    layout = layout_for(skeleton, seqlen, samples, dtype, device, spec.max_ram, spec.max_vram)
-    if device.type != "cpu" or not samples or not resolved:
+    needs = refit_needs(writer)
+    layout = layout_for(skeleton, seqlen, samples, dtype, device, spec.max_ram, spec.max_vram, refit=needs)
+    if not samples or not resolved:
         return layout
-    budget = estimate(skeleton, seqlen, dtype)
+    layout = replace(layout, room=int(resolved.get("gram_room", 0)))
+    if device.type != "cpu":
+        return layout
+    budget = estimate(skeleton, seqlen, dtype).refitting(needs, layout.room)
     recorded = int(resolved["batch"])
     if spec.max_ram is not None and budget.peak(recorded) > spec.max_ram:
         raise ResourceError(

@@ -20,6 +20,7 @@ run goes on from the last that is, and runs the layers since then once more, for
 from __future__ import annotations
 
 import datetime
+import functools
 import io
 import time
 from collections.abc import Callable, Sequence
@@ -34,9 +35,10 @@ from streamprune.disk.behind import Behind
 from streamprune.disk.cache import remove_cache
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.mapping import ShardMaps
-from streamprune.disk.shards import shard_name, write_index
-from streamprune.disk.state import JobState, file_digest, new_state
+from streamprune.disk.shards import shard_name
+from streamprune.disk.state import JobState, new_state
 from streamprune.errors import CorruptStateError, UsageError
+from streamprune.job_finish import calibration_of, save_statistics, write_files
 from streamprune.job_pass import Pass
 from streamprune.job_prepare import check_disk, layout_of, make_writer, open_given, windows_of
 from streamprune.kernels import cpu, torch_ops
@@ -45,9 +47,10 @@ from streamprune.model.activations import Activations
 from streamprune.model.budget import compute_dtype, resolve_device
 from streamprune.model.calibration import Tokens, tokens_digest
 from streamprune.model.feed import Feed
+from streamprune.model.grams import HoldOut, LayerGrams
 from streamprune.model.passes import out_of_memory_named
 from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
-from streamprune.model.statistics import merge_statistics, write_statistics
+from streamprune.model.statistics import write_statistics
 from streamprune.model.walk import Walk
 from streamprune.pruning.stats import InputStats
 from streamprune.report import build_report
@@ -82,7 +85,7 @@ class Run:
         self.feed = Feed(self.maps, self.device, drop_cache=spec.verb == "prune")
         self.writer = make_writer(spec, self.skeleton, self.feed, self.backend)
         self.given = open_given(spec, checkpoint, self.skeleton, self.writer)
-        self.layout = layout_of(spec, self.skeleton, self.dtype, self.device, resolved)
+        self.layout = layout_of(spec, self.skeleton, self.dtype, self.device, resolved, self.writer)
         self.records = journal.read(self.state.journal) if self.begun else []
         windows = windows_of(spec, self.skeleton, self.state.tokens, resolved)
         batch = int(resolved.get("batch", self.layout.batch))
@@ -90,6 +93,7 @@ class Run:
         self.resolved = resolved or {
             "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "batch": batch,
             "tokens": tokens_digest(windows) if windows is not None else None,
+            **({"gram_room": self.layout.room} if spec.recipe and spec.recipe.needs_gram else {}),
         }  # fmt: skip
         self._uncommitted: list[durable.AtomicFile] = []
         self._since = time.perf_counter()
@@ -193,17 +197,18 @@ class Run:
             "stage": stage.name, "shard": None, "statistics": None, "linears": [], "cache": False, "batch": None,
         }  # fmt: skip
         stats: dict[str, InputStats] = {}
+        grams = self._grams(stage)
         if self.forward is not None and stage.kind != "head":
             if self.forward.persists():
                 commits.drain()  # before the next cache grows, so that there are never more than two
-            stats = self._pass(self.forward, stage, record)
+            stats = self._pass(self.forward, stage, record, grams)
         path = self.state.partial / shard_name(position + 1, len(self.skeleton.stages))
         dense = self.spec.propagate == "dense"
-        if self.layout.layers > 2 and dense:
+        if self.layout.layers > 2 and dense and grams is None:
             commits.drain()
             commits.put(lambda: self._commit(stage, record, self._fill(path, stage, stats, record)))
             return
-        file = self._fill(path, stage, stats, record)
+        file = self._fill(path, stage, stats, record, grams)
         if self.forward is not None and file is not None and not dense and self._more(stage):
             file.commit()
             self._uncommitted.remove(file)
@@ -225,7 +230,20 @@ class Run:
         """Whether a layer comes after this one."""
         return stage.kind == "layer" and stage.index + 1 < len(self.skeleton.layers)
 
-    def _pass(self, forward: Pass, stage: Stage, record: dict[str, Any]) -> dict[str, InputStats]:
+    def _grams(self, stage: Stage) -> LayerGrams | None:
+        """The Grams of a layer whose linears are refitted."""
+        forward, c = self.forward, self.spec.calibration
+        if self.writer is None or forward is None or c is None or not self.writer.target.recipe.needs_gram:
+            return None
+        linears = self.writer.in_order(stage)
+        if stage.kind != "layer" or not linears:
+            return None
+        hold = HoldOut.of(c.samples * c.seqlen, c.seqlen)
+        return LayerGrams(linears, self.layout.room, hold, self.state.cache, functools.partial(forward.gather, stage))
+
+    def _pass(
+        self, forward: Pass, stage: Stage, record: dict[str, Any], grams: LayerGrams | None
+    ) -> dict[str, InputStats]:
         """The forward pass through the embedding or a layer; returns the statistics of each linear's input."""
         persist = forward.persists()
         if stage.kind == "embed":
@@ -233,7 +251,7 @@ class Run:
             record["cache"], record["batch"] = persist, forward.walk.most
             return {}
         write = self._more(stage) and self.spec.propagate == "dense"
-        collector = forward.layer(stage, write, persist)
+        collector = forward.layer(stage, write, persist, grams)
         record["cache"], record["batch"] = write and persist, forward.walk.most
         found = collector.finish()
         path = self.state.layer_stats(stage.index)
@@ -241,12 +259,17 @@ class Run:
         return {name: found[leader] for name, leader in collector.groups.items()}
 
     def _fill(
-        self, path: Path, stage: Stage, stats: dict[str, InputStats], record: dict[str, Any]
+        self,
+        path: Path,
+        stage: Stage,
+        stats: dict[str, InputStats],
+        record: dict[str, Any],
+        grams: LayerGrams | None = None,
     ) -> durable.AtomicFile | None:
         """The stage's shard, all but committed; None for a job that writes none."""
         file = None
         if self.writer is not None:
-            file = self.writer.fill(path, stage, lambda name, width: self._stats(stats, name, width))
+            file = self.writer.fill(path, stage, lambda name, width: self._stats(stats, name, width), grams)
             self._uncommitted.append(file)
             record["shard"] = {"name": path.name, "bytes": file.size, "xxh3_128": file.digest}
             record["linears"] = self.writer.linears
@@ -279,61 +302,23 @@ class Run:
             raise UsageError(f"{name} was not used on this text, so there are no statistics for it; --skip it")
         return gathered[name]
 
-    # ---- finish
-
-    def _calibration(self) -> dict[str, Any]:
-        c = self.spec.calibration
-        if c is None:
-            return dict(self.given.calibration) if self.given else {}
-        return {
-            "text": c.path.name if c.path else "built-in", "digest": c.digest, "samples": c.samples, "seqlen": c.seqlen,
-            "seed": c.seed, "tokens": self.resolved["tokens"], "dtype": self.resolved["dtype"],
-            "propagate": self.spec.propagate,
-        }  # fmt: skip
-
     def _finish(self, since: float) -> dict[str, Any]:
+        calibration = calibration_of(self.spec, self.resolved, self.given)
         statistics = self.spec.save_stats if self.writer else self.spec.out
         if statistics is not None:
-            parts = []
-            for stage, record in zip(self.skeleton.layer_stages, self.records[1:], strict=False):
-                parts.append(self.state.layer_stats(stage.index))
-                if not parts[-1].is_file() or file_digest(parts[-1]) != record["statistics"]:
-                    raise CorruptStateError(f"{parts[-1]} is damaged; start again with --restart")
-            merge_statistics(statistics, parts, self.checkpoint.identity(), self._calibration() | self._job())
-        if self.writer is None:
-            report = self._report([], since)
-            self.state.discard()
-            return report
-        files = self._write_files()
-        report = self._report(files, since)
-        journal.write_json(self.state.partial / "streamprune.json", "report", report)
-        self.state.publish()
-        return report
-
-    def _job(self) -> dict[str, Any]:
-        return {"job": self.spec.fixed()} if self.writer is None else {}
-
-    def _write_files(self) -> list[dict[str, Any]]:
-        """Side files and index; returns name, bytes and hash of every file of the output."""
-        partial = self.state.partial
-        files = [dict(r["shard"]) for r in self.records]
-        for name in self.checkpoint.side_files():
-            size, digest = durable.copy_file(self.checkpoint.path / name, partial / name)
-            files.append({"name": name, "bytes": size, "xxh3_128": digest})
-        where = {
-            ref.name: r["shard"]["name"]
-            for s, r in zip(self.skeleton.stages, self.records, strict=True)
-            for ref in s.tensors
-        }
-        index = partial / "model.safetensors.index.json"
-        digest = write_index(index, self.checkpoint.index_metadata, self.checkpoint.nbytes, where)
-        files.append({"name": index.name, "bytes": index.stat().st_size, "xxh3_128": digest})
-        return files
-
-    def _report(self, files: list[dict[str, Any]], since: float) -> dict[str, Any]:
-        return build_report(
-            self.spec, self.resolved, self._calibration(), self.records, files,
+            save_statistics(
+                statistics, self.spec, self.state, self.checkpoint, self.skeleton, self.records, calibration
+            )
+        files = [] if self.writer is None else write_files(self.state, self.checkpoint, self.skeleton, self.records)
+        report = build_report(
+            self.spec, self.resolved, calibration, self.records, files,
             seconds=sum(r["seconds"] for r in self.records) + time.perf_counter() - since,
             startup=self.startup,
             peak=max(peak_resident_bytes(), *(r["peak"] for r in self.records)),
         )  # fmt: skip
+        if self.writer is None:
+            self.state.discard()
+            return report
+        journal.write_json(self.state.partial / "streamprune.json", "report", report)
+        self.state.publish()
+        return report

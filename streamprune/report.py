@@ -16,7 +16,8 @@ def recipe_name(spec: JobSpec) -> str | None:
     if spec.recipe is None:
         return None
     named = next((name for name, recipe in RECIPES.items() if recipe == spec.recipe), None)
-    return named or f"{spec.recipe.score}+{spec.recipe.selector}"
+    parts = (spec.recipe.score, spec.recipe.selector, spec.recipe.refit)
+    return named or "+".join(part for part in parts if part)
 
 
 def build_report(

@@ -1,6 +1,6 @@
 """What a job is. Two runs belong to the same job when all their fixed fields are equal.
 
-    fixed        verb, model, score, selector, sparsity, pattern, only, skip, propagate, calib, samples,
+    fixed        verb, model, score, selector, refit, damping, sparsity, pattern, only, skip, propagate, calib, samples,
                  seqlen, seed, stats, device, dtype, backend
     changeable   max_ram, max_vram, save_stats, work (only before anything has been cached there)
 
@@ -82,6 +82,8 @@ class JobSpec:
     """Bytes of the device's memory that may be used."""
     save_stats: Path | None = field(default=None, metadata=_CHANGEABLE)
     work: Path | None = field(default=None, metadata=_CHANGEABLE)
+    damping: str | None = None
+    """Of a refit: "auto", "absolute" or a number; None where nothing is refitted."""
     restart: bool = field(default=False, metadata=_CHANGEABLE)
     trust_remote_code: bool = field(default=False, metadata=_CHANGEABLE)
 
@@ -97,6 +99,7 @@ class JobSpec:
             elif f.name == "recipe":
                 flat["score"] = value.score if value else None
                 flat["selector"] = value.selector if value and self.pattern is None else None
+                flat["refit"] = value.refit if value else None
             elif f.name == "calibration":
                 flat |= {"calib": None, "samples": None, "seqlen": None, "seed": None}
                 if value:

@@ -20,33 +20,45 @@ from streamprune.disk.shards import fill_shard
 from streamprune.errors import UsageError
 from streamprune.kernels import Selection
 from streamprune.model.feed import Feed
+from streamprune.model.grams import LayerGrams
 from streamprune.model.lane import Lane, is_out_of_memory
 from streamprune.model.passes import finite_rows, refuse_nonfinite, rows_of
 from streamprune.model.skeleton import TORCH_DTYPES, Skeleton, Stage
+from streamprune.pruning.methods import Sample
 from streamprune.pruning.recipes import Recipe
 from streamprune.pruning.scores import SCORES
-from streamprune.pruning.selection import Pattern, check_pattern, prune_count, select
+from streamprune.pruning.selection import Amount, check_pattern, prune_count, select
 from streamprune.pruning.stats import InputStats
+from streamprune.refitting import LayerRefit, Refit, chunk_rows, sampled
 
 CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Target:
-    """How much to prune: `sparsity` of each row, or all but `pattern.n` of every `pattern.m` inputs."""
+    """How much to prune, and how."""
 
     recipe: Recipe
-    sparsity: float | None
-    pattern: Pattern | None
+    amount: Amount
     backend: str | None = None
     """Which kernels: "numba", "torch", or by device."""
+    damping: str = "auto"
+    """Of a refit, see refitting.Refit."""
 
     def select(self, weight: Tensor, feature: Tensor, power: int) -> Selection:
         """Prunes rows (n, in); see selection.select."""
         return select(
-            weight, feature, power,
-            selector=self.recipe.selector, sparsity=self.sparsity, pattern=self.pattern, backend=self.backend,
+            weight, feature, power, selector=self.recipe.selector, backend=self.backend, **self.amount._asdict()
         )  # fmt: skip
+
+    def keep(self, weight: Tensor, feature: Tensor, power: int, share: float) -> Tensor:
+        """What of rows (n, in) stays when `share` of the final amount is reached: (n, in) bool."""
+        keep = select(
+            weight, feature, power, selector=self.recipe.selector, backend=self.backend, want_keep=True,
+            **self.amount.at(share)._asdict(),
+        ).keep  # fmt: skip
+        assert keep is not None
+        return keep
 
 
 @dataclass
@@ -62,16 +74,24 @@ class StageWriter:
 
     def __post_init__(self) -> None:
         self._lane = Lane(self.feed.device)
+        self._refit: LayerRefit | None = None
 
-    def fill(self, path: Path, stage: Stage, stats: Callable[[str, int], InputStats]) -> AtomicFile:
-        """Fills one shard; the caller commits it. `stats(linear, in_features)` are those of a linear's input."""
+    def fill(
+        self, path: Path, stage: Stage, stats: Callable[[str, int], InputStats], grams: LayerGrams | None = None
+    ) -> AtomicFile:
+        """Fills one shard; the caller commits it. `stats(linear, in_features)` are those of a linear's input.
+
+        With a recipe that refits, `grams` are those of the layer.
+        """
         self.linears = []
         chosen = {ref.name: name for name, ref in stage.linears.items() if name in self.selected}
+        self._features = _Features(self.target, stats, self.feed.device)
+        self._refit = self._layer_refit(grams) if grams is not None else None
         known = {ref.name for ref in self.skeleton.sources.values()}
 
         def content(ref: TensorRef) -> Iterator[Buffer]:
             if ref.name in chosen:
-                yield from self._pruned(ref, chosen[ref.name], stats)
+                yield from self._pruned(ref, chosen[ref.name])
             elif ref.name in known:
                 yield from self._checked(ref)
             else:
@@ -89,31 +109,56 @@ class StageWriter:
         for _, rows in finite_rows(self.feed.maps, ref, CHUNK_BYTES):
             yield _bytes(rows)
 
-    def _pruned(self, ref: TensorRef, name: str, stats: Callable[[str, int], InputStats]) -> Iterator[Buffer]:
+    def in_order(self, stage: Stage) -> dict[str, int]:
+        """The linears of a stage that are pruned, in the order of their shard, and their in_features."""
+        chosen = [(ref.name, name, ref) for name, ref in stage.linears.items() if name in self.selected]
+        return {name: _width(ref, name in self.skeleton.transposed) for _, name, ref in sorted(chosen)}
+
+    def _layer_refit(self, grams: LayerGrams) -> LayerRefit:
+        def keep(name: str, weight: Tensor, share: float) -> Tensor:
+            return self.target.keep(weight, *self._features.of(name, weight.shape[1]), share)
+
+        refit = Refit(str(self.target.recipe.refit), self.target.damping)
+        return LayerRefit(refit, self.target.amount, grams, keep, self.target.backend)
+
+    def _sample(self, name: str) -> Sample:
+        """The rows of a linear that decide how it is refitted."""
+        ref = self.skeleton.sources[f"{name}.weight"]
+        stored = self.feed.tensor(ref)
+        if name in self.skeleton.transposed:
+            stored = stored.t()
+        rows = stored[sampled(len(stored)).to(stored.device)].contiguous()
+        feature, power = self._features.of(name, rows.shape[1])
+        return Sample(rows.float(), torch.cat([r.weight for r in self._select(rows, feature, power)]).float())
+
+    def _pruned(self, ref: TensorRef, name: str) -> Iterator[Buffer]:
         transposed = name in self.skeleton.transposed
-        in_features = ref.shape[0] if transposed else ref.shape[1]
-        make_feature = SCORES[self.target.recipe.score]
-        needs = self.target.recipe.needs_statistics
-        given = stats(name, in_features) if needs else InputStats.zeros(in_features)
-        feature, power = make_feature(given)
-        feature = feature.to(self.feed.device)
+        in_features = _width(ref, transposed)
+        feature, power = self._features.of(name, in_features)
+        outcome = self._refit.begin(name, self._sample) if self._refit else None
+        chunk = CHUNK_BYTES if outcome is None else chunk_rows(in_features) * in_features * _itemsize(ref)
         removed = total = 0.0
-        parts: list[Tensor] = []
-        for begin, rows in rows_of(self.feed, ref, ref.nbytes if transposed else CHUNK_BYTES):
-            for result in self._select(rows.t().contiguous() if transposed else rows, feature, power):
+        for begin, rows in rows_of(self.feed, ref, ref.nbytes if transposed else chunk):
+            parts: list[Tensor] = []
+            exact = rows.t().contiguous() if transposed else rows
+            for result in self._select(exact, feature, power):
                 if not result.finite:
                     refuse_nonfinite(ref, begin, rows)
                 removed, total = removed + result.removed, total + result.total
                 parts.append(result.weight)
             weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-            parts.clear()
+            if self._refit is not None and outcome is not None:
+                weight = self._refit.rows(name, exact, weight, outcome)
             yield _bytes(self._lane.fetch(weight.t().contiguous() if transposed else weight, None))
         out_features = ref.shape[1] if transposed else ref.shape[0]
-        per_row = prune_per_row(self.target, in_features)
+        per_row = prune_per_row(self.target.amount, in_features)
         self.linears.append({
             "name": name, "rows": out_features, "in_features": in_features, "pruned": per_row * out_features,
             "sparsity": per_row / in_features, "removed_score": removed / total if total else 0.0,
         })  # fmt: skip
+        if self._refit is not None and outcome is not None:
+            self.linears[-1] |= outcome.report()
+            self._refit.done(name)
 
     def _select(self, rows: Tensor, feature: Tensor, power: int) -> Iterator[Selection]:
         """Prunes rows (n, in); in halves, where a device has no room for the kernels' temporaries."""
@@ -128,21 +173,46 @@ class StageWriter:
             yield from self._select(half, feature, power)
 
 
-def prune_per_row(target: Target, in_features: int) -> int:
+class _Features:
+    """What the recipe's score multiplies weights with, computed once for a linear of the stage."""
+
+    def __init__(self, target: Target, stats: Callable[[str, int], InputStats], device: torch.device) -> None:
+        self._target, self._stats, self._device = target, stats, device
+        self._known: dict[str, tuple[Tensor, int]] = {}
+
+    def of(self, name: str, in_features: int) -> tuple[Tensor, int]:
+        """feature (in,) float32 on the device, and the power of |w|."""
+        if name not in self._known:
+            needs = self._target.recipe.needs_statistics
+            given = self._stats(name, in_features) if needs else InputStats.zeros(in_features)
+            feature, power = SCORES[self._target.recipe.score](given)
+            self._known[name] = (feature.to(self._device), power)
+        return self._known[name]
+
+
+def prune_per_row(amount: Amount, in_features: int) -> int:
     """Weights pruned in each row. Raises UsageError when the pattern does not divide in_features."""
-    if target.pattern is not None:
-        return in_features // target.pattern.m * (target.pattern.m - target.pattern.n)
-    assert target.sparsity is not None
-    return prune_count(target.sparsity, in_features)
+    if amount.pattern is not None:
+        return in_features // amount.pattern.m * (amount.pattern.m - amount.pattern.n)
+    assert amount.sparsity is not None
+    return prune_count(amount.sparsity, in_features)
+
+
+def _width(ref: TensorRef, transposed: bool) -> int:
+    return ref.shape[0] if transposed else ref.shape[1]
+
+
+def _itemsize(ref: TensorRef) -> int:
+    return ref.nbytes // max(1, ref.shape[0] * ref.shape[1])
 
 
 def check_shapes(target: Target, linears: Mapping[str, TensorRef], transposed: frozenset[str]) -> None:
     """Raises UsageError for a linear whose width the pattern does not divide, before anything runs."""
-    if target.pattern is None:
+    if target.amount.pattern is None:
         return
     for name, ref in linears.items():
         try:
-            check_pattern(target.pattern, ref.shape[0] if name in transposed else ref.shape[1])
+            check_pattern(target.amount.pattern, ref.shape[0] if name in transposed else ref.shape[1])
         except UsageError as e:
             raise UsageError(f"{name}: {e}") from e
 

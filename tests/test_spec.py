@@ -26,6 +26,8 @@ FIXED: list[tuple[dict[str, Any], str]] = [
     ({"model": {"config": "other", "shards": "s"}}, "model config"),
     ({"recipe": RECIPES["wanda"]}, "score"),
     ({"recipe": replace(RECIPES["swiftprune"], selector="exact")}, "selector"),
+    ({"recipe": replace(RECIPES["swiftprune"], refit="cg")}, "refit"),
+    ({"damping": "absolute"}, "damping"),
     ({"recipe": None}, "score"),
     ({"sparsity": 0.6}, "sparsity"),
     ({"sparsity": None, "pattern": "2:4"}, "pattern"),

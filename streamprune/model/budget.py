@@ -1,19 +1,22 @@
 """How much memory a pass takes, and how many samples a batch may therefore hold.
 
-peak = base + reserve + stage + batch · seqlen · per_token
+peak = base + reserve + grams + max(stage + batch · seqlen · per_token, working)
 
 base       resident memory of this process once everything is imported and the skeleton is built
 reserve    compiling kernels, row chunks of weights, buffers of the matrix library
 stage      bytes of the largest stage: its weights are mapped, and resident while it is at work
 per_token  the widest moment of a layer's forward pass: nine states of the hidden size, three of them being read and
            written beside it, and four activations of the widest linear, in the dtype that is computed in
+grams      for a refit: the Gram matrices that are held at once, and the inputs that are kept out of them
+working    for a refit: its arrays, once the forward pass is over
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -40,6 +43,16 @@ KERNELS = 384 << 20
 """Memory of the device for temporaries of the selection kernels (kernels/torch_ops.py)."""
 
 
+class RefitNeeds(NamedTuple):
+    """What a refit takes, in bytes. `most` holds all Grams of a layer at once, `least` part of one after the other."""
+
+    most: int
+    least: int
+    held: int
+    """Inputs that are kept out of the Grams."""
+    working: int
+
+
 @dataclass(frozen=True)
 class Budget:
     """The estimate for one job. All sizes in bytes."""
@@ -48,10 +61,16 @@ class Budget:
     reserve: int
     stage: int
     per_sample: int
+    grams: int = 0
+    working: int = 0
 
     def peak(self, batch: int) -> int:
         """Estimated peak resident memory with `batch` samples at a time."""
-        return self.base + self.reserve + self.stage + batch * self.per_sample
+        return self.base + self.reserve + self.grams + max(self.stage + batch * self.per_sample, self.working)
+
+    def refitting(self, needs: RefitNeeds | None, room: int) -> Budget:
+        """The same with a refit that has `room` for Grams."""
+        return self if needs is None else replace(self, grams=room + needs.held, working=needs.working)
 
 
 def estimate(
@@ -114,20 +133,22 @@ class Layout:
     """Whether the hidden states of all samples stay there between layers."""
     nbytes: int
     """Estimated peak memory of the device."""
+    room: int = 0
+    """Bytes for Gram matrices, where the job computes."""
 
 
 def lay_out(
     skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, device: torch.device, limit: int | None,
-    *, head: bool = False,
+    *, head: bool = False, beside: int = 0,
 ) -> Layout:  # fmt: skip
     """The fastest layout of a pass (or none, samples = 0) within `limit` bytes of the device, by default what is free.
 
-    With `head`, what makes logits has its turn there after the layers.
+    With `head`, what makes logits has its turn there after the layers; `beside` bytes are for something else.
 
     What is given up first: pruning a layer beside the next one's pass, then hidden states on the device, then
     bringing layers early, then batches. Raises ResourceError with the smallest sufficient value.
     """
-    least = memory_of(skeleton, seqlen, samples, dtype, 1, False, min(samples, 1), head=head)
+    least = beside + memory_of(skeleton, seqlen, samples, dtype, 1, False, min(samples, 1), head=head)
     whose = "--max-vram"
     if limit is None:
         whose, limit = f"{device}'s free memory of", free_on(device)
@@ -141,8 +162,8 @@ def lay_out(
     for layers, resident, fewest in (
         (3, True, enough), (2, True, enough), (2, False, enough), (1, False, enough), (1, False, 1),
     ):  # fmt: skip
-        fixed = memory_of(skeleton, seqlen, samples, dtype, layers, resident, 0, head=head)
-        each = memory_of(skeleton, seqlen, samples, dtype, layers, resident, 1, head=head) - fixed
+        fixed = beside + memory_of(skeleton, seqlen, samples, dtype, layers, resident, 0, head=head)
+        each = beside + memory_of(skeleton, seqlen, samples, dtype, layers, resident, 1, head=head) - fixed
         batch = min(wanted, (limit - fixed) // each) if samples and limit >= fixed else 0
         if batch >= fewest or (not samples and limit >= fixed):
             return Layout(max(batch, 1), layers, resident and samples > 0, fixed + batch * each)
@@ -151,9 +172,9 @@ def lay_out(
 
 def layout_for(
     skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, device: torch.device,
-    max_ram: int | None, max_vram: int | None, *, head: bool = False,
+    max_ram: int | None, max_vram: int | None, *, head: bool = False, refit: RefitNeeds | None = None,
 ) -> Layout:  # fmt: skip
-    """The layout of a pass over `samples` windows, or of pruning without one (samples = 0).
+    """The layout of a pass over `samples` windows, or of pruning without one (samples = 0); `refit` if it has one.
 
     Raises ResourceError when `max_ram`, `max_vram` or what the machine has free is not enough, and UsageError for
     `max_vram` on the CPU.
@@ -164,11 +185,35 @@ def layout_for(
     budget = estimate(skeleton, seqlen, dtype, on_device=on_device)
     if not samples and not on_device:
         budget = Budget(budget.base, budget.reserve, 0, 0)  # weights are streamed in chunks
-    batch = choose_batch(budget, max(1, samples), seqlen, max_ram)
     if not on_device:
-        return Layout(batch, 1, False, 0)
+        room = _room(budget, refit, max_ram)
+        batch = choose_batch(budget.refitting(refit, room), max(1, samples), seqlen, max_ram)
+        return Layout(batch, 1, False, 0, room)
+    choose_batch(budget, max(1, samples), seqlen, max_ram)
     hold_to(max_vram, device)
-    return lay_out(skeleton, seqlen, samples, dtype, device, max_vram, head=head)
+    if refit is None:
+        return lay_out(skeleton, seqlen, samples, dtype, device, max_vram, head=head)
+    for room in (refit.most, (refit.most + refit.least) // 2, refit.least):
+        beside = room + refit.held + refit.working
+        try:
+            found = lay_out(skeleton, seqlen, samples, dtype, device, max_vram, head=head, beside=beside)
+        except ResourceError:
+            if room == refit.least:
+                raise
+        else:
+            return replace(found, room=room)
+    raise AssertionError("the loop returns or raises")
+
+
+def _room(budget: Budget, needs: RefitNeeds | None, max_ram: int | None) -> int:
+    """Bytes for Gram matrices: for all of a layer where memory allows, else what a batch of one sample leaves."""
+    if needs is None:
+        return 0
+    free = available_bytes()
+    limit = max_ram if max_ram is not None else None if free is None else resident_bytes() + free
+    if limit is None:
+        return needs.most
+    return max(needs.least, min(needs.most, limit - budget.refitting(needs, 0).peak(1)))
 
 
 def batch_within(seqlen: int, samples: int) -> int:

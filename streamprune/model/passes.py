@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +19,19 @@ from streamprune.model.calibration import Tokens
 from streamprune.model.feed import Feed
 from streamprune.model.lane import is_out_of_memory
 from streamprune.model.skeleton import Skeleton, Stage
-from streamprune.model.statistics import Collector
 from streamprune.model.walk import Walk
 
 _CHECK_BYTES = 16 << 20
 
 Result = TypeVar("Result")
+
+
+class Watcher(Protocol):
+    """What sees the inputs of a layer's linears, in the order of use, and is told when a batch is through."""
+
+    def watch(self, name: str, x: Tensor, /) -> None: ...
+
+    def end_batch(self) -> None: ...
 
 
 def split_batches(windows: Tokens, batch: int) -> list[Tensor]:
@@ -47,22 +54,27 @@ def layer_pass(
     *,
     write: bool,
     persist: bool = True,
-    collector: Collector | None = None,
+    watchers: Sequence[Watcher] = (),
     run: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """States before layer i through it to those before i + 1 (if `write`), its linears' inputs into the collector.
+    """States before layer i through it to those before i + 1 (if `write`); `watchers` see its linears' inputs.
 
     `run` takes the place of the layer with the checkpoint's weights; `persist` as for Activations.write.
     """
     if run is None:
-        with walk.layer(stage, watch=collector.watch if collector else None) as dense:
-            layer_pass(walk, stage, activations, write=write, persist=persist, collector=collector, run=dense)
+
+        def watch(name: str, x: Tensor) -> None:
+            for watcher in watchers:
+                watcher.watch(name, x)
+
+        with walk.layer(stage, watch=watch if watchers else None) as dense:
+            layer_pass(walk, stage, activations, write=write, persist=persist, watchers=watchers, run=dense)
         return
     with activations.write(stage.index + 1, persist=persist) if write else nullcontext(_nowhere) as put:
         for states in activations.read(stage.index):
             put(run(states))
-            if collector:
-                collector.end_batch()
+            for watcher in watchers:
+                watcher.end_batch()
 
 
 def _nowhere(states: Tensor) -> None:

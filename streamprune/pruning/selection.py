@@ -56,6 +56,24 @@ def parse_pattern(text: str) -> Pattern:
     return Pattern(n, m)
 
 
+class Amount(NamedTuple):
+    """How much to prune: exactly one of a part of each row and a pattern."""
+
+    sparsity: float | None = None
+    pattern: Pattern | None = None
+
+    def at(self, share: float) -> Amount:
+        """The amount at which a gradual schedule stands when `share` of the final sparsity is reached, 0 to 1.
+
+        Of a pattern, n rounded, and never below the final one. Where nothing is pruned yet, a sparsity of 0.
+        """
+        if self.pattern is None:
+            return Amount((self.sparsity or 0.0) * share)
+        n, m = self.pattern
+        reached = max(n, math.floor(m - share * (m - n) + 0.5))
+        return Amount(pattern=Pattern(reached, m)) if reached < m else Amount(0.0)
+
+
 def check_pattern(pattern: Pattern, in_features: int) -> None:
     """Raise UsageError unless the rows of a linear divide into groups; the caller adds the linear's name."""
     if in_features % pattern.m:

@@ -1,0 +1,251 @@
+"""Gram matrices of the inputs of one layer's linears: gathered in a pass, alive while their linears are refitted.
+
+Linears that are fed the same tensor share one. All of a layer's are gathered in the pass that gathers its statistics if
+there is room for them. If not, each comes in a pass of its own, just before its linears are refitted; and one that is
+larger than the room by itself comes in panels of rows, a pass each, which are put together in a file (disk/scratch.py).
+A pass more costs time and changes no bit; panels are as the room is, and that belongs to the state of a job.
+
+A small part of the tokens is kept out, to see on them what a refit has learned: HoldOut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from streamprune.disk.scratch import ScratchMatrix
+from streamprune.errors import CheckpointError, UsageError
+from streamprune.pruning.gram import Gram, Mapped
+
+MOST_HELD = 2048
+"""Inputs that are kept out of a Gram at most."""
+
+_SHARE = 8
+"""At most every eighth token is kept out."""
+
+_ROWS = 1024
+"""Tokens that are multiplied at once: they are converted to float32 first."""
+
+_BLOCK = 512
+"""Columns, at least, of a product that computes one triangle of a Gram."""
+
+
+class HoldOut(NamedTuple):
+    """Which inputs are kept out: of every `every` blocks of `block` neighbouring tokens the last."""
+
+    block: int
+    every: int
+
+    @classmethod
+    def of(cls, tokens: int, seqlen: int) -> HoldOut:
+        """At least 8 blocks spread over the text, no longer than a window, 2048 tokens or an eighth in all."""
+        held = min(tokens // _SHARE, MOST_HELD)
+        block = max(1, min(seqlen, held // 8))
+        return cls(block, max(_SHARE, tokens // max(held, 1)))
+
+    def cut(self, begin: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Tokens begin to end in stretches that are kept out, or are not."""
+        while begin < end:
+            number = begin // self.block
+            stop = min(end, (number + 1) * self.block)
+            yield begin, stop, number % self.every == self.every - 1
+            begin = stop
+
+
+@dataclass
+class _Sum:
+    """XᵀX of one input, or rows begin to end of it: (end - begin, in) float32."""
+
+    begin: int
+    end: int
+    sum: Tensor
+    held: list[Tensor] = field(default_factory=list)
+    seen: int = 0
+    tokens: int = 0
+
+    def add(self, rows: Tensor, hold: HoldOut) -> None:
+        """Adds inputs (tokens, in)."""
+        for begin, end, kept_out in hold.cut(self.seen, self.seen + len(rows)):
+            part = rows[begin - self.seen : end - self.seen]
+            if kept_out:
+                self.held.append(part.clone())
+                continue
+            self.tokens += end - begin
+            for some in torch.split(part, _ROWS):
+                self._multiply(some.float())
+        self.seen += len(rows)
+
+    def _multiply(self, x: Tensor) -> None:
+        width = x.shape[1]
+        if self.end - self.begin < width:
+            self.sum.addmm_(x[:, self.begin : self.end].T, x)
+            return
+        for begin, end in _blocks(width):  # the other triangle is its mirror image
+            self.sum[begin:end, begin:].addmm_(x[:, begin:end].T, x[:, begin:])
+
+    def finish(self) -> None:
+        """Fills the triangle that was not computed."""
+        width = self.sum.shape[1]
+        if self.end - self.begin == width:
+            for begin, end in _blocks(width):
+                self.sum[end:, begin:end] = self.sum[begin:end, end:].T
+
+
+def _blocks(width: int) -> list[tuple[int, int]]:
+    step = max(_BLOCK, -(-width // 8))
+    return [(begin, min(begin + step, width)) for begin in range(0, width, step)]
+
+
+class GramCollector:
+    """Gathers Grams in one pass; `wants(name, width)` says which rows of the one of a linear's input, or None."""
+
+    def __init__(self, wants: Callable[[str, int], tuple[int, int] | None], hold: HoldOut) -> None:
+        self.sums: dict[str, _Sum] = {}
+        """By the first linear of those that share the input and are refitted."""
+        self._wants, self._hold = wants, hold
+        self._last: Tensor | None = None
+
+    def watch(self, name: str, x: Tensor) -> None:
+        """Adds x (…, in), unless it is the tensor that the linear before was fed and that one was added."""
+        if x is self._last:
+            return
+        if name not in self.sums:
+            rows = self._wants(name, x.shape[-1])
+            if rows is None:
+                return
+            with torch.inference_mode(False):  # it is changed after the pass, too
+                zeros = torch.zeros(rows[1] - rows[0], x.shape[-1], dtype=torch.float32, device=x.device)
+            self.sums[name] = _Sum(*rows, zeros)
+        self._last = x
+        self.sums[name].add(x.detach().reshape(-1, x.shape[-1]), self._hold)
+
+    def end_batch(self) -> None:
+        """Lets go of the last input."""
+        self._last = None
+
+
+class LayerGrams:
+    """The Grams of one layer's inputs, as its linears are refitted one after the other.
+
+    linears  names of those that are refitted, in that order, and their in_features
+    room     bytes for Grams
+    rerun    runs the layer once more with a collector that it makes, anew for each attempt, and returns it
+    folder   where a matrix goes that is larger than `room`
+    """
+
+    def __init__(
+        self, linears: Mapping[str, int], room: int, hold: HoldOut, folder: Path,
+        rerun: Callable[[Callable[[], GramCollector]], GramCollector],
+    ) -> None:  # fmt: skip
+        self._linears, self._room, self._hold, self._folder = dict(linears), room, hold, folder
+        self._rerun = rerun
+        self._groups: dict[str, str] = {}
+        self._ready: dict[str, Gram] = {}
+        self.passes = 0
+        """Passes that were needed besides the one that gathers statistics."""
+
+    def first_pass(self) -> GramCollector | None:
+        """What gathers all of them beside the statistics, if there is room even were no input shared."""
+        if sum(_nbytes(width) for width in self._linears.values()) > self._room:
+            return None
+        return GramCollector(lambda name, width: (0, width) if name in self._linears else None, self._hold)
+
+    def gathered(self, collector: GramCollector | None, groups: Mapping[str, str]) -> None:
+        """Takes over what the first pass found; `groups` tells which linears share an input: linear -> the first."""
+        leaders: dict[str, str] = {}
+        for name, first in groups.items():  # in the order of use
+            if name in self._linears:
+                self._groups[name] = leaders.setdefault(first, name)
+        if collector is not None:
+            self._keep(collector)
+
+    def sharing(self, name: str) -> list[str]:
+        """The linears that share the input of `name` and are refitted. Raises UsageError for one that was not used."""
+        if name not in self._groups:
+            raise UsageError(f"{name} was not used on this text, so nothing is known of its input; --skip it")
+        return [other for other in self._linears if self._groups.get(other) == self._groups[name]]
+
+    def take(self, name: str) -> Gram:
+        """The Gram of a linear's input. Raises CheckpointError when an activation was NaN or infinite."""
+        self.sharing(name)
+        leader = self._groups[name]
+        if leader not in self._ready:
+            self._ready.clear()
+            self._gather(leader)
+        return self._ready[leader]
+
+    def holds(self, gram: Gram) -> bool:
+        """Whether a Gram is still needed."""
+        return any(gram is ready for ready in self._ready.values())
+
+    def done(self, name: str) -> None:
+        """The linear has been refitted: what nobody needs any more is let go of."""
+        leader = self._groups.pop(name)
+        self._linears.pop(name)
+        if leader not in self._groups.values():
+            self._ready.pop(leader, None)
+
+    def _gather(self, leader: str) -> None:
+        width = self._linears[next(n for n in self._linears if self._groups.get(n) == leader)]
+        if _nbytes(width) > self._room:
+            self._ready[leader] = self._in_panels(leader, width)
+            return
+        rows, left = {leader: (0, width)}, self._room - _nbytes(width)
+        for name, size in self._linears.items():
+            other = self._groups.get(name, leader)
+            if other not in rows and _nbytes(size) <= left:
+                rows[other], left = (0, size), left - _nbytes(size)
+        self._keep(self._pass(rows))
+
+    def _in_panels(self, leader: str, width: int) -> Gram:
+        """A Gram that is larger than the room."""
+        whole = ScratchMatrix(self._folder, width, width)
+        step = max(1, self._room // (4 * width))
+        held: Tensor | None = None
+        tokens = 0
+        for begin in range(0, width, step):
+            end = min(begin + step, width)
+            found = self._pass({leader: (begin, end)}).sums[leader]
+            whole.tensor[begin:end] = found.sum.cpu()
+            whole.forget(begin, end)
+            tokens = found.tokens
+            held = _joined(found) if held is None else held
+        if held is None:
+            raise ValueError(f"{leader} has no inputs")
+        return _checked(leader, Gram(whole.tensor, held, tokens, Mapped(whole.forget)))
+
+    def _pass(self, rows: Mapping[str, tuple[int, int]]) -> GramCollector:
+        self.passes += 1
+        return self._rerun(lambda: GramCollector(lambda name, _: rows.get(name), self._hold))
+
+    def _keep(self, collector: GramCollector) -> None:
+        for name in list(collector.sums):
+            found = collector.sums.pop(name)
+            found.finish()
+            self._ready[name] = _checked(name, Gram(found.sum, _joined(found), found.tokens))
+
+
+def _joined(found: _Sum) -> Tensor:
+    return torch.cat(found.held) if found.held else found.sum.new_empty(0, found.sum.shape[1])
+
+
+def _checked(name: str, gram: Gram) -> Gram:
+    if not bool(torch.isfinite(gram.diagonal).all()):
+        raise CheckpointError(
+            f"the squares of the input of {name} are not finite: the model overflows on this text; try --dtype float32"
+        )
+    return gram
+
+
+def _nbytes(width: int) -> int:
+    return 4 * width * width
+
+
+def gram_bytes(widths: Sequence[int]) -> int:
+    """Bytes of the Grams of inputs of these widths."""
+    return sum(_nbytes(width) for width in widths)

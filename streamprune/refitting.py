@@ -1,0 +1,168 @@
+"""The linears of one layer, refitted: from stored rows to stored rows, a chunk at a time.
+
+How a linear is refitted is chosen when the first of those that share its input is reached, on some of its rows and on
+inputs that were kept out of the Gram; these then go into it, and all rows are refitted with it. Where a row's outputs
+would be worse than with the mask alone (or its weights would not fit into the stored dtype), it keeps its own values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune.model.budget import RefitNeeds
+from streamprune.model.grams import MOST_HELD, LayerGrams
+from streamprune.pruning.gram import Gram
+from streamprune.pruning.inverse import Damping
+from streamprune.pruning.methods import METHODS, Ask, Choice, Method, Prepared, Sample, choose
+from streamprune.pruning.selection import Amount
+
+WORKING_BYTES = 192 << 20
+"""Memory for the arrays of a refit besides the Gram, about; from it follows how many rows are refitted at once."""
+
+_ARRAYS = 9
+"""Arrays of float32 like the weights of a chunk that a refit holds."""
+
+_LEAST_ROOM = 16 << 20
+"""A Gram that is larger comes in panels of no less."""
+
+_MOST_SAMPLED = 256
+_PART_SAMPLED = 16
+"""Of a linear, this many rows at most, or a 16th of them, decide how it is refitted."""
+
+
+def chunk_rows(in_features: int) -> int:
+    """Rows that are refitted at once."""
+    return max(1, WORKING_BYTES // (4 * _ARRAYS * in_features))
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Which refit a job does. `damping` is "auto" (relative, chosen on inputs that were kept out), "absolute", or a
+    relative value as text."""
+
+    name: str
+    damping: str
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.name]
+
+    @property
+    def dampings(self) -> list[Damping]:
+        """Those that are tried."""
+        if self.damping == "auto":
+            return [Damping(value) for value in (self.method.damping, *self.method.others)]
+        if self.damping == "absolute":
+            return [Damping(self.method.damping, relative=False)]
+        return [Damping(float(self.damping))]
+
+
+def needs_of(refit: Refit, layers: Sequence[Collection[int]]) -> RefitNeeds:
+    """What refitting takes; `layers` has the in_features of each layer's linears that are refitted."""
+    whole = [[4 * width * width for width in widths] for widths in layers]
+    largest = max((size for sizes in whole for size in sizes), default=0)
+    matrices = refit.method.matrices
+    least = largest if matrices else min(largest, max(_LEAST_ROOM, largest // 16))
+    held = max((4 * MOST_HELD * sum(widths) for widths in layers), default=0)
+    return RefitNeeds(max(map(sum, whole), default=0), least, held, WORKING_BYTES + matrices * largest)
+
+
+@dataclass
+class Outcome:
+    """What became of one linear; sums over its rows, of inputs of the Gram."""
+
+    choice: Choice
+    used: Damping | None
+    whole: float = 0.0
+    mask: float = 0.0
+    refit: float = 0.0
+    rows_left: int = 0
+    """Rows that kept their own values although the linear was refitted."""
+
+    def report(self) -> dict[str, Any]:
+        """For streamprune.json. Errors are relative: ‖(W − Ŵ)X‖² / ‖WX‖²."""
+        found: dict[str, Any] = {
+            "error_mask": self.mask / self.whole if self.whole else 0.0,
+            "error": self.refit / self.whole if self.whole else 0.0,
+            "damping": self.used.value if self.used else None,
+        }
+        if self.used and self.choice.damping and self.used.value != self.choice.damping.value:
+            found["damping_asked"] = self.choice.damping.value
+        if self.choice.mask is not None:
+            found |= {"held_out_error_mask": self.choice.mask, "held_out_error": self.choice.refit}
+        if self.rows_left:
+            found["rows_not_refitted"] = self.rows_left
+        return found
+
+
+@dataclass
+class LayerRefit:
+    """Refits the linears of one layer, one after the other: `begin`, `rows` as often as needed, `done`."""
+
+    refit: Refit
+    amount: Amount
+    grams: LayerGrams
+    select: Callable[[str, Tensor, float], Tensor]
+    """(linear, weights (n, in) float32, share of the final sparsity) -> keep (n, in) bool."""
+    backend: str | None
+    _chosen: dict[str, Choice] = field(default_factory=dict)
+    _prepared: tuple[Gram, Damping, Prepared] | None = None
+
+    def begin(self, name: str, sample: Callable[[str], Sample]) -> Outcome:
+        """Chooses how `name` is refitted; `sample` brings some rows of a linear that shares its input."""
+        gram = self.grams.take(name)
+        if name not in self._chosen:
+            samples = {other: sample(other) for other in self.grams.sharing(name)}
+            dampings = self.refit.dampings
+            self._chosen |= choose(self.refit.method, samples, gram, self._ask(name), dampings)
+        if len(gram.held):
+            gram.absorb()
+        choice = self._chosen[name]
+        used = self._prepare(gram, choice.damping).damping if choice.damping else None
+        return Outcome(choice, used)
+
+    def rows(self, name: str, weight: Tensor, masked: Tensor, outcome: Outcome) -> Tensor:
+        """Some rows of a linear (n, in), stored dtype, refitted; `masked` are these with the recipe's mask."""
+        gram = self.grams.take(name)
+        exact, plain = weight.float(), masked.float()
+        before = gram.energy(exact - plain)
+        outcome.whole += float(gram.energy(exact).sum())
+        outcome.mask += float(before.sum())
+        if outcome.choice.damping is None or torch.equal(exact, plain):
+            outcome.refit += float(before.sum())
+            return masked
+        prepared = self._prepare(gram, outcome.choice.damping)
+        fitted = self.refit.method.solve(exact, plain, gram, prepared.state, self._ask(name)).to(weight.dtype)
+        fitted += 0.0  # makes +0.0 of −0.0
+        after = gram.energy(exact - fitted.float())
+        worse = ~(after <= before)  # NaN and Inf, too
+        outcome.rows_left += int(worse.sum())
+        outcome.refit += float(torch.where(worse, before, after).sum())
+        return torch.where(worse[:, None], masked, fitted)
+
+    def done(self, name: str) -> None:
+        """All rows of the linear are done."""
+        self._chosen.pop(name)
+        self.grams.done(name)
+        if self._prepared is not None and not self.grams.holds(self._prepared[0]):
+            self._prepared = None
+
+    def _ask(self, name: str) -> Ask:
+        return Ask(*self.amount, lambda weight, share: self.select(name, weight, share), self.backend)
+
+    def _prepare(self, gram: Gram, damping: Damping) -> Prepared:
+        if self._prepared is None or self._prepared[0] is not gram or self._prepared[1] != damping:
+            self._prepared = None  # before the next one takes as much memory
+            self._prepared = (gram, damping, self.refit.method.prepare(gram, damping))
+        return self._prepared[2]
+
+
+def sampled(rows: int) -> Tensor:
+    """Indices of the rows that decide, evenly spread: int64."""
+    count = min(rows, max(64, min(_MOST_SAMPLED, rows // _PART_SAMPLED)))
+    return torch.linspace(0, rows - 1, count, dtype=torch.float64).round().long()
