@@ -69,6 +69,10 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
 
     p = add("eval", "measure the perplexity of MODEL on a text, layer by layer")
     p.add_argument("--text", metavar="FILE", required=True, help="text (.txt, .gz) or token ids (.npy)")
+    p.add_argument(
+        "--reference", metavar="DENSE",
+        help="also tell how far MODEL's predictions are from those of this model (same tokenizer)",
+    )  # fmt: skip
     p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
     _resource_options(p, with_kernels=False)
 
@@ -100,9 +104,15 @@ def _method_options(p: argparse.ArgumentParser) -> None:
     amount.add_argument("--sparsity", type=float, metavar="S", help="prune this share of every row, 0 ≤ S < 1")
     amount.add_argument("--pattern", metavar="N:M", help="keep N of every M consecutive inputs, such as 2:4")
     p.add_argument("--method", default="swiftprune", metavar="RECIPE",
-                   help="swiftprune (default), wanda or magnitude")  # fmt: skip
+                   help="swiftprune (default), wanda, magnitude; with new values for the weights that stay: "
+                        "gradual-cg (best), admm, sparsegpt")  # fmt: skip
     p.add_argument("--score", help="another score: lscore, lscore-isotropic, wanda, magnitude")
     p.add_argument("--selector", help="another selector for --sparsity: ewma, exact")
+    p.add_argument("--refit", metavar="REFIT",
+                   help="another refit: none, cg (on the mask of any score), gradual-cg, admm, sparsegpt")  # fmt: skip
+    p.add_argument("--damping", metavar="D",
+                   help="of a refit: auto (in proportion to each feature's power, chosen per linear on tokens that are "
+                        "kept out; default), such a number, or absolute (as published for sparsegpt)")  # fmt: skip
     _filter_options(p)
 
 

@@ -89,6 +89,8 @@ def _prune(args: argparse.Namespace) -> int:
         "method",
         "score",
         "selector",
+        "refit",
+        "damping",
         "only",
         "skip",
         "stats",
@@ -138,17 +140,19 @@ def _eval(args: argparse.Namespace) -> int:
 
     from streamprune.evaluation import evaluate
     from streamprune.progress import show_progress
-    from streamprune.spec import format_bytes
+    from streamprune.tables import evaluation_lines
 
     with show_progress("eval", args.quiet) as progress:
-        found = evaluate(args.model, args.text, seqlen=args.seqlen, **_resources(args), progress=progress)
-    if args.json:
-        _print_json({"model": str(args.model), "text": str(args.text), **dataclasses.asdict(found)})
-    else:
-        print(
-            f"perplexity {found.perplexity:.3f}  ({found.tokens} tokens in {found.windows} windows of {found.seqlen}, "
-            f"{found.seconds:.1f} s, peak {format_bytes(found.peak_rss_bytes)})"
+        found = evaluate(
+            args.model, args.text, reference=args.reference, seqlen=args.seqlen, **_resources(args), progress=progress
         )
+    if args.json:
+        given = {k: str(v) for k in ("model", "text", "reference") if (v := getattr(args, k)) is not None}
+        compares = {"kl", "kl_stderr", "top1_agreement", "reference_perplexity"}
+        fields = dataclasses.asdict(found).items()
+        _print_json(given | {k: v for k, v in fields if args.reference is not None or k not in compares})
+    else:
+        print(evaluation_lines(found))
     return 0
 
 

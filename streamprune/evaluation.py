@@ -4,6 +4,8 @@ The whole text is tokenised without special tokens and cut into windows of N tok
 dropped; in each window the N − 1 tokens after the first are predicted. Perplexity is exp of the mean negative
 log-likelihood of all of them. The head works on a few positions at a time, so that logits stay within
 LOGITS_BYTES however large the vocabulary.
+
+With a reference, its layers have their turn first; then the model's; then both heads work on the same positions.
 """
 
 from __future__ import annotations
@@ -14,33 +16,25 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from streamprune.comparison import Divergence, Subject, check_reference, compare_heads, lay_out_two, open_reference
 from streamprune.disk import durable
-from streamprune.disk.cache import remove_cache
-from streamprune.disk.checkpoint import open_checkpoint, refuse_quantised
+from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
+from streamprune.evaluation_pass import Run, disk_bytes
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
-from streamprune.model.activations import Activations
 from streamprune.model.budget import Layout, compute_dtype, layout_for, resolve_device
 from streamprune.model.calibration import Tokens, cut_windows
 from streamprune.model.feed import Feed
-from streamprune.model.passes import (
-    check_weights,
-    embed_pass,
-    layer_pass,
-    out_of_memory_named,
-    retry_smaller,
-    split_batches,
-)
+from streamprune.model.passes import out_of_memory_named, split_batches
 from streamprune.model.skeleton import build_skeleton, stored_dtype
 from streamprune.model.texts import check_seqlen, default_seqlen
 from streamprune.model.walk import Walk
@@ -52,7 +46,10 @@ LOGITS_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found. `tokens` are the predicted ones; `nll` is their mean, in nats."""
+    """What `evaluate` found. `tokens` are the predicted ones; `nll` is their mean, in nats.
+
+    What compares with a reference is None without one.
+    """
 
     perplexity: float
     nll: float
@@ -61,15 +58,23 @@ class Evaluation:
     seqlen: int
     seconds: float
     peak_rss_bytes: int
+    kl: float | None = None
+    """KL(p_reference ‖ p_model), nats per predicted token."""
+    kl_stderr: float | None = None
+    """Standard error of `kl` over windows; None also where there is one window only."""
+    top1_agreement: float | None = None
+    """Share of the predicted tokens where both models' most likely token is the same, 0 to 1."""
+    reference_perplexity: float | None = None
 
 
 def evaluate(
-    model: str | Path, text: str | Path, *, seqlen: int | None = None, device: str = "auto", dtype: str = "auto",
-    max_ram: int | None = None, max_vram: int | None = None, work: str | Path | None = None,
-    trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
+    model: str | Path, text: str | Path, *, reference: str | Path | None = None, seqlen: int | None = None,
+    device: str = "auto", dtype: str = "auto", max_ram: int | None = None, max_vram: int | None = None,
+    work: str | Path | None = None, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
 ) -> Evaluation:  # fmt: skip
     """Perplexity of `model` on the file `text` in windows of `seqlen` tokens (default min(2048, model's limit)).
 
+    With `reference`, a model of the same tokenizer, also how far the predictions are from its own: see Evaluation.
     Activations are kept in a folder of their own below `work` (default: the user's cache folder) and removed at
     the end. `max_ram` and `max_vram` (of a GPU) are in bytes. Raises the errors of streamprune.errors.
     """
@@ -80,69 +85,117 @@ def evaluate(
     if not path.is_file():
         raise UsageError(f"--text {path}: no such file")
     check_seqlen(length, checkpoint.config)
+    dense = open_reference(reference, length) if reference is not None else None
     target = resolve_device(device)
-    compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
-    skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)
-    windows = cut_windows(path, checkpoint.path, skeleton.vocab_size, length, trust_remote_code=trust_remote_code)
-    layout = layout_for(skeleton, length, len(windows), compute, target, max_ram, max_vram, head=True)
+    checkpoints = [dense, checkpoint] if dense else [checkpoint]
+    subjects = [_subject(c, dtype, target, trust_remote_code) for c in checkpoints]
+    vocabulary = subjects[-1].skeleton.vocab_size
+    windows = cut_windows(path, checkpoint.path, vocabulary, length, trust_remote_code=trust_remote_code)
+    if dense:
+        check_reference(dense, subjects[0], subjects[1], path, windows, trust_remote_code=trust_remote_code)
+    layouts, keep = _lay_out(subjects, windows, target, max_ram, max_vram)
     with (
         _scratch(Path(work) if work is not None else _default_work()) as folder,
-        ShardMaps(checkpoint) as maps,
-        Feed(maps, target) as feed,
+        ExitStack() as stack,
         out_of_memory_named(target),
     ):
-        walk = Walk(skeleton, feed, compute)
-        activations = Activations(folder, walk.cache_dtype, target, resident=layout.resident)
-        if not layout.resident:
-            _check_disk(folder, windows, walk)
-        total = _stream(walk, windows, layout, activations, progress)
+        runs = []
+        for c, subject, layout in zip(checkpoints, subjects, layouts, strict=True):
+            feed = stack.enter_context(Feed(stack.enter_context(ShardMaps(c)), target))
+            place = folder / "reference" if c is dense else folder
+            durable.make_folder(place)
+            runs.append(Run(subject, feed, place, layout, keep=keep, is_reference=c is dense))
+        if states := disk_bytes(runs, windows.size):
+            _check_disk(folder, states + (64 << 20))
+        total, apart = _stream(runs, split_batches(windows, layouts[0].batch), progress)
     tokens = windows.shape[0] * (length - 1)
-    nll = total / tokens
-    if not math.isfinite(nll):
+    nll = _finite(total / tokens, checkpoint)
+    found = Evaluation(
+        _perplexity(nll), nll, tokens, len(windows), length, time.perf_counter() - begun, peak_resident_bytes()
+    )
+    return _compared(found, apart, checkpoint, dense) if apart and dense else found
+
+
+def _subject(checkpoint: Checkpoint, dtype: str, target: torch.device, trust_remote_code: bool) -> Subject:
+    compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
+    return Subject(build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code), compute)
+
+
+def _lay_out(
+    subjects: list[Subject], windows: Tokens, target: torch.device, max_ram: int | None, max_vram: int | None
+) -> tuple[list[Layout], bool]:
+    """Each model's layout, and whether resident states stay on the device after the last layer."""
+    samples, length = windows.shape
+    if len(subjects) == 1:
+        one = subjects[0]
+        return [layout_for(one.skeleton, length, samples, one.dtype, target, max_ram, max_vram, head=True)], True
+    first, second, keep = lay_out_two(
+        subjects[0], subjects[1], length, samples, target, max_ram, max_vram, LOGITS_BYTES[target.type]
+    )
+    return [first, second], keep
+
+
+def _finite(value: float, checkpoint: Checkpoint) -> float:
+    if not math.isfinite(value):
         raise CheckpointError(f"{checkpoint.path}: the model's predictions are not finite; try --dtype float32")
-    return Evaluation(
-        math.exp(min(nll, 700.0)),
-        nll,
-        tokens,
-        len(windows),
-        length,
-        time.perf_counter() - begun,
-        peak_resident_bytes(),
+    return value
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, 700.0))
+
+
+def _compared(found: Evaluation, apart: Divergence, checkpoint: Checkpoint, dense: Checkpoint) -> Evaluation:
+    """With what a reference adds."""
+    reference_nll, kl = _finite(apart.reference_nll / found.tokens, dense), float(apart.kl.mean())
+    if not math.isfinite(kl):
+        raise CheckpointError(f"{checkpoint.path}: its divergence from {dense.path} is not finite; try --dtype float32")
+    return replace(
+        found,
+        kl=kl,
+        kl_stderr=float(apart.kl.std()) / math.sqrt(found.windows) if found.windows > 1 else None,
+        top1_agreement=apart.agreed / found.tokens,
+        reference_perplexity=_perplexity(reference_nll),
     )
 
 
-def _stream(walk: Walk, windows: Tokens, layout: Layout, activations: Activations, progress: ProgressCallback) -> float:
-    """Embeds, runs every layer, and sums the loss; returns nats over all predicted tokens."""
-    stages, persist = walk.skeleton.stages, not layout.resident
-    batches = split_batches(windows, layout.batch)
-    total = 0.0
-    for position, stage in enumerate(stages):
+def _stream(runs: list[Run], batches: list[Tensor], progress: ProgressCallback) -> tuple[float, Divergence | None]:
+    """All layers, one model after the other, then the heads; returns nats over all predicted tokens."""
+    steps = [(run, stage) for run in runs for stage in run.stages[:-1]]
+    for done, (run, stage) in enumerate(steps, 1):
         at = time.perf_counter()
-        for near in stages[position : position + (2 if layout.layers > 1 or not walk.feed.copies else 1)]:
-            if near.kind == "layer" or not walk.feed.copies:
-                walk.feed.expect(near.tensors)
-        retry_smaller(walk, partial(check_weights, walk.feed, walk.skeleton, stage))
-        if stage.kind == "embed":
-            retry_smaller(walk, partial(embed_pass, walk, batches, activations, persist=persist))
-        elif stage.kind == "layer":
-            retry_smaller(walk, partial(layer_pass, walk, stage, activations, write=True, persist=persist))
-            if persist:
-                remove_cache(activations.folder, stage.index)
-        else:
-            total = _loss(walk, batches, activations)
-        walk.feed.release(stage.tensors)
-        give_back_free_memory()
-        progress(Progress(stage.name, position + 1, len(stages), time.perf_counter() - at))
-    return total
+        run.do(stage, batches, last=run is runs[-1])
+        if stage is run.stages[-2] and len(runs) > 1:
+            run.make_room()
+        progress(Progress(run.name_of(stage), done, len(steps) + 1, time.perf_counter() - at))
+    at = time.perf_counter()
+    for run in runs:
+        if not run.walk.feed.copies:
+            run.walk.feed.expect(run.stages[-1].tensors)
+        run.check(run.stages[-1])
+    states = [run.last_states() for run in runs]
+    apart = None
+    if len(runs) == 1:
+        total = _loss(runs[0].walk, batches, states[0])
+    else:
+        walk = runs[1].walk
+        pairs = zip(*states, strict=True)
+        apart = compare_heads(runs[0].walk, walk, pairs, batches, LOGITS_BYTES[walk.device.type])
+        total = apart.nll
+    for run in runs:
+        run.walk.feed.release(run.stages[-1].tensors)
+    give_back_free_memory()
+    progress(Progress("head" if len(runs) == 1 else "heads", len(steps) + 1, len(steps) + 1, time.perf_counter() - at))
+    return total, apart
 
 
-def _loss(walk: Walk, batches: list[Tensor], activations: Activations) -> float:
+def _loss(walk: Walk, batches: list[Tensor], chunks: Iterator[Tensor]) -> float:
     """Nats over all predicted tokens, from the states after the last layer."""
     seqlen = batches[0].shape[1]  # more positions a model may not have
     step = max(1, min(seqlen, LOGITS_BYTES[walk.device.type] // (walk.skeleton.vocab_size * 8)))
     total = torch.zeros((), dtype=torch.float64, device=walk.device)
     with walk.head() as head:
-        for states, ids in zip(activations.read(len(walk.skeleton.layers)), batches, strict=True):
+        for states, ids in zip(chunks, batches, strict=True):
             flat = states[:, :-1].reshape(-1, walk.skeleton.hidden_size)
             wanted = ids[:, 1:].reshape(-1)
             for begin in range(0, len(wanted), step):
@@ -156,8 +209,7 @@ def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
     return loss.double().sum()
 
 
-def _check_disk(folder: Path, windows: Tokens, walk: Walk) -> None:
-    need = 2 * windows.size * walk.skeleton.hidden_size * walk.cache_dtype.itemsize + (64 << 20)
+def _check_disk(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
         raise ResourceError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from streamprune.spec import format_bytes
 
 if TYPE_CHECKING:
+    from streamprune.evaluation import Evaluation
     from streamprune.inspection import Inspection
     from streamprune.model.cost import Split
     from streamprune.planning import Plan
@@ -25,6 +26,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]).rstrip()
 
     return "\n".join([line(head), line(["-" * w for w in widths]), *(line(r) for r in rows)])
+
+
+def evaluation_lines(found: Evaluation) -> str:
+    """Perplexity; with a reference a second line, how far the predictions are from its own."""
+    perplexity = (
+        f"perplexity {found.perplexity:.3f}  ({found.tokens} tokens in {found.windows} windows of {found.seqlen}, "
+        f"{found.seconds:.1f} s, peak {format_bytes(found.peak_rss_bytes)})"
+    )
+    if found.kl is None or found.top1_agreement is None:
+        return perplexity
+    error = f" ± {found.kl_stderr:.2g}" if found.kl_stderr is not None else ""
+    return (
+        f"{perplexity}\nreference {found.reference_perplexity:.3f}, KL {found.kl:.4g}{error} nats per token, "
+        f"same most likely token {100 * found.top1_agreement:.2f} %"
+    )
 
 
 def inspection_table(found: Inspection) -> str:
