@@ -105,11 +105,12 @@ def _method_options(p: argparse.ArgumentParser) -> None:
     amount.add_argument("--pattern", metavar="N:M", help="keep N of every M consecutive inputs, such as 2:4")
     p.add_argument("--method", default="swiftprune", metavar="RECIPE",
                    help="swiftprune (default), wanda, magnitude; with new values for the weights that stay: "
-                        "gradual-cg (best), admm, sparsegpt")  # fmt: skip
+                        "obs-admm (best), gradual-cg, admm, sparsegpt")  # fmt: skip
     p.add_argument("--score", help="another score: lscore, lscore-isotropic, wanda, magnitude")
     p.add_argument("--selector", help="another selector for --sparsity: ewma, exact")
     p.add_argument("--refit", metavar="REFIT",
-                   help="another refit: none, cg (on the mask of any score), gradual-cg, admm, sparsegpt")  # fmt: skip
+                   help="another refit: none, cg (on the mask of any score), "
+                        "obs-admm, gradual-cg, admm, sparsegpt")  # fmt: skip
     p.add_argument("--damping", metavar="D",
                    help="of a refit: auto (in proportion to each feature's power, chosen per linear on tokens that are "
                         "kept out; default), such a number, or absolute (as published for sparsegpt)")  # fmt: skip

@@ -67,7 +67,7 @@ class Pass:
         retry_smaller(self.walk, lambda: embed_pass(self.walk, self._batches, self.activations, persist=persist))
 
     def layer(self, stage: Stage, write: bool, persist: bool, grams: LayerGrams | None = None) -> Collector:
-        """One layer: its outputs, if `write`, and the statistics of its linears' inputs; their Grams if there is room."""
+        """One layer: its outputs, if `write`, and the statistics of its linears' inputs; Grams if there is room."""
 
         def attempt() -> tuple[Collector, GramCollector | None]:
             check_weights(self.walk.feed, self.walk.skeleton, stage)

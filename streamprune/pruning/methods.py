@@ -2,6 +2,7 @@
 
     cg          new values on the mask of the recipe's score and selector             refit.py
     gradual-cg  prunes in steps, chosen anew each time, with a refit after each       refit.py
+    obs-admm    ADMM with the optimal brain surgeon's saliency, over-relaxed          admm.py
     admm        Boža, arXiv 2401.02938                                                admm.py
     sparsegpt   Frantar and Alistarh, arXiv 2301.00774                                sparsegpt.py
 
@@ -69,15 +70,21 @@ def _gradual(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, ask: Ask
     return gradually(weight, ask.select, state, steps=16, iterations=5, last=10)
 
 
-def _admm_factor(gram: Gram, damping: Damping) -> Prepared:
-    factor = admm.prepare(gram.matrix, damping)
-    return Prepared(factor, damping._replace(value=factor.damping))
+def _operator(variant: admm.Variant) -> Callable[[Gram, Damping], Prepared]:
+    def prepare(gram: Gram, damping: Damping) -> Prepared:
+        operator = admm.prepare(gram.matrix, damping, variant)
+        return Prepared(operator, damping._replace(value=operator.damping))
+
+    return prepare
 
 
-def _admm(weight: Tensor, masked: Tensor, gram: Gram, state: Factor, ask: Ask) -> Tensor:
-    return admm.solve(
-        weight, gram.matrix, state, sparsity=ask.sparsity, pattern=ask.pattern, backend=ask.backend
-    )[0]  # fmt: skip
+def _alternating(variant: admm.Variant) -> Callable[[Tensor, Tensor, Gram, admm.Operator, Ask], Tensor]:
+    def solve(weight: Tensor, masked: Tensor, gram: Gram, state: admm.Operator, ask: Ask) -> Tensor:
+        return admm.solve(
+            weight, state, sparsity=ask.sparsity, pattern=ask.pattern, variant=variant, backend=ask.backend
+        )[0]  # fmt: skip
+
+    return solve
 
 
 def _sparsegpt_factor(gram: Gram, damping: Damping) -> Prepared:
@@ -92,7 +99,8 @@ def _sparsegpt(weight: Tensor, masked: Tensor, gram: Gram, state: Factor, ask: A
 METHODS = {
     "cg": Method(0.05, (0.2, 1.0), _metric, _cg, 0),
     "gradual-cg": Method(0.05, (0.2, 1.0), _metric, _gradual, 0),
-    "admm": Method(0.1, (0.4, 1.0), _admm_factor, _admm, 3),
+    "obs-admm": Method(0.05, (0.01, 0.2, 1.0), _operator(admm.OBS), _alternating(admm.OBS), 3),
+    "admm": Method(0.1, (0.4, 1.0), _operator(admm.PUBLISHED), _alternating(admm.PUBLISHED), 3),
     "sparsegpt": Method(0.01, (0.1, 1.0), _sparsegpt_factor, _sparsegpt, 3),
 }
 

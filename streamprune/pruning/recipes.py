@@ -4,12 +4,13 @@
     swiftprune  lscore     ewma                  SwiftPrune, arXiv 2501.16376, with the diagonal kept (see scores.py)
     wanda       wanda      exact                 Wanda, arXiv 2306.11695
     magnitude   magnitude  exact
+    obs-admm    lscore     exact     obs-admm    ours: ADMM with the optimal brain surgeon's saliency (admm.py)
     gradual-cg  lscore     exact     gradual-cg  ours: pruned in steps, conjugate gradients after each (refit.py)
     admm        wanda      exact     admm        Boža, arXiv 2401.02938 (admm.py)
     sparsegpt   wanda      exact     sparsegpt   Frantar and Alistarh, arXiv 2301.00774 (sparsegpt.py)
 
 With an N:M pattern the selector has nothing to choose: the N best of every M inputs stay. gradual-cg chooses by its
-score and selector, with the weights as they are at each step; admm and sparsegpt have a choice of their own, and score
+score and selector, with the weights as they are at each step; the others have a choice of their own, and score
 and selector make the mask that they are compared with. `cg` refits the mask of any score and selector.
 """
 
@@ -21,7 +22,7 @@ from streamprune.errors import UsageError
 
 SCORES = ("lscore", "lscore-isotropic", "wanda", "magnitude")
 SELECTORS = ("ewma", "exact")
-REFITS = ("none", "cg", "gradual-cg", "admm", "sparsegpt")
+REFITS = ("none", "cg", "obs-admm", "gradual-cg", "admm", "sparsegpt")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ RECIPES = {
     "wanda": Recipe("wanda", "exact"),
     "magnitude": Recipe("magnitude", "exact"),
     "gradual-cg": Recipe("lscore", "exact", "gradual-cg"),
+    "obs-admm": Recipe("lscore", "exact", "obs-admm"),
     "admm": Recipe("wanda", "exact", "admm"),
     "sparsegpt": Recipe("wanda", "exact", "sparsegpt"),
 }

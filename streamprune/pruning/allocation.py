@@ -1,0 +1,102 @@
+"""How much each linear gives to a sparsity that is asked of all of them together.
+
+    uniform  all the same
+    owl      by layer: the more outliers a layer's weights have, the less of it is pruned (OWL, arXiv 2310.05175)
+    error    by linear: the sum of the relative errors is smallest, as far as the scores foretell them (ours)
+
+A row of a linear still prunes the same number of weights as every other. Patterns N:M fix the sparsity of each linear,
+so there is nothing to allocate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+OUTLIER = 5.0
+"""A weight whose score |w| √a is this many times the layer's mean is an outlier. OWL's M, 5 for LLaMA."""
+
+SPREAD = 0.08
+"""How far from the asked sparsity a layer may be. OWL's λ."""
+
+REACH = 0.2
+"""As SPREAD, of `by_error`."""
+
+STEPS = 9
+"""Sparsities at which the error of a linear is looked at."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What pruning a linear of `size` weights costs: `errors[i]` is the relative error at `levels[i]`, both rising."""
+
+    size: int
+    levels: Sequence[float]
+    errors: Sequence[float]
+
+
+def levels_around(sparsity: float) -> list[float]:
+    """STEPS sparsities from REACH below the asked one to REACH above, within 0 and 0.98."""
+    low, high = max(0.0, sparsity - REACH), min(max(0.98, sparsity), sparsity + REACH)
+    return [low + (high - low) * i / (STEPS - 1) for i in range(STEPS)]
+
+
+def owl(outliers: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
+    """The sparsity of each layer from its share of outliers; `sizes` are their weights.
+
+    Shares are scaled to a range of 2·SPREAD, their mean (by weights) goes to the asked sparsity, as the published code
+    does it for layers of one size. What would leave [0, 1) is held there and the rest makes up for it.
+    """
+    low, high = min(outliers), max(outliers)
+    scaled = [2 * SPREAD * (share - low) / (high - low) if high > low else 0.0 for share in outliers]
+    return _balanced(sizes, sparsity, [-value for value in scaled])
+
+
+def by_error(curves: Mapping[str, Curve], sparsity: float) -> dict[str, float]:
+    """The sparsity of each linear at which the sum of relative errors is smallest, for the asked share of all weights.
+
+    Each curve is replaced by its lower convex hull; then linears give up, a piece at a time, whatever costs least error
+    for a weight, until enough are pruned (the greedy solution of a sum of convex functions under one linear constraint
+    is the best one).
+    """
+    pieces: list[tuple[float, str, int, float]] = []
+    found: dict[str, float] = {}
+    for name, curve in curves.items():
+        hull = _hull(list(zip(curve.levels, curve.errors, strict=True)))
+        found[name] = hull[0][0]
+        for number, ((x0, y0), (x1, y1)) in enumerate(pairwise(hull)):
+            pieces.append(((y1 - y0) / ((x1 - x0) * curve.size), name, number, x1 - x0))
+    left = sparsity * sum(c.size for c in curves.values()) - sum(found[n] * c.size for n, c in curves.items())
+    for _, name, _, width in sorted(pieces):
+        if left <= 0:
+            break
+        taken = min(width, left / curves[name].size)
+        found[name] += taken
+        left -= taken * curves[name].size
+    return found
+
+
+def _hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The lower convex hull of points in rising order of x."""
+    hull: list[tuple[float, float]] = []
+    for x, y in points:
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+                break
+            hull.pop()
+        if not hull or x > hull[-1][0]:
+            hull.append((x, y))
+    return hull
+
+
+def _balanced(sizes: Sequence[int], sparsity: float, offsets: Sequence[float]) -> list[float]:
+    """sparsity + offset + a common shift, held within [0, 0.98] or the asked one, with the asked mean by weights."""
+    most, total = max(0.98, sparsity), sum(sizes)
+    low, high = -2.0, 2.0
+    for _ in range(60):
+        shift = (low + high) / 2
+        mean = sum(n * min(most, max(0.0, sparsity + o + shift)) for n, o in zip(sizes, offsets, strict=True)) / total
+        low, high = (shift, high) if mean < sparsity else (low, shift)
+    return [min(most, max(0.0, sparsity + o + (low + high) / 2)) for o in offsets]

@@ -1,0 +1,203 @@
+"""The cells of a comparison, one after the other: prune, evaluate, record."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench_rig import BenchError, Ran, say
+from compare_report import amount_label, number
+from compare_state import Results, amount_name, source_digest
+
+INTERRUPTED = 130
+FORWARDED = ("device", "dtype", "max_ram", "max_vram")
+BESIDE = ("kl", "kl_stderr", "top1_agreement", "reference_perplexity")
+"""What eval says of a model beside its reference."""
+
+Cell = dict[str, Any]
+Runner = Callable[..., Ran]
+"""Runs `python -m streamprune ARGUMENTS --json --quiet` to its end."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe, perhaps with another refit; `calibration` is "none", "shared" (by --stats) or "own"."""
+
+    name: str
+    recipe: str
+    refit: str | None
+    calibration: str
+
+
+def parse_methods(text: str | None) -> list[Method]:
+    """What --methods names, all recipes without it. Raises BenchError for a recipe or refit that is not there."""
+    from streamprune.errors import UsageError
+    from streamprune.pruning.recipes import RECIPES, REFITS, make_recipe
+
+    found = {}
+    for name in text.split(",") if text is not None else RECIPES:
+        base, plus, refit = name.partition("+")
+        try:
+            recipe = make_recipe(base, refit=refit if plus else None)
+        except UsageError as e:
+            there = f"recipes are {', '.join(RECIPES)}, refits {', '.join(REFITS)}"
+            raise BenchError(f"--methods {name}: write RECIPE or RECIPE+REFIT; {there}") from e
+        calibration = "own" if recipe.needs_gram else "shared" if recipe.needs_statistics else "none"
+        found[name] = Method(name, base, refit if plus else None, calibration)
+    return list(found.values())
+
+
+def parse_amounts(text: str) -> list[str]:
+    """What --amounts names, each as prune takes it. Raises BenchError or UsageError for one that is wrong."""
+    from streamprune.pruning.selection import parse_pattern
+
+    found = []
+    for word in text.split(","):
+        if ":" in word:
+            parse_pattern(word)
+            found.append(word)
+            continue
+        try:
+            share = float(word)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share < 1:
+            raise BenchError(f"--amounts {word}: write a sparsity in [0, 1) or a pattern N:M")
+        found.append(repr(share))
+    return list(dict.fromkeys(found))
+
+
+class Comparison:
+    """One comparison under way: `run` starts streamprune, `results` keeps what is found."""
+
+    def __init__(self, arguments: argparse.Namespace, results: Results, run: Runner) -> None:
+        self.arguments, self.results, self.run = arguments, results, run
+        self.model = arguments.model
+        self.work, self.models = results.folder / "work", results.folder / "models"
+        self.resources = [w for flag in FORWARDED if (given := getattr(arguments, flag)) for w in (_flag(flag), given)]
+        self.calibration = ["--calib", arguments.calib, "--samples", str(arguments.samples)]
+        self.calibration += ["--seed", str(arguments.seed), *self.length]
+
+    @property
+    def length(self) -> list[str]:
+        return ["--seqlen", str(self.arguments.seqlen)] if self.arguments.seqlen is not None else []
+
+    def fill(self, todo: Sequence[tuple[Method, str]]) -> None:
+        """Fills these cells, one after the other; a cell that fails is recorded, too."""
+        if self.results.dense is None:
+            say("dense model")
+            self.results.keep_dense(self.evaluate(self.model, self.arguments.text))
+        for position, (method, amount) in enumerate(todo, 1):
+            say(f"{position}/{len(todo)} {method.name} {amount_label(amount)}")
+            if method.calibration == "shared":
+                self.gather()
+            cell = self.cell(method, amount)
+            if source_digest() != self.results.value["job"]["versions"]["source"]:
+                cell["source_changed"] = True
+            self.results.keep(cell)
+            say("")
+            found = cell.get("error") or f"perplexity {number(cell['perplexity'])}, {cell['prune_seconds']:.1f} s"
+            print(f"compare: {position}/{len(todo)} {method.name} {amount_label(amount)}: {found}", file=sys.stderr)
+
+    @property
+    def stats(self) -> Path:
+        return self.work / "statistics.safetensors"
+
+    def gather(self) -> None:
+        """Statistics for all recipes that only need a mask, once."""
+        from streamprune.disk import durable
+
+        if self.results.calibration is not None and self.stats.is_file():
+            return
+        durable.remove(self.stats)  # finished, but what it took was not recorded
+        found = self.streamprune("calibrate", self.model, str(self.stats), *self.calibration, *self.resources)
+        self.results.keep_calibration({"seconds": found["seconds"], "peak_rss_bytes": found["peak_rss_bytes"]})
+
+    def cell(self, method: Method, amount: str) -> Cell:
+        """Prunes, evaluates, removes the pruned model. A failure's one line becomes `error`, with what was found."""
+        from streamprune.disk import durable, journal
+        from streamprune.disk.state import REPORT, partial_of
+
+        out = self.models / f"{method.name}-{amount_name(amount)}"
+        cell: Cell = {"method": method.name, "amount": amount, "calibration": method.calibration}
+        given = ["--method", method.recipe, *(["--refit", method.refit] if method.refit else [])]
+        given += ["--pattern" if ":" in amount else "--sparsity", amount]
+        given += {"none": [], "shared": ["--stats", str(self.stats)], "own": self.calibration}[method.calibration]
+        durable.make_folder(self.models)
+        try:
+            self.streamprune("prune", self.model, str(out), *given, *self.resources)
+            report = journal.read_json(out / REPORT, "report")
+            cell |= {key: report.get(key) for key in ("recipe", "sparsity", "startup_seconds", "peak_rss_bytes")}
+            cell["prune_seconds"] = report["seconds"]
+            self.figures(out, cell)
+        except BenchError as e:
+            cell["error"] = str(e)
+        if "error" in cell or not self.arguments.keep:
+            durable.clear(out)
+            durable.clear(partial_of(out))
+        return cell | {"date": now()}
+
+    def figures(self, out: Path, cell: Cell) -> None:
+        """Adds perplexity of the whole text to a cell, and what only a comparison with the dense model tells."""
+        text = self.reference_text()
+        beside = ["--reference", self.model]
+        whole = self.evaluate(str(out), self.arguments.text, *(beside if text is None else []))
+        cell |= {key: whole[key] for key in ("perplexity", "nll", "tokens", "windows", "seqlen")}
+        cell |= {"eval_seconds": whole["seconds"], "eval_peak_rss_bytes": whole["peak_rss_bytes"]}
+        found = whole if text is None else self.evaluate(str(out), str(text), *beside)
+        if missing := [key for key in BESIDE if key not in found]:
+            raise BenchError(f"eval --reference did not say {', '.join(missing)}")
+        cell |= {key: found[key] for key in BESIDE} | {"kl_tokens": found["tokens"], "kl_windows": found["windows"]}
+
+    def reference_text(self) -> Path | None:
+        """What KL is measured on: None for the whole text, a file of its first windows' token ids, or another text."""
+        if self.arguments.reference_text is not None:
+            return Path(self.arguments.reference_text)
+        assert self.results.dense is not None
+        windows, wanted = self.results.dense["windows"], self.arguments.kl_windows
+        if wanted == 0 or wanted >= windows:
+            return None
+        path = self.work / f"first-{wanted}-windows.npy"
+        if not path.exists():
+            self._cut(path, wanted, self.results.dense["seqlen"])
+        return path
+
+    def _cut(self, path: Path, windows: int, seqlen: int) -> None:
+        import io
+
+        import numpy as np
+
+        from streamprune.disk import durable
+        from streamprune.disk.hub import resolve_model
+        from streamprune.model.calibration import cut_windows
+
+        first = cut_windows(Path(self.arguments.text), resolve_model(self.model), 1 << 62, seqlen)[:windows]
+        packed = io.BytesIO()
+        np.save(packed, first)
+        durable.replace_file(path, packed.getvalue())
+
+    def evaluate(self, model: str, text: str, *more: str) -> dict[str, Any]:
+        """What eval says of a model."""
+        place = ["--work", str(self.work)]
+        return self.streamprune("eval", model, "--text", text, *self.length, *more, *place, *self.resources)
+
+    def streamprune(self, *words: str) -> dict[str, Any]:
+        """Runs one command. Raises BenchError with its one line when it fails."""
+        ran = self.run(*words)
+        if ran.code == INTERRUPTED:
+            raise KeyboardInterrupt
+        return ran.result
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
