@@ -6,18 +6,39 @@ the mathematics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamprune.disk.header import TensorRef
+from streamprune.errors import UsageError
 from streamprune.model.passes import rows_of
 from streamprune.model.skeleton import Stage
 from streamprune.model.statistics import StatisticsFile
 from streamprune.pruning.allocation import OUTLIER, Curve, by_error, levels_around, owl
 from streamprune.pruning.selection import select
+from streamprune.spec import JobSpec
 from streamprune.stage_writer import CHUNK_BYTES, StageWriter
+
+
+def share_out(
+    spec: JobSpec, writer: StageWriter | None, known: StatisticsFile | None, resolved: Mapping[str, Any]
+) -> dict[str, float]:
+    """Gives `writer` the sparsity of each linear where it is not the same for all, and returns it.
+
+    As recorded when the job began (`resolved`), or by the statistics that are `known`.
+    """
+    if writer is None or spec.allocate is None or spec.sparsity is None:
+        return {}
+    shares: dict[str, float] = resolved.get("allocation", {})
+    if not shares and known is not None:
+        shares = allocate(spec.allocate, writer, known, spec.sparsity)
+    writer.target = replace(writer.target, shares=shares)
+    return shares
 
 
 def allocate(kind: str, writer: StageWriter, given: StatisticsFile, sparsity: float) -> dict[str, float]:
@@ -29,11 +50,41 @@ def allocate(kind: str, writer: StageWriter, given: StatisticsFile, sparsity: fl
         return _owl(writer, given, sparsity)
     levels = levels_around(sparsity)
     curves: dict[str, Curve] = {}
-    for stage in writer.skeleton.layer_stages:
-        for name, width in writer.in_order(stage).items():
+    for stage, linears in _layers(writer):
+        after, added = given.energies.get(stage.prefix, (0.0, 0.0))
+        if not after > 0:
+            raise UsageError(f"{given.path} does not say what {stage.prefix} adds; make it again with `calibrate`")
+        errors = [0.0] * len(levels)
+        for name, width in linears.items():
             ref = writer.skeleton.sources[f"{name}.weight"]
-            curves[name] = Curve(_size(ref), levels, _errors(writer, ref, name, _power(given, name, width), levels))
-    return by_error(curves, sparsity)
+            found = _errors(writer, ref, name, _power(given, name, width), levels)
+            errors = [a + b * min(1.0, added / after) for a, b in zip(errors, found, strict=True)]
+        curves[stage.prefix] = Curve(_weights(writer, linears), levels, errors)
+    return _by_linear(writer, by_error(curves, sparsity))
+
+
+def _layers(writer: StageWriter) -> Iterator[tuple[Stage, dict[str, int]]]:
+    """The layers that are pruned, and their linears with in_features."""
+    for stage in writer.skeleton.layer_stages:
+        linears = writer.in_order(stage)
+        if linears:
+            yield stage, linears
+
+
+def _by_linear(writer: StageWriter, shares: Mapping[str, float]) -> dict[str, float]:
+    """From the sparsity of each layer that of each linear, to the nearest whole number of weights in a row.
+
+    Half a weight more keeps floor() at that number; without it all of them would be rounded down.
+    """
+    return {
+        name: min((round(shares[stage.prefix] * width) + 0.5) / width, 1 - 0.5 / width)
+        for stage, linears in _layers(writer)
+        for name, width in linears.items()
+    }
+
+
+def _weights(writer: StageWriter, linears: Iterable[str]) -> int:
+    return sum(math.prod(writer.skeleton.sources[f"{name}.weight"].shape) for name in linears)
 
 
 def _errors(writer: StageWriter, ref: TensorRef, name: str, power: Tensor, levels: list[float]) -> list[float]:
@@ -49,22 +100,15 @@ def _errors(writer: StageWriter, ref: TensorRef, name: str, power: Tensor, level
 
 
 def _owl(writer: StageWriter, given: StatisticsFile, sparsity: float) -> dict[str, float]:
-    layers: list[list[str]] = []
-    outliers: list[float] = []
-    sizes: list[int] = []
-    for stage in writer.skeleton.layer_stages:
-        linears = writer.in_order(stage)
-        if not linears:
-            continue
+    outliers: dict[str, float] = {}
+    sizes: dict[str, int] = {}
+    for stage, linears in _layers(writer):
+        size = _weights(writer, linears)
         total = sum(float(score.sum(dtype=torch.float64)) for score in _scores(writer, given, stage))
-        size = sum(_size(writer.skeleton.sources[f"{name}.weight"]) for name in linears)
         above = sum(int((score > OUTLIER * total / size).sum()) for score in _scores(writer, given, stage))
-        layers.append(list(linears))
-        outliers.append(above / size)
-        sizes.append(size)
-    return {
-        name: share for names, share in zip(layers, owl(outliers, sizes, sparsity), strict=True) for name in names
-    }  # fmt: skip
+        outliers[stage.prefix], sizes[stage.prefix] = above / size, size
+    found = owl(list(outliers.values()), list(sizes.values()), sparsity)
+    return _by_linear(writer, dict(zip(outliers, found, strict=True)))
 
 
 def _scores(writer: StageWriter, given: StatisticsFile, stage: Stage) -> Iterator[Tensor]:
@@ -85,7 +129,3 @@ def _rows(writer: StageWriter, ref: TensorRef, name: str) -> Iterator[Tensor]:
 def _power(given: StatisticsFile, name: str, width: int) -> Tensor:
     """a_j, (in,) float64."""
     return given.load(name, width).mean_square
-
-
-def _size(ref: TensorRef) -> int:
-    return ref.shape[0] * ref.shape[1]

@@ -103,6 +103,9 @@ def _method_options(p: argparse.ArgumentParser) -> None:
     amount = p.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, metavar="S", help="prune this share of every row, 0 ≤ S < 1")
     amount.add_argument("--pattern", metavar="N:M", help="keep N of every M consecutive inputs, such as 2:4")
+    p.add_argument("--allocate", default="uniform", metavar="HOW",
+                   help="share a --sparsity out: uniform (default), owl (layers with outliers keep more), error (least "
+                        "sum of relative errors); these read all weights once more, and calibrate first")  # fmt: skip
     p.add_argument("--method", default="swiftprune", metavar="RECIPE",
                    help="swiftprune (default), wanda, magnitude; with new values for the weights that stay: "
                         "obs-admm (best), gradual-cg, admm, sparsegpt")  # fmt: skip

@@ -91,6 +91,7 @@ def _prune(args: argparse.Namespace) -> int:
         "selector",
         "refit",
         "damping",
+        "allocate",
         "only",
         "skip",
         "stats",

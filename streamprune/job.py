@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
-from streamprune.disk.state import file_digest, find_finished, find_unfinished, lock_of, partial_of
+from streamprune.disk.state import file_digest, find_finished, find_unfinished, lock_of, partial_of, statistics_of
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
 from streamprune.memory import peak_resident_bytes
-from streamprune.pruning.recipes import check_damping, make_recipe
+from streamprune.pruning.recipes import ALLOCATIONS, check_damping, make_recipe
 from streamprune.spec import Calibration, JobSpec, ProgressCallback, no_progress
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def prune(
     model: str | Path, out: str | Path, *,
     sparsity: float | None = None, pattern: str | None = None,
     method: str = "swiftprune", score: str | None = None, selector: str | None = None,
-    refit: str | None = None, damping: str | None = None,
+    refit: str | None = None, damping: str | None = None, allocate: str = "uniform",
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
     stats: str | Path | None = None, save_stats: str | Path | None = None,
     only: str | None = None, skip: str | None = None, propagate: str = "dense",
@@ -75,21 +75,31 @@ def prune(
     if stats is not None and recipe.needs_gram:
         raise UsageError(f"--stats has sums only, and {recipe.refit} needs more: leave it out, or choose --refit none")
     _check_amount(sparsity, pattern)
+    if allocate not in ALLOCATIONS:
+        raise UsageError(f"--allocate {allocate}: choose {', '.join(ALLOCATIONS)}")
+    if allocate != "uniform" and pattern is not None:
+        raise UsageError(
+            f"--allocate {allocate} shares out a --sparsity; --pattern {pattern} says what each linear keeps"
+        )
     if propagate not in ("dense", "pruned"):
         raise UsageError(f"--propagate {propagate}: choose dense or pruned")
     if stats is not None and (calib is not None or save_stats is not None or propagate != "dense"):
         raise UsageError("--stats takes the place of calibration: leave out --calib, --save-stats and --propagate")
     _check_backend(backend)
     checkpoint = _open_model(model)
-    wants_pass = recipe.needs_statistics or recipe.needs_gram or save_stats is not None or propagate == "pruned"
-    needs_pass = stats is None and wants_pass
+    needs_pass = stats is None and (
+        recipe.needs_statistics or recipe.needs_gram or save_stats is not None or propagate == "pruned"
+        or allocate != "uniform"
+    )  # fmt: skip
+    known = Path(stats) if stats is not None else statistics_of(Path(out)) if allocate != "uniform" else None
     calibration = _describe_calibration(checkpoint, calib, samples, seqlen, seed)
     spec = JobSpec(
         verb="prune", model=checkpoint.fingerprint(), recipe=recipe, sparsity=sparsity, pattern=pattern,
         only=only, skip=skip, propagate=propagate, calibration=calibration if needs_pass else None,
         stats=_stats_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype, backend=backend,
         damping=check_damping(damping or "auto") if recipe.needs_gram else None,
-        source=checkpoint.path, out=Path(out), stats_path=Path(stats) if stats is not None else None,
+        allocate=None if allocate == "uniform" else allocate,
+        source=checkpoint.path, out=Path(out), stats_path=known,
         max_ram=max_ram, max_vram=max_vram, save_stats=Path(save_stats) if save_stats is not None else None,
         work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
     )  # fmt: skip
@@ -176,18 +186,37 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
             if spec.verb == "calibrate":
                 _clear_rest(spec)
             _check_saved(spec)
+            _drop_own_statistics(spec)
             took = time.perf_counter() - begun
             return replace(_result(spec, finished, "up-to-date"), seconds=took, peak_rss_bytes=peak_resident_bytes())
         unfinished = find_unfinished(spec)
         if unfinished is not None and unfinished[0].is_complete:
             _check_saved(spec)
             unfinished[0].publish()
+            _drop_own_statistics(spec)
             return _result(spec, unfinished[1], "done")
+        if spec.allocate is not None and spec.stats is None and spec.stats_path is not None:
+            _carry_out(replace(_calibration_for(spec), out=spec.stats_path), checkpoint, progress)
         from streamprune.job_run import Run
 
         with Run(spec, checkpoint, unfinished, progress) as run:
             report = _discard_on_bad_input(run, lambda: run.work(time.perf_counter() - begun))
+        _drop_own_statistics(spec)
         return _result(spec, report, "done")
+
+
+def _calibration_for(spec: JobSpec) -> JobSpec:
+    """The job that gathers what a prune job's `allocate` goes by."""
+    return replace(
+        spec, verb="calibrate", recipe=None, sparsity=None, pattern=None, only=None, skip=None, propagate="dense",
+        damping=None, allocate=None, stats_path=None, save_stats=None,
+    )  # fmt: skip
+
+
+def _drop_own_statistics(spec: JobSpec) -> None:
+    """Removes what was gathered for `allocate` alone."""
+    if spec.allocate is not None and spec.stats is None and spec.stats_path is not None:
+        durable.remove(spec.stats_path)
 
 
 def _clear_rest(spec: JobSpec) -> None:

@@ -21,7 +21,7 @@ Record = Mapping[str, Any]
 def calibration_of(spec: JobSpec, resolved: Mapping[str, Any], given: StatisticsFile | None) -> dict[str, Any]:
     """Which tokens the statistics are of, for the report and for statistics files."""
     c = spec.calibration
-    if c is None:
+    if c is None or given is not None:
         return dict(given.calibration) if given else {}
     return {
         "text": c.path.name if c.path else "built-in", "digest": c.digest, "samples": c.samples, "seqlen": c.seqlen,

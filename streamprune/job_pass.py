@@ -74,7 +74,10 @@ class Pass:
             collector = Collector(self._accumulate)
             beside = grams.first_pass() if grams else None
             watchers: list[Watcher] = [collector, beside] if beside else [collector]
-            layer_pass(self.walk, stage, self.activations, write=write, persist=persist, watchers=watchers)
+            layer_pass(
+                self.walk, stage, self.activations, write=write, persist=persist, watchers=watchers,
+                flow=collector.flow,
+            )  # fmt: skip
             return collector, beside
 
         collector, beside = retry_smaller(self.walk, attempt)

@@ -21,11 +21,19 @@ from streamprune.model.skeleton import Skeleton
 from streamprune.model.statistics import StatisticsFile
 from streamprune.pruning.selection import Amount, parse_pattern
 from streamprune.refitting import Refit, needs_of
-from streamprune.spec import JobSpec, compile_filter, format_bytes
+from streamprune.spec import Calibration, JobSpec, compile_filter, format_bytes
 from streamprune.stage_writer import StageWriter, Target, check_shapes, selected_linears
 
 SLACK_BYTES = 64 << 20
 """Disk for everything besides weights and activations."""
+
+
+def calibration_for_pass(spec: JobSpec) -> Calibration | None:
+    """The text that a job passes through the model; None where statistics that are there already will do."""
+    recipe = spec.recipe
+    if spec.stats_path is None or recipe is None or recipe.needs_gram or spec.propagate == "pruned" or spec.save_stats:
+        return spec.calibration
+    return None
 
 
 def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> StageWriter | None:
@@ -51,11 +59,14 @@ def refit_needs(writer: StageWriter | None) -> RefitNeeds | None:
 def open_given(
     spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton, writer: StageWriter | None
 ) -> StatisticsFile | None:
-    """The file given with --stats. Raises UsageError unless it is this model's and has every linear that is pruned."""
+    """The file given with --stats, or what --allocate goes by.
+
+    Raises UsageError unless it is this model's and has every linear that is pruned.
+    """
     if spec.stats_path is None:
         return None
     given = StatisticsFile(spec.stats_path)
-    if writer is None or not writer.target.recipe.needs_statistics:
+    if writer is None or not (writer.target.recipe.needs_statistics or spec.allocate):
         return given
     if given.model != checkpoint.identity():
         raise UsageError(f"--stats {given.path} belongs to another model; make it with `calibrate {spec.source}`")
@@ -70,7 +81,7 @@ def layout_of(
     writer: StageWriter | None,
 ) -> Layout:  # fmt: skip
     """How the job lies in memory: with batches as recorded when it began, or as memory allows. Raises ResourceError."""
-    c = spec.calibration
+    c = calibration_for_pass(spec)
     seqlen, samples = (c.seqlen, c.samples) if c else (1, 0)
     needs = refit_needs(writer)
     layout = layout_for(skeleton, seqlen, samples, dtype, device, spec.max_ram, spec.max_vram, refit=needs)
@@ -94,7 +105,7 @@ def windows_of(spec: JobSpec, skeleton: Skeleton, kept: Path, resolved: Mapping[
 
     Raises CorruptStateError when the kept ones are damaged, and what draw_windows raises.
     """
-    c = spec.calibration
+    c = calibration_for_pass(spec)
     if c is None:
         return None
     if not resolved:

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from streamprune.allocating import share_out
 from streamprune.disk import durable, journal
 from streamprune.disk.behind import Behind
 from streamprune.disk.cache import remove_cache
@@ -40,7 +41,14 @@ from streamprune.disk.state import JobState, new_state
 from streamprune.errors import CorruptStateError, UsageError
 from streamprune.job_finish import calibration_of, save_statistics, write_files
 from streamprune.job_pass import Pass
-from streamprune.job_prepare import check_disk, layout_of, make_writer, open_given, windows_of
+from streamprune.job_prepare import (
+    calibration_for_pass,
+    check_disk,
+    layout_of,
+    make_writer,
+    open_given,
+    windows_of,
+)
 from streamprune.kernels import cpu, torch_ops
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.model.activations import Activations
@@ -84,16 +92,19 @@ class Run:
         self.skeleton = build_skeleton(checkpoint, self.dtype, trust_remote_code=spec.trust_remote_code)
         self.feed = Feed(self.maps, self.device, drop_cache=spec.verb == "prune")
         self.writer = make_writer(spec, self.skeleton, self.feed, self.backend)
-        self.given = open_given(spec, checkpoint, self.skeleton, self.writer)
+        known = open_given(spec, checkpoint, self.skeleton, self.writer)
+        shares = share_out(spec, self.writer, known, resolved)
         self.layout = layout_of(spec, self.skeleton, self.dtype, self.device, resolved, self.writer)
         self.records = journal.read(self.state.journal) if self.begun else []
         windows = windows_of(spec, self.skeleton, self.state.tokens, resolved)
         batch = int(resolved.get("batch", self.layout.batch))
         self.forward = None if windows is None else self._make_pass(windows, batch)
+        self.given = known if windows is None else None
         self.resolved = resolved or {
             "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "batch": batch,
             "tokens": tokens_digest(windows) if windows is not None else None,
             **({"gram_room": self.layout.room} if spec.recipe and spec.recipe.needs_gram else {}),
+            **({"allocation": shares} if shares else {}),
         }  # fmt: skip
         self._uncommitted: list[durable.AtomicFile] = []
         self._since = time.perf_counter()
@@ -204,10 +215,11 @@ class Run:
             stats = self._pass(self.forward, stage, record, grams)
         path = self.state.partial / shard_name(position + 1, len(self.skeleton.stages))
         dense = self.spec.propagate == "dense"
-        if self.layout.layers > 2 and dense and grams is None:
-            commits.drain()
-            commits.put(lambda: self._commit(stage, record, self._fill(path, stage, stats, record)))
-            return
+        if self.layout.layers > 2 and dense:
+            commits.drain()  # the writer has one stage at a time
+            if grams is None:
+                commits.put(lambda: self._commit(stage, record, self._fill(path, stage, stats, record)))
+                return
         file = self._fill(path, stage, stats, record, grams)
         if self.forward is not None and file is not None and not dense and self._more(stage):
             file.commit()
@@ -232,7 +244,7 @@ class Run:
 
     def _grams(self, stage: Stage) -> LayerGrams | None:
         """The Grams of a layer whose linears are refitted."""
-        forward, c = self.forward, self.spec.calibration
+        forward, c = self.forward, calibration_for_pass(self.spec)
         if self.writer is None or forward is None or c is None or not self.writer.target.recipe.needs_gram:
             return None
         linears = self.writer.in_order(stage)
@@ -255,7 +267,9 @@ class Run:
         record["cache"], record["batch"] = write and persist, forward.walk.most
         found = collector.finish()
         path = self.state.layer_stats(stage.index)
-        record["statistics"] = write_statistics(path, found.items(), collector.groups, {}, {})
+        record["statistics"] = write_statistics(
+            path, found.items(), collector.groups, {}, {}, {stage.prefix: collector.energy}
+        )  # fmt: skip
         return {name: found[leader] for name, leader in collector.groups.items()}
 
     def _fill(

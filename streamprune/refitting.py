@@ -105,7 +105,8 @@ class LayerRefit:
     """Refits the linears of one layer, one after the other: `begin`, `rows` as often as needed, `done`."""
 
     refit: Refit
-    amount: Amount
+    amount: Callable[[str], Amount]
+    """How much of a linear is pruned."""
     grams: LayerGrams
     select: Callable[[str, Tensor, float], Tensor]
     """(linear, weights (n, in) float32, share of the final sparsity) -> keep (n, in) bool."""
@@ -115,11 +116,13 @@ class LayerRefit:
 
     def begin(self, name: str, sample: Callable[[str], Sample]) -> Outcome:
         """Chooses how `name` is refitted; `sample` brings some rows of a linear that shares its input."""
+        if name not in self._chosen or not self.grams.ready(name):
+            self._prepared = None  # before another Gram is gathered, or trials take as much memory
         gram = self.grams.take(name)
         if name not in self._chosen:
             samples = {other: sample(other) for other in self.grams.sharing(name)}
-            dampings = self.refit.dampings
-            self._chosen |= choose(self.refit.method, samples, gram, self._ask(name), dampings)
+            asks = {other: self._ask(other) for other in samples}
+            self._chosen |= choose(self.refit.method, samples, gram, asks, self.refit.dampings)
         if len(gram.held):
             gram.absorb()
         choice = self._chosen[name]
@@ -127,7 +130,16 @@ class LayerRefit:
         return Outcome(choice, used)
 
     def rows(self, name: str, weight: Tensor, masked: Tensor, outcome: Outcome) -> Tensor:
-        """Some rows of a linear (n, in), stored dtype, refitted; `masked` are these with the recipe's mask."""
+        """Some rows of a linear (n, in), stored dtype, refitted; `masked` are these with the recipe's mask.
+
+        No more than chunk_rows of them at once, however many there are (of a transposed linear, all).
+        """
+        step = chunk_rows(weight.shape[1])
+        chunks = zip(torch.split(weight, step), torch.split(masked, step), strict=True)
+        fitted = [self._rows(name, exact, plain, outcome) for exact, plain in chunks]
+        return fitted[0] if len(fitted) == 1 else torch.cat(fitted)
+
+    def _rows(self, name: str, weight: Tensor, masked: Tensor, outcome: Outcome) -> Tensor:
         gram = self.grams.take(name)
         exact, plain = weight.float(), masked.float()
         before = gram.energy(exact - plain)
@@ -153,7 +165,7 @@ class LayerRefit:
             self._prepared = None
 
     def _ask(self, name: str) -> Ask:
-        return Ask(*self.amount, lambda weight, share: self.select(name, weight, share), self.backend)
+        return Ask(*self.amount(name), lambda weight, share: self.select(name, weight, share), self.backend)
 
     def _prepare(self, gram: Gram, damping: Damping) -> Prepared:
         if self._prepared is None or self._prepared[0] is not gram or self._prepared[1] != damping:

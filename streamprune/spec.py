@@ -1,7 +1,7 @@
 """What a job is. Two runs belong to the same job when all their fixed fields are equal.
 
-    fixed        verb, model, score, selector, refit, damping, sparsity, pattern, only, skip, propagate, calib, samples,
-                 seqlen, seed, stats, device, dtype, backend
+    fixed        verb, model, score, selector, refit, damping, sparsity, allocate, pattern, only, skip, propagate,
+                 calib, samples, seqlen, seed, stats, device, dtype, backend
     changeable   max_ram, max_vram, save_stats, work (only before anything has been cached there)
 
 The fixed fields go into `job.json` while the job is unfinished and into `streamprune.json` for ever.
@@ -76,6 +76,7 @@ class JobSpec:
     source: Path = field(metadata=_CHANGEABLE)
     out: Path = field(metadata=_CHANGEABLE)
     stats_path: Path | None = field(default=None, metadata=_CHANGEABLE)
+    """Statistics that are there before the job begins: those of `stats`, or what `allocate` goes by."""
     max_ram: int | None = field(default=None, metadata=_CHANGEABLE)
     """Bytes of resident memory that may be used."""
     max_vram: int | None = field(default=None, metadata=_CHANGEABLE)
@@ -84,6 +85,8 @@ class JobSpec:
     work: Path | None = field(default=None, metadata=_CHANGEABLE)
     damping: str | None = None
     """Of a refit: "auto", "absolute" or a number; None where nothing is refitted."""
+    allocate: str | None = None
+    """How the sparsity is shared out; None is evenly."""
     restart: bool = field(default=False, metadata=_CHANGEABLE)
     trust_remote_code: bool = field(default=False, metadata=_CHANGEABLE)
 

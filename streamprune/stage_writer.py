@@ -44,18 +44,24 @@ class Target:
     """Which kernels: "numba", "torch", or by device."""
     damping: str = "auto"
     """Of a refit, see refitting.Refit."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Linears that prune another share of their weights than `amount` says."""
 
-    def select(self, weight: Tensor, feature: Tensor, power: int) -> Selection:
-        """Prunes rows (n, in); see selection.select."""
+    def of(self, name: str) -> Amount:
+        """How much of a linear is pruned."""
+        return Amount(self.shares[name]) if name in self.shares else self.amount
+
+    def select(self, name: str, weight: Tensor, feature: Tensor, power: int) -> Selection:
+        """Prunes rows (n, in) of a linear; see selection.select."""
         return select(
-            weight, feature, power, selector=self.recipe.selector, backend=self.backend, **self.amount._asdict()
+            weight, feature, power, selector=self.recipe.selector, backend=self.backend, **self.of(name)._asdict()
         )  # fmt: skip
 
-    def keep(self, weight: Tensor, feature: Tensor, power: int, share: float) -> Tensor:
-        """What of rows (n, in) stays when `share` of the final amount is reached: (n, in) bool."""
+    def keep(self, name: str, weight: Tensor, feature: Tensor, power: int, share: float) -> Tensor:
+        """What of rows (n, in) of a linear stays when `share` of the final amount is reached: (n, in) bool."""
         keep = select(
             weight, feature, power, selector=self.recipe.selector, backend=self.backend, want_keep=True,
-            **self.amount.at(share)._asdict(),
+            **self.of(name).at(share)._asdict(),
         ).keep  # fmt: skip
         assert keep is not None
         return keep
@@ -116,10 +122,10 @@ class StageWriter:
 
     def _layer_refit(self, grams: LayerGrams) -> LayerRefit:
         def keep(name: str, weight: Tensor, share: float) -> Tensor:
-            return self.target.keep(weight, *self._features.of(name, weight.shape[1]), share)
+            return self.target.keep(name, weight, *self._features.of(name, weight.shape[1]), share)
 
         refit = Refit(str(self.target.recipe.refit), self.target.damping)
-        return LayerRefit(refit, self.target.amount, grams, keep, self.target.backend)
+        return LayerRefit(refit, self.target.of, grams, keep, self.target.backend)
 
     def _sample(self, name: str) -> Sample:
         """The rows of a linear that decide how it is refitted."""
@@ -129,7 +135,7 @@ class StageWriter:
             stored = stored.t()
         rows = stored[sampled(len(stored)).to(stored.device)].contiguous()
         feature, power = self._features.of(name, rows.shape[1])
-        return Sample(rows.float(), torch.cat([r.weight for r in self._select(rows, feature, power)]).float())
+        return Sample(rows.float(), torch.cat([r.weight for r in self._select(name, rows, feature, power)]).float())
 
     def _pruned(self, ref: TensorRef, name: str) -> Iterator[Buffer]:
         transposed = name in self.skeleton.transposed
@@ -141,7 +147,7 @@ class StageWriter:
         for begin, rows in rows_of(self.feed, ref, ref.nbytes if transposed else chunk):
             parts: list[Tensor] = []
             exact = rows.t().contiguous() if transposed else rows
-            for result in self._select(exact, feature, power):
+            for result in self._select(name, exact, feature, power):
                 if not result.finite:
                     refuse_nonfinite(ref, begin, rows)
                 removed, total = removed + result.removed, total + result.total
@@ -151,7 +157,7 @@ class StageWriter:
                 weight = self._refit.rows(name, exact, weight, outcome)
             yield _bytes(self._lane.fetch(weight.t().contiguous() if transposed else weight, None))
         out_features = ref.shape[1] if transposed else ref.shape[0]
-        per_row = prune_per_row(self.target.amount, in_features)
+        per_row = prune_per_row(self.target.of(name), in_features)
         self.linears.append({
             "name": name, "rows": out_features, "in_features": in_features, "pruned": per_row * out_features,
             "sparsity": per_row / in_features, "removed_score": removed / total if total else 0.0,
@@ -160,17 +166,17 @@ class StageWriter:
             self.linears[-1] |= outcome.report()
             self._refit.done(name)
 
-    def _select(self, rows: Tensor, feature: Tensor, power: int) -> Iterator[Selection]:
+    def _select(self, name: str, rows: Tensor, feature: Tensor, power: int) -> Iterator[Selection]:
         """Prunes rows (n, in); in halves, where a device has no room for the kernels' temporaries."""
         try:
-            yield self.target.select(rows, feature, power)
+            yield self.target.select(name, rows, feature, power)
             return
         except RuntimeError as e:
             if len(rows) == 1 or not is_out_of_memory(e):
                 raise
         torch.cuda.empty_cache()
         for half in torch.split(rows, -(-len(rows) // 2)):
-            yield from self._select(half, feature, power)
+            yield from self._select(name, half, feature, power)
 
 
 class _Features:

@@ -81,27 +81,39 @@ def admm(
     rho: float = 1.0,
     iterations: int = 20,
     gradual: int = 15,
+    relax: float = 1.0,
+    saliency: bool = False,
 ) -> tuple[Floats, Bools]:
-    """arXiv 2401.02938 with its three variables: V, its copy Z with zeros, the scaled dual U; dead features apart."""
+    """arXiv 2401.02938 with its three variables: V, its copy Z with zeros, the scaled dual U; dead features apart.
+
+    Over-relaxed as in Boyd et al., "Distributed Optimization and Statistical Learning via ADMM", 3.4.3: relax·V +
+    (1 - relax)·Z takes the place of V, with the Z of the round before. Of N:M, see `admm_mask`.
+    """
     live = np.diag(gram) > 0
     scale = np.where(live, np.sqrt(np.diag(gram)), 1)
     a = damped(gram, damping, True) / np.outer(scale, scale)
+    cost = np.diag(np.linalg.inv(a)) if saliency else np.ones(len(a))
     start = np.where(live, weight * scale, 0)
     v, u = start.copy(), np.zeros_like(start)
     keep = np.ones(start.shape, bool)
     for t in range(iterations + 1):
         if t < iterations and t < gradual:
-            share = 1 - (1 - (t + 1) / gradual) ** 3
-            if pattern:
-                n, m = pattern
-                here = min(m, max(n, math.floor(m * (1 - share * (1 - n / m)) + 0.5)))
-                keep = ~lowest_of_groups(np.abs(v + u), here, m)
-            else:
-                assert sparsity is not None
-                keep = ~lowest(np.abs(v + u), floor(sparsity * share, start.shape[1]))
+            keep = admm_mask((v + u) ** 2 / cost, 1 - (1 - (t + 1) / gradual) ** 3, sparsity, pattern)
         z = (v + u) * keep
         if t == iterations:
             return np.where(live, z / scale, weight * keep), keep
         u = u + v - z
         v = np.linalg.solve(a + rho * np.eye(len(a)), a @ start.T + rho * (z - u).T).T
+        v = relax * v + (1 - relax) * z
     raise AssertionError("the last round returns")
+
+
+def admm_mask(score: Floats, share: float, sparsity: float | None, pattern: tuple[int, int] | None) -> Bools:
+    """True where kept at `share` of the sparsity. Of N:M, the N best of every M never go, whatever others there are."""
+    width = score.shape[1]
+    if pattern is None:
+        assert sparsity is not None
+        return ~lowest(score, floor(sparsity * share, width))
+    n, m = pattern
+    others = lowest_of_groups(score, n, m)
+    return ~lowest(np.where(others, score, np.inf), floor((1 - n / m) * share, width))

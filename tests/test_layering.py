@@ -28,7 +28,7 @@ ORDER: list[set[str]] = [
     {"model"},
     {"refitting"},
     {"stage_writer", "report"},
-    {"job_prepare", "job_pass", "job_finish", "comparison", "evaluation_pass"},
+    {"allocating", "job_prepare", "job_pass", "job_finish", "comparison", "evaluation_pass"},
     {"job_run", "job", "evaluation", "planning", "inspection"},
     {"arguments", "tables", "progress", "demo", "cli", "__main__"},
 ]

@@ -28,6 +28,7 @@ FIXED: list[tuple[dict[str, Any], str]] = [
     ({"recipe": replace(RECIPES["swiftprune"], selector="exact")}, "selector"),
     ({"recipe": replace(RECIPES["swiftprune"], refit="cg")}, "refit"),
     ({"damping": "absolute"}, "damping"),
+    ({"allocate": "owl"}, "allocate"),
     ({"recipe": None}, "score"),
     ({"sparsity": 0.6}, "sparsity"),
     ({"sparsity": None, "pattern": "2:4"}, "pattern"),

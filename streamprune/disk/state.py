@@ -3,6 +3,7 @@
     .OUT.lock                    held while a process works on OUT
     OUT.partial/                 the output as far as it is written
     OUT.partial/.streamprune/    job.json, journal, tokens.npy, statistics of finished layers, cache/
+    .OUT.statistics              with --allocate: what was gathered first, by a job of its own; removed at the end
     OUT                          the finished output, renamed from OUT.partial in one step
 
 `job.json` is the first thing written and `streamprune.json`, the report, the last: a folder with the former
@@ -109,6 +110,11 @@ def lock_of(out: Path) -> Path:
 
 def partial_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
+
+
+def statistics_of(out: Path) -> Path:
+    """Statistics that a job gathers before it begins, to share out its sparsity; removed when it is done."""
+    return out.with_name(f".{out.name}.statistics")
 
 
 def new_state(spec: JobSpec) -> JobState:

@@ -25,15 +25,16 @@ class Activations:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, *, resident: bool = False) -> None:
         self.folder, self.dtype, self.device, self.resident = folder, dtype, device, resident
         self._held: tuple[int, list[Tensor]] = (-1, [])
+        self._before = self._held  # what went into the last stage: it may be asked for again until the next one begins
         # for the whole job: torch deals out 32 streams in turn, and what its allocator keeps belongs to one of them
         self._reading, self._writing = Lane(device), Lane(device)
 
     def read(self, stage: int) -> Iterator[Tensor]:
         """The chunks before layer `stage`, on the device, in order. Raises CorruptStateError as CacheReader."""
-        at, held = self._held
-        if at == stage:
-            yield from held
-            return
+        for at, held in (self._held, self._before):
+            if at == stage:
+                yield from held
+                return
         for sent in read_ahead(_Sending(CacheReader(self.folder, stage), self._reading)):
             yield take(sent)
 
@@ -44,6 +45,7 @@ class Activations:
         On leaving they are durable, unless `persist` is off; that needs resident states.
         """
         lane, held = self._writing, list[Tensor]()
+        self._before = (-1, [])
 
         def store(item: tuple[Tensor, Event | None]) -> None:
             if writer is not None:
@@ -62,7 +64,7 @@ class Activations:
             Behind(store, waiting) as behind,
         ):
             yield put
-        self._held = (stage, held) if self.resident else (-1, [])
+        self._before, self._held = self._held, (stage, held) if self.resident else (-1, [])
 
 
 class _Sending:

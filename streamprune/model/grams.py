@@ -108,21 +108,20 @@ class GramCollector:
         self.sums: dict[str, _Sum] = {}
         """By the first linear of those that share the input and are refitted."""
         self._wants, self._hold = wants, hold
-        self._last: Tensor | None = None
+        self._last: tuple[Tensor, bool] | None = None
 
     def watch(self, name: str, x: Tensor) -> None:
-        """Adds x (…, in), unless it is the tensor that the linear before was fed and that one was added."""
-        if x is self._last:
+        """Adds x (…, in), unless it is the tensor that the linear before was fed (as in Collector) and was added."""
+        if self._last is not None and self._last[0] is x and self._last[1]:
             return
-        if name not in self.sums:
-            rows = self._wants(name, x.shape[-1])
-            if rows is None:
-                return
+        rows = None if name in self.sums else self._wants(name, x.shape[-1])
+        if rows is not None:
             with torch.inference_mode(False):  # it is changed after the pass, too
                 zeros = torch.zeros(rows[1] - rows[0], x.shape[-1], dtype=torch.float32, device=x.device)
             self.sums[name] = _Sum(*rows, zeros)
-        self._last = x
-        self.sums[name].add(x.detach().reshape(-1, x.shape[-1]), self._hold)
+        self._last = (x, name in self.sums)
+        if name in self.sums:
+            self.sums[name].add(x.detach().reshape(-1, x.shape[-1]), self._hold)
 
     def end_batch(self) -> None:
         """Lets go of the last input."""
@@ -178,6 +177,10 @@ class LayerGrams:
             self._ready.clear()
             self._gather(leader)
         return self._ready[leader]
+
+    def ready(self, name: str) -> bool:
+        """Whether `take` has the Gram of a linear's input at hand."""
+        return self._groups.get(name) in self._ready
 
     def holds(self, gram: Gram) -> bool:
         """Whether a Gram is still needed."""

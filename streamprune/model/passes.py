@@ -55,9 +55,12 @@ def layer_pass(
     write: bool,
     persist: bool = True,
     watchers: Sequence[Watcher] = (),
+    flow: Callable[[Tensor, Tensor], None] | None = None,
     run: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """States before layer i through it to those before i + 1 (if `write`); `watchers` see its linears' inputs.
+    """States before layer i through it to those before i + 1 (if `write`).
+
+    `watchers` see its linears' inputs, `flow` the states before and after it.
 
     `run` takes the place of the layer with the checkpoint's weights; `persist` as for Activations.write.
     """
@@ -68,11 +71,14 @@ def layer_pass(
                 watcher.watch(name, x)
 
         with walk.layer(stage, watch=watch if watchers else None) as dense:
-            layer_pass(walk, stage, activations, write=write, persist=persist, watchers=watchers, run=dense)
+            layer_pass(walk, stage, activations, write=write, persist=persist, watchers=watchers, flow=flow, run=dense)
         return
     with activations.write(stage.index + 1, persist=persist) if write else nullcontext(_nowhere) as put:
         for states in activations.read(stage.index):
-            put(run(states))
+            after = run(states)
+            if flow is not None:
+                flow(states, after)
+            put(after)
             for watcher in watchers:
                 watcher.end_batch()
 

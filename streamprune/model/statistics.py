@@ -6,13 +6,14 @@ once. In the file, each set has three tensors named after the first linear of it
     NAME.tokens  I64 ()      NAME.sum  F64 (in,)      NAME.sumsq  F64 (in,)
 
 and the metadata holds `format`, `version`, `digest` (xxh3_128 of the tensors' bytes), `groups` (linear -> NAME),
-`model` (what the statistics belong to) and `calibration` (which tokens), the last three as JSON.
+`energies` (layer -> sums of the squares of the states after it, and of what it added to them), `model` (what the
+statistics belong to) and `calibration` (which tokens), the last four as JSON.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Collector:
         self._accumulate = accumulate
         self._sums: dict[str, tuple[int, Tensor, Tensor]] = {}
         self._last: tuple[Tensor, str] | None = None
+        self._energy: list[Tensor | float] = [0.0, 0.0]
 
     def watch(self, name: str, x: Tensor) -> None:
         """Adds x (…, in), unless it is the tensor that the linear before was fed."""
@@ -57,6 +59,17 @@ class Collector:
     def end_batch(self) -> None:
         """Lets go of the last input."""
         self._last = None
+
+    def flow(self, before: Tensor, after: Tensor) -> None:
+        """Adds what the layer made of its states (batch, seqlen, hidden)."""
+        now = after.detach().float()
+        for i, states in enumerate((now, now - before.to(now))):
+            self._energy[i] += torch.linalg.vector_norm(states, dim=-1).double().square().sum()
+
+    @property
+    def energy(self) -> tuple[float, float]:
+        """Sums over all tokens of the squares of the states after the layer, and of what it added to them."""
+        return float(self._energy[0]), float(self._energy[1])
 
     def finish(self) -> dict[str, InputStats]:
         """The statistics of each group. Raises CheckpointError when an activation was NaN or infinite."""
@@ -78,6 +91,7 @@ def write_statistics(
     groups: Mapping[str, str],
     model: Mapping[str, str],
     calibration: Mapping[str, Any],
+    energies: Mapping[str, Sequence[float]] | None = None,
 ) -> str:
     """Writes a statistics file, atomically and durably; returns its xxh3_128."""
     parts: dict[str, Tensor] = {}
@@ -97,7 +111,12 @@ def write_statistics(
             digest.update(piece)
     metadata = {"format": FORMAT, "version": VERSION, "digest": digest.hexdigest()} | {
         key: json.dumps(value, sort_keys=True)
-        for key, value in (("groups", groups), ("model", model), ("calibration", calibration))
+        for key, value in (
+            ("groups", groups),
+            ("model", model),
+            ("calibration", calibration),
+            ("energies", energies or {}),
+        )
     }
     return write_shard(path, refs, content, metadata).digest
 
@@ -142,11 +161,13 @@ def merge_statistics(
 ) -> str:
     """Joins the layers' files into one; returns its xxh3_128. Raises as StatisticsFile does."""
     groups: dict[str, str] = {}
+    energies: dict[str, Sequence[float]] = {}
     stats: dict[str, InputStats] = {}
     for part in parts:
         file = StatisticsFile(part)
         groups |= file.groups
+        energies |= file.energies
         for leader in dict.fromkeys(file.groups.values()):
             width = file.refs[f"{leader}.sum"].shape[0]
             stats[leader] = file.load(leader, width)
-    return write_statistics(path, stats.items(), groups, model, calibration)
+    return write_statistics(path, stats.items(), groups, model, calibration, energies)

@@ -12,8 +12,8 @@ M = ρ(A + ρI)⁻¹ this is one line with one product of matrices, in which G i
 
 κ = 1; with κ > 1 it is over-relaxed (Eckstein and Bertsekas 1992): κV + (1 − κ)Z takes the place of V. In iteration t
 of the first T the mask is chosen anew, from all weights: what was pruned may come back. It takes the share
-1 − (1 − t/T)³ of the weights that are to go, lowest score first. With N:M, the N best of every M are safe and the others
-go by their score within the row, until in the end all of them are gone. Later iterations keep the mask of the Tth. The
+1 − (1 − t/T)³ of the weights that are to go, lowest score first. With N:M, the N best of every M are safe and the
+others go by their score within the row, until in the end all are gone. Later iterations keep the mask of the Tth. The
 last step is the projection P of the last X, as in the published code: no exact solution on the support follows.
 
     PUBLISHED  score |X|; 20 iterations, T = 15, ρ = 1, κ = 1, damping 0.1
@@ -61,8 +61,9 @@ OBS = Variant(gradual=18, rho=0.6, relax=1.5, saliency=True)
 class Operator(NamedTuple):
     """What `solve` needs of a Gram: matrix M (in, in) float32, scale √G_jj and score (in,) float32.
 
-    X is ranked by X²·score; dead features score 0. `damping` is the value that was used, larger than what was asked for
-    only where the factorisation failed with that.
+    Ranked is |X|·score, with score 1/√[A⁻¹]_jj or 1: the squares order alike, but those of small numbers vanish.
+    X of dead features is 0. `damping` is the value that was used, larger than what was asked for only where the
+    factorisation failed with that.
     """
 
     matrix: Tensor
@@ -84,7 +85,7 @@ def prepare(gram: Tensor, damping: Damping = _DAMPING, variant: Variant = PUBLIS
     if variant.saliency:
         inverse, value = normalised_inverse(gram, damping, 0.0)
         diagonal = inverse.diagonal().clone()
-        score, used = torch.where(diagonal > 0, 1 / diagonal, 0.0), damping._replace(value=value)
+        score, used = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0), damping._replace(value=value)
         del inverse  # before the next one
     matrix, value = normalised_inverse(gram, used, variant.rho)
     return Operator(matrix.mul_(variant.rho), scale, score, value)
@@ -102,9 +103,9 @@ def solve(
     """Prune rows of one linear to `sparsity` or to `pattern`, exactly one of the two, and refit what stays.
 
     weight (rows, in) float32, on the device of operator.matrix; it is not changed. Returns the new weight, zero where
-    pruned, and keep (rows, in) bool. 0 <= gradual <= iterations; gradual 0 chooses the mask from the weights themselves.
-    Temporaries: four times the weight. Weights that are not finite make their whole row NaN. Raises UsageError as
-    select does.
+    pruned, and keep (rows, in) bool. 0 <= gradual <= iterations; with gradual 0 the weights themselves choose the mask.
+    Temporaries: four times the weight. A weight that is not finite makes all that is kept of its row NaN. Raises
+    UsageError as select does.
     """
     rows, width = weight.shape
     if weight.dtype != torch.float32 or operator.matrix.shape != (width, width):
@@ -137,19 +138,19 @@ def solve(
 
 
 def _choose(x: Tensor, score: Tensor, share: float, amount: Amount, backend: str | None) -> Tensor:
-    """keep (rows, in) bool: the largest x²·score, at `share` of the final amount. s·1.0 is s exactly."""
+    """keep (rows, in) bool: the largest |x|·score, at `share` of the final amount. s·1.0 is s exactly."""
     if amount.pattern is None:
-        return _keep(x, score, 2, amount.at(share), backend)
-    final = _keep(x, score, 2, amount, backend)
+        return _keep(x, score, amount.at(share), backend)
+    final = _keep(x, score, amount, backend)
     if share == 1.0:
         return final
-    ranked = (x * score.sqrt()).abs_().clamp_max_(_SAFE / 2).masked_fill_(final, _SAFE)
-    return _keep(ranked, torch.ones_like(score), 1, Amount(share * amount.pattern.sparsity), backend)
+    ranked = (x * score).abs_().clamp_max_(_SAFE / 2).masked_fill_(final, _SAFE)
+    return _keep(ranked, torch.ones_like(score), Amount(share * amount.pattern.sparsity), backend)
 
 
-def _keep(x: Tensor, feature: Tensor, power: int, amount: Amount, backend: str | None) -> Tensor:
+def _keep(x: Tensor, feature: Tensor, amount: Amount, backend: str | None) -> Tensor:
     keep = select(
-        x, feature, power, selector="exact", want_keep=True, backend=backend, **amount._asdict()
+        x, feature, 1, selector="exact", want_keep=True, backend=backend, **amount._asdict()
     ).keep  # fmt: skip
     assert keep is not None
     return keep

@@ -12,6 +12,7 @@ of the linear, with the inputs that were kept out of the Gram as judges; so is n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -124,7 +125,7 @@ class Sample(NamedTuple):
 
 
 def choose(
-    method: Method, samples: Mapping[str, Sample], gram: Gram, ask: Ask, dampings: Sequence[Damping]
+    method: Method, samples: Mapping[str, Sample], gram: Gram, asks: Mapping[str, Ask], dampings: Sequence[Damping]
 ) -> dict[str, Choice]:
     """For each of the linears that share an input, the damping whose refit errs least on what was kept out of the Gram.
 
@@ -142,9 +143,9 @@ def choose(
     for damping in dampings:
         state = method.prepare(gram, damping).state
         for name, sample in samples.items():
-            refit = error(name, method.solve(*sample, gram, state, ask))
+            refit = error(name, method.solve(*sample, gram, state, asks[name]))
             best = found[name]
-            if best.refit is None or refit < best.refit:
+            if math.isfinite(refit) and (best.refit is None or refit < best.refit):
                 better = best.mask is None or refit < best.mask
                 found[name] = Choice(damping if better else None, best.mask, refit)
     return found

@@ -22,6 +22,7 @@ from streamprune.errors import UsageError
 
 SCORES = ("lscore", "lscore-isotropic", "wanda", "magnitude")
 SELECTORS = ("ewma", "exact")
+ALLOCATIONS = ("uniform", "owl", "error")
 REFITS = ("none", "cg", "obs-admm", "gradual-cg", "admm", "sparsegpt")
 
 

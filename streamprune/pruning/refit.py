@@ -21,9 +21,11 @@ from torch import Tensor
 from streamprune.pruning.gram import Gram
 from streamprune.pruning.inverse import Damping
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 class Metric(NamedTuple):
-    """A = G + diag(extra). extra, inverse (in,) float32; inverse is 1 / diag(A), and 0 for inputs always 0."""
+    """A = G + diag(extra). extra, inverse (in,) float32; inverse is 1 / diag(A), and 0 for inputs (almost) always 0."""
 
     gram: Gram
     extra: Tensor
@@ -35,7 +37,7 @@ class Metric(NamedTuple):
         d = gram.diagonal
         extra = damping.value * (d if damping.relative else d.mean().expand_as(d))
         whole = d + extra
-        return cls(gram, extra, torch.where(whole > 0, 1 / whole, 0.0))
+        return cls(gram, extra, torch.where(whole >= _TINY, 1 / whole, 0.0))
 
     def times(self, rows: Tensor) -> Tensor:
         """rows (n, in) · A."""
@@ -89,5 +91,5 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """above / below, and 0 where a row has arrived."""
-    return torch.where(below > 0, above / below, 0.0)
+    """above / below, and 0 where a row has arrived: what is left of its residual is below what float32 can square."""
+    return torch.where(below >= _TINY, above / below, 0.0)
