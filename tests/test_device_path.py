@@ -500,11 +500,11 @@ def test_pruning_in_halves_where_temporaries_do_not_fit(
     job(models, text, "llama", tmp_path / "whole")
     select, seen = Target.select, list[int]()
 
-    def scarce(self: Target, weight: torch.Tensor, *args: Any) -> Any:
+    def scarce(self: Target, name: str, weight: torch.Tensor, *args: Any) -> Any:
         seen.append(len(weight))
         if len(weight) > 10:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return select(self, weight, *args)
+        return select(self, name, weight, *args)
 
     monkeypatch.setattr(Target, "select", scarce)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

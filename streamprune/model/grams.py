@@ -26,7 +26,7 @@ MOST_HELD = 2048
 """Inputs that are kept out of a Gram at most."""
 
 _SHARE = 8
-"""At most every eighth token is kept out."""
+"""Every eighth token is kept out at most, where there are so many windows."""
 
 _ROWS = 1024
 """Tokens that are multiplied at once: they are converted to float32 first."""
@@ -43,17 +43,24 @@ class HoldOut(NamedTuple):
 
     @classmethod
     def of(cls, tokens: int, seqlen: int) -> HoldOut:
-        """At least 8 blocks spread over the text, no longer than a window, 2048 tokens or an eighth in all."""
+        """For `tokens` of calibration in windows of `seqlen`.
+
+        At least 8 blocks spread over the text, no longer than a window, 2048 tokens or an eighth in all. Of fewer than
+        8 windows the last one, of a single one its second half: neighbours of what was learned would be lenient judges.
+        """
+        windows = tokens // max(seqlen, 1)
+        if windows < _SHARE:
+            return cls(seqlen if windows > 1 else max(1, seqlen // 2), max(2, windows))
         held = min(tokens // _SHARE, MOST_HELD)
-        block = max(1, min(seqlen, held // 8))
-        return cls(block, max(_SHARE, tokens // max(held, 1)))
+        return cls(max(1, min(seqlen, held // 8)), max(_SHARE, tokens // held))
 
     def cut(self, begin: int, end: int) -> Iterator[tuple[int, int, bool]]:
         """Tokens begin to end in stretches that are kept out, or are not."""
         while begin < end:
             number = begin // self.block
-            stop = min(end, (number + 1) * self.block)
-            yield begin, stop, number % self.every == self.every - 1
+            last = number // self.every * self.every + self.every - 1  # the block of these `every` that is kept out
+            stop = min(end, (last + (number == last)) * self.block)
+            yield begin, stop, number == last
             begin = stop
 
 

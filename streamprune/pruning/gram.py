@@ -67,6 +67,10 @@ class Gram:
         change = rows @ self.held.to(rows.dtype).T
         return change.square_().sum(1, dtype=torch.float64)
 
+    def held_by_token(self, rows: Tensor) -> Tensor:
+        """The squared change of all outputs on each of the inputs that were kept out, (held,) float64."""
+        return (rows @ self.held.to(rows.dtype).T).square_().sum(0, dtype=torch.float64)
+
     def absorb(self) -> None:
         """Puts the inputs that were kept out into `matrix` after all: this object changes, and so does `matrix`."""
         held = self.held.float()

@@ -12,11 +12,11 @@ of the linear, with the inputs that were kept out of the Gram as judges; so is n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from streamprune.pruning import admm, sparsegpt
@@ -35,6 +35,10 @@ class Ask:
     select: Callable[[Tensor, float], Tensor]
     """(weights (n, in) float32, share of the final sparsity) -> keep (n, in) bool, by the recipe's score."""
     backend: str | None = None
+
+
+_STRETCHES = 8
+_TINY = 1e-300
 
 
 class Prepared(NamedTuple):
@@ -114,7 +118,7 @@ class Choice(NamedTuple):
     mask: float | None
     """Error of the mask alone; None where nothing was kept out to judge by."""
     refit: float | None
-    """Error of the best refit."""
+    """Error of what was chosen."""
 
 
 class Sample(NamedTuple):
@@ -127,25 +131,43 @@ class Sample(NamedTuple):
 def choose(
     method: Method, samples: Mapping[str, Sample], gram: Gram, asks: Mapping[str, Ask], dampings: Sequence[Damping]
 ) -> dict[str, Choice]:
-    """For each of the linears that share an input, the damping whose refit errs least on what was kept out of the Gram.
+    """For each of the linears that share an input, how it is refitted: judged by what was kept out of the Gram.
 
-    No refit at all where the mask alone errs less. Without inputs kept out, the first damping.
+    Of no refit and the dampings, from the strongest down, the first is taken whose error is not above the least one by
+    more than a standard error of their difference, over eight stretches of the tokens (the one-standard-error rule of
+    Breiman et al. 1984: what cannot be told apart is settled in favour of the original weights). Without inputs kept
+    out, or with a single damping, there is nothing to choose but no refit at all where that errs less.
     """
     if not len(gram.held):
         return dict.fromkeys(samples, Choice(dampings[0], None, None))
-    whole = {name: float(gram.held_energy(sample.weight).sum()) for name, sample in samples.items()}
+    whole = {name: gram.held_by_token(sample.weight).sum() for name, sample in samples.items()}
 
-    def error(name: str, fitted: Tensor) -> float:
-        change = gram.held_energy(samples[name].weight - fitted)
-        return float(change.sum()) / whole[name] if whole[name] > 0 else 0.0
+    def errors(name: str, fitted: Tensor) -> Tensor:
+        """Relative errors on stretches of the tokens, whose sum is the error on all."""
+        by_token = gram.held_by_token(samples[name].weight - fitted)
+        return torch.stack([part.sum() for part in by_token.chunk(_STRETCHES)]) / whole[name].clamp_min(_TINY)
 
-    found = {name: Choice(None, error(name, sample.masked), None) for name, sample in samples.items()}
-    for damping in dampings:
+    tried: dict[str, list[tuple[Damping | None, Tensor]]] = {
+        name: [(None, errors(name, sample.masked))] for name, sample in samples.items()
+    }
+    for damping in sorted(dampings, key=lambda d: -d.value):
         state = method.prepare(gram, damping).state
         for name, sample in samples.items():
-            refit = error(name, method.solve(*sample, gram, state, asks[name]))
-            best = found[name]
-            if math.isfinite(refit) and (best.refit is None or refit < best.refit):
-                better = best.mask is None or refit < best.mask
-                found[name] = Choice(damping if better else None, best.mask, refit)
-    return found
+            tried[name].append((damping, errors(name, method.solve(*sample, gram, state, asks[name]))))
+    return {name: _first_as_good(found) for name, found in tried.items()}
+
+
+def _first_as_good(tried: Sequence[tuple[Damping | None, Tensor]]) -> Choice:
+    """Of (damping, errors on stretches), the mask alone first: the choice among those that are finite."""
+    sound = [pair for pair in tried if bool(torch.isfinite(pair[1]).all())]
+    mask = float(tried[0][1].sum())
+    if not sound:
+        return Choice(None, mask, mask)  # the weights are not finite; whoever reads all rows says where
+    best = min((errors for _, errors in sound), key=lambda errors: float(errors.sum()))
+
+    def is_as_good(errors: Tensor) -> bool:
+        more = errors - best
+        return float(more.sum()) <= (float(more.std()) * len(more) ** 0.5 if len(more) > 1 else 0.0)
+
+    damping, errors = next(pair for pair in sound if is_as_good(pair[1]))
+    return Choice(damping, mask, float(errors.sum()))
