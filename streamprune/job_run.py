@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 
 from streamprune.allocating import share_out
 from streamprune.disk import durable, journal
@@ -41,14 +42,7 @@ from streamprune.disk.state import JobState, new_state
 from streamprune.errors import CorruptStateError, UsageError
 from streamprune.job_finish import calibration_of, save_statistics, write_files
 from streamprune.job_pass import Pass
-from streamprune.job_prepare import (
-    calibration_for_pass,
-    check_disk,
-    layout_of,
-    make_writer,
-    open_given,
-    windows_of,
-)
+from streamprune.job_prepare import calibration_for_pass, check_disk, layout_of, make_writer, open_given, windows_of
 from streamprune.kernels import cpu, torch_ops
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.model.activations import Activations
@@ -251,7 +245,9 @@ class Run:
         if stage.kind != "layer" or not linears:
             return None
         hold = HoldOut.of(c.samples * c.seqlen, c.seqlen)
-        return LayerGrams(linears, self.layout.room, hold, self.state.cache, functools.partial(forward.gather, stage))
+        products = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+        again = functools.partial(forward.gather, stage)
+        return LayerGrams(linears, self.layout.room, hold, self.state.cache, again, products)
 
     def _pass(
         self, forward: Pass, stage: Stage, record: dict[str, Any], grams: LayerGrams | None

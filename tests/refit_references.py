@@ -79,6 +79,7 @@ def admm(
     pattern: tuple[int, int] | None = None,
     damping: float = 0.1,
     rho: float = 1.0,
+    follow: float = 0.0,
     iterations: int = 20,
     gradual: int = 15,
     relax: float = 1.0,
@@ -89,6 +90,7 @@ def admm(
     Over-relaxed as in Boyd et al., "Distributed Optimization and Statistical Learning via ADMM", 3.4.3: relax·V +
     (1 - relax)·Z takes the place of V, with the Z of the round before. Of N:M, see `admm_mask`.
     """
+    rho += follow * damping
     live = np.diag(gram) > 0
     scale = np.where(live, np.sqrt(np.diag(gram)), 1)
     a = damped(gram, damping, True) / np.outer(scale, scale)

@@ -60,7 +60,7 @@ def _one_thread() -> Iterator[None]:
 
 def test_the_variants_are_those_that_are_documented() -> None:
     assert Variant(iterations=20, gradual=15, rho=1.0, relax=1.0, saliency=False) == PUBLISHED
-    assert Variant(iterations=20, gradual=18, rho=0.6, relax=1.5, saliency=True) == OBS
+    assert Variant(iterations=20, gradual=18, rho=0.55, relax=1.5, saliency=True, follow=1.0) == OBS
     gram = correlated(12)
     assert prepare(gram).damping == 0.1
     assert torch.equal(prepare(gram).matrix, prepare(gram, Damping(0.1), PUBLISHED).matrix)
@@ -351,7 +351,7 @@ def test_a_failed_factorisation_says_so() -> None:
     assert prepare(gram, Damping(4.5), OBS).damping == 4.5
     operator = prepare(gram, Damping(3.5), OBS)
     a = gram.double().numpy() + 35 * np.eye(2)
-    np.testing.assert_allclose(operator.matrix, 0.6 * np.linalg.inv(a + 0.6 * np.eye(2)), rtol=1e-5)
+    np.testing.assert_allclose(operator.matrix, 35.55 * np.linalg.inv(a + 35.55 * np.eye(2)), rtol=1e-5)
     for variant in (PUBLISHED, OBS):
         with pytest.raises(UnsupportedError, match="not positive definite"):
             prepare(torch.tensor([[1.0, 1e9], [1e9, 1.0]]), variant=variant)

@@ -50,7 +50,7 @@ class HoldOut(NamedTuple):
         """
         windows = tokens // max(seqlen, 1)
         if windows < _SHARE:
-            return cls(seqlen if windows > 1 else max(1, seqlen // 2), max(2, windows))
+            return cls(seqlen if windows > 1 else max(1, min(seqlen, tokens) // 2), max(2, windows))
         held = min(tokens // _SHARE, MOST_HELD)
         return cls(max(1, min(seqlen, held // 8)), max(_SHARE, tokens // held))
 
@@ -142,14 +142,15 @@ class LayerGrams:
     room     bytes for Grams
     rerun    runs the layer once more with a collector that it makes, anew for each attempt, and returns it
     folder   where a matrix goes that is larger than `room`
+    products see Gram
     """
 
     def __init__(
         self, linears: Mapping[str, int], room: int, hold: HoldOut, folder: Path,
-        rerun: Callable[[Callable[[], GramCollector]], GramCollector],
+        rerun: Callable[[Callable[[], GramCollector]], GramCollector], products: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         self._linears, self._room, self._hold, self._folder = dict(linears), room, hold, folder
-        self._rerun = rerun
+        self._rerun, self._products = rerun, products
         self._groups: dict[str, str] = {}
         self._ready: dict[str, Gram] = {}
         self.passes = 0
@@ -227,7 +228,7 @@ class LayerGrams:
             held = _joined(found) if held is None else held
         if held is None:
             raise ValueError(f"{leader} has no inputs")
-        return _checked(leader, Gram(whole.tensor, held, tokens, Mapped(whole.forget)))
+        return _checked(leader, Gram(whole.tensor, held, tokens, Mapped(whole.forget), self._products))
 
     def _pass(self, rows: Mapping[str, tuple[int, int]]) -> GramCollector:
         self.passes += 1
@@ -237,7 +238,7 @@ class LayerGrams:
         for name in list(collector.sums):
             found = collector.sums.pop(name)
             found.finish()
-            self._ready[name] = _checked(name, Gram(found.sum, _joined(found), found.tokens))
+            self._ready[name] = _checked(name, Gram(found.sum, _joined(found), found.tokens, products=self._products))
 
 
 def _joined(found: _Sum) -> Tensor:

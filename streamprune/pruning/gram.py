@@ -37,6 +37,8 @@ class Gram:
     held: Tensor
     tokens: int
     mapped: Mapped | None = None
+    products: torch.dtype = torch.float32
+    """What iterations that forgive rounding may multiply in."""
     diagonal: Tensor = field(init=False)
     """(in,) float32, on the refit's device."""
 

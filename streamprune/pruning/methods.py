@@ -77,7 +77,8 @@ def _gradual(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, ask: Ask
 
 def _operator(variant: admm.Variant) -> Callable[[Gram, Damping], Prepared]:
     def prepare(gram: Gram, damping: Damping) -> Prepared:
-        operator = admm.prepare(gram.matrix, damping, variant)
+        products = gram.products if variant is admm.OBS else torch.float32
+        operator = admm.prepare(gram.matrix, damping, variant, products)
         return Prepared(operator, damping._replace(value=operator.damping))
 
     return prepare
