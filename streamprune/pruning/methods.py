@@ -119,7 +119,7 @@ class Choice(NamedTuple):
     mask: float | None
     """Error of the mask alone; None where nothing was kept out to judge by."""
     refit: float | None
-    """Error of what was chosen."""
+    """Error of the refit that was chosen; of the best one where none was."""
 
 
 class Sample(NamedTuple):
@@ -171,4 +171,7 @@ def _first_as_good(tried: Sequence[tuple[Damping | None, Tensor]]) -> Choice:
         return float(more.sum()) <= (float(more.std()) * len(more) ** 0.5 if len(more) > 1 else 0.0)
 
     damping, errors = next(pair for pair in sound if is_as_good(pair[1]))
+    if damping is None:
+        refits = [float(e.sum()) for d, e in sound if d is not None]
+        return Choice(None, mask, min(refits, default=mask))
     return Choice(damping, mask, float(errors.sum()))
