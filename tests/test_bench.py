@@ -266,6 +266,15 @@ def test_memory_of_a_gpu(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_
         check(row)
 
 
+def test_refits(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    from streamprune.pruning.methods import METHODS
+
+    cases = by_case(rows_of(tool, capsys, "refits", "--shape", "8x64", "--repeat", "2", "--device", "cpu"))
+    parts = {f"{name}, {part}" for name in METHODS for part in ("prepare", "rows")}
+    assert cases.keys() == {"one product, float32", *parts}
+    assert all(row["value"] > 0 and row["runs"] == 2 for row in cases.values())
+
+
 def test_kernels_of_a_gpu(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernels and its timer, both on the CPU: every case runs, times are those between two events."""
     from streamprune.kernels import torch_ops
@@ -314,7 +323,7 @@ def test_all_runs_the_five(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
         assert [row["benchmark"] for row in rows] == [row["case"] for row in rows] == list(tool.COMMANDS)
         if "--repeat" in words:
             assert {(a.repeat, a.work, a.device) for a in seen.values()} == {(4, "/w", "cpu")}
-    assert list(tool.COMMANDS) == ["kernels", "stats", "calibration", "memory", "end-to-end"]
+    assert list(tool.COMMANDS) == ["kernels", "refits", "stats", "calibration", "memory", "end-to-end"]
 
 
 def test_tables(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """How fast the program is, beside what bounds it: copying, a bare forward pass, the sorting that others do.
 
     python tools/bench.py kernels --large                    selection kernels against memcpy, sort, topk
+    python tools/bench.py refits --shape 1024x4096           refits against one product with the Gram
     python tools/bench.py stats --preset 7b --layers 4       prune --stats against cp -r
     python tools/bench.py calibration --preset 1b            calibration against a bare forward of the same layer
     python tools/bench.py memory                             peak memory against layers, --max-ram, --max-vram
@@ -55,6 +56,10 @@ COMMANDS = {
         {"sort ÷ it": "sort_over_it", "topk ÷ it": "topk_over_it", "group topk ÷ it": "group_topk_over_it"},
         ("--shape", "4096x4096"), ("--shape", "1024x4096", "--repeat", "3"),
     ),
+    "refits": Command(
+        "bench_refits", "refits", "add_options", "refits of one linear against one product with its Gram", 3,
+        {}, ("--shape", "512x4096"), ("--shape", "128x512", "--repeat", "1"),
+    ),
     "stats": Command(
         "bench_jobs", "stats", "add_stats_options", "prune --stats against cp -r and fsync", 5, {"GB/s": "gb_per_s"},
         ("--layers", "4"), ("--preset", "narrow", "--repeat", "2"),
@@ -95,7 +100,7 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
         _common(sub, command.repeat)
         if only in (None, name):
             getattr(import_module(command.module), command.options)(sub)
-    sub = commands.add_parser("all", help="the five of them, on small shapes", description="all of the above")
+    sub = commands.add_parser("all", help="each of them, on small shapes", description="all of the above")
     _common(sub, None)
     sub.add_argument("--quick", action="store_true", help="smaller shapes, fewer runs: a minute or two")
     return parser

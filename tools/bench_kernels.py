@@ -40,14 +40,15 @@ def kernels(arguments: argparse.Namespace) -> Iterator[Row]:
         rows, width = int(found.group(1)), int(found.group(2))
         if width % 32:
             raise BenchError(f"--shape {shape}: the number of inputs must be a multiple of 32")
-        device = _device(arguments.device)
+        device = device_named(arguments.device)
         cases = kernel_cases(rows, width, getattr(torch, arguments.dtype), device, arguments.quick)
         yield from _measure(cases, f"{shape} {arguments.dtype} on {device.type}", device, arguments.repeat)
         del cases
         torch.cuda.empty_cache()  # leaves the GPU to the child processes of other benchmarks; nothing without one
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device of --device; "auto" is the GPU if there is one. Raises BenchError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
