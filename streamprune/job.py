@@ -53,7 +53,7 @@ def prune(
     model: str | Path, out: str | Path, *,
     sparsity: float | None = None, pattern: str | None = None,
     method: str = "swiftprune", score: str | None = None, selector: str | None = None,
-    refit: str | None = None, damping: str | None = None, allocate: str = "uniform",
+    refit: str | None = None, damping: str | float | None = None, allocate: str = "uniform",
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
     stats: str | Path | None = None, save_stats: str | Path | None = None,
     only: str | None = None, skip: str | None = None, propagate: str = "dense",
@@ -63,7 +63,10 @@ def prune(
 ) -> JobResult:  # fmt: skip
     """Prunes the checkpoint `model` (a folder or a hub name) into the folder `out`.
 
-    Exactly one of `sparsity` (share of each row, 0 ≤ S < 1) and `pattern` ("N:M") says how much goes. Statistics
+    Exactly one of `sparsity` (share of each row, 0 ≤ S < 1) and `pattern` ("N:M") says how much goes; `allocate` shares
+    a sparsity out by layer ("owl", "error"), from statistics that are gathered first. `method` names a recipe
+    (pruning/recipes.py), of which `score`, `selector` and `refit` can be exchanged; `damping` of a refit is "auto",
+    "absolute" or a number relative to each feature's own power (pruning/methods.py). Statistics
     come from `samples` windows of `seqlen` tokens of `calib` (default: a built-in text; default length
     min(2048, the model's limit)), or from the file `stats`. `backend` chooses the kernels that prune: Numba on the CPU,
     Torch elsewhere, unless it says "numba" or "torch". `max_ram` and `max_vram` (of a GPU) are in bytes. Running the
@@ -97,7 +100,7 @@ def prune(
         verb="prune", model=checkpoint.fingerprint(), recipe=recipe, sparsity=sparsity, pattern=pattern,
         only=only, skip=skip, propagate=propagate, calibration=calibration if needs_pass else None,
         stats=_stats_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype, backend=backend,
-        damping=check_damping(damping or "auto") if recipe.needs_gram else None,
+        damping=check_damping("auto" if damping is None else damping) if recipe.needs_gram else None,
         allocate=None if allocate == "uniform" else allocate,
         source=checkpoint.path, out=Path(out), stats_path=known,
         max_ram=max_ram, max_vram=max_vram, save_stats=Path(save_stats) if save_stats is not None else None,

@@ -17,6 +17,7 @@ from streamprune.errors import CorruptStateError, ResourceError, UsageError
 from streamprune.model.budget import Layout, RefitNeeds, estimate, layout_for
 from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
 from streamprune.model.feed import Feed
+from streamprune.model.grams import gram_bytes
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.statistics import StatisticsFile
 from streamprune.pruning.selection import Amount, parse_pattern
@@ -54,6 +55,14 @@ def refit_needs(writer: StageWriter | None) -> RefitNeeds | None:
         return None
     refit = Refit(writer.target.recipe.refit, writer.target.damping)
     return needs_of(refit, [writer.in_order(stage).values() for stage in writer.skeleton.layer_stages])
+
+
+def scratch_bytes(writer: StageWriter | None, room: int) -> int:
+    """Disk for the one Gram matrix at a time that is larger than the room for them."""
+    if writer is None or not writer.target.recipe.needs_gram:
+        return 0
+    sizes = [gram_bytes([w]) for stage in writer.skeleton.layer_stages for w in writer.in_order(stage).values()]
+    return max((size for size in sizes if size > room), default=0)
 
 
 def open_given(

@@ -42,7 +42,7 @@ from streamprune.disk.state import JobState, new_state
 from streamprune.errors import CorruptStateError, UsageError
 from streamprune.job_finish import calibration_of, save_statistics, write_files
 from streamprune.job_pass import Pass
-from streamprune.job_prepare import calibration_for_pass, check_disk, layout_of, make_writer, open_given, windows_of
+from streamprune.job_prepare import check_disk, layout_of, make_writer, open_given, scratch_bytes, windows_of
 from streamprune.kernels import cpu, torch_ops
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.model.activations import Activations
@@ -159,6 +159,7 @@ class Run:
         if self.forward is not None and len(self.records) < len(self.skeleton.stages) - 1:
             behind = -1 < self._newest_cache() < len(self.records) - 1  # then that one is kept beside the two at work
             cache = (3 if behind and not self.layout.resident else 2) * self.forward.cache_bytes
+            cache += scratch_bytes(self.writer, self.layout.room)
         check_disk(self.state, output, cache)
 
     def _create(self) -> None:
@@ -238,13 +239,13 @@ class Run:
 
     def _grams(self, stage: Stage) -> LayerGrams | None:
         """The Grams of a layer whose linears are refitted."""
-        forward, c = self.forward, calibration_for_pass(self.spec)
-        if self.writer is None or forward is None or c is None or not self.writer.target.recipe.needs_gram:
+        forward = self.forward
+        if self.writer is None or forward is None or not self.writer.target.recipe.needs_gram:
             return None
         linears = self.writer.in_order(stage)
         if stage.kind != "layer" or not linears:
             return None
-        hold = HoldOut.of(c.samples * c.seqlen, c.seqlen)
+        hold = HoldOut.of(forward.windows.size, forward.windows.shape[1])
         products = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
         again = functools.partial(forward.gather, stage)
         return LayerGrams(linears, self.layout.room, hold, self.state.cache, again, products)

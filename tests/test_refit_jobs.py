@@ -161,7 +161,8 @@ def check_report(entry: dict[str, Any], dense: torch.Tensor, fitted: torch.Tenso
     assert entry["error"] <= entry["error_mask"] < 1
     assert entry["error"] == pytest.approx(error_of(dense, fitted, x), rel=1e-2)
     if entry["damping"] is None:
-        assert entry["held_out_error"] >= entry["held_out_error_mask"] and entry["error"] == entry["error_mask"]
+        assert entry["held_out_error"] > 0.5 * entry["held_out_error_mask"], "far better refits are taken"
+        assert entry["error"] == entry["error_mask"]
     else:
         assert entry["damping"] > 0 and 0 < entry["held_out_error"] < entry["held_out_error_mask"]
 
@@ -215,7 +216,7 @@ def test_the_mask_it_is_compared_with(
     assert plain.recipe == "wanda" and "error" not in plain.report["linears"][0]
     dense, masked = linears(source, kind), linears(tmp_path / "mask", kind)
     out = torch.tensor(flags(HoldOut.of(SAMPLES * SEQLEN, SEQLEN), SAMPLES * SEQLEN))
-    assert 8 <= int(out.sum()) <= SAMPLES * SEQLEN / 8
+    assert int(out.sum()) == SEQLEN, "of six windows one"
     for entry in entries:
         w, m, x = dense[entry["name"]], masked[entry["name"]], given[entry["name"]]
         assert entry["error_mask"] == pytest.approx(error_of(w, m, x), rel=1e-3)
@@ -419,7 +420,7 @@ def test_hardly_any_text(models: Models, text: Path, tmp_path: Path, how: str, s
         assert float(weight.abs().max()) < 100, name
     for entry in result.report["linears"]:
         assert entry["error"] <= entry["error_mask"]
-        assert ("held_out_error" in entry) == (samples * seqlen >= 8)
+        assert ("held_out_error" in entry) == (samples * seqlen >= 2)
 
 
 @pytest.mark.parametrize("damping", ["0.3", "absolute", "auto", None])

@@ -55,15 +55,17 @@ RECIPES = {
 }
 
 
-def check_damping(text: str) -> str:
-    """ "auto", "absolute" or a number above 0, as it was given. Raises UsageError otherwise."""
+def check_damping(damping: str | float) -> str:
+    """ "auto", "absolute", or a number above 0 in one way of writing it. Raises UsageError for anything else."""
+    if damping in ("auto", "absolute"):
+        return str(damping)
     try:
-        sound = text in ("auto", "absolute") or 0 < float(text) < float("inf")
+        value = float(damping)
     except ValueError:
-        sound = False
-    if not sound:
-        raise UsageError(f"--damping {text}: choose auto, absolute, or a number above 0, such as 0.05")
-    return text
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UsageError(f"--damping {damping}: choose auto, absolute, or a number above 0, such as 0.05")
+    return repr(value)
 
 
 def make_recipe(method: str, score: str | None = None, selector: str | None = None, refit: str | None = None) -> Recipe:
