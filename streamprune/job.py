@@ -198,11 +198,13 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
             unfinished[0].publish()
             _drop_own_statistics(spec)
             return _result(spec, unfinished[1], "done")
+        before = 0.0
         if spec.allocate is not None and spec.stats is None and spec.stats_path is not None:
-            _carry_out(replace(_calibration_for(spec), out=spec.stats_path), checkpoint, progress)
+            before = _carry_out(replace(_calibration_for(spec), out=spec.stats_path), checkpoint, progress).seconds
         from streamprune.job_run import Run
 
         with Run(spec, checkpoint, unfinished, progress) as run:
+            run.spent = before
             report = _discard_on_bad_input(run, lambda: run.work(time.perf_counter() - begun))
         _drop_own_statistics(spec)
         return _result(spec, report, "done")

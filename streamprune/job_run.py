@@ -102,6 +102,8 @@ class Run:
         }  # fmt: skip
         self._uncommitted: list[durable.AtomicFile] = []
         self._since = time.perf_counter()
+        self.spent = 0.0
+        """Seconds of work that was done for this job before it, see job.py."""
 
     def _make_pass(self, windows: Tokens, batch: int) -> Pass:
         walk = Walk(self.skeleton, self.feed, self.dtype)
@@ -323,7 +325,7 @@ class Run:
         files = [] if self.writer is None else write_files(self.state, self.checkpoint, self.skeleton, self.records)
         report = build_report(
             self.spec, self.resolved, calibration, self.records, files,
-            seconds=sum(r["seconds"] for r in self.records) + time.perf_counter() - since,
+            seconds=self.spent + sum(r["seconds"] for r in self.records) + time.perf_counter() - since,
             startup=self.startup,
             peak=max(peak_resident_bytes(), *(r["peak"] for r in self.records)),
         )  # fmt: skip

@@ -61,6 +61,7 @@ def make_job(name: str, root: Path, given: dict[str, Any]) -> Job:
         "pruned": {"pattern": "2:4", "propagate": "pruned"},
         "save": {"sparsity": 0.5, "save_stats": root / "stats.safetensors"},
         "work": {"sparsity": 0.5, "work": root / "work"},
+        "allocate": {"sparsity": 0.5, "allocate": "error"},
         "all": {
             "sparsity": 0.5,
             "propagate": "pruned",
@@ -179,7 +180,7 @@ def test_power_failure_at_every_moment(root: Path, given: dict[str, Any], kind: 
     assert not failures, show(failures)
 
 
-VARIANTS = ["no calibration", "pruned", "save", "work", "all", "calibrate"]
+VARIANTS = ["no calibration", "pruned", "save", "work", "all", "calibrate", "allocate"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

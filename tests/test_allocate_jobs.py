@@ -1,0 +1,159 @@
+"""Jobs whose sparsity is shared out among the layers: what is gathered first, the amounts, what is left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from streamprune.cli import main
+from streamprune.errors import StateError, UsageError
+from streamprune.job import calibrate, prune
+
+GIVEN: dict[str, Any] = {"samples": 4, "seqlen": 32, "dtype": "float32"}
+
+
+def zeros_of(out: Path, name: str) -> list[int]:
+    """Zeros in each row of a linear."""
+    for shard in sorted(out.glob("*.safetensors")):
+        with safe_open(shard, "pt") as f:
+            if f"{name}.weight" in f.keys():  # noqa: SIM118
+                return list((f.get_tensor(f"{name}.weight") == 0).sum(1).tolist())
+    raise AssertionError(name)
+
+
+def layer_of(name: str) -> str:
+    return name.split(".")[2]
+
+
+@pytest.mark.parametrize("method", ["swiftprune", "magnitude", "obs-admm"])
+@pytest.mark.parametrize("how", ["owl", "error"])
+def test_layers_differ_and_the_whole_is_what_was_asked(
+    models: Callable[..., Path], text: Path, tmp_path: Path, how: str, method: str
+) -> None:
+    out = tmp_path / "out"
+    result = prune(models("llama", 4), out, sparsity=0.6, allocate=how, method=method, calib=text, **GIVEN)
+    linears = result.report["linears"]
+    rounding = max(0.5 / n["in_features"] for n in linears)
+    assert result.sparsity == pytest.approx(0.6, abs=rounding)
+    shares: dict[str, list[float]] = {}
+    for n in linears:
+        assert n["sparsity"] * n["in_features"] == pytest.approx(n["pruned"] / n["rows"])
+        assert zeros_of(out, n["name"]) == [n["pruned"] // n["rows"]] * n["rows"]
+        shares.setdefault(layer_of(n["name"]), []).append(n["sparsity"])
+    for layer in shares.values():
+        assert max(layer) - min(layer) <= 2 * rounding, "a layer is of one sparsity"
+    means = [sum(layer) / len(layer) for layer in shares.values()]
+    assert max(means) - min(means) > 2 * rounding, "and layers differ"
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}, "what was gathered for it is gone"
+    assert result.report["job"]["allocate"] == how and result.report["resolved"]["allocation"].keys() == {
+        n["name"] for n in linears
+    }
+    again = prune(models("llama", 4), out, sparsity=0.6, allocate=how, method=method, calib=text, **GIVEN)
+    assert again.status == "up-to-date" and {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+def test_given_statistics_lead_to_the_same(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    source = models("gpt2", 3)
+    calibrate(source, tmp_path / "s", calib=text, **GIVEN)
+    mine = prune(source, tmp_path / "a", sparsity=0.5, allocate="error", stats=tmp_path / "s", dtype="float32")
+    theirs = prune(source, tmp_path / "b", sparsity=0.5, allocate="error", calib=text, **GIVEN)
+    assert mine.report["resolved"]["allocation"] == theirs.report["resolved"]["allocation"]
+    for file in mine.report["files"]:
+        assert (tmp_path / "a" / file["name"]).read_bytes() == (tmp_path / "b" / file["name"]).read_bytes()
+    assert (tmp_path / "s").is_file(), "that one is the user's"
+
+
+def test_uniform_is_no_allocation(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    result = prune(models("llama", 2), tmp_path / "out", sparsity=0.5, allocate="uniform", calib=text, **GIVEN)
+    assert "allocation" not in result.report["resolved"] and result.report["job"]["allocate"] is None
+    with pytest.raises(StateError, match="allocate is not set there and owl here"):
+        prune(models("llama", 2), tmp_path / "out", sparsity=0.5, allocate="owl", calib=text, **GIVEN)
+
+
+def test_only_what_is_pruned_shares(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    result = prune(
+        models("llama", 3), tmp_path / "out", sparsity=0.5, allocate="error", only=r"layers\.[02].*mlp", calib=text,
+        **GIVEN,
+    )  # fmt: skip
+    assert {layer_of(n["name"]) for n in result.report["linears"]} == {"0", "2"} and result.sparsity == pytest.approx(
+        0.5, abs=1 / 32
+    )
+
+
+def test_statistics_without_energies_are_refused(
+    models: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `calibrate` wrote them before layers' energies were gathered."""
+    from streamprune.model.statistics import Collector
+
+    source = models("llama", 2)
+    monkeypatch.setattr(Collector, "energy", (0.0, 0.0))
+    calibrate(source, tmp_path / "s", calib=text, **GIVEN)
+    with pytest.raises(UsageError, match=r"does not say what .*calibrate"):
+        prune(source, tmp_path / "out", sparsity=0.5, allocate="error", stats=tmp_path / "s", dtype="float32")
+    assert prune(source, tmp_path / "out", sparsity=0.5, allocate="owl", stats=tmp_path / "s", dtype="float32")
+
+
+def test_energies_are_those_of_the_states(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from streamprune.model.calibration import draw_windows
+    from streamprune.model.statistics import StatisticsFile
+
+    source = models("llama", 2)
+    calibrate(source, tmp_path / "s", calib=text, **GIVEN)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    ids = torch.from_numpy(draw_windows(text, source, 199, 4, 32, 0))
+    seen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+    model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+    with torch.no_grad():
+        model(ids)
+    found = StatisticsFile(tmp_path / "s").energies
+    for i, (before, after) in enumerate(pairwise(seen)):
+        wanted = (float(after.square().sum()), float((after - before).square().sum()))
+        assert found[f"model.layers.{i}"] == pytest.approx(wanted, rel=2e-2), "the cache rounds states to bf16"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--pattern", "2:4", "--allocate", "owl"], "--allocate owl shares out a --sparsity; --pattern 2:4 says"),
+        (["--sparsity", "0.5", "--allocate", "best"], "--allocate best: choose uniform, owl, error"),
+    ],
+)
+def test_what_cannot_be(
+    models: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main(["prune", str(models("llama", 2)), str(tmp_path / "out"), *words]) == 2
+    assert said in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_seconds_count_what_was_gathered_first(
+    models: Callable[..., Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--sparsity",
+        "0.5",
+        "--allocate",
+        "owl",
+        "--calib",
+        str(text),
+        "--samples",
+        "4",
+        "--seqlen",
+        "32",
+        "--json",
+    ]
+    assert main(["prune", str(models("llama", 3)), str(tmp_path / "out"), *words, "--quiet"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    report = json.loads((tmp_path / "out" / "streamprune.json").read_text())
+    assert said["seconds"] > sum(stage["seconds"] for stage in report["stages"])
