@@ -286,6 +286,8 @@ class Run:
             self._uncommitted.append(file)
             record["shard"] = {"name": path.name, "bytes": file.size, "xxh3_128": file.digest}
             record["linears"] = self.writer.linears
+            if grams is not None and grams.passes:
+                record["gram_passes"] = grams.passes
         self.feed.release(stage.tensors)  # now, not when all is durable: the layer after the next is about to be sent
         return file
 

@@ -28,7 +28,8 @@ def build_report(
     """The report of a finished job.
 
     `seconds` are those of the work over all runs it took, `startup` those that the last run needed before it could
-    begin (imports, skeleton, tokens), `peak` the resident bytes of the highest run.
+    begin (imports, skeleton, tokens), `peak` the resident bytes of the highest run. A stage whose Gram matrices had no
+    room beside its pass has `gram_passes`, the passes more that they took.
     """
     reduced = [r["batch"] for r in records if r["batch"]]
     linears = [linear for record in records for linear in record["linears"]]
@@ -46,7 +47,9 @@ def build_report(
         "calibration": dict(calibration),
         "linears": linears,
         "stages": [
-            {"name": r["stage"], "seconds": round(r["seconds"], 3), "peak_rss_bytes": r["peak"]} for r in records
+            {"name": r["stage"], "seconds": round(r["seconds"], 3), "peak_rss_bytes": r["peak"]}
+            | ({"gram_passes": r["gram_passes"]} if "gram_passes" in r else {})
+            for r in records
         ],
         "files": list(files),
         "versions": {"python": platform.python_version()}

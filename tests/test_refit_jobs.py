@@ -299,6 +299,8 @@ def test_one_gram_at_a_time_changes_no_bit(
     passes = room(ONE if kind == "gpt2" else 4 * 64 * 64)
     result = run(source, tmp_path / "out", text, sparsity=0.5, **how)
     assert len(passes) >= 4 and len(set(passes)) == 2
+    assert sum(stage.get("gram_passes", 0) for stage in result.report["stages"]) == len(passes)
+    assert not any("gram_passes" in stage for stage in whole.report["stages"])
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
     assert result.report["linears"] == whole.report["linears"]
 
