@@ -84,6 +84,8 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
         "plan",
         "say what pruning MODEL will take: memory, disk, arithmetic, time; measures for about two seconds",
     )
+    _method_option(p)
+    _refit_option(p)
     _filter_options(p)
     p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
@@ -106,18 +108,26 @@ def _method_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--allocate", default="uniform", metavar="HOW",
                    help="share a --sparsity out: uniform (default), owl (layers with outliers keep more), error (least "
                         "sum of relative errors); these read all weights once more, and calibrate first")  # fmt: skip
-    p.add_argument("--method", default="swiftprune", metavar="RECIPE",
-                   help="swiftprune (default), wanda, magnitude; with new values for the weights that stay: "
-                        "obs-admm (best), gradual-cg, admm, sparsegpt")  # fmt: skip
+    _method_option(p)
     p.add_argument("--score", help="another score: lscore, lscore-isotropic, wanda, magnitude")
     p.add_argument("--selector", help="another selector for --sparsity: ewma, exact")
-    p.add_argument("--refit", metavar="REFIT",
-                   help="another refit: none, cg (on the mask of any score), "
-                        "obs-admm, gradual-cg, admm, sparsegpt")  # fmt: skip
+    _refit_option(p)
     p.add_argument("--damping", metavar="D",
                    help="of a refit: auto (in proportion to each feature's power, chosen per linear on tokens that are "
                         "kept out; default), such a number, or absolute (as published for sparsegpt)")  # fmt: skip
     _filter_options(p)
+
+
+def _method_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--method", default="swiftprune", metavar="RECIPE",
+                   help="swiftprune (default), wanda, magnitude; with new values for the weights that stay: "
+                        "obs-admm (best), gradual-cg, admm, sparsegpt")  # fmt: skip
+
+
+def _refit_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--refit", metavar="REFIT",
+                   help="another refit: none, cg (on the mask of any score), "
+                        "obs-admm, gradual-cg, admm, sparsegpt")  # fmt: skip
 
 
 def _filter_options(p: argparse.ArgumentParser) -> None:

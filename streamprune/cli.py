@@ -177,9 +177,10 @@ def _plan(args: argparse.Namespace) -> int:
     from streamprune.tables import plan_table
 
     found = plan(
-        args.model, only=args.only, skip=args.skip, samples=args.samples, seqlen=args.seqlen,
-        with_stats=args.stats is not None, propagate=args.propagate, device=args.device, dtype=args.dtype,
-        max_vram=parse_bytes(args.max_vram) if args.max_vram else None, trust_remote_code=args.trust_remote_code,
+        args.model, method=args.method, refit=args.refit, only=args.only, skip=args.skip, samples=args.samples,
+        seqlen=args.seqlen, with_stats=args.stats is not None, propagate=args.propagate, device=args.device,
+        dtype=args.dtype, max_vram=parse_bytes(args.max_vram) if args.max_vram else None,
+        trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     if args.json:
         _print_json(found.to_json())

@@ -3,25 +3,27 @@
 Sizes are exact. Peak memory is the same estimate that `--max-ram` and `--max-vram` work with (model/budget.py). Time
 is what each stage does (model/cost.py) ÷ what this machine does in a second (model/speeds.py), measured on pieces of
 the model's shapes and on up to 64 MiB of the checkpoint. Writing is taken to be as fast as reading, since nothing is
-written; weights are taken to be pruned by `ewma`, and not to be in the system's cache.
+written; weights are taken to be pruned by `ewma`, and not to be in the system's cache; a refit to choose its damping.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from streamprune.disk.checkpoint import open_checkpoint, refuse_quantised
+from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
 from streamprune.errors import UsageError
 from streamprune.job_prepare import SLACK_BYTES
 from streamprune.model.budget import (
+    Budget,
     Layout,
+    RefitNeeds,
     cache_dtype,
     compute_dtype,
     estimate,
@@ -29,10 +31,16 @@ from streamprune.model.budget import (
     memory_of,
     resolve_device,
 )
-from streamprune.model.cost import Course, Speeds, Split, Work, stage_seconds, work_of
-from streamprune.model.skeleton import Skeleton, build_skeleton, stored_dtype
+from streamprune.model.cost import Course, Speeds, Split, Work, linear_shape, stage_seconds, work_of
+from streamprune.model.grams import HoldOut
+from streamprune.model.hollow import HollowLayer
+from streamprune.model.refit_cost import EFFORTS, NO_REFIT, Refitted, RefitWork, Trials, refit_work
+from streamprune.model.skeleton import Skeleton, Stage, build_skeleton, stored_dtype
 from streamprune.model.speeds import measure
+from streamprune.model.statistics import Collector
 from streamprune.model.texts import check_seqlen, default_seqlen
+from streamprune.pruning.recipes import Recipe, make_recipe
+from streamprune.refitting import Refit, chunk_rows, needs_of, sampled
 from streamprune.spec import compile_filter
 from streamprune.stage_writer import selected_linears
 
@@ -86,15 +94,17 @@ class Plan:
 
 
 def plan(
-    model: str | Path, *, samples: int = 128, seqlen: int | None = None, with_stats: bool = False,
-    propagate: str = "dense", only: str | None = None, skip: str | None = None, device: str = "auto",
-    dtype: str = "auto", max_vram: int | None = None, trust_remote_code: bool = False, speeds: Speeds | None = None,
+    model: str | Path, *, method: str = "swiftprune", refit: str | None = None, samples: int = 128,
+    seqlen: int | None = None, with_stats: bool = False, propagate: str = "dense", only: str | None = None,
+    skip: str | None = None, device: str = "auto", dtype: str = "auto", max_vram: int | None = None,
+    trust_remote_code: bool = False, speeds: Speeds | None = None,
 ) -> Plan:  # fmt: skip
     """Plans a prune of `model` calibrated on `samples` windows of `seqlen` tokens, or `with_stats` from a file.
 
-    `max_vram` (of a GPU) is in bytes. `speeds` take the place of measuring. Raises the errors of streamprune.errors;
-    no weight is read but up to 64 MiB to time the disk.
+    `method` and `refit` choose the recipe, as for prune. `max_vram` (of a GPU) is in bytes. `speeds` take the place of
+    measuring. Raises the errors of streamprune.errors; no weight is read but up to 64 MiB to time the disk.
     """
+    recipe = _recipe(method, refit, with_stats)
     checkpoint = open_checkpoint(resolve_model(str(model)))
     refuse_quantised(checkpoint)
     length = seqlen if seqlen is not None else default_seqlen(checkpoint.config)
@@ -107,34 +117,124 @@ def plan(
     compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
     skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)
     chosen = selected_linears(skeleton.stages, compile_filter("--only", only), compile_filter("--skip", skip))
-    windows = 0 if with_stats else samples
+    windows = samples if _has_pass(recipe, with_stats, propagate) else 0
     on_device = target.type != "cpu"
+    needs = _needs(recipe, skeleton, chosen)
     budget = estimate(skeleton, length, compute, on_device=on_device)
-    layout = layout_for(skeleton, length, windows, compute, target, None, max_vram)
+    layout = layout_for(skeleton, length, windows, compute, target, None, max_vram, refit=needs)
     course = course_of(skeleton, windows, length, compute, layout, propagate, on_device)
     works = [work_of(skeleton, s, chosen, length, compute.itemsize) for s in skeleton.stages]
+    if recipe.refit is not None:
+        refits = _refits(recipe.refit, checkpoint, skeleton, chosen, compute, layout.room, windows, length)
+        works = [replace(w, refit=r) for w, r in zip(works, refits, strict=True)]
     source = "given" if speeds else "measured now"
     if speeds is None:
         work = max(works[1:-1], key=lambda w: w.nbytes)
+        work = replace(work, refit=max((w.refit for w in works), key=lambda r: r.float32))  # maybe not that layer's
         speeds = measure(checkpoint, skeleton, compute, target, work, course, layout.batch, length)
     seconds = stage_seconds(works, course, speeds)
     split = sum(seconds, Split())
     stages = _stages(skeleton, chosen, works, course, seconds)
-    bare = budget.base + budget.reserve
+    peak, least, least_vram = _memory(budget, layout, needs, windows, on_device)
+    if on_device:
+        least_vram += memory_of(skeleton, length, windows, compute, 1, False, min(windows, 1))
     return Plan(
         model=str(model), architecture=str(checkpoint.config.get("model_type")),
         parameters=sum(math.prod(t.shape) for t in checkpoint.tensors.values()), stages=stages,
-        peak_ram_bytes=budget.peak(layout.batch) if windows else bare,
-        least_ram_bytes=budget.peak(1) if windows else bare,
-        vram_bytes=layout.nbytes,
-        least_vram_bytes=memory_of(skeleton, length, windows, compute, 1, False, min(windows, 1)) if on_device else 0,
+        peak_ram_bytes=peak, least_ram_bytes=least, vram_bytes=layout.nbytes, least_vram_bytes=least_vram,
         layout=_layout_in_words(layout, windows) if on_device else "",
         output_bytes=checkpoint.nbytes, cache_bytes=2 * course.tokens * course.state_bytes,
         disk_bytes=checkpoint.nbytes + 2 * course.tokens * course.state_bytes + SLACK_BYTES,
         flops=sum(s.flops for s in stages), seconds=split.total, split=split, batch=layout.batch,
         dtype=str(compute).removeprefix("torch."), device=str(target),
-        rests_on=f"{source}: {_in_words(speeds, course)}",
+        rests_on=f"{source}: {_in_words(speeds, course, recipe)}",
     )  # fmt: skip
+
+
+def _recipe(method: str, refit: str | None, with_stats: bool) -> Recipe:
+    recipe = make_recipe(method, refit=refit)
+    if with_stats and recipe.needs_gram:  # in the words of job.prune
+        raise UsageError(f"--stats has sums only, and {recipe.refit} needs more: leave it out, or choose --refit none")
+    return recipe
+
+
+def _has_pass(recipe: Recipe, with_stats: bool, propagate: str) -> bool:
+    return not with_stats and (recipe.needs_statistics or recipe.needs_gram or propagate == "pruned")
+
+
+def _needs(recipe: Recipe, skeleton: Skeleton, chosen: Collection[str]) -> RefitNeeds | None:
+    """The memory of a refit, as job_prepare.refit_needs has it."""
+    if recipe.refit is None:
+        return None
+    return needs_of(Refit(recipe.refit, "auto"), [
+        [linear_shape(skeleton, name, stage)[1] for name in stage.linears if name in chosen]
+        for stage in skeleton.layer_stages
+    ])  # fmt: skip
+
+
+def _memory(
+    budget: Budget, layout: Layout, needs: RefitNeeds | None, windows: int, on_device: bool
+) -> tuple[int, int, int]:
+    """RAM at the peak, and the least that will do; on a device, the least for a refit there."""
+    if not windows:
+        return budget.base + budget.reserve, budget.base + budget.reserve, 0
+    if needs is None:
+        return budget.peak(layout.batch), budget.peak(1), 0
+    if on_device:
+        return budget.peak(layout.batch), budget.peak(1), needs.least + needs.held + needs.working
+    return budget.refitting(needs, layout.room).peak(layout.batch), budget.refitting(needs, needs.least).peak(1), 0
+
+
+def _refits(
+    refit: str, checkpoint: Checkpoint, skeleton: Skeleton, chosen: Collection[str], dtype: torch.dtype, room: int,
+    samples: int, seqlen: int,
+) -> list[RefitWork]:  # fmt: skip
+    """What each stage's refit is, in the order of the stages."""
+    effort = EFFORTS[refit]
+    effort = effort._replace(native=effort.native and dtype == torch.bfloat16)
+    tokens = samples * seqlen
+    kept_out = sum(e - b for b, e, held in HoldOut.of(tokens, seqlen).cut(0, tokens) if held)
+    trials = Trials(len(Refit(refit, "auto").dampings), kept_out)
+    shared = inputs_shared(checkpoint, skeleton, dtype, min(seqlen, 16))
+
+    def of(stage: Stage) -> RefitWork:
+        linears = []
+        for _, name in sorted((ref.name, name) for name, ref in stage.linears.items() if name in chosen):
+            rows, width = linear_shape(skeleton, name, stage)
+            within = name.removeprefix(stage.prefix)
+            nbytes = stage.linears[name].nbytes
+            chunks = -(-rows // chunk_rows(width))
+            linears.append(Refitted(shared.get(within, within), rows, width, nbytes, len(sampled(rows)), chunks))
+        return refit_work(effort, linears, room, tokens, trials)
+
+    return [of(stage) if stage.kind == "layer" else NO_REFIT for stage in skeleton.stages]
+
+
+def inputs_shared(checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, length: int) -> dict[str, str]:
+    """Which linears of a layer are fed the same tensor: linear -> the first of these, names within the layer.
+
+    Seen in the first layer's own code, on `length` tokens and without weights. Raises UnsupportedError for a model
+    that cannot be walked through.
+    """
+    layer, stage = HollowLayer(checkpoint, skeleton, dtype, torch.device("cpu"), 1, length), skeleton.layer_stages[0]
+    layer.embed()
+    collector = Collector(lambda rows, total, squares: None)
+
+    def hook(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _, args, named: collector.watch(name, args[0] if args else next(iter(named.values())))
+
+    within = {name: name.removeprefix(stage.prefix) for name in stage.linears}
+    hooks = [
+        skeleton.layers[0].get_submodule(path[1:]).register_forward_pre_hook(hook(path), with_kwargs=True)
+        for path in within.values()
+    ]
+    try:
+        with layer.ready() as run:
+            run()
+    finally:
+        for each in hooks:
+            each.remove()
+    return collector.groups
 
 
 def course_of(
@@ -168,7 +268,7 @@ def _layout_in_words(layout: Layout, samples: int) -> str:
     return f"{layers}, {'all activations stay there' if layout.resident else 'activations go to the disk and back'}"
 
 
-def _in_words(s: Speeds, course: Course) -> str:
+def _in_words(s: Speeds, course: Course, recipe: Recipe) -> str:
     """What a reader can check: the speeds that matter most."""
     found = []
     if course.tokens:
@@ -176,6 +276,8 @@ def _in_words(s: Speeds, course: Course) -> str:
             f"matrix products {s.products / 1e9:.0f} GFLOP/s",
             f"other work in a layer {s.elementwise / 1e9:.1f} GB/s",
         ]
+    if recipe.refit is not None:
+        found += [f"products of a refit in float32 {s.float32 / 1e9:.0f} GFLOP/s"]
     found += [f"selecting {s.selection / 1e6:.0f} MB/s"]
     if course.on_device:
         found += [f"to the GPU {s.link / 1e9:.1f} GB/s"]

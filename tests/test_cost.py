@@ -21,18 +21,19 @@ from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.job import calibrate
 from streamprune.model import speeds as measuring
-from streamprune.model.cost import PER_BATCH, Course, Speeds, Split, Work, stage_seconds
+from streamprune.model.cost import PER_BATCH, PER_COLUMN, Course, Speeds, Split, Work, stage_seconds
 from streamprune.model.hollow import LAYER_BYTES, HollowLayer, window_size
+from streamprune.model.refit_cost import RefitWork
 from streamprune.model.skeleton import build_skeleton
 from streamprune.model.statistics import StatisticsFile
-from streamprune.planning import plan
+from streamprune.planning import inputs_shared, plan
 
 Models = Callable[..., Path]
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]
 EAGER = {"bloom", "gemma2"}
 GIGA = Speeds(
-    products=1e12, attention=1e12, elementwise=1e10, embedding=1e10, statistics=1e10, selection=1e9, scanning=1e10,
-    hashing=4e9, reading=1e9, writing=1e9, link=1e10, loading=0.0,
+    products=1e12, float32=1e11, attention=1e12, elementwise=1e10, embedding=1e10, statistics=1e10, selection=1e9,
+    scanning=1e10, hashing=4e9, reading=1e9, writing=1e9, link=1e10, loading=0.0,
 )  # fmt: skip
 """A machine of round numbers."""
 LAYER = Work("layer", 10**9, 9 * 10**8, 10**9, 10**8, 10**6, 10**5)
@@ -70,9 +71,26 @@ def test_slower_is_never_sooner(name: str, how: dict[str, Any]) -> None:
     course = replace(COURSE, **how)
     times = [total(course, replace(GIGA, **{name: getattr(GIGA, name) * f})) for f in (4, 2, 1, 0.5, 0.01, 1e-4)]
     assert all(a <= b + 1e-9 for a, b in itertools.pairwise(times)) or name == "loading"
-    needed = {"link": course.on_device, "hashing": True, "loading": False}.get(name, bool(course.tokens))
+    needed = {"link": course.on_device, "float32": False, "hashing": True, "loading": False}.get(
+        name, bool(course.tokens)
+    )
     needed |= name in ("selection", "reading", "writing", "scanning")
     assert (times[-1] > 1.5 * times[0]) == needed, "what is used matters, what is not does not"
+
+
+@pytest.mark.parametrize("how", [{}, {"on_device": True, "layers": 2}, {"on_device": True, "layers": 3}])
+def test_a_refit_adds_its_own_time(how: dict[str, Any]) -> None:
+    """To the layers that have one, and to no other part of theirs but the disk, which it hides."""
+    work = replace(LAYER, refit=RefitWork(2, 4e12, 3e12, 1e10, 2e9, 10**5))
+    course = replace(COURSE, **how)
+    for speeds, more in ((GIGA, 0.0), (replace(GIGA, float32=5e10), 40.0)):
+        plain = stage_seconds(WORKS, course, speeds)[1]
+        found = stage_seconds((WORKS[0], work, *WORKS[2:]), course, speeds)[1]
+        refit = 2 * plain.forward + 40 + more + 3 + 1 + 2 + 10**5 * PER_COLUMN
+        assert plain.refit == 0 and found.refit == pytest.approx(refit)
+        assert (found.forward, found.statistics) == (plain.forward, plain.statistics)
+        assert found.selection == plain.selection and found.disk <= plain.disk
+        assert found.total - plain.total == pytest.approx(found.refit, abs=plain.disk + 1e-9)
 
 
 def test_more_work_takes_longer() -> None:
@@ -157,12 +175,20 @@ def test_every_speed_is_measured(
     plan(models(kind), samples=4, seqlen=32)
     slow = {f.name: getattr(seen[0], f.name) for f in fields(Speeds)}
     infinite = {name for name, speed in slow.items() if not 0 < speed < math.inf}
-    assert infinite <= {"link", "loading", "attention"}
+    assert infinite <= {"link", "loading", "attention", "float32"}
     assert math.isfinite(slow["attention"]) == (kind not in EAGER)
+    assert slow["float32"] == math.inf, "no refit, and nothing measured for it"
+    plan(models(kind), refit="cg", samples=4, seqlen=32, only=r"\.1\.")
+    assert 0 < seen[1].float32 < math.inf
     monkeypatch.undo()
     calibrate(models(kind), tmp_path / "stats", calib=text, samples=2, seqlen=32)
     file = StatisticsFile(tmp_path / "stats")
     leaders = {leader for name, leader in file.groups.items() if ".0." in name}
+    checkpoint = open_checkpoint(models(kind))
+    shared = inputs_shared(checkpoint, build_skeleton(checkpoint, torch.bfloat16), torch.bfloat16, 16)
+    assert sorted(shared.items()) == sorted(
+        tuple(n.partition(".0")[2] for n in pair) for pair in file.groups.items() if ".0." in pair[0]
+    )
     assert sorted(widths[0]) == sorted(file.refs[f"{leader}.sum"].shape[0] for leader in leaders)
 
 
@@ -220,7 +246,7 @@ def test_measuring_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             return measuring.measure(*args, **how)
 
     monkeypatch.setattr("streamprune.planning.measure", measure)
-    found = plan(huge(tmp_path / "model"), samples=4, seqlen=2048)
+    found = plan(huge(tmp_path / "model"), method="obs-admm", samples=4, seqlen=2048)
     assert found.stages[1].nbytes > 1600 << 20
     assert 1 << 20 < largest.nbytes <= 160 << 20
     assert 1e8 < largest.operations <= 2.4e10

@@ -16,12 +16,20 @@ from safetensors.torch import load_file, save_file
 from streamprune.disk import durable
 from streamprune.errors import ResourceError, UnsupportedError, UsageError
 from streamprune.job import prune
+from streamprune.job_prepare import layout_of, refit_needs
 from streamprune.model import speeds as measuring
-from streamprune.model.cost import Split
+from streamprune.model.budget import Layout, RefitNeeds, estimate, resolve_device
+from streamprune.model.cost import Speeds, Split
 from streamprune.planning import Plan, plan
 from streamprune.tables import plan_table, table
 
 Models = Callable[..., Path]
+REFITS = ["obs-admm", "gradual-cg", "admm", "sparsegpt"]
+EVEN = Speeds(
+    products=1e9, float32=1e9, attention=1e9, elementwise=1e9, embedding=1e9, statistics=1e9, selection=1e9,
+    scanning=1e9, hashing=1e9, reading=1e9, writing=1e9, link=1e9, loading=0.0,
+)  # fmt: skip
+"""A machine that does as much of everything."""
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]
 
 
@@ -148,6 +156,119 @@ def test_the_least_memory_is_enough(
         prune(models(), tmp_path / "out", sparsity=0.5, calib=text, max_ram=least - 1, **how)
     result = prune(models(), tmp_path / "out", sparsity=0.5, calib=text, max_ram=least, **how)
     assert result.report["resolved"]["batch"] == 1
+
+
+@pytest.mark.parametrize("how", [{"method": name} for name in REFITS] + [{"method": "wanda", "refit": "cg"}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"only": "down"}, {"device": "meta"}], ids=str)
+def test_memory_of_a_refit(
+    models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any],
+    more: dict[str, Any],
+) -> None:  # fmt: skip
+    """RAM, or the device's memory, is what a job estimates: seen where it has just made its layout."""
+    monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
+
+    def resolve(device: str) -> torch.device:
+        return torch.device("meta") if device == "meta" else resolve_device(device)
+
+    monkeypatch.setattr("streamprune.planning.resolve_device", resolve)
+    monkeypatch.setattr("streamprune.job_run.resolve_device", resolve)
+    seen: list[tuple[Layout, RefitNeeds, int]] = []
+
+    def stop(spec: Any, skeleton: Any, dtype: Any, device: Any, resolved: Any, writer: Any) -> Layout:
+        layout, needs = layout_of(spec, skeleton, dtype, device, resolved, writer), refit_needs(writer)
+        assert needs is not None
+        on_device = device.type != "cpu"
+        budget = estimate(skeleton, 24, dtype, on_device=on_device)
+        budget = budget if on_device else budget.refitting(needs, layout.room)
+        seen.append((layout, needs, budget.peak(layout.batch)))
+        raise ResourceError("seen enough")
+
+    monkeypatch.setattr("streamprune.job_run.layout_of", stop)
+    both = {"samples": 7, "seqlen": 24, **how, **more}
+    with pytest.raises(ResourceError, match="seen enough"):
+        prune(models(), tmp_path / "out", sparsity=0.5, calib=text, **both)
+    found = plan(models(), speeds=EVEN, **both)
+    plain = plan(models(), speeds=EVEN, **(both | {"method": "swiftprune", "refit": None}))
+    [(layout, needs, peak)] = seen
+    assert (found.peak_ram_bytes, found.vram_bytes, found.batch) == (peak, layout.nbytes, layout.batch)
+    least = needs.least + needs.held + needs.working
+    if "device" in more:
+        assert found.vram_bytes - plain.vram_bytes == layout.room + needs.held + needs.working > 192 << 20
+        assert found.least_vram_bytes - plain.least_vram_bytes == least
+        assert found.peak_ram_bytes == plain.peak_ram_bytes
+    else:
+        assert found.peak_ram_bytes > plain.peak_ram_bytes + (128 << 20)
+        assert plain.least_ram_bytes < found.least_ram_bytes <= found.peak_ram_bytes
+
+
+@pytest.mark.parametrize(("working", "batch"), [(1 << 12, 1), (192 << 20, 7)], ids=["pass", "refit"])
+def test_the_least_memory_is_enough_for_a_refit(
+    models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, working: int, batch: int
+) -> None:
+    """Whichever of the two takes more; beside a refit's arrays any batch of this text is small."""
+    monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
+    monkeypatch.setattr("streamprune.refitting.WORKING_BYTES", working)
+    how: dict[str, Any] = {"samples": 7, "seqlen": 24, "refit": "cg", "only": "mlp"}
+    least = plan(models(), **how).least_ram_bytes
+    with pytest.raises(ResourceError):
+        prune(models(), tmp_path / "out", sparsity=0.5, calib=text, max_ram=least - 1, **how)
+    result = prune(models(), tmp_path / "out", sparsity=0.5, calib=text, max_ram=least, **how)
+    assert result.report["resolved"]["batch"] == batch
+
+
+def test_time_of_a_refit(models: Models) -> None:
+    """More products take longer; where they are in bf16, its speed counts; only layers that are refitted bear it."""
+    how: dict[str, Any] = {"samples": 16, "seqlen": 48, "dtype": "bfloat16", "speeds": EVEN}
+    plain = plan(models(), **how)
+    found = {name: plan(models(), **how, refit=name) for name in ("cg", *REFITS)}
+    assert plain.split.refit == 0 and all(p.split.refit > 0 for p in found.values())
+    for p in found.values():
+        assert (p.split.forward, p.split.statistics) == (plain.split.forward, plain.split.statistics)
+        assert (p.output_bytes, p.cache_bytes, p.flops) == (plain.output_bytes, plain.cache_bytes, plain.flops)
+        assert p.seconds == pytest.approx(p.split.total) and p.seconds > plain.seconds
+        assert p.stages[0] == plain.stages[0] and p.stages[-1] == plain.stages[-1]
+    assert found["gradual-cg"].split.refit > 3 * found["cg"].split.refit
+    assert found["admm"].split.refit > found["cg"].split.refit
+    for name, matters in (("obs-admm", True), ("admm", False)):
+        slow = plan(models(), **(how | {"speeds": replace(EVEN, products=1e8)}), refit=name)
+        assert (slow.split.refit > 2 * found[name].split.refit) == matters
+        slow = plan(models(), **(how | {"speeds": replace(EVEN, float32=1e8)}), refit=name)
+        assert slow.split.refit > 1.5 * found[name].split.refit
+    in_float32 = how | {"dtype": "float32", "speeds": replace(EVEN, products=1e8)}
+    same = plan(models(), **(how | {"dtype": "float32"}), refit="obs-admm")
+    assert plan(models(), **in_float32, refit="obs-admm").split.refit == pytest.approx(same.split.refit)
+    some = plan(models(), **how, refit="cg", only=r"layers\.1\.")
+    assert [s.seconds > p.seconds for s, p in zip(some.stages, plain.stages, strict=True)] == [False] * 2 + [
+        True, False, False,
+    ]  # fmt: skip
+    assert "products of a refit in float32 1 GFLOP/s" in found["cg"].rests_on
+    assert "refit 0." in plan_table(found["cg"]) and "refit" not in plan_table(plain)
+
+
+@pytest.mark.parametrize("more", [{}, {"propagate": "pruned"}, {"with_stats": True}], ids=str)
+def test_recipes_without_a_refit(models: Models, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]) -> None:
+    """Nothing changes, and nothing of a refit is looked for; magnitude needs no pass."""
+    monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
+    monkeypatch.setattr("streamprune.planning.inputs_shared", None)
+    how: dict[str, Any] = {"samples": 8, "seqlen": 32, "speeds": EVEN, **more}
+    plain = plan(models(), **how)
+    assert plan(models(), method="wanda", **how) == plan(models(), method="admm", refit="none", **how) == plain
+    without = plan(models(), method="magnitude", **how)
+    assert without == (plain if more else plan(models(), with_stats=True, **how))
+
+
+def test_a_refit_cannot_do_with_statistics(models: Models, tmp_path: Path) -> None:
+    """In the same words as prune."""
+    for how in ({"method": "obs-admm"}, {"refit": "cg"}):
+        with pytest.raises(UsageError) as planned:
+            plan(models(), with_stats=True, **how)
+        with pytest.raises(UsageError) as pruned:
+            prune(models(), tmp_path / "out", sparsity=0.5, stats=tmp_path / "stats", **how)
+        assert str(planned.value) == str(pruned.value)
+    with pytest.raises(UsageError, match="--method"):
+        plan(models(), method="nothing")
+    with pytest.raises(UsageError, match="--refit"):
+        plan(models(), refit="nothing")
 
 
 def test_nothing_is_written(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,8 @@ def choose_batch(budget: Budget, samples: int, seqlen: int, max_ram: int | None)
             f"({format_bytes(budget.stage)} for the largest stage, {format_bytes(budget.per_sample)} for one sample, "
             f"the rest for the program itself)"
         )
-    return min(batch, (limit - budget.peak(0)) // budget.per_sample) if budget.per_sample else batch
+    left = limit - budget.base - budget.reserve - budget.grams - budget.stage
+    return min(batch, left // budget.per_sample) if budget.per_sample else batch
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ Arithmetic only; model/speeds.py measures. A layer that `forwards` passes of all
     forward     forwards · (tokens · (products + attention + everything else) + batches · 0.5 ms)
     statistics  tokens · inputs of the linears
     selection   weights looked at for NaN and Inf, before the pass and when they are written, and pruned
+    refit       Gram matrices, and new values for the weights that stay: see model/refit_cost.py
     disk        what is not hidden behind these: reading, activations, hashing and writing, fsyncs
 
 On the CPU the next stage is read during the pass; while a shard is written one thread prunes and another hashes and
 writes, and on as many cores as the kernels use their times add up:
 
-    shard       max(prune + hash / cores, hash, written ÷ writing speed)
+    shard       max(prune and refit + hash / cores, hash, written ÷ writing speed)
 
 Without a pass (statistics are given) reading overlaps as well, but reading and writing share one disk. On a device
 weights travel during the pass before where two layers fit there, and shards are written during the next one where
@@ -22,10 +23,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from streamprune.model.refit_cost import NO_REFIT, RefitWork
 from streamprune.model.skeleton import Skeleton, Stage
 
 PER_BATCH = 0.5e-3
 """Seconds a batch takes in a layer whatever its size: threads of the activation cache, hooks."""
+
+PER_COLUMN = 1.5e-5
+"""Seconds of the calls for a column where a refit visits one after the other."""
 
 PER_FLUSH = 2.5e-3
 """Seconds of one fsync with nothing to write."""
@@ -44,6 +49,8 @@ class Speeds:
 
     products: float
     """Operations in the linears of a layer."""
+    float32: float
+    """Operations of products in float32, as of rows with a Gram; does not matter without a refit."""
     attention: float
     """Operations of causal attention, half of the full product."""
     elementwise: float
@@ -84,6 +91,7 @@ class Work:
     """Bytes of each linear's input, shared or not."""
     last: bool = False
     """Whether this is the last layer: one pass for its statistics will do, and nobody needs what comes out."""
+    refit: RefitWork = NO_REFIT
 
 
 @dataclass(frozen=True)
@@ -121,16 +129,17 @@ class Split:
     statistics: float = 0.0
     selection: float = 0.0
     disk: float = 0.0
+    refit: float = 0.0
 
     @property
     def total(self) -> float:
         """Their sum, the time of the stage."""
-        return self.forward + self.statistics + self.selection + self.disk
+        return self.forward + self.statistics + self.selection + self.disk + self.refit
 
     def __add__(self, other: Split) -> Split:
         return Split(
             self.forward + other.forward, self.statistics + other.statistics,
-            self.selection + other.selection, self.disk + other.disk,
+            self.selection + other.selection, self.disk + other.disk, self.refit + other.refit,
         )  # fmt: skip
 
 
@@ -189,12 +198,15 @@ def stage_seconds(works: Sequence[Work], course: Course, speeds: Speeds) -> list
 
 
 def _forward(work: Work, course: Course, s: Speeds) -> Split:
-    """The passes through a layer and the statistics of the first."""
+    """The passes through a layer, the statistics of the first, and what a refit adds."""
     a_token = work.products / s.products + work.attention / s.attention + work.traffic / s.elementwise
+    a_pass = course.tokens * a_token + course.batches * PER_BATCH
+    r = work.refit
+    refit = r.float32 / s.float32 + r.native / s.products + r.traffic / s.elementwise + r.selected / s.selection
     return Split(
-        forward=course.passes(work) * (course.tokens * a_token + course.batches * PER_BATCH),
-        statistics=course.tokens * work.inputs / s.statistics,
-    )
+        forward=course.passes(work) * a_pass, statistics=course.tokens * work.inputs / s.statistics,
+        refit=refit + r.columns * PER_COLUMN + r.passes * a_pass,
+    )  # fmt: skip
 
 
 def _layer(work: Work, course: Course, s: Speeds, room: float) -> Split:
@@ -202,13 +214,15 @@ def _layer(work: Work, course: Course, s: Speeds, room: float) -> Split:
     look = work.nbytes / s.scanning
     prune = look + work.pruned / s.selection
     waited = max(0.0, work.nbytes / s.reading - room) + _flushes(work, course)
-    waited += _shard(work, course, s, prune, work.nbytes / s.writing) - prune
+    forward = _forward(work, course, s) if work.kind == "layer" else Split()
+    fill = prune + forward.refit
+    waited += _shard(work, course, s, fill, work.nbytes / s.writing) - fill
     if work.kind != "layer":
         return Split(selection=prune, disk=waited)
     waited += 0.0 if work.last else _cache(course, s)
     if course.passes(work) > 1:
         waited += work.nbytes / s.reading  # what has just been written is read back for the second pass
-    return _forward(work, course, s) + Split(selection=look + prune, disk=waited)
+    return forward + Split(selection=look + prune, disk=waited)
 
 
 def _embed(works: Sequence[Work], course: Course, s: Speeds) -> Split:
@@ -234,6 +248,7 @@ def _layer_on_device(work: Work, course: Course, s: Speeds) -> Split:
     forward = _forward(work, course, s) if course.tokens else Split()
     prune = look + work.pruned / s.selection
     computed = forward + Split(selection=prune + (look if course.tokens else 0.0))
+    fill = prune + forward.refit
     arrives = max(work.nbytes / s.link, work.nbytes / s.reading)
     leaves = max(work.pruned / s.link, work.nbytes / s.hashing, work.nbytes / s.writing)
     states = 0.0 if course.resident else 2 * course.passes(work) * course.tokens * course.state_bytes / s.link
@@ -244,9 +259,9 @@ def _layer_on_device(work: Work, course: Course, s: Speeds) -> Split:
         disk = work.nbytes / s.reading + work.nbytes / s.writing
         whole = max(computed.total, arrives + states, leaves, disk)
     elif course.layers == 2:
-        whole = max(computed.total - prune, arrives + states) + max(prune, leaves)
+        whole = max(computed.total - fill, arrives + states) + max(fill, leaves)
     else:
-        whole = arrives + max(computed.total - prune, states) + max(prune, leaves)
+        whole = arrives + max(computed.total - fill, states) + max(fill, leaves)
     return computed + Split(disk=whole - computed.total + waited)
 
 

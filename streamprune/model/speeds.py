@@ -1,6 +1,7 @@
 """What this machine does in a second, measured in about two on pieces of the model at hand.
 
     products     the widest layer's linears, on as many rows as take a moment; speed does not depend on more
+    float32      for a refit: products of rows with matrices as wide as these linears' inputs
     elementwise  the model's own first layer on weights of zeros that take no memory, its products left out
     attention    as that layer called it, on few heads of a whole window
     others       our kernels on rows of each linear's width; mapped reading of up to 64 MiB of the checkpoint,
@@ -38,11 +39,13 @@ _BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 """Memory of one operand."""
 _WEIGHTS = 1 << 23
 """Weights of a linear that are pruned for the clock: as many as a run prunes at once."""
+_REFITTED = 1024
+"""Rows that are multiplied with a Gram at once, about."""
 _LOADING = 2.0
 """Kernels that had to be compiled now are found in a cache later: no more than this is expected of a run."""
 UNKNOWN = Speeds(
-    products=inf, attention=inf, elementwise=inf, embedding=inf, statistics=inf, selection=inf, scanning=inf,
-    hashing=inf, reading=inf, writing=inf, link=inf, loading=0.0,
+    products=inf, float32=inf, attention=inf, elementwise=inf, embedding=inf, statistics=inf, selection=inf,
+    scanning=inf, hashing=inf, reading=inf, writing=inf, link=inf, loading=0.0,
 )  # fmt: skip
 """What is not measured takes no time."""
 
@@ -95,6 +98,10 @@ def measure(
         speeds, widths = _besides(checkpoint, skeleton, dtype, clock, work, batch, seqlen)
         products = _products(shapes, batch * seqlen, skeleton.dtype, dtype, clock)
         speeds = replace(speeds, products=products, statistics=_statistics(widths, batch * seqlen, work, dtype, clock))
+        if work.refit.float32:
+            squares = {(width, width) for _, width in shapes}
+            single = _products(sorted(squares), _REFITTED, torch.float32, torch.float32, clock)
+            speeds = replace(speeds, float32=single)
     elif device.type == "cuda":
         speeds = replace(speeds, elementwise=_copying(clock))
     reading, scanning = _read(checkpoint, clock)
