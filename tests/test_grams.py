@@ -73,13 +73,16 @@ def test_what_is_kept_out(tokens: int, seqlen: int, cuts: list[int]) -> None:
     assert 1 <= hold.block <= seqlen
     blocks = [len(list(run)) for out, run in itertools.groupby(whole) if out]
     assert all(block <= seqlen for block in blocks)
-    assert len(blocks) >= 8 or tokens < 64
+    assert len(blocks) >= 8 or tokens < 64 or few
 
 
 @pytest.mark.parametrize("tokens", range(20))
 def test_tiny_texts(tokens: int) -> None:
-    held = sum(flags(HoldOut.of(tokens, 4), tokens)) if tokens else 0
-    assert held == (0 if tokens < 8 else 1 if tokens < 16 else 2)
+    out = flags(HoldOut.of(tokens, 4), tokens) if tokens else []
+    assert 0 < sum(out) <= tokens / 2 if tokens > 1 else not any(out)
+    if 8 <= tokens < 32:
+        windows = tokens // 4
+        assert [i // 4 for i, kept_out in enumerate(out) if kept_out] == [windows - 1] * 4, "the last whole window"
 
 
 @pytest.mark.parametrize("tokens", [8 * MOST_HELD, 9 * MOST_HELD - 1, 128 * 2048, 1 << 27])
@@ -301,7 +304,7 @@ def test_a_linear_that_is_never_called(tmp_path: Path) -> None:
 def test_hardly_any_text(tmp_path: Path, tokens: int, room: int) -> None:
     gathering = Gathering(make_layer(tokens=tokens), ALL, room, tmp_path)
     gram = gathering.check("down")
-    assert gram.held.shape == (tokens // 8, 40)
+    assert gram.held.shape == (sum(flags(gathering.hold, tokens)), 40) and len(gram.held) <= tokens / 2
     gram.absorb()
     assert gram.tokens == tokens
 
