@@ -1,7 +1,7 @@
 """Every change that streamprune makes to a disk: write, fsync, rename, remove, lock.
 
-No other module creates, changes or removes a file; a test enforces it. What the functions guarantee, on a
-file system that keeps POSIX's promises:
+No other module creates, changes or removes a file, but for scratch.py, whose file has no name; a test enforces it.
+What the functions guarantee, on a file system that keeps POSIX's promises:
 
   replace_file    readers see the old file, the new file or none, never a part; after the return the new
                   one survives a power loss (temporary file, fsync, rename, fsync of the folder)
