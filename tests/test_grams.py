@@ -67,7 +67,7 @@ def test_what_is_kept_out(tokens: int, seqlen: int, cuts: list[int]) -> None:
     assert flags(hold, tokens, cuts) == whole, "how tokens come in calls does not matter"
     held = sum(whole)
     few = tokens // seqlen < 8
-    assert held <= tokens / (2 if few else 8) and (few or held <= MOST_HELD * 9 / 8)
+    assert held <= tokens / (2 if few else 8) and held <= MOST_HELD * 9 / 8
     assert held >= 1 or tokens < 16
     assert held >= tokens / 16 or held >= MOST_HELD / 2 or tokens < 16
     assert 1 <= hold.block <= seqlen

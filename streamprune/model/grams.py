@@ -46,11 +46,13 @@ class HoldOut(NamedTuple):
         """For `tokens` of calibration in windows of `seqlen`.
 
         At least 8 blocks spread over the text, no longer than a window, 2048 tokens or an eighth in all. Of fewer than
-        8 windows the last one, of a single one its second half: neighbours of what was learned would be lenient judges.
+        8 windows the last one, of a single one its second half, of long ones 2048 tokens near the end: neighbours of
+        what was learned would be lenient judges.
         """
         windows = tokens // max(seqlen, 1)
         if windows < _SHARE:
-            return cls(seqlen if windows > 1 else max(1, min(seqlen, tokens) // 2), max(2, windows))
+            block = max(1, min(seqlen if windows > 1 else min(seqlen, tokens) // 2, MOST_HELD))
+            return cls(block, max(2, tokens // block))
         held = min(tokens // _SHARE, MOST_HELD)
         return cls(max(1, min(seqlen, held // 8)), max(_SHARE, tokens // held))
 
