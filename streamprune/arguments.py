@@ -50,24 +50,51 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
         p.set_defaults(handler=handlers[name])
         return p
 
-    p = add("prune", "prune MODEL into OUT")
-    p.add_argument("out", metavar="OUT", help="folder to write; appears only when it is complete")
+    _prune_options(add("prune", "prune MODEL into OUT"))
+    _calibrate_options(add("calibrate", "gather the statistics of MODEL into STATS, for prune --stats"))
+    _eval_options(add("eval", "measure the perplexity of MODEL on a text, layer by layer"))
+    p = add("inspect", "show sparsity, pattern, faults and bytes of every linear of MODEL, dense or packed")
+    _inspect_options(p)
+    _filter_options(p)
+    _plan_options(
+        add("plan", "say what pruning MODEL will take: memory, disk, arithmetic, time; measures for about two seconds")
+    )
+    p = add("pack", "pack the pruned checkpoint MODEL into OUT, for storing and sending: nonzeros and bitmasks")
+    _out_options(p)
+    p.add_argument("--layout", default="auto", choices=("auto", "sparse-24-bitmask", "sparse-bitmask"),
+                   help="of compressed-tensors up to 0.14 (default: by whether 2:4 holds)")  # fmt: skip
+    _out_options(add("unpack", "unpack the packed checkpoint MODEL into OUT, as it was when it was packed"))
+    add("demo", "prune the small model that comes with streamprune, and show the result", model=False)
+    for p in commands.choices.values():
+        p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        p.add_argument("--quiet", "-q", action="store_true", help="no progress, no summary; errors only")
+        p.add_argument("--debug", action="store_true", help="print a traceback before an error")
+    return parser
+
+
+def _out_options(p: argparse.ArgumentParser, name: str = "OUT", what: str = "") -> None:
+    p.add_argument("out", metavar=name, help=what or "folder to write; appears only when it is complete")
+    p.add_argument("--restart", action="store_true", help=f"throw unfinished work for {name} away")
+
+
+def _prune_options(p: argparse.ArgumentParser) -> None:
+    _out_options(p)
     _method_options(p)
     _calibration_options(p)
     p.add_argument("--stats", metavar="FILE", help="use these statistics instead of calibrating")
     p.add_argument("--save-stats", metavar="FILE", help="also keep the statistics for later --stats")
     p.add_argument("--propagate", default="dense", choices=("dense", "pruned"),
                    help="which layer's outputs the next layer is calibrated on (default: %(default)s)")  # fmt: skip
-    p.add_argument("--restart", action="store_true", help="throw unfinished work for OUT away")
     _resource_options(p)
 
-    p = add("calibrate", "gather the statistics of MODEL into STATS, for prune --stats")
-    p.add_argument("out", metavar="STATS", help="safetensors file to write")
+
+def _calibrate_options(p: argparse.ArgumentParser) -> None:
+    _out_options(p, "STATS", "safetensors file to write")
     _calibration_options(p)
-    p.add_argument("--restart", action="store_true", help="throw unfinished work for STATS away")
     _resource_options(p)
 
-    p = add("eval", "measure the perplexity of MODEL on a text, layer by layer")
+
+def _eval_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--text", metavar="FILE", required=True, help="text (.txt, .gz) or token ids (.npy)")
     p.add_argument(
         "--reference", metavar="DENSE",
@@ -76,29 +103,17 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
     _resource_options(p, with_kernels=False)
 
-    p = add("inspect", "show sparsity and pattern of every linear of MODEL")
-    p.add_argument("--expect", metavar="N:M|S", help="exit with 2 unless every linear has this pattern or sparsity")
-    _filter_options(p)
 
-    p = add(
-        "plan",
-        "say what pruning MODEL will take: memory, disk, arithmetic, time; measures for about two seconds",
-    )
+def _plan_options(p: argparse.ArgumentParser) -> None:
     _method_option(p)
     _refit_option(p)
+    _quantize_option(p)
     _filter_options(p)
     p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
     p.add_argument("--stats", metavar="FILE", help="plan for a run with these statistics, without calibration")
     p.add_argument("--propagate", default="dense", choices=("dense", "pruned"), help="as for prune")
     _device_options(p)
-
-    add("demo", "prune the small model that comes with streamprune, and show the result", model=False)
-    for p in commands.choices.values():
-        p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-        p.add_argument("--quiet", "-q", action="store_true", help="no progress, no summary; errors only")
-        p.add_argument("--debug", action="store_true", help="print a traceback before an error")
-    return parser
 
 
 def _method_options(p: argparse.ArgumentParser) -> None:
@@ -115,19 +130,48 @@ def _method_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--damping", metavar="D",
                    help="of a refit: auto (in proportion to each feature's power, chosen per linear on tokens that are "
                         "kept out; default), such a number, or absolute (as published for sparsegpt)")  # fmt: skip
+    _quantize_option(p)
+    p.add_argument("--fp8-scale", metavar="HOW",
+                   help="of each output channel: amax (its largest weight becomes 448; default), mse (least squared "
+                        "error, weighted by the inputs' power)")  # fmt: skip
+    p.add_argument(
+        "--fp8-rounding",
+        metavar="HOW",
+        help="nearest, or compensate (what one weight loses, the next make up for; default with a refit)",
+    )
     _filter_options(p)
 
 
 def _method_option(p: argparse.ArgumentParser) -> None:
     p.add_argument("--method", default="swiftprune", metavar="RECIPE",
-                   help="swiftprune (default), wanda, magnitude; with new values for the weights that stay: "
-                        "obs-admm (best), gradual-cg, admm, sparsegpt")  # fmt: skip
+                   help="swiftprune (default), hwpq (the same in FP8), wanda, magnitude; with new values for the "
+                        "weights that stay: obs-admm (best), gradual-cg, admm, sparsegpt")  # fmt: skip
+
+
+def _quantize_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--quantize",
+        metavar="HOW",
+        help="fp8: store pruned linears in FP8 (E4M3, a scale an output channel), as compressed-tensors; none",
+    )
 
 
 def _refit_option(p: argparse.ArgumentParser) -> None:
     p.add_argument("--refit", metavar="REFIT",
                    help="another refit: none, cg (on the mask of any score), "
                         "obs-admm, gradual-cg, admm, sparsegpt")  # fmt: skip
+
+
+def _inspect_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--expect", metavar="WHAT", action="append",
+        help="exit with 2 unless every linear has this pattern (2:4), sparsity (0.5) or format (fp8), or several: "
+             "2:4,fp8; with --against, unless nothing but linears differs, too",
+    )  # fmt: skip
+    p.add_argument(
+        "--against", metavar="SOURCE",
+        help="also compare every tensor with that of this checkpoint, a folder or a hub name: what MODEL was made from",
+    )  # fmt: skip
 
 
 def _filter_options(p: argparse.ArgumentParser) -> None:

@@ -9,10 +9,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamprune.arguments import Handler, make_parser
 from streamprune.errors import INTERRUPTED, StreampruneError
+
+if TYPE_CHECKING:
+    from streamprune.packing import PackResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StreampruneError as e:
         return _fail(args, e, str(e), e.exit_code)
     except KeyboardInterrupt as e:
-        resumes = args.command in ("prune", "calibrate")
+        resumes = args.command in ("prune", "calibrate", "pack", "unpack")
         return _fail(
             args,
             e,
@@ -92,6 +95,9 @@ def _prune(args: argparse.Namespace) -> int:
         "refit",
         "damping",
         "allocate",
+        "quantize",
+        "fp8_scale",
+        "fp8_rounding",
         "only",
         "skip",
         "stats",
@@ -161,7 +167,9 @@ def _inspect(args: argparse.Namespace) -> int:
     from streamprune.inspection import inspect
     from streamprune.tables import inspection_table
 
-    found = inspect(args.model, expect=args.expect, only=args.only, skip=args.skip)
+    found = inspect(
+        args.model, against=args.against, expect=args.expect, only=args.only, skip=args.skip, quiet=args.quiet
+    )
     if args.json:
         _print_json(found.to_json())
     elif not args.quiet:
@@ -177,15 +185,51 @@ def _plan(args: argparse.Namespace) -> int:
     from streamprune.tables import plan_table
 
     found = plan(
-        args.model, method=args.method, refit=args.refit, only=args.only, skip=args.skip, samples=args.samples,
-        seqlen=args.seqlen, with_stats=args.stats is not None, propagate=args.propagate, device=args.device,
-        dtype=args.dtype, max_vram=parse_bytes(args.max_vram) if args.max_vram else None,
+        args.model, method=args.method, refit=args.refit, quantize=args.quantize, only=args.only,
+        skip=args.skip, samples=args.samples, seqlen=args.seqlen, with_stats=args.stats is not None,
+        propagate=args.propagate, device=args.device, dtype=args.dtype,
+        max_vram=parse_bytes(args.max_vram) if args.max_vram else None,
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     if args.json:
         _print_json(found.to_json())
     elif not args.quiet:
         print(plan_table(found))
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from streamprune.packing import pack
+    from streamprune.progress import show_progress
+
+    with show_progress("pack", args.quiet) as progress:
+        result = pack(args.model, args.out, layout=args.layout, restart=args.restart, progress=progress)
+    return _print_packed(args, result)
+
+
+def _unpack(args: argparse.Namespace) -> int:
+    from streamprune.packing import unpack
+    from streamprune.progress import show_progress
+
+    with show_progress("unpack", args.quiet) as progress:
+        result = unpack(args.model, args.out, restart=args.restart, progress=progress)
+    return _print_packed(args, result)
+
+
+def _print_packed(args: argparse.Namespace, result: PackResult) -> int:
+    from streamprune.spec import format_bytes
+
+    if args.json:
+        _print_json({
+            "status": result.status, "out": str(result.out), "layout": result.layout,
+            "bytes_before": result.bytes_before, "bytes_after": result.bytes_after,
+            "seconds": result.seconds, "peak_rss_bytes": result.peak_rss_bytes,
+        })  # fmt: skip
+    elif not args.quiet:
+        share = 100 * result.bytes_after / result.bytes_before
+        sizes = f"{format_bytes(result.bytes_before)} to {format_bytes(result.bytes_after)}, {share:.2f} %"
+        cost = f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
+        print(f"{result.out}: {result.status} ({result.layout}, {sizes}{cost if result.status == 'done' else ''})")
     return 0
 
 
@@ -206,5 +250,14 @@ def _demo(args: argparse.Namespace) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     return make_parser(
-        {"prune": _prune, "calibrate": _calibrate, "eval": _eval, "inspect": _inspect, "plan": _plan, "demo": _demo}
+        {
+            "prune": _prune,
+            "calibrate": _calibrate,
+            "eval": _eval,
+            "inspect": _inspect,
+            "plan": _plan,
+            "pack": _pack,
+            "unpack": _unpack,
+            "demo": _demo,
+        }
     )

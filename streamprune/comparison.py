@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
+from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
+from streamprune.disk.float_quantized import read_scheme
 from streamprune.disk.hub import resolve_model
 from streamprune.errors import ResourceError, UsageError
 from streamprune.model.budget import (
@@ -79,7 +80,7 @@ class Divergence:
 def open_reference(reference: str | Path, seqlen: int) -> Checkpoint:
     """The checkpoint to compare with. Raises as for a model, and UsageError when its context is below `seqlen`."""
     checkpoint = open_checkpoint(resolve_model(str(reference)))
-    refuse_quantised(checkpoint)
+    read_scheme(checkpoint)
     try:
         check_seqlen(seqlen, checkpoint.config)
     except UsageError as e:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from streamprune.comparison import Divergence, Subject, check_reference, compare_heads, lay_out_two, open_reference
 from streamprune.disk import durable
-from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
+from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
+from streamprune.disk.float_quantized import read_scheme
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
@@ -80,7 +81,7 @@ def evaluate(
     """
     begun = time.perf_counter()
     checkpoint = open_checkpoint(resolve_model(str(model)))
-    refuse_quantised(checkpoint)
+    read_scheme(checkpoint)
     path, length = Path(text), seqlen if seqlen is not None else default_seqlen(checkpoint.config)
     if not path.is_file():
         raise UsageError(f"--text {path}: no such file")

@@ -21,7 +21,7 @@ from streamprune.disk.hub import resolve_model
 from streamprune.disk.state import file_digest, find_finished, find_unfinished, lock_of, partial_of, statistics_of
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
 from streamprune.memory import peak_resident_bytes
-from streamprune.pruning.recipes import ALLOCATIONS, check_damping, make_recipe
+from streamprune.pruning.recipes import ALLOCATIONS, check_damping, check_fp8, make_recipe
 from streamprune.spec import Calibration, JobSpec, ProgressCallback, no_progress
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def prune(
     sparsity: float | None = None, pattern: str | None = None,
     method: str = "swiftprune", score: str | None = None, selector: str | None = None,
     refit: str | None = None, damping: str | float | None = None, allocate: str = "uniform",
+    quantize: str | None = None, fp8_scale: str | None = None, fp8_rounding: str | None = None,
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
     stats: str | Path | None = None, save_stats: str | Path | None = None,
     only: str | None = None, skip: str | None = None, propagate: str = "dense",
@@ -66,13 +67,15 @@ def prune(
     Exactly one of `sparsity` (share of each row, 0 ≤ S < 1) and `pattern` ("N:M") says how much goes; `allocate` shares
     a sparsity out by layer ("owl", "error"), from statistics that are gathered first. `method` names a recipe
     (pruning/recipes.py), of which `score`, `selector` and `refit` can be exchanged; `damping` of a refit is "auto",
-    "absolute" or a number relative to each feature's own power (pruning/methods.py). Statistics
+    "absolute" or a number relative to each feature's own power (pruning/methods.py). `quantize` = "fp8" stores pruned
+    linears in FP8 E4M3, with scales and rounding as `fp8_scale` and `fp8_rounding` say (pruning/fp8.py). Statistics
     come from `samples` windows of `seqlen` tokens of `calib` (default: a built-in text; default length
     min(2048, the model's limit)), or from the file `stats`. `backend` chooses the kernels that prune: Numba on the CPU,
     Torch elsewhere, unless it says "numba" or "torch". `max_ram` and `max_vram` (of a GPU) are in bytes. Running the
     same job again resumes it, or finds it done. Raises the errors of streamprune.errors.
     """
-    recipe = make_recipe(method, score, selector, refit)
+    recipe = make_recipe(method, score, selector, refit, quantize)
+    scale, rounding = check_fp8(recipe, fp8_scale, fp8_rounding)
     if damping is not None and not recipe.needs_gram:
         raise UsageError("--damping is for a refit, and this recipe has none; see --refit")
     if stats is not None and recipe.needs_gram:
@@ -101,7 +104,7 @@ def prune(
         only=only, skip=skip, propagate=propagate, calibration=calibration if needs_pass else None,
         stats=_stats_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype, backend=backend,
         damping=check_damping("auto" if damping is None else damping) if recipe.needs_gram else None,
-        allocate=None if allocate == "uniform" else allocate,
+        allocate=None if allocate == "uniform" else allocate, fp8_scale=scale, fp8_rounding=rounding,
         source=checkpoint.path, out=Path(out), stats_path=known,
         max_ram=max_ram, max_vram=max_vram, save_stats=Path(save_stats) if save_stats is not None else None,
         work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
@@ -214,7 +217,7 @@ def _calibration_for(spec: JobSpec) -> JobSpec:
     """The job that gathers what a prune job's `allocate` goes by."""
     return replace(
         spec, verb="calibrate", recipe=None, sparsity=None, pattern=None, only=None, skip=None, propagate="dense",
-        damping=None, allocate=None, stats_path=None, save_stats=None,
+        damping=None, allocate=None, fp8_scale=None, fp8_rounding=None, stats_path=None, save_stats=None,
     )  # fmt: skip
 
 

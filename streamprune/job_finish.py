@@ -8,12 +8,14 @@ from typing import Any
 
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.float_quantized import configured
 from streamprune.disk.shards import write_index
 from streamprune.disk.state import JobState, file_digest
 from streamprune.errors import CorruptStateError
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.statistics import StatisticsFile, merge_statistics
 from streamprune.spec import JobSpec
+from streamprune.stage_writer import StageWriter
 
 Record = Mapping[str, Any]
 
@@ -44,17 +46,20 @@ def save_statistics(
 
 
 def write_files(
-    state: JobState, checkpoint: Checkpoint, skeleton: Skeleton, records: Sequence[Record]
+    state: JobState, checkpoint: Checkpoint, writer: StageWriter, records: Sequence[Record]
 ) -> list[dict[str, Any]]:
     """Writes side files and index; returns name, bytes and hash of every file of the output."""
     files = [dict(r["shard"]) for r in records]
     for name in checkpoint.side_files():
-        size, digest = durable.copy_file(checkpoint.path / name, state.partial / name)
+        if name == "config.json" and writer.target.quantisation is not None:
+            text = configured(checkpoint.config, writer.stays())
+            size, digest = len(text), durable.replace_file(state.partial / name, text)
+        else:
+            size, digest = durable.copy_file(checkpoint.path / name, state.partial / name)
         files.append({"name": name, "bytes": size, "xxh3_128": digest})
-    where = {
-        ref.name: r["shard"]["name"] for s, r in zip(skeleton.stages, records, strict=True) for ref in s.tensors
-    }  # fmt: skip
+    stages = zip(writer.skeleton.stages, records, strict=True)
+    where = {ref.name: r["shard"]["name"] for stage, r in stages for ref in writer.tensors_of(stage)}
     index = state.partial / "model.safetensors.index.json"
-    digest = write_index(index, checkpoint.index_metadata, checkpoint.nbytes, where)
+    digest = write_index(index, checkpoint.index_metadata, writer.output_bytes, where)
     files.append({"name": index.name, "bytes": index.stat().st_size, "xxh3_128": digest})
     return files

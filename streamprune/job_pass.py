@@ -9,6 +9,7 @@ from pathlib import Path
 
 from streamprune.disk.cache import remove_cache
 from streamprune.disk.checkpoint import open_shard
+from streamprune.disk.float_quantized import SCALE
 from streamprune.disk.mapping import ShardMaps
 from streamprune.model.activations import Activations
 from streamprune.model.calibration import Tokens
@@ -105,11 +106,12 @@ class Pass:
     def pruned_layer(self, stage: Stage, shard: Path, persist: bool) -> None:
         """The second pass of `--propagate pruned`, with the weights that have just been written to `shard`."""
         written = open_shard(shard)
-        sources = {
-            name: written.tensors[ref.name]
-            for name, ref in self.walk.skeleton.sources.items()
-            if name.startswith(stage.prefix + ".")
-        }
+        sources = {}
+        for name, ref in self.walk.skeleton.sources.items():
+            if name.startswith(stage.prefix + "."):
+                sources[name] = written.tensors[ref.name]
+                if ref.name + SCALE in written.tensors:
+                    sources[name + SCALE] = written.tensors[ref.name + SCALE]
         with (
             ShardMaps(written) as maps,
             Feed(maps, self.walk.device) as feed,

@@ -21,6 +21,7 @@ from streamprune.model.grams import gram_bytes
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.statistics import StatisticsFile
 from streamprune.pruning.selection import Amount, parse_pattern
+from streamprune.quantising import Quantisation
 from streamprune.refitting import Refit, needs_of
 from streamprune.spec import Calibration, JobSpec, compile_filter, format_bytes
 from streamprune.stage_writer import StageWriter, Target, check_shapes, selected_linears
@@ -42,7 +43,10 @@ def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> 
     if spec.recipe is None:
         return None
     amount = Amount(spec.sparsity, parse_pattern(spec.pattern) if spec.pattern else None)
-    target = Target(spec.recipe, amount, backend, spec.damping or "auto")
+    quantisation = None
+    if spec.recipe.quantize is not None:
+        quantisation = Quantisation(spec.fp8_scale or "amax", spec.fp8_rounding == "compensate", backend)
+    target = Target(spec.recipe, amount, backend, spec.damping or "auto", quantisation=quantisation)
     only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
     chosen = selected_linears(skeleton.stages, only, skip)
     check_shapes(target, chosen, skeleton.transposed)

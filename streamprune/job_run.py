@@ -156,7 +156,7 @@ class Run:
 
     def _check_disk(self) -> None:
         written = sum(r["shard"]["bytes"] for r in self.records if r["shard"])
-        output = self.checkpoint.nbytes - written if self.writer else 0
+        output = self.writer.output_bytes - written if self.writer else 0
         cache = 0
         if self.forward is not None and len(self.records) < len(self.skeleton.stages) - 1:
             behind = -1 < self._newest_cache() < len(self.records) - 1  # then that one is kept beside the two at work
@@ -324,7 +324,7 @@ class Run:
             save_statistics(
                 statistics, self.spec, self.state, self.checkpoint, self.skeleton, self.records, calibration
             )
-        files = [] if self.writer is None else write_files(self.state, self.checkpoint, self.skeleton, self.records)
+        files = [] if self.writer is None else write_files(self.state, self.checkpoint, self.writer, self.records)
         report = build_report(
             self.spec, self.resolved, calibration, self.records, files,
             seconds=self.spent + sum(r["seconds"] for r in self.records) + time.perf_counter() - since,

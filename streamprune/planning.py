@@ -40,6 +40,7 @@ from streamprune.model.speeds import measure
 from streamprune.model.statistics import Collector
 from streamprune.model.texts import check_seqlen, default_seqlen
 from streamprune.pruning.recipes import Recipe, make_recipe
+from streamprune.quantising import check_codable, coded
 from streamprune.refitting import Refit, chunk_rows, needs_of, sampled
 from streamprune.spec import compile_filter
 from streamprune.stage_writer import selected_linears
@@ -94,17 +95,17 @@ class Plan:
 
 
 def plan(
-    model: str | Path, *, method: str = "swiftprune", refit: str | None = None, samples: int = 128,
-    seqlen: int | None = None, with_stats: bool = False, propagate: str = "dense", only: str | None = None,
-    skip: str | None = None, device: str = "auto", dtype: str = "auto", max_vram: int | None = None,
-    trust_remote_code: bool = False, speeds: Speeds | None = None,
+    model: str | Path, *, method: str = "swiftprune", refit: str | None = None, quantize: str | None = None,
+    samples: int = 128, seqlen: int | None = None, with_stats: bool = False, propagate: str = "dense",
+    only: str | None = None, skip: str | None = None, device: str = "auto", dtype: str = "auto",
+    max_vram: int | None = None, trust_remote_code: bool = False, speeds: Speeds | None = None,
 ) -> Plan:  # fmt: skip
     """Plans a prune of `model` calibrated on `samples` windows of `seqlen` tokens, or `with_stats` from a file.
 
-    `method` and `refit` choose the recipe, as for prune. `max_vram` (of a GPU) is in bytes. `speeds` take the place of
-    measuring. Raises the errors of streamprune.errors; no weight is read but up to 64 MiB to time the disk.
+    `method`, `refit` and `quantize` choose the recipe, as for prune. `max_vram` (of a GPU) is in bytes. `speeds` take
+    the place of measuring. Raises the errors of streamprune.errors; up to 64 MiB of weights are read to time the disk.
     """
-    recipe = _recipe(method, refit, with_stats)
+    recipe = _recipe(method, refit, quantize, with_stats)
     checkpoint = open_checkpoint(resolve_model(str(model)))
     refuse_quantised(checkpoint)
     length = seqlen if seqlen is not None else default_seqlen(checkpoint.config)
@@ -117,6 +118,10 @@ def plan(
     compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
     skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)
     chosen = selected_linears(skeleton.stages, compile_filter("--only", only), compile_filter("--skip", skip))
+    saved = 0
+    if recipe.quantize is not None:
+        check_codable(chosen, skeleton.transposed)
+        saved = sum(ref.nbytes - sum(new.nbytes for new in coded(ref)) for ref in chosen.values())
     windows = samples if _has_pass(recipe, with_stats, propagate) else 0
     on_device = target.type != "cpu"
     needs = _needs(recipe, skeleton, chosen)
@@ -143,16 +148,16 @@ def plan(
         parameters=sum(math.prod(t.shape) for t in checkpoint.tensors.values()), stages=stages,
         peak_ram_bytes=peak, least_ram_bytes=least, vram_bytes=layout.nbytes, least_vram_bytes=least_vram,
         layout=_layout_in_words(layout, windows) if on_device else "",
-        output_bytes=checkpoint.nbytes, cache_bytes=2 * course.tokens * course.state_bytes,
-        disk_bytes=checkpoint.nbytes + 2 * course.tokens * course.state_bytes + SLACK_BYTES,
+        output_bytes=checkpoint.nbytes - saved, cache_bytes=2 * course.tokens * course.state_bytes,
+        disk_bytes=checkpoint.nbytes - saved + 2 * course.tokens * course.state_bytes + SLACK_BYTES,
         flops=sum(s.flops for s in stages), seconds=split.total, split=split, batch=layout.batch,
         dtype=str(compute).removeprefix("torch."), device=str(target),
         rests_on=f"{source}: {_in_words(speeds, course, recipe)}",
     )  # fmt: skip
 
 
-def _recipe(method: str, refit: str | None, with_stats: bool) -> Recipe:
-    recipe = make_recipe(method, refit=refit)
+def _recipe(method: str, refit: str | None, quantize: str | None, with_stats: bool) -> Recipe:
+    recipe = make_recipe(method, refit=refit, quantize=quantize)
     if with_stats and recipe.needs_gram:  # in the words of job.prune
         raise UsageError(f"--stats has sums only, and {recipe.refit} needs more: leave it out, or choose --refit none")
     return recipe

@@ -157,6 +157,10 @@ class LayerRefit:
         outcome.refit += float(torch.where(worse, before, after).sum())
         return torch.where(worse[:, None], masked, fitted)
 
+    def gram(self, name: str) -> Gram:
+        """The Gram that a linear is refitted with; its rows are at work."""
+        return self.grams.take(name)
+
     def done(self, name: str) -> None:
         """All rows of the linear are done."""
         self._chosen.pop(name)

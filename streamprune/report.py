@@ -16,7 +16,7 @@ def recipe_name(spec: JobSpec) -> str | None:
     if spec.recipe is None:
         return None
     named = next((name for name, recipe in RECIPES.items() if recipe == spec.recipe), None)
-    parts = (spec.recipe.score, spec.recipe.selector, spec.recipe.refit)
+    parts = (spec.recipe.score, spec.recipe.selector, spec.recipe.refit, spec.recipe.quantize)
     return named or "+".join(part for part in parts if part)
 
 

@@ -1,7 +1,7 @@
 """What a job is. Two runs belong to the same job when all their fixed fields are equal.
 
-    fixed        verb, model, score, selector, refit, damping, sparsity, allocate, pattern, only, skip, propagate,
-                 calib, samples, seqlen, seed, stats, device, dtype, backend
+    fixed        verb, model, score, selector, refit, damping, quantize, fp8_scale, fp8_rounding, sparsity, allocate,
+                 pattern, only, skip, propagate, calib, samples, seqlen, seed, stats, device, dtype, backend
     changeable   max_ram, max_vram, save_stats, work (only before anything has been cached there)
 
 The fixed fields go into `job.json` while the job is unfinished and into `streamprune.json` for ever.
@@ -87,6 +87,9 @@ class JobSpec:
     """Of a refit: "auto", "absolute" or a number; None where nothing is refitted."""
     allocate: str | None = None
     """How the sparsity is shared out; None is evenly."""
+    fp8_scale: str | None = None
+    """How FP8 scales are chosen (recipes.check_fp8); None where nothing is quantised."""
+    fp8_rounding: str | None = None
     restart: bool = field(default=False, metadata=_CHANGEABLE)
     trust_remote_code: bool = field(default=False, metadata=_CHANGEABLE)
 
@@ -103,6 +106,7 @@ class JobSpec:
                 flat["score"] = value.score if value else None
                 flat["selector"] = value.selector if value and self.pattern is None else None
                 flat["refit"] = value.refit if value else None
+                flat["quantize"] = value.quantize if value else None
             elif f.name == "calibration":
                 flat |= {"calib": None, "samples": None, "seqlen": None, "seed": None}
                 if value:
@@ -118,13 +122,17 @@ class JobSpec:
 
     def differences(self, recorded: Mapping[str, Any]) -> str:
         """Says in words which fixed fields differ from those of another job; empty when none does."""
-        mine = self.fixed()
-        keys = [*mine, *(k for k in recorded if k not in mine)]
-        return ", ".join(
-            f"{k} is {_show(recorded.get(k))} there and {_show(mine.get(k))} here"
-            for k in keys
-            if mine.get(k) != recorded.get(k)
-        )
+        return differences(self.fixed(), recorded)
+
+
+def differences(mine: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
+    """Says in words which of a job's fixed fields differ from recorded ones; empty when none does."""
+    keys = [*mine, *(k for k in recorded if k not in mine)]
+    return ", ".join(
+        f"{k} is {_show(recorded.get(k))} there and {_show(mine.get(k))} here"
+        for k in keys
+        if mine.get(k) != recorded.get(k)
+    )
 
 
 def _show(value: object) -> str:

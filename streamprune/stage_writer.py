@@ -23,12 +23,13 @@ from streamprune.model.feed import Feed
 from streamprune.model.grams import LayerGrams
 from streamprune.model.lane import Lane, is_out_of_memory
 from streamprune.model.passes import finite_rows, refuse_nonfinite, rows_of
-from streamprune.model.skeleton import TORCH_DTYPES, Skeleton, Stage
+from streamprune.model.skeleton import TORCH_DTYPES, Skeleton, Stage, is_linear
 from streamprune.pruning.methods import Sample
 from streamprune.pruning.recipes import Recipe
 from streamprune.pruning.scores import SCORES
 from streamprune.pruning.selection import Amount, check_pattern, prune_count, select
 from streamprune.pruning.stats import InputStats
+from streamprune.quantising import LinearCodes, Quantisation, check_codable, coded
 from streamprune.refitting import LayerRefit, Refit, chunk_rows, sampled
 
 CHUNK_BYTES = 16 << 20
@@ -44,6 +45,7 @@ class Target:
     """Which kernels: "numba", "torch", or by device."""
     damping: str = "auto"
     """Of a refit, see refitting.Refit."""
+    quantisation: Quantisation | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
     """Linears that prune another share of their weights than `amount` says."""
 
@@ -81,6 +83,24 @@ class StageWriter:
     def __post_init__(self) -> None:
         self._lane = Lane(self.feed.device)
         self._refit: LayerRefit | None = None
+        self._scales: dict[str, list[Tensor]] = {}
+
+    def tensors_of(self, stage: Stage) -> list[TensorRef]:
+        """What is written of a stage; tensors that are quantised have a place in no file yet."""
+        if self.target.quantisation is None:
+            return list(stage.tensors)
+        chosen = {ref.name for name, ref in stage.linears.items() if name in self.selected}
+        return [new for ref in stage.tensors for new in (coded(ref) if ref.name in chosen else (ref,))]
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(ref.nbytes for stage in self.skeleton.stages for ref in self.tensors_of(stage))
+
+    def stays(self) -> list[str]:
+        """Module paths of the model's linears that are not selected."""
+        modules = self.skeleton.model.named_modules()
+        return [name for name, module in modules if is_linear(module) and name not in self.selected]
 
     def fill(
         self, path: Path, stage: Stage, stats: Callable[[str, int], InputStats], grams: LayerGrams | None = None
@@ -94,21 +114,29 @@ class StageWriter:
         self._features = _Features(self.target, stats, self.feed.device)
         self._refit = self._layer_refit(grams) if grams is not None else None
         known = {ref.name for ref in self.skeleton.sources.values()}
+        stored = {ref.name: ref for ref in stage.tensors}
+        self._scales = {}
 
         def content(ref: TensorRef) -> Iterator[Buffer]:
-            if ref.name in chosen:
-                yield from self._pruned(ref, chosen[ref.name])
+            if ref.name in self._scales:
+                yield _bytes(torch.cat(self._scales[ref.name]))
+            elif ref.name in chosen:
+                yield from self._pruned(stored[ref.name], chosen[ref.name])
             elif ref.name in known:
                 yield from self._checked(ref)
             else:
                 yield from _pieces(self.feed.maps.raw(ref))
 
-        with self._lane.on():
-            return fill_shard(path, stage.tensors, content, written=self._release)
+        def release(ref: TensorRef, begin: int, end: int) -> None:
+            """Lets go of the pages of a tensor whose bytes have been used."""
+            source = stored.get(ref.name)
+            if source is not None and begin < end:
+                times = source.nbytes // ref.nbytes
+                done = replace(source, begin=source.begin + times * begin, end=source.begin + times * end)
+                self.feed.maps.release([done], drop_cache=True)
 
-    def _release(self, ref: TensorRef, begin: int, end: int) -> None:
-        """Lets go of the pages of a tensor whose bytes have been used."""
-        self.feed.maps.release([replace(ref, begin=ref.begin + begin, end=ref.begin + end)], drop_cache=True)
+        with self._lane.on():
+            return fill_shard(path, self.tensors_of(stage), content, written=release)
 
     def _checked(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of a tensor that is not pruned."""
@@ -142,6 +170,7 @@ class StageWriter:
         in_features = _width(ref, transposed)
         feature, power = self._features.of(name, in_features)
         outcome = self._refit.begin(name, self._sample) if self._refit else None
+        codes = self._codes(ref, name)
         chunk = CHUNK_BYTES if outcome is None else chunk_rows(in_features) * in_features * _itemsize(ref)
         removed = total = 0.0
         for begin, rows in rows_of(self.feed, ref, ref.nbytes if transposed else chunk):
@@ -155,6 +184,9 @@ class StageWriter:
             weight = parts[0] if len(parts) == 1 else torch.cat(parts)
             if self._refit is not None and outcome is not None:
                 weight = self._refit.rows(name, exact, weight, outcome)
+            if codes is not None:
+                gram = self._refit.gram(name) if self._refit else None
+                weight = codes.rows(exact, weight, gram, outcome.used if outcome else None)
             yield _bytes(self._lane.fetch(weight.t().contiguous() if transposed else weight, None))
         out_features = ref.shape[1] if transposed else ref.shape[0]
         per_row = prune_per_row(self.target.of(name), in_features)
@@ -165,6 +197,15 @@ class StageWriter:
         if self._refit is not None and outcome is not None:
             self.linears[-1] |= outcome.report()
             self._refit.done(name)
+        if codes is not None:
+            self.linears[-1] |= codes.report(outcome is not None)
+            self._scales[coded(ref)[1].name] = [self._lane.fetch(part, None) for part in codes.scales]
+
+    def _codes(self, ref: TensorRef, name: str) -> LinearCodes | None:
+        how = self.target.quantisation
+        if how is None:
+            return None
+        return LinearCodes(how, TORCH_DTYPES[ref.dtype], self._features.power(name, ref.shape[1]))
 
     def _select(self, name: str, rows: Tensor, feature: Tensor, power: int) -> Iterator[Selection]:
         """Prunes rows (n, in); in halves, where a device has no room for the kernels' temporaries."""
@@ -195,6 +236,12 @@ class _Features:
             self._known[name] = (feature.to(self._device), power)
         return self._known[name]
 
+    def power(self, name: str, in_features: int) -> Tensor | None:
+        """E[x_j²] (in,) float32 on the device; None where there are no statistics."""
+        if not self._target.recipe.needs_statistics:
+            return None
+        return self._stats(name, in_features).mean_square.float().to(self._device)
+
 
 def prune_per_row(amount: Amount, in_features: int) -> int:
     """Weights pruned in each row. Raises UsageError when the pattern does not divide in_features."""
@@ -213,7 +260,10 @@ def _itemsize(ref: TensorRef) -> int:
 
 
 def check_shapes(target: Target, linears: Mapping[str, TensorRef], transposed: frozenset[str]) -> None:
-    """Raises UsageError for a linear whose width the pattern does not divide, before anything runs."""
+    """Raises UsageError for a linear whose width the pattern does not divide, UnsupportedError for one that cannot be
+    quantised, before anything runs."""
+    if target.quantisation is not None:
+        check_codable(linears, transposed)
     if target.amount.pattern is None:
         return
     for name, ref in linears.items():

@@ -196,7 +196,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def test_commands() -> None:
-    assert list(commands()) == ["prune", "calibrate", "eval", "inspect", "plan", "demo"]
+    assert list(commands()) == ["prune", "calibrate", "eval", "inspect", "plan", "pack", "unpack", "demo"]
 
 
 @pytest.mark.parametrize("name", commands())

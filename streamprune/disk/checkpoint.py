@@ -159,24 +159,32 @@ def open_shard(path: Path) -> Checkpoint:
     return Checkpoint(path.parent, {r.name: r for r in found.refs}, (name,), {}, {}, {name: found.header}, stats)
 
 
-def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose config.json says that its weights are quantised already.
-
-    Raises:
-        UnsupportedError: there is a quantization_config (also within a section such as text_config); the
-            message names its method.
-    """
+def quantisation_of(checkpoint: Checkpoint) -> tuple[str, Any] | None:
+    """Where config.json says that the weights are quantised (also within a section such as text_config), and what."""
     sections = [("", checkpoint.config)]
     sections += [(f"{key}.", value) for key, value in checkpoint.config.items() if isinstance(value, dict)]
     for prefix, section in sections:
         for key in ("quantization_config", "compression_config"):
-            found = section.get(key)
-            if found:
-                method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
-                raise UnsupportedError(
-                    f"{checkpoint.path / 'config.json'}: {prefix}{key} says that the weights are quantised "
-                    f"({show(method)}), which cannot be pruned; pass the unquantised checkpoint"
-                )
+            if section.get(key):
+                return f"{prefix}{key}", section[key]
+    return None
+
+
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose config.json says that its weights are quantised already.
+
+    Raises:
+        UnsupportedError: it does; the message names the method.
+    """
+    found = quantisation_of(checkpoint)
+    if found is None:
+        return
+    where, description = found
+    method = description.get("quant_method", "unknown") if isinstance(description, dict) else description
+    raise UnsupportedError(
+        f"{checkpoint.path / 'config.json'}: {where} says that the weights are quantised ({show(method)}), which "
+        "cannot be pruned; pass the unquantised checkpoint"
+    )
 
 
 # ---- choosing files

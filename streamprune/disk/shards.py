@@ -2,7 +2,8 @@
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header
 padded with spaces to a multiple of 8, then the tensors' bytes without gaps. Tensors are ordered like the
-safetensors library orders them, by falling item size and then by name, so every one of them is aligned.
+safetensors library orders them, by falling item size and then by name, so every one of them is aligned; FP8 weights
+come before their scales, which are known last.
 """
 
 from __future__ import annotations
@@ -15,11 +16,7 @@ from typing import Any
 
 from streamprune.disk.behind import Behind
 from streamprune.disk.durable import AtomicFile, Buffer, replace_file
-from streamprune.disk.header import TensorRef
-
-ITEM_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32}
-"""Bits an item of the dtypes wider than 16; the rest follow by name."""
-
+from streamprune.disk.header import DTYPE_BITS, TensorRef
 
 PIECES_AHEAD = 2
 """Pieces that may wait to be written."""
@@ -60,7 +57,8 @@ def fill_shard(
 ) -> AtomicFile:
     """Streams one shard to a temporary file, complete but for its commit: the caller commits or abandons it.
 
-    `content(tensor)` yields the tensor's bytes in pieces; names, dtypes and shapes are those of `tensors`. `metadata`
+    `content(tensor)` yields the tensor's bytes in pieces; names, dtypes and shapes are those of `tensors`. It is asked
+    for an FP8 weight before it is asked for the weight's scale. `metadata`
     is {"format": "pt"} unless given. One thread produces pieces while another hashes and writes them, PIECES_AHEAD of
     them at most in between. `written(tensor, begin, end)` is called, in the writing thread, when those bytes of a
     tensor have been handed to the system and their buffer is free again.
@@ -68,7 +66,18 @@ def fill_shard(
     Raises ValueError when a tensor's pieces do not add up to its size (nothing is left behind then), and what
     durable.AtomicFile raises.
     """
-    ordered = sorted(tensors, key=lambda t: (-ITEM_BITS.get(t.dtype, 16), t.name))
+    ordered = in_order(tensors)
+    return fill_in_order(path, header_of(ordered, metadata or {"format": "pt"}), ordered, content, written)
+
+
+def fill_in_order(
+    path: Path,
+    header: bytes,
+    ordered: Iterable[TensorRef],
+    content: Callable[[TensorRef], Iterable[Buffer]],
+    written: Callable[[TensorRef, int, int], None] | None = None,
+) -> AtomicFile:
+    """As fill_shard, for a header that is there already, with its 8 bytes of length, and tensors in its order."""
     file = AtomicFile(path)
 
     def write(piece: tuple[TensorRef, int, Buffer]) -> None:
@@ -78,7 +87,7 @@ def fill_shard(
             written(tensor, begin, begin + memoryview(data).nbytes)
 
     try:
-        file.write(_header(ordered, metadata or {"format": "pt"}))
+        file.write(header)
         with Behind(write, PIECES_AHEAD) as behind:
             for tensor in ordered:
                 size = 0
@@ -93,7 +102,30 @@ def fill_shard(
     return file
 
 
-def _header(tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> bytes:
+def in_order(tensors: Iterable[TensorRef]) -> list[TensorRef]:
+    """Tensors as they lie in a shard, each at a multiple of its item size.
+
+    Raises ValueError for an FP8 weight with an odd number of bytes in all, after which its scale would not be.
+    """
+    refs = {t.name: t for t in tensors}
+    scales = [name for name in refs if (weight := name.removesuffix("_scale")) in refs and _is_fp8(refs[weight], name)]
+    weights = [name.removesuffix("_scale") for name in scales]
+    for name, scale in zip(weights, scales, strict=True):
+        if refs[name].nbytes * 8 % DTYPE_BITS[refs[scale].dtype]:
+            raise ValueError(f"{name}: {refs[name].nbytes} bytes, which no scale of {refs[scale].dtype} can follow")
+    late = {*weights, *scales}
+    rest = sorted(refs.keys() - late, key=lambda n: (-DTYPE_BITS[refs[n].dtype], n))
+    wide = [n for n in rest if DTYPE_BITS[refs[n].dtype] > 8]
+    narrow = rest[len(wide) :]
+    return [refs[n] for n in (*wide, *sorted(weights), *sorted(scales), *narrow)]
+
+
+def _is_fp8(weight: TensorRef, scale: str) -> bool:
+    return scale != weight.name and weight.dtype == "F8_E4M3"
+
+
+def header_of(tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> bytes:
+    """The header of a shard that holds `tensors` in this order, with the 8 bytes of length before it."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for t in tensors:

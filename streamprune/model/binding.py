@@ -8,6 +8,8 @@ input embedding stays on the CPU, too:
     linears            out[:, rows] = x · W[rows]ᵀ, rows converted panel by panel
     input embedding    only the rows that the batch looks up are converted
     everything else    converted when it is bound (norms, biases, small tables)
+
+Linears that are stored in FP8 are made from codes and scales in the same panels.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from streamprune.disk.float_quantized import SCALE, Scheme
 from streamprune.disk.header import TensorRef
 from streamprune.model.feed import Feed
 from streamprune.model.skeleton import Skeleton
+from streamprune.pruning.fp8 import dequantise
 
 _PANEL_BYTES = 32 << 20
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 @contextmanager
@@ -61,7 +66,11 @@ def bound(
                 if ref is None:
                     continue
                 used.append(ref)
-                if module is embedding and leaf == "weight" and (feed.copies or feed.maps.tensor(ref).dtype != dtype):
+                scale = refs.get(f"{full}.{leaf}{SCALE}")
+                if scale is not None:
+                    used.append(scale)
+                    undo.append(_bind_codes(module, feed.tensor(ref), feed.tensor(scale), skeleton.scheme, dtype))
+                elif module is embedding and leaf == "weight" and (feed.copies or feed.maps.tensor(ref).dtype != dtype):
                     undo.append(_narrow(module, feed.maps.tensor(ref), dtype, feed.device))
                 else:
                     undo.append(_bind(module, leaf, feed.tensor(ref), dtype))
@@ -89,6 +98,27 @@ def _bind(module: nn.Module, leaf: str, value: Tensor, dtype: torch.dtype) -> Ca
     def restore() -> None:
         release()
         module._parameters[leaf] = before
+
+    return restore
+
+
+def _bind_codes(
+    module: nn.Module, codes: Tensor, scale: Tensor, scheme: Scheme | None, dtype: torch.dtype
+) -> Callable[[], None]:
+    """Lets a linear compute with FP8 codes (out, in) and their scale, as the scheme says; returns what ends that."""
+    before, forward = module._parameters["weight"], module.forward
+    rounded = _rounded if scheme is None or scheme.rounds_inputs else _as_it_is
+    if type(module) is nn.Linear:
+        module._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
+        module.__dict__["forward"] = lambda x: _coded_linear(module, scale, rounded(x))
+    else:  # whose arithmetic is its own
+        exact = dequantise(codes, scale if scale.numel() > 1 else scale.reshape(()), dtype)
+        module._parameters["weight"] = nn.Parameter(exact, requires_grad=False)
+        module.__dict__["forward"] = lambda x: forward(rounded(x))
+
+    def restore() -> None:
+        module.__dict__.pop("forward", None)
+        module._parameters["weight"] = before
 
     return restore
 
@@ -132,12 +162,39 @@ def _narrow(module: nn.Module, table: Tensor, dtype: torch.dtype, device: torch.
     return end
 
 
+def _rounded(x: Tensor) -> Tensor:
+    """x (…, in) rounded to FP8, each token by a scale from its own largest value, as compressed-tensors does."""
+    own = x.abs().amax(-1, keepdim=True) / _FP8_MAX
+    own = torch.where(own == 0, torch.finfo(x.dtype).eps, own)
+    return (x / own).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype) * own
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _coded_linear(module: nn.Linear, scale: Tensor, x: Tensor) -> Tensor:
+    """As _linear_in_panels, for W = scale · codes."""
+    own_scale = scale.numel() > 1
+
+    def panel(begin: int, end: int) -> Tensor:
+        part = scale[begin:end] if own_scale else scale.reshape(())
+        return dequantise(module.weight[begin:end], part, x.dtype)
+
+    return _in_panels(module, x, panel)
+
+
 def _linear_in_panels(module: nn.Linear, x: Tensor) -> Tensor:
     """x (…, in) · Wᵀ + b with W (out, in) converted to x's dtype a panel of rows at a time."""
+    return _in_panels(module, x, lambda begin, end: module.weight[begin:end].to(x.dtype))
+
+
+def _in_panels(module: nn.Linear, x: Tensor, panel: Callable[[int, int], Tensor]) -> Tensor:
+    """x (…, in) · Wᵀ + b; `panel(begin, end)` makes those rows of W, (end - begin, in) in x's dtype."""
     rows = max(1, _PANEL_BYTES // (module.in_features * x.dtype.itemsize))
     out = x.new_empty(*x.shape[:-1], module.out_features)
     for begin in range(0, module.out_features, rows):
         end = min(begin + rows, module.out_features)
         bias = None if module.bias is None else module.bias[begin:end].to(x.dtype)
-        out[..., begin:end] = F.linear(x, module.weight[begin:end].to(x.dtype), bias)
+        out[..., begin:end] = F.linear(x, panel(begin, end), bias)
     return out

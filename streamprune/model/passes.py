@@ -116,7 +116,11 @@ def finite_rows(source: Feed | ShardMaps, ref: TensorRef, chunk_bytes: int) -> I
 
 def refuse_nonfinite(ref: TensorRef, begin: int, rows: Tensor) -> None:
     """Raises CheckpointError naming the first NaN or Inf of a tensor's rows from `begin` on, if there is one."""
-    flat = (cpu if rows.device.type == "cpu" else torch_ops).first_nonfinite(rows)
+    if rows.dtype == torch.float8_e4m3fn:
+        found = ((rows.reshape(-1).view(torch.uint8) & 0x7F) == 0x7F).nonzero()
+        flat = int(found[0]) if len(found) else None
+    else:
+        flat = (cpu if rows.device.type == "cpu" else torch_ops).first_nonfinite(rows)
     if flat is None:
         return
     index = [int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape)]

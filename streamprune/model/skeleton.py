@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.float_quantized import SCALE, Scheme, read_scheme
 from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError, UnsupportedError
 
@@ -60,11 +61,14 @@ class Skeleton:
     layers: nn.ModuleList
     stages: tuple[Stage, ...]
     sources: Mapping[str, TensorRef]
-    """Name of every parameter and stored buffer -> tensor of the checkpoint (tied ones share one)."""
+    """Name of every parameter and stored buffer -> tensor of the checkpoint (tied ones share one). Of a weight that is
+    stored in FP8, `….weight_scale` is here, too."""
     transposed: frozenset[str]
     """Linears whose weight is stored (in, out): transformers' Conv1D."""
     dtype: torch.dtype
-    """The checkpoint's own dtype."""
+    """The checkpoint's own dtype; with FP8 weights, that of the others."""
+    scheme: Scheme | None
+    """How FP8 weights are computed with; None where the checkpoint is not quantised."""
     hidden_size: int
     vocab_size: int
 
@@ -95,9 +99,14 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that most bytes of a checkpoint are in. Raises UnsupportedError when it is none we compute in."""
+    """The dtype that most bytes of a checkpoint are in, FP8 weights and their scales left out.
+
+    Raises UnsupportedError when it is none we compute in.
+    """
     sizes: dict[str, int] = {}
-    for ref in checkpoint.tensors.values():
+    scaled = {name for name in checkpoint.tensors if name + SCALE in checkpoint.tensors}
+    left_out = {*scaled, *(name + SCALE for name in scaled)}
+    for ref in [ref for name, ref in checkpoint.tensors.items() if name not in left_out] or checkpoint.tensors.values():
         sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.nbytes
     largest = max(sizes, key=lambda d: sizes[d])
     if largest not in TORCH_DTYPES:
@@ -111,10 +120,11 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
     Raises UnsupportedError when transformers does not know the architecture or it has no list of decoder
     layers, CheckpointError when tensors are missing or of another shape than the configuration says.
     """
+    scheme = read_scheme(checkpoint)
     config = _load_config(checkpoint, trust_remote_code)
     model = _build_model(checkpoint, config, compute_dtype, trust_remote_code)
     prefix, layers = _find_layers(model, config)
-    sources = _match_tensors(checkpoint, model)
+    sources = _match_tensors(checkpoint, model, scheme is not None)
     _refuse_other_weights(prefix, layers)
     stages = _cut_stages(checkpoint, model, prefix, layers, sources)
     return Skeleton(
@@ -124,6 +134,7 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
         sources=sources,
         transposed=frozenset(f"{prefix}.{n}" for n, m in layers.named_modules() if type(m).__name__ == "Conv1D"),
         dtype=stored_dtype(checkpoint),
+        scheme=scheme,
         hidden_size=int(config.get_text_config().hidden_size),
         vocab_size=int(config.get_text_config().vocab_size),
     )
@@ -192,8 +203,11 @@ def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     return outermost[0]
 
 
-def _match_tensors(checkpoint: Checkpoint, model: nn.Module) -> dict[str, TensorRef]:
-    """Which stored tensor each parameter and persistent buffer is, by name. Tied parameters may be stored once."""
+def _match_tensors(checkpoint: Checkpoint, model: nn.Module, quantised: bool) -> dict[str, TensorRef]:
+    """Which stored tensor each parameter and persistent buffer is, by name. Tied parameters may be stored once.
+
+    In a `quantised` checkpoint linears may be FP8, with a scale beside them.
+    """
     stored, converted = _module_names(checkpoint, model)
     owners: dict[int, TensorRef] = {}
     found: dict[str, TensorRef] = {}
@@ -207,7 +221,9 @@ def _match_tensors(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor
             raise CheckpointError(
                 f"{ref.shard}: tensor {ref.name} has shape {list(ref.shape)}, config.json says {list(parameter.shape)}"
             )
-        if ref.dtype not in TORCH_DTYPES:
+        if quantised and ref.dtype == "F8_E4M3" and _is_linears(model, name):
+            found[name + SCALE] = _scale_of(checkpoint, ref, stored.get(name + SCALE))
+        elif ref.dtype not in TORCH_DTYPES:
             raise UnsupportedError(
                 f"{ref.shard}: tensor {ref.name} is {ref.dtype}; only BF16, F16 and F32 weights can be pruned"
             )
@@ -229,6 +245,24 @@ def _match_tensors(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor
         if ref is not None and ref.shape == tuple(buffer.shape) and ref.dtype in TORCH_DTYPES:
             found[name] = ref
     return found
+
+
+def _is_linears(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is the weight of a linear, of any class."""
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(path), nn.Linear)
+
+
+def _scale_of(checkpoint: Checkpoint, weight: TensorRef, scale: TensorRef | None) -> TensorRef:
+    """The scale of an FP8 weight, if it is one. Raises CheckpointError."""
+    if scale is None:
+        raise CheckpointError(f"{checkpoint.path}: tensor {weight.name}{SCALE} is missing; is the download complete?")
+    if scale.dtype not in TORCH_DTYPES or scale.shape not in ((weight.shape[0], 1), (weight.shape[0],), (1,), ()):
+        raise CheckpointError(
+            f"{scale.shard}: tensor {scale.name} is {scale.dtype} {list(scale.shape)}, which is no scale of "
+            f"{weight.name} {list(weight.shape)}"
+        )
+    return scale
 
 
 def _module_names(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, TensorRef], dict[str, str]]:

@@ -2,6 +2,7 @@
 
     recipe      score      selector  refit       source
     swiftprune  lscore     ewma                  SwiftPrune, arXiv 2501.16376, with the diagonal kept (see scores.py)
+    hwpq        lscore     ewma                  HWPQ, arXiv 2501.16376v1: swiftprune, and what stays becomes FP8
     wanda       wanda      exact                 Wanda, arXiv 2306.11695
     magnitude   magnitude  exact
     obs-admm    lscore     exact     obs-admm    ours: ADMM with the optimal brain surgeon's saliency (admm.py)
@@ -11,7 +12,8 @@
 
 With an N:M pattern the selector has nothing to choose: the N best of every M inputs stay. gradual-cg chooses by its
 score and selector, with the weights as they are at each step; the others have a choice of their own, and score
-and selector make the mask that they are compared with. `cg` refits the mask of any score and selector.
+and selector make the mask that they are compared with. `cg` refits the mask of any score and selector. `quantize` goes
+with any of them (fp8.py).
 """
 
 from __future__ import annotations
@@ -24,16 +26,20 @@ SCORES = ("lscore", "lscore-isotropic", "wanda", "magnitude")
 SELECTORS = ("ewma", "exact")
 ALLOCATIONS = ("uniform", "owl", "error")
 REFITS = ("none", "cg", "obs-admm", "gradual-cg", "admm", "sparsegpt")
+QUANTIZE = ("none", "fp8")
+FP8_SCALES = ("amax", "mse")
+FP8_ROUNDINGS = ("compensate", "nearest")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to every linear: `score` ranks its weights, `selector` finds the ones to prune, and `refit`, if any,
-    gives those that stay new values."""
+    """What is done to every linear: `score` ranks its weights, `selector` finds the ones to prune, `refit`, if any,
+    gives those that stay new values, and `quantize`, if any, stores them in fewer bits."""
 
     score: str
     selector: str
     refit: str | None = None
+    quantize: str | None = None
 
     @property
     def needs_statistics(self) -> bool:
@@ -46,6 +52,7 @@ class Recipe:
 
 RECIPES = {
     "swiftprune": Recipe("lscore", "ewma"),
+    "hwpq": Recipe("lscore", "ewma", None, "fp8"),
     "wanda": Recipe("wanda", "exact"),
     "magnitude": Recipe("magnitude", "exact"),
     "gradual-cg": Recipe("lscore", "exact", "gradual-cg"),
@@ -68,18 +75,41 @@ def check_damping(damping: str | float) -> str:
     return repr(value)
 
 
-def make_recipe(method: str, score: str | None = None, selector: str | None = None, refit: str | None = None) -> Recipe:
-    """The recipe called `method`, with its score, selector or refit exchanged. Raises UsageError for unknown names."""
+def check_fp8(recipe: Recipe, scale: str | None, rounding: str | None) -> tuple[str | None, str | None]:
+    """How a recipe chooses FP8 scales and rounds, with the defaults filled in; None where it does not apply.
+
+    Raises UsageError for unknown names, and for a choice that the recipe does not have.
+    """
+    if recipe.quantize is None:
+        if scale is not None or rounding is not None:
+            raise UsageError("--fp8-scale and --fp8-rounding are for --quantize fp8 and --method hwpq; leave them out")
+        return None, None
+    if scale is not None and scale not in FP8_SCALES:
+        raise UsageError(f"--fp8-scale {scale}: choose {' or '.join(FP8_SCALES)}")
+    if rounding is not None and rounding not in FP8_ROUNDINGS:
+        raise UsageError(f"--fp8-rounding {rounding}: choose {' or '.join(FP8_ROUNDINGS)}")
+    if rounding == "compensate" and not recipe.needs_gram:
+        raise UsageError("--fp8-rounding compensate works within a refit, and this recipe has none; see --refit")
+    return scale or "amax", rounding or ("compensate" if recipe.needs_gram else "nearest")
+
+
+def make_recipe(
+    method: str, score: str | None = None, selector: str | None = None, refit: str | None = None,
+    quantize: str | None = None,
+) -> Recipe:  # fmt: skip
+    """The recipe called `method`, with what else is given exchanged. Raises UsageError for unknown names."""
     if method not in RECIPES:
         raise UsageError(f"--method {method}: no such recipe; there are {', '.join(RECIPES)}")
-    if score is not None and score not in SCORES:
-        raise UsageError(f"--score {score}: no such score; there are {', '.join(SCORES)}")
-    if selector is not None and selector not in SELECTORS:
-        raise UsageError(f"--selector {selector}: no such selector; there are {', '.join(SELECTORS)}")
-    if refit is not None and refit not in REFITS:
-        raise UsageError(f"--refit {refit}: no such refit; there are {', '.join(REFITS)}")
+    given = {
+        "score": (score, SCORES), "selector": (selector, SELECTORS), "refit": (refit, REFITS),
+        "quantize": (quantize, QUANTIZE),
+    }  # fmt: skip
+    for name, (value, known) in given.items():
+        if value is not None and value not in known:
+            raise UsageError(f"--{name} {value}: no such {name}; there are {', '.join(known)}")
     recipe = RECIPES[method]
     return replace(
         recipe, score=score or recipe.score, selector=selector or recipe.selector,
         refit=recipe.refit if refit is None else None if refit == "none" else refit,
+        quantize=recipe.quantize if quantize is None else None if quantize == "none" else quantize,
     )  # fmt: skip
