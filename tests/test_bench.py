@@ -103,7 +103,7 @@ def test_kernels(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     cases = by_case(rows_of(tool, capsys, "kernels", "--shape", "64x128", "--repeat", "3", "--device", "cpu"))
     groups = {f"{pattern} topk per group (Wanda)" for pattern in ("2:4", "4:8", "8:16", "16:32")}
     sort, topk = "torch.sort + scatter (Wanda)", "torch.topk + scatter"
-    assert KERNELS | groups | {"memcpy", sort, topk, "numpy.partition", "first_nonfinite"} <= cases.keys()
+    assert KERNELS | groups | {"memcpy", sort, topk, "numpy.partition", "first_nonfinite", "fp8 mse"} <= cases.keys()
     assert {row["baseline"] for row in cases.values()} == {"memcpy"} and {row["runs"] for row in cases.values()} == {3}
     for name in KERNELS - {"accumulate"}:
         assert cases[name]["sort_over_it"] == pytest.approx(cases[sort]["value"] / cases[name]["value"], rel=1e-4)

@@ -226,6 +226,13 @@ def test_methods(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     cg, none, _ = parse("magnitude+cg,new-one+none,wanda,magnitude+cg")
     assert (cg.name, cg.recipe, cg.refit, cg.calibration) == ("magnitude+cg", "magnitude", "cg", "own")
     assert (none.recipe, none.refit, none.calibration) == ("new-one", "none", "none")
+    small, both, plain = parse("wanda+fp8,wanda+cg+fp8,hwpq+none")
+    assert (small.recipe, small.refit, small.quantize, small.calibration) == ("wanda", None, "fp8", "shared")
+    assert (both.recipe, both.refit, both.quantize, both.calibration) == ("wanda", "cg", "fp8", "own")
+    assert (plain.refit, plain.quantize, plain.calibration) == ("none", None, "shared")
+    for wrong in ("wanda+fp4", "wanda+fp8+cg", "wanda+cg+cg", "fp8", "wanda+"):
+        with pytest.raises(importlib.import_module("bench_rig").BenchError):
+            parse(wrong)
 
 
 def test_kl_on_the_first_windows(place: Place, stub: Stub) -> None:
@@ -354,7 +361,7 @@ def test_a_foreign_folder_stays_as_it_is(place: Place, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--methods", "nothing"], "--methods nothing: write RECIPE or RECIPE+REFIT; recipes are swiftprune, wanda"),
+        (["--methods", "nothing"], "--methods nothing: write RECIPE, RECIPE+REFIT or either with +fp8; recipes are swiftprune, hwpq"),
         (["--methods", "wanda+"], "--methods wanda+"),
         (["--methods", "wanda+../x"], "--methods wanda+../x"),
         (["--amounts", "1.0"], "--amounts 1.0: write a sparsity in [0, 1) or a pattern N:M"),

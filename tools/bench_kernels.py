@@ -75,7 +75,7 @@ def _measure(cases: dict[str, Work], on: str, device: torch.device, repeat: int)
             base[name].append(timed(cases["memcpy"]))
             runs[name].append(base[name][-1] if name == "memcpy" else timed(work))
     for name in cases:
-        selects = not name.startswith(("memcpy", "accumulate", "first_nonfinite"))
+        selects = not name.startswith(("memcpy", "accumulate", "first_nonfinite", "fp8"))
         row = figure(name, runs[name], "memcpy", base[name], unit="ms", on=on)
         per_group = f"{name} topk per group (Wanda)"
         for key, other in (("sort_over_it", SORT), ("topk_over_it", TOPK), ("group_topk_over_it", per_group)):
@@ -113,6 +113,7 @@ def kernel_cases(rows: int, width: int, dtype: torch.dtype, device: torch.device
     Weights (rows, width) are Gaussian. On the CPU ours are Numba's, on a GPU Torch's.
     """
     from streamprune.kernels import cpu, torch_ops
+    from streamprune.pruning.fp8 import dequantise, quantise
 
     torch.manual_seed(0)
     w = torch.empty(rows, width, dtype=dtype, device=device)
@@ -134,6 +135,10 @@ def kernel_cases(rows: int, width: int, dtype: torch.dtype, device: torch.device
     }
     for n, m in PATTERNS:
         cases[f"{n}:{m}"] = lambda n=n, m=m: ours.prune_n_of_m(w, f, 2, n, m, out=out)  # type: ignore[misc]
+    for how in ("amax", "mse"):
+        cases[f"fp8 {how}"] = lambda how=how: quantise(w, w.dtype, how, f)  # type: ignore[misc]
+    codes = quantise(w, w.dtype)
+    cases["fp8 to weights"] = lambda: dequantise(codes.codes, codes.scale, w.dtype)
     cases |= {
         "accumulate": lambda: ours.accumulate(w, sums[0], sums[1]),
         "first_nonfinite": lambda: ours.first_nonfinite(w),

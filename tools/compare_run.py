@@ -26,29 +26,32 @@ Runner = Callable[..., Ran]
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe, perhaps with another refit; `calibration` is "none", "shared" (by --stats) or "own"."""
+    """A recipe, perhaps with another refit or quantised; `calibration` is "none", "shared" (by --stats) or "own"."""
 
     name: str
     recipe: str
     refit: str | None
+    quantize: str | None
     calibration: str
 
 
 def parse_methods(text: str | None) -> list[Method]:
     """What --methods names, all recipes without it. Raises BenchError for a recipe or refit that is not there."""
     from streamprune.errors import UsageError
-    from streamprune.pruning.recipes import RECIPES, REFITS, make_recipe
+    from streamprune.pruning.recipes import QUANTIZE, RECIPES, REFITS, make_recipe
 
     found = {}
     for name in text.split(",") if text is not None else RECIPES:
-        base, plus, refit = name.partition("+")
+        base, *more = name.split("+")
+        quantize = more.pop() if more and more[-1] in QUANTIZE[1:] else None
+        refit = more.pop() if more else None
         try:
-            recipe = make_recipe(base, refit=refit if plus else None)
+            recipe = make_recipe(base if not more else name, refit=refit, quantize=quantize)
         except UsageError as e:
             there = f"recipes are {', '.join(RECIPES)}, refits {', '.join(REFITS)}"
-            raise BenchError(f"--methods {name}: write RECIPE or RECIPE+REFIT; {there}") from e
+            raise BenchError(f"--methods {name}: write RECIPE, RECIPE+REFIT or either with +fp8; {there}") from e
         calibration = "own" if recipe.needs_gram else "shared" if recipe.needs_statistics else "none"
-        found[name] = Method(name, base, refit if plus else None, calibration)
+        found[name] = Method(name, base, refit, quantize, calibration)
     return list(found.values())
 
 
@@ -126,6 +129,7 @@ class Comparison:
         out = self.models / f"{method.name}-{amount_name(amount)}"
         cell: Cell = {"method": method.name, "amount": amount, "calibration": method.calibration}
         given = ["--method", method.recipe, *(["--refit", method.refit] if method.refit else [])]
+        given += ["--quantize", method.quantize] if method.quantize else []
         given += ["--pattern" if ":" in amount else "--sparsity", amount]
         given += {"none": [], "shared": ["--stats", str(self.stats)], "own": self.calibration}[method.calibration]
         durable.make_folder(self.models)
