@@ -361,7 +361,7 @@ def test_a_foreign_folder_stays_as_it_is(place: Place, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--methods", "nothing"], "--methods nothing: write RECIPE, RECIPE+REFIT or either with +fp8; recipes are swiftprune, hwpq"),
+        (["--methods", "nothing"], "--methods nothing: write RECIPE, RECIPE+REFIT or either with +fp8; recipes are"),
         (["--methods", "wanda+"], "--methods wanda+"),
         (["--methods", "wanda+../x"], "--methods wanda+../x"),
         (["--amounts", "1.0"], "--amounts 1.0: write a sparsity in [0, 1) or a pattern N:M"),
