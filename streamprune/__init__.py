@@ -5,7 +5,7 @@
     streamprune.prune("meta-llama/Llama-3.1-8B", "llama-2of4", pattern="2:4")
     streamprune.evaluate("llama-2of4", "wiki.txt", seqlen=2048).perplexity
 
-The same verbs as on the command line: prune, calibrate, evaluate, plan, inspect. Errors are those of
+The same verbs as on the command line: prune, calibrate, evaluate, plan, inspect, pack, unpack. Errors are those of
 streamprune.errors. Nothing heavy is imported before a verb is called.
 """
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from streamprune.evaluation import evaluate
     from streamprune.inspection import inspect
     from streamprune.job import calibrate, prune
+    from streamprune.packing import pack, unpack
     from streamprune.planning import plan
 
-__all__ = ["calibrate", "evaluate", "inspect", "plan", "prune"]
+__all__ = ["calibrate", "evaluate", "inspect", "pack", "plan", "prune", "unpack"]
 
 _HOMES = {
     "prune": "job",
@@ -28,6 +29,8 @@ _HOMES = {
     "evaluate": "evaluation",
     "plan": "planning",
     "inspect": "inspection",
+    "pack": "packing",
+    "unpack": "packing",
 }
 
 

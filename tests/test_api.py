@@ -21,7 +21,7 @@ from streamprune.errors import ResourceError, UsageError
 from streamprune.spec import Progress
 
 Models = Callable[..., Path]
-VERBS = ["calibrate", "evaluate", "inspect", "plan", "prune"]
+VERBS = ["calibrate", "evaluate", "inspect", "pack", "plan", "prune", "unpack"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,9 +63,8 @@ def test_signatures(name: str) -> None:
     parameters = inspect_module.signature(verb).parameters
     assert hints.keys() == {*parameters, "return"}
     positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == {"prune": ["model", "out"], "calibrate": ["model", "out"], "evaluate": ["model", "text"]}.get(
-        name, ["model"]
-    )
+    second = {"evaluate": ["text"], "plan": [], "inspect": []}.get(name, ["out"])
+    assert positional == ["model", *second]
     for p in parameters.values():
         assert (p.default is p.empty) == (p.name in positional)
 
@@ -76,8 +75,8 @@ def test_the_command_line_offers_all_of_it(name: str) -> None:
     from streamprune.cli import build_parser
 
     command = {"evaluate": "eval"}.get(name, name)
-    given = {"prune": ["m", "o", "--sparsity", "0.5"], "calibrate": ["m", "o"], "eval": ["m", "--text", "t"]}
-    args = vars(build_parser().parse_args([command, *given.get(command, ["m"])]))
+    given = {"prune": ["m", "o", "--sparsity", "0.5"], "eval": ["m", "--text", "t"], "plan": ["m"], "inspect": ["m"]}
+    args = vars(build_parser().parse_args([command, *given.get(command, ["m", "o"])]))
     rename = {"with_stats": "stats", "on_linear": None, "progress": None, "revision": None, "speeds": None}
     for p in inspect_module.signature(getattr(streamprune, name)).parameters.values():
         flag = rename.get(p.name, p.name)

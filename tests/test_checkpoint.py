@@ -185,6 +185,8 @@ def test_an_adapter_is_unsupported(tmp_path: Path) -> None:
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"quantization_config": {}}, None),
+        ({"quantization_config": {"quant_method": "c", "sparsity_config": {"format": "dense"}}}, None),
+        ({"quantization_config": {"quant_method": "c", "sparsity_config": {"format": "sparse-24-bitmask"}}}, "unpack"),
         ({"quantization_config": None}, None),
         ({"quantization_config": "odd\n"}, "odd"),
         ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),

@@ -160,14 +160,24 @@ def open_shard(path: Path) -> Checkpoint:
 
 
 def quantisation_of(checkpoint: Checkpoint) -> tuple[str, Any] | None:
-    """Where config.json says that the weights are quantised (also within a section such as text_config), and what."""
+    """Where config.json says that the weights are quantised (also within a section such as text_config), and what.
+
+    That zeros were counted, with `sparsity_config` of the format "dense", is no quantisation.
+    """
     sections = [("", checkpoint.config)]
     sections += [(f"{key}.", value) for key, value in checkpoint.config.items() if isinstance(value, dict)]
     for prefix, section in sections:
         for key in ("quantization_config", "compression_config"):
-            if section.get(key):
-                return f"{prefix}{key}", section[key]
+            found = section.get(key)
+            if found and not (isinstance(found, dict) and _is_plain(found)):
+                return f"{prefix}{key}", found
     return None
+
+
+def _is_plain(description: Mapping[str, Any]) -> bool:
+    sparsity = description.get("sparsity_config")
+    dense = isinstance(sparsity, dict) and sparsity.get("format") == "dense"
+    return dense and not description.get("config_groups")
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -180,6 +190,10 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
     if found is None:
         return
     where, description = found
+    if isinstance(description, dict) and description.get("sparsity_config") and not description.get("config_groups"):
+        raise UnsupportedError(
+            f"{checkpoint.path / 'config.json'}: {where} says the weights are packed; make them plain with `unpack`"
+        )
     method = description.get("quant_method", "unknown") if isinstance(description, dict) else description
     raise UnsupportedError(
         f"{checkpoint.path / 'config.json'}: {where} says that the weights are quantised ({show(method)}), which "

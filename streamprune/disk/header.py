@@ -67,23 +67,52 @@ def read_shard(path: Path) -> Shard:
     """
     with open_file(path) as f:
         info = os.fstat(f.fileno())
-        prefix = read_bytes(f, path, 8)
-        if len(prefix) < 8:
-            raise CheckpointError(
-                f"{path}: truncated: ends at byte {len(prefix)}, the header length takes 8; download it again"
-            )
-        start = 8 + int.from_bytes(prefix, "little")
-        if start - 8 > MAX_HEADER_BYTES:
-            raise CheckpointError(
-                f"{path}: the header claims {start - 8} bytes, the format allows {MAX_HEADER_BYTES}; this is "
-                "no safetensors file, download it again"
-            )
-        header = read_bytes(f, path, start - 8)
-    if start > info.st_size or len(header) < start - 8:
+        header = _read_header(f, path, info.st_size)
+    refs, _ = check_header(path, header, info.st_size)
+    digest = xxhash.xxh3_128_hexdigest(header_prefix(header) + header)
+    return Shard(tuple(refs), digest, info.st_size, info.st_mtime_ns)
+
+
+def read_header(path: Path) -> bytes:
+    """The JSON text of a safetensors file's header, padding and all. Raises CheckpointError, as read_shard."""
+    with open_file(path) as f:
+        return _read_header(f, path, os.fstat(f.fileno()).st_size)
+
+
+def header_prefix(header: bytes) -> bytes:
+    """The 8 bytes that come before a header."""
+    return len(header).to_bytes(8, "little")
+
+
+def _read_header(f: BinaryIO, path: Path, size: int) -> bytes:
+    prefix = read_bytes(f, path, 8)
+    if len(prefix) < 8:
         raise CheckpointError(
-            f"{path}: truncated: the header should end at byte {start}, the file ends at {info.st_size}; "
-            "download it again"
+            f"{path}: truncated: ends at byte {len(prefix)}, the header length takes 8; download it again"
         )
+    start = 8 + int.from_bytes(prefix, "little")
+    if start - 8 > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: the header claims {start - 8} bytes, the format allows {MAX_HEADER_BYTES}; this is "
+            "no safetensors file, download it again"
+        )
+    header = read_bytes(f, path, start - 8)
+    if start > size or len(header) < start - 8:
+        raise CheckpointError(
+            f"{path}: truncated: the header should end at byte {start}, the file ends at {size}; download it again"
+        )
+    return header
+
+
+def check_header(path: Path, header: bytes, size: int) -> tuple[list[TensorRef], dict[str, str]]:
+    """Check the JSON text of a header; `path` is of the file that it is, or was, in, and `size` that file's bytes.
+
+    Returns its tensors by offset, and its metadata.
+
+    Raises:
+        CheckpointError: it is malformed, or its tensors do not cover the file.
+    """
+    start = 8 + len(header)
     if header[:1] != b"{":
         raise CheckpointError(
             f"{path}: byte 8 does not begin a JSON object; this is no safetensors file, download it again"
@@ -94,8 +123,8 @@ def read_shard(path: Path) -> Shard:
         raise CheckpointError(f"{path}: __metadata__ does not map text to text; save the file again")
     refs = [_tensor_ref(path, name, entry, start) for name, entry in entries.items()]
     refs.sort(key=lambda ref: (ref.begin, ref.end))
-    _check_cover(path, refs, start, info.st_size)
-    return Shard(tuple(refs), xxhash.xxh3_128_hexdigest(prefix + header), info.st_size, info.st_mtime_ns)
+    _check_cover(path, refs, start, size)
+    return refs, metadata
 
 
 def _is_size(value: object) -> bool:

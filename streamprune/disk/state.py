@@ -2,7 +2,7 @@
 
     .OUT.lock                    held while a process works on OUT
     OUT.partial/                 the output as far as it is written
-    OUT.partial/.streamprune/    job.json, journal, tokens.npy, statistics of finished layers, cache/
+    OUT.partial/.streamprune/    job.json, journal, tokens.npy, statistics of finished layers, cache/; pack: counts
     .OUT.statistics              with --allocate: what was gathered first, by a job of its own; removed at the end
     OUT                          the finished output, renamed from OUT.partial in one step
 
@@ -17,17 +17,36 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
 
 from streamprune.disk import durable, journal
 from streamprune.errors import CorruptStateError, StateError
-from streamprune.spec import JobSpec
 
 REPORT = "streamprune.json"
 
 Report = dict[str, Any]
+
+
+class Job(Protocol):
+    """What must be known of a job to find its state."""
+
+    @property
+    def out(self) -> Path: ...
+
+    @property
+    def restart(self) -> bool: ...
+
+    @property
+    def work(self) -> Path | None:
+        """Where the activation cache is to be, if not within OUT.partial."""
+
+    def fixed(self) -> dict[str, Any]:
+        """What makes it this job, as JSON values."""
+
+    def differences(self, recorded: Mapping[str, Any]) -> str:
+        """Which of these values differ from recorded ones, in words; empty when none does."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,11 @@ class JobState:
     @property
     def tokens(self) -> Path:
         return self.folder / "tokens.npy"
+
+    @property
+    def counts(self) -> Path:
+        """Of `pack`: nonzeros of each row."""
+        return self.folder / "counts"
 
     @property
     def is_complete(self) -> bool:
@@ -117,7 +141,7 @@ def statistics_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.statistics")
 
 
-def new_state(spec: JobSpec) -> JobState:
+def new_state(spec: Job) -> JobState:
     """The places of a job that begins now."""
     if spec.work is None:
         return JobState(spec.out, _inside(partial_of(spec.out)))
@@ -125,7 +149,7 @@ def new_state(spec: JobSpec) -> JobState:
     return JobState(spec.out, spec.work.absolute() / f"{spec.out.name}-{key}")
 
 
-def find_finished(spec: JobSpec) -> Report | None:
+def find_finished(spec: Job) -> Report | None:
     """The report of OUT if it is finished and this very job's; None when there is no OUT.
 
     Raises StateError when OUT is not ours or another job's, CorruptStateError when files of it are missing.
@@ -161,7 +185,7 @@ def _check_files(folder: Path, report: Report) -> None:
             )
 
 
-def find_unfinished(spec: JobSpec) -> tuple[JobState, Report] | None:
+def find_unfinished(spec: Job) -> tuple[JobState, Report] | None:
     """The state and `job.json` of this very job if it has begun; None when there is nothing to go on with.
 
     What is left of a job that died before its `job.json` was written is removed; so is everything with
@@ -206,11 +230,11 @@ def _just_begun(partial: Path, folder: Path) -> bool:
         return False
     if not folder.exists():
         return True
-    early = {"cache", "tokens.npy", ".tokens.npy.tmp", ".job.json.tmp"}
+    early = {"cache", "tokens.npy", ".tokens.npy.tmp", "counts", ".counts.tmp", ".job.json.tmp"}
     return folder.is_dir() and not {p.name for p in folder.iterdir()} - early
 
 
-def _complete(spec: JobSpec, partial: Path) -> tuple[JobState, Report] | None:
+def _complete(spec: Job, partial: Path) -> tuple[JobState, Report] | None:
     """A partial output that is complete but for the last rename. Without its `job.json`, it is finished work, which
     --restart never throws away: it may be somebody's OUT that happens to have this name."""
     report = (

@@ -1,0 +1,203 @@
+"""The files beside the shards of a packed checkpoint: what its config.json says, and what is kept of the original.
+
+compressed-tensors up to 0.14 looks for `quantization_config.sparsity_config` in config.json (older: compression_config,
+or sparsity_config by itself). The original texts are in the report of `pack`, `streamprune.json`, with size and
+xxh3_128 of every file, so that `unpack` can restore and verify them. A report may come from anywhere: the names in it
+are looked at before anything is written under them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from streamprune.disk import durable, journal
+from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
+from streamprune.disk.header import open_file, read_bytes, show
+from streamprune.disk.packed import TWO_FOUR
+from streamprune.disk.state import REPORT, file_digest
+from streamprune.errors import CheckpointError, CorruptStateError, UnsupportedError
+
+INDEX_SUFFIX = ".safetensors.index.json"
+MAIN_INDEX = f"model{INDEX_SUFFIX}"
+PACKED_INDEX = f"packed{INDEX_SUFFIX}"
+_PREFIX = "packed-"
+
+Files = dict[str, dict[str, Any]]
+"""Relative name -> bytes, xxh3_128, and for those that are kept as text: text."""
+
+
+def packed_name(shard: str) -> str:
+    """What the packed shard of a source shard is called: so that no loader takes the folder for a model.
+
+    Under the usual names, transformers would find none of the packed weights and make random ones.
+    """
+    return _PREFIX + shard
+
+
+def source_name(shard: str) -> str:
+    """What the source shard of a packed shard was called."""
+    return shard.removeprefix(_PREFIX)
+
+
+def index_name(folder: Path, shards: Collection[str]) -> str | None:
+    """The index that a checkpoint of these shards has or needs; None where there is but one, found without it."""
+    indexes = sorted(p.name for p in folder.glob(f"*{INDEX_SUFFIX}") if not p.name.startswith("."))
+    if len(shards) == 1 and (not indexes or "model.safetensors" in shards):
+        return None
+    return indexes[0] if len(indexes) == 1 else MAIN_INDEX
+
+
+def original_texts(checkpoint: Checkpoint) -> Files:
+    """The files that packing replaces, and that are not shards: config.json, indexes, streamprune.json."""
+    names = ["config.json", REPORT, *(p.name for p in checkpoint.path.glob(f"*{INDEX_SUFFIX}"))]
+    found: Files = {}
+    for name in sorted(names):
+        path = checkpoint.path / name
+        if path.is_file() and not name.startswith("."):
+            with open_file(path) as f:
+                data = read_bytes(f, path, -1)
+            found[name] = {**entry(data), "text": data.decode(errors="surrogateescape")}
+    return found
+
+
+def text_bytes(kept: Mapping[str, Any]) -> bytes:
+    """The bytes of a file that was kept as text."""
+    return str(kept["text"]).encode(errors="surrogateescape")
+
+
+def entry(data: bytes) -> dict[str, Any]:
+    """Size and hash of a file's bytes."""
+    return {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+
+
+def packed_config(checkpoint: Checkpoint, layout: str, packed: Collection[str], sparsity: float) -> bytes:
+    """The text of config.json of a packed checkpoint; `packed` are the names of packed tensors, the rest is ignored."""
+    before = checkpoint.config.get("quantization_config")
+    ignore = sorted(
+        name.removesuffix(".weight")
+        for name, ref in checkpoint.tensors.items()
+        if name.endswith(".weight") and len(ref.shape) == 2 and name not in packed
+    )
+    described = dict(before) if isinstance(before, dict) else {"quant_method": "compressed-tensors"}
+    described["sparsity_config"] = {
+        "format": layout,
+        "sparsity_structure": "2:4" if layout == TWO_FOUR else "unstructured",
+        "targets": ["Linear"],
+        "ignore": ignore,
+        "global_sparsity": round(sparsity, 6),
+    }
+    return _text({**checkpoint.config, "quantization_config": described})
+
+
+def unpacked_config(config: Mapping[str, Any]) -> bytes:
+    """The text of config.json without the description of sparsity; one of quantisation stays."""
+    result = {k: v for k, v in config.items() if k != "sparsity_config"}
+    for key in ("quantization_config", "compression_config"):
+        described = result.get(key)
+        if not isinstance(described, dict):
+            continue
+        if (
+            described.get("config_groups")
+            or described.get("quant_method", "compressed-tensors") != "compressed-tensors"
+        ):
+            result[key] = {**described, "sparsity_config": {}}
+        else:
+            del result[key]
+    return _text(result)
+
+
+def _text(config: Mapping[str, Any]) -> bytes:
+    return json.dumps(config, indent=2, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+
+
+@dataclass(frozen=True)
+class Originals:
+    """What a packed checkpoint was: its files, and Checkpoint.identity() of it."""
+
+    files: Files
+    identity: Mapping[str, str]
+    layout: str
+    """That it was packed in."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"files": self.files, "identity": dict(self.identity)}
+
+
+def read_originals(checkpoint: Checkpoint) -> Originals | None:
+    """What a checkpoint that we packed was, by its report; None for any other checkpoint.
+
+    Raises:
+        CheckpointError: the report names files that cannot be, or other shards than there are.
+    """
+    path = checkpoint.path / REPORT
+    try:
+        report = journal.read_json(path, "report") if path.is_file() else {}
+    except CorruptStateError:
+        return None
+    if "packed" not in report:
+        return None
+    try:
+        original = report["packed"]["original"]
+        files, identity = original["files"], original["identity"]
+        for name, kept in files.items():
+            fine = isinstance(kept["bytes"], int) and isinstance(kept["xxh3_128"], str) and kept["bytes"] >= 0
+            if not fine or not _is_plain(name) or not isinstance(kept.get("text", ""), str):
+                raise ValueError(show(name))
+        if not isinstance(identity, dict):
+            raise TypeError
+        layout = str(report["packed"]["layout"])
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{path}: what it says of the original files is damaged; download it again") from e
+    missing = [s for s in map(source_name, checkpoint.shards) if s not in files or "text" in files[s]]
+    if missing:
+        raise CheckpointError(f"{path}: shard {show(missing[0])} is not among the original files; download it again")
+    return Originals(files, identity, layout)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name stays within its folder, and is none of ours while we work."""
+    parts = PurePosixPath(name).parts
+    odd = not name.isprintable() or "\\" in name or ":" in name or name.startswith("/")
+    return bool(parts) and "/".join(parts) == name and not odd and not any(p.startswith(".") for p in parts)
+
+
+def is_restored(folder: Path, originals: Originals, shards: Collection[str]) -> bool:
+    """Whether a folder holds the original files and no others, our folder of state aside.
+
+    Of shards, names, sizes, headers and samples are compared; of all others, every byte.
+    """
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir() or p.is_symlink()}
+    if {name for name in there if not name.startswith(".streamprune/")} != originals.files.keys():
+        return False
+    for name, kept in originals.files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != kept["bytes"]:
+            return False
+        if name not in shards and file_digest(path) != kept["xxh3_128"]:
+            return False
+    try:
+        return open_checkpoint(folder).identity() == originals.identity
+    except (CheckpointError, UnsupportedError):
+        return False
+
+
+def restore_file(checkpoint: Checkpoint, folder: Path, name: str, kept: Mapping[str, Any]) -> None:
+    """Writes one original file that is no shard, from its text or as a copy. Raises CheckpointError if it differs."""
+    if "text" in kept:
+        durable.make_folder((folder / name).parent)
+        data = text_bytes(kept)
+        if entry(data) == {k: kept[k] for k in ("bytes", "xxh3_128")}:
+            durable.replace_file(folder / name, data)
+            return
+        source = checkpoint.path / REPORT
+    else:
+        source = checkpoint.path / name
+        if source.is_file() and durable.copy_file(source, folder / name) == (kept["bytes"], kept["xxh3_128"]):
+            return
+    raise CheckpointError(f"{source}: {show(name)} is missing or not what was packed; download it again")
