@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from streamprune.spec import format_bytes
 
 if TYPE_CHECKING:
+    from streamprune.difference import Difference
     from streamprune.evaluation import Evaluation
-    from streamprune.inspection import Inspection
+    from streamprune.inspection_report import Inspection, LinearReport, Totals
     from streamprune.model.cost import Split
     from streamprune.planning import Plan
 
@@ -44,29 +45,82 @@ def evaluation_lines(found: Evaluation) -> str:
 
 
 def inspection_table(found: Inspection) -> str:
-    """One line a linear, and a line of totals."""
-    rows = [
-        [
-            n.name, n.dtype, "x".join(map(str, n.shape)), f"{100 * n.sparsity:.2f} %",
-            str(n.min_row_zeros) if n.min_row_zeros == n.max_row_zeros else f"{n.min_row_zeros}-{n.max_row_zeros}",
-            n.pattern or "-", _faults(n.negative_zeros, n.nans, n.infs),
-        ]
-        for n in found.linears
-    ]  # fmt: skip
+    """One line a linear, then the totals; columns that hold nothing for any linear are left out.
+
+    With a source: how far each linear is from it, in place of its bytes.
+    """
+    heads = ["linear", "dtype", "shape", "zeros", "zeros/row", "pattern"]
+    heads += ["kept changed", "revived", "rel. error"] if found.against else ["scales", "stored", "packed"]
+    rows = [_inspection_cells(n, found.totals.layout) for n in found.linears]
+    optional = ("revived", "scales", "faults")
+    shown = [h for h in [*heads, "faults"] if h not in optional or any(row[h] not in ("-", "0") for row in rows)]
     t = found.totals
-    patterns = ", ".join(f"{p} in {c}" for p, c in t.patterns.items()) or "none"
-    total = (
+    patterns = ", ".join(f"{p} in {c}" for p, c in t.patterns.items())
+    lines = [
+        table(shown, [[row[h] for h in shown] for row in rows]),
+        "",
         f"{t.linears} linears, {t.weights} weights, {100 * t.sparsity:.2f} % zero; patterns: {patterns}; "
-        f"faults: {_faults(t.negative_zeros, t.nans, t.infs)}"
-    )
-    verdict = [] if found.ok is None else [f"expected {found.expect}: {'yes' if found.ok else 'NO'}"]
-    head = ["linear", "dtype", "shape", "zeros", "zeros/row", "pattern", "faults"]
-    return "\n".join([table(head, rows), "", total, *verdict])
+        f"faults: {'none' if _faults(t) == '-' else _faults(t)}",
+        _stored(t),
+    ]
+    if found.against:
+        lines += _difference_lines(found.against)
+    if found.ok is not None:
+        lines.append(f"expected {found.expect}: {'yes' if found.ok else 'NO'}")
+    return "\n".join(lines)
 
 
-def _faults(negative_zeros: int, nans: int, infs: int) -> str:
-    found = [f"{count} {what}" for count, what in ((negative_zeros, "-0.0"), (nans, "NaN"), (infs, "Inf")) if count]
-    return ", ".join(found) or "none"
+def _inspection_cells(n: LinearReport, layout: str | None) -> dict[str, str]:
+    d, scale = n.difference, n.scale
+    few, many = n.min_row_zeros, n.max_row_zeros
+    return {
+        "linear": n.name,
+        "dtype": n.dtype,
+        "shape": "x".join(map(str, n.shape)),
+        "zeros": f"{100 * n.sparsity:.2f} %",
+        "zeros/row": str(few) if few == many else f"{few}-{many}",
+        "pattern": n.pattern or "-",
+        "scales": "-" if scale is None or scale.least is None else f"{scale.least:.2g}..{scale.largest:.2g}",
+        "stored": format_bytes(n.nbytes),
+        "packed": format_bytes(n.nbytes_packed(layout)),
+        "kept changed": "-" if d is None or d.kept_changed is None else str(d.kept_changed),
+        "revived": "-" if d is None or d.revived is None else str(d.revived),
+        "rel. error": "-" if d is None or d.relative_error is None else f"{d.relative_error:.4g}",
+        "faults": _faults(n),
+    }
+
+
+def _faults(found: LinearReport | Totals) -> str:
+    kinds = {
+        "-0.0": found.negative_zeros,
+        "NaN": found.nans,
+        "Inf": found.infs,
+        "bad scales": found.bad_scales,
+    }
+    return ", ".join(f"{count} {what}" for what, count in kinds.items() if count) or "-"
+
+
+def _stored(t: Totals) -> str:
+    """Bytes of the linears, now and packed."""
+    now = f"stored in {format_bytes(t.nbytes)}"
+    if t.packed:
+        return f"{now}, {t.packed} of {t.linears} linears packed; all dense: {format_bytes(t.nbytes_dense)}"
+    if t.layout is None:
+        return f"{now}; packing would save nothing"
+    return f"{now}; packed as {t.layout}: {format_bytes(t.nbytes_packed)}"
+
+
+def _difference_lines(d: Difference) -> list[str]:
+    equal = sum(status == "equal" for status in d.tensors.values())
+    changed = len(d.named("changed", linears=True))
+    error = "" if d.relative_error is None else f", relative error of all linears {d.relative_error:.4g}"
+    lines = [f"against {d.source}: of {len(d.tensors)} tensors {equal} equal, {changed} linears changed{error}"]
+    for status in sorted({*d.amiss.values()}):
+        names = [name for name, is_so in d.amiss.items() if is_so == status]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        what = "changed, but no linear" if status == "changed" else status
+        lines.append(f"  {what}: {', '.join(names[:8])}{more}")
+    return lines
 
 
 def plan_table(found: Plan) -> str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_files import entry, make, shard_bytes
@@ -14,10 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import streamprune.inspection as inspection
+import streamprune.inspection_count as inspection_count
+import streamprune.stored_tensors as stored_tensors
 from streamprune.disk.checkpoint import open_checkpoint
+from streamprune.disk.linears import find_linears
+from streamprune.disk.packed import BITMASK, LAYOUTS, TWO_FOUR
 from streamprune.errors import CheckpointError, UnsupportedError, UsageError
-from streamprune.inspection import LinearReport, find_linears, inspect
+from streamprune.inspection import inspect
+from streamprune.inspection_report import LinearReport
+from streamprune.pruning.bitmask import pack_rows
+from streamprune.tables import inspection_table
 
 NAME = "model.layers.0.mlp.up_proj"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -43,10 +53,10 @@ def dense(rows: int, inputs: int, dtype: torch.dtype = torch.bfloat16) -> torch.
 
 
 def pruned(rows: int, inputs: int, n: int, m: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """N of every M inputs kept, at places that differ from group to group."""
+    """N neighbours of every M inputs kept, at places that differ from group to group."""
     keep = torch.zeros(rows, inputs // m, m, dtype=torch.bool)
     for k in range(n):
-        at = (torch.arange(rows)[:, None] + torch.arange(inputs // m) + k * (m // n)) % m
+        at = (torch.arange(rows)[:, None] + torch.arange(inputs // m) + k) % m
         keep.scatter_(2, at[..., None], True)
     return torch.where(keep.reshape(rows, inputs), dense(rows, inputs, torch.float32), 0.0).to(dtype)
 
@@ -68,15 +78,16 @@ def odd_weights(draw: st.DrawFn) -> torch.Tensor:
     return values.to(dtype)
 
 
-def tightest(nonzero: list[list[bool]]) -> str | None:
+def tightest(nonzero: list[list[bool]], expected_m: int = 2) -> str | None:
     """The reference of LinearReport.pattern, group by group."""
     held = []
-    for m in (4, 8, 16, 32):
+    for m in {2, 4, 8, 16, 32, expected_m}:
         if len(nonzero[0]) % m:
             continue
         groups = [sum(row[i : i + m]) for row in nonzero for i in range(0, len(row), m)]
-        n = max(groups)
-        if 0 < n < m and sum(groups) >= 0.9 * n * len(groups):
+        n, p = max(groups), sum(groups) / len(groups) / m
+        more = sum(math.comb(m, k) * p**k * (1 - p) ** (m - k) for k in range(n + 1, m + 1))
+        if 0 < n < m and (sum(groups) >= 0.9 * n * len(groups) or len(nonzero[0]) // m * more >= 10):
             held.append((n / m, m, f"{n}:{m}"))
     return min(held)[2] if held else None
 
@@ -95,8 +106,8 @@ def test_counts_equal_a_slow_reference(
     assert report.negative_zeros == int(((wide == 0) & wide.signbit()).sum())
     assert report.nans == int(wide.isnan().sum())
     assert report.infs == int(wide.isinf().sum())
-    assert report.pattern == tightest(nonzero)
     n, m = map(int, expect.split(":"))
+    assert report.pattern == tightest(nonzero, m)
     if weight.shape[1] % m:
         assert "do not divide" in failures[0]
         return
@@ -115,20 +126,21 @@ def test_counts_equal_a_slow_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8), (6, 8), (4, 16), (12, 32)])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (3, 4), (3, 6), (4, 8), (6, 8), (4, 16), (12, 32)])
 def test_patterns_are_found_and_hold(tmp_path: Path, dtype: torch.dtype, n: int, m: int) -> None:
     weight = pruned(5, 96, n, m, dtype)
     report, failures = one(tmp_path / "m", weight, f"{n}:{m}")
     assert not failures
     assert report.sparsity == 1 - n / m
-    assert report.pattern == tightest((weight.double() != 0).tolist())
+    assert report.pattern == tightest((weight.double() != 0).tolist(), m)
     if math.gcd(n, m) == 1 or m == 4:
         assert report.pattern == f"{n}:{m}"
     weight[4, 95], weight[4, 94], weight[4, 93], weight[4, 92] = 1, 1, 1, 1  # a full group of 4 at the end
     if n < 4:
         _, failures = one(tmp_path / "m", weight, f"{n}:{m}")
         assert len(failures) == 1
-        assert failures[0].startswith(f"{NAME}: row 4, inputs {96 - m} to 95: ")
+        first = max(m, 4)  # the first overfull group begins so far from the end
+        assert failures[0].startswith(f"{NAME}: row 4, inputs {96 - first} to {95 - first + m}: ")
 
 
 def test_unstructured_zeros_are_no_pattern(tmp_path: Path) -> None:
@@ -140,6 +152,37 @@ def test_unstructured_zeros_are_no_pattern(tmp_path: Path) -> None:
     assert failures
     assert one(tmp_path / "z", torch.zeros(4, 32))[0].pattern is None
     assert one(tmp_path / "z", torch.zeros(4, 32), "2:4")[1] == ()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_two_four_with_zeros_among_the_kept(tmp_path: Path, share: float) -> None:
+    """More zeros than the pattern asks for do not hide it, unless there are so few weights that it may be chance."""
+    generator = torch.Generator().manual_seed(1)
+    weight = pruned(8, 1024, 2, 4)
+    weight[torch.rand(weight.shape, generator=generator) < share] = 0
+    report, failures = one(tmp_path / "m", weight, "2:4")
+    assert report.pattern == tightest((weight != 0).tolist()) == "2:4"
+    assert not failures
+    few = weight[:, :64]
+    assert one(tmp_path / "m", few)[0].pattern == ("2:4" if share < 0.1 else None)
+
+
+def test_chance_and_structure_are_no_pattern(tmp_path: Path) -> None:
+    """Random zeros, the same zeros in every row, and inputs that are dead altogether."""
+    generator = torch.Generator().manual_seed(2)
+    for sparsity in (0.5, 0.7, 0.9, 0.99):
+        same = dense(1, 1024)
+        same[torch.rand(same.shape, generator=generator) < sparsity] = 0
+        anew = dense(64, 1024)
+        anew[torch.rand(anew.shape, generator=generator) < sparsity] = 0
+        assert one(tmp_path / "m", same.repeat(64, 1))[0].pattern is None
+        assert one(tmp_path / "m", anew)[0].pattern is None
+
+
+def test_the_expected_m_is_looked_for(tmp_path: Path) -> None:
+    weight = pruned(4, 96, 5, 12)
+    assert one(tmp_path / "m", weight, "6:12")[0].pattern == "5:12"
+    assert one(tmp_path / "m", weight)[0].pattern is None
 
 
 def test_expected_sparsity(tmp_path: Path) -> None:
@@ -194,9 +237,9 @@ def test_blocks_do_not_change_the_counts(tmp_path: Path, monkeypatch: pytest.Mon
     places = [failure.split(": ")[1] for failure in whole.failures[-3:]]
     assert places == ["row 41, input 7", "row 50, input 190", "row 69, input 287"]
     assert "row 1, inputs 198 to 203: 6 nonzeros" in whole.failures[0]
-    for block, chunk in ((1, 1), (4 * 288 * 3, 4 * 288 * 7), (1, 10_000)):
-        monkeypatch.setattr(inspection, "_BLOCK_BYTES", block)
-        monkeypatch.setattr(inspection, "_CHUNK_BYTES", chunk)
+    for block, chunk in ((1, 4), (4 * 288 * 3, 4 * 288 * 7), (1, 10_000)):
+        monkeypatch.setattr(inspection_count, "_BLOCK_BYTES", block)
+        monkeypatch.setattr(stored_tensors, "_CHUNK_BYTES", chunk)
         assert inspect(folder, expect="3:6") == whole
 
 
@@ -267,7 +310,29 @@ def test_only_and_skip(tmp_path: Path) -> None:
             inspect(folder, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("expect", ["4:2", "2:4:8", "0:4", "2:64", "x", "", "1.5", "1", "0", "-0.5", "nan", "50%", ":"])
+@pytest.mark.parametrize(
+    "expect",
+    [
+        "2:4,4:8",
+        "0.5,0.6",
+        "2:4,",
+        "fp16",
+        "2:4;fp8",
+        "4:2",
+        "2:4:8",
+        "0:4",
+        "2:64",
+        "x",
+        "",
+        "1.5",
+        "1",
+        "0",
+        "-0.5",
+        "nan",
+        "50%",
+        ":",
+    ],
+)
 def test_malformed_expectations(tmp_path: Path, expect: str) -> None:
     with pytest.raises(UsageError):
         inspect(tmp_path / "never-opened", expect=expect)
@@ -276,14 +341,168 @@ def test_malformed_expectations(tmp_path: Path, expect: str) -> None:
 def test_models_that_cannot_be_inspected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         inspect(tmp_path / "nowhere")
-    with pytest.raises(UnsupportedError, match="unpack"):
+    with pytest.raises(UnsupportedError, match="looks like a layer's linear"):
         inspect(model(tmp_path / "m", {"lm_head": dense(2, 4)}), expect="2:4")
 
 
-def test_quantised_models_can_be_inspected(tmp_path: Path) -> None:
+def fp8(folder: Path, scale: torch.Tensor | None, weight: torch.Tensor | None = None) -> Path:
+    """An FP8 checkpoint of one linear, 2:4 unless `weight` is given."""
+    codes = pruned(4, 32, 2, 4, torch.float8_e4m3fn) if weight is None else weight
     config = {"model_type": "llama", "quantization_config": {"quant_method": "compressed-tensors"}}
-    folder = model(tmp_path / "m", {NAME: pruned(2, 8, 2, 4, torch.float8_e4m3fn)}, config)
-    assert inspect(folder, expect="2:4").ok
+    make(folder, config=config)
+    tensors = {f"{NAME}.weight": codes} | ({} if scale is None else {f"{NAME}.weight_scale": scale})
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4,), (1,), ()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sound_scales(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    scale = torch.linspace(0.5, 2, math.prod(shape)).reshape(shape).to(dtype)
+    found = inspect(fp8(tmp_path / "m", scale), expect="2:4,fp8,0.5")
+    report = found.linears[0]
+    assert report.scale is not None
+    assert (report.scale.least, report.scale.largest) == (float(scale.min()), float(scale.max()))
+    assert (report.scale.bad, report.scale.fault, report.scale.shape) == (0, None, shape)
+    assert (found.ok, found.expect, found.failures) == (True, "2:4,fp8,0.5", ())
+    assert report.nbytes == report.nbytes_dense == 4 * 32 + scale.nbytes
+    assert found.totals.dtypes == {"F8_E4M3": 1}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
+def test_bad_scales(tmp_path: Path, bad: float) -> None:
+    scale = torch.tensor([[1.0], [bad], [3.0], [bad]])
+    found = inspect(fp8(tmp_path / "m", scale), expect="2:4")
+    assert found.failures == (f"{NAME}: row 1: its scale is {bad:g} (2 bad ones in all)",)
+    assert found.linears[0].scale is not None and found.linears[0].scale.bad == found.totals.bad_scales == 2
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_one_bad_scale_for_all_rows(tmp_path: Path) -> None:
+    found = inspect(fp8(tmp_path / "m", torch.tensor(0.0)), expect="2:4")
+    assert found.failures == (f"{NAME}: row 0: its scale is 0 (1 bad ones in all)",)
+    assert found.totals.bad_scales == 1
+    assert "1 bad scales" in inspection_table(found)
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_the_table_is_readable_at_120_columns(tmp_path: Path, against: bool) -> None:
+    """Names and shapes of a 70B model, whose weights a hole in the file stands for."""
+    name, shape = "model.layers.79.self_attn.o_proj", (28672, 8192)
+    size = math.prod(shape)
+    header = {
+        f"{name}.weight": entry("F8_E4M3", list(shape), 0, size),
+        f"{name}.weight_scale": entry("BF16", [shape[0], 1], size, size + 2 * shape[0]),
+    }
+    folder = make(tmp_path / "m")
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(shard_bytes(header))
+        file.seek(size - 2, 1)
+        file.write(b"\x01\x00" + b"\x80\x3f" * shape[0])
+    found = inspect(folder, against=folder if against else None)
+    lines = inspection_table(found).splitlines()[:3]
+    assert len(lines[2]) > 80 and max(map(len, lines)) <= 120
+    assert ("scales" in lines[0], "kept changed" in lines[0]) == (not against, against)
+
+
+@pytest.mark.parametrize(
+    ("scale", "why"),
+    [
+        (torch.ones(2, 1), r"the shape \[2, 1\], 4 rows want"),
+        (torch.ones(4, 2), r"the shape \[4, 2\]"),
+        (torch.ones(1, 32), r"the shape \[1, 32\]"),
+        (torch.ones(4, 1, dtype=torch.int32), "is I32"),
+    ],
+)
+def test_scales_that_do_not_fit(tmp_path: Path, scale: torch.Tensor, why: str) -> None:
+    found = inspect(fp8(tmp_path / "m", scale), expect="2:4")
+    assert len(found.failures) == 1 and re.search(why, found.failures[0])
+    assert found.totals.bad_scales == 1
+    assert inspect(tmp_path / "m").failures == ()
+
+
+def test_expecting_fp8(tmp_path: Path) -> None:
+    assert "without a weight_scale" in inspect(fp8(tmp_path / "a", None), expect=["2:4", "fp8"]).failures[0]
+    assert inspect(fp8(tmp_path / "a", None), expect="2:4").ok
+    assert one(tmp_path / "b", pruned(2, 8, 2, 4), "FP8")[1] == (f"{NAME}: is BF16, not F8_E4M3",)
+    negative = pruned(4, 32, 2, 4, torch.float8_e4m3fn)
+    negative[1, int((negative[1].float() == 0).nonzero()[0])] = -0.0
+    assert ": -0.0 (1 in all)" in inspect(fp8(tmp_path / "c", torch.ones(4, 1), negative), expect="fp8").failures[0]
+
+
+def bits_of(weight: torch.Tensor) -> np.ndarray[Any, Any]:
+    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[weight.element_size()]
+    return weight.contiguous().view(torch.uint8).numpy().view(unsigned).reshape(weight.shape)
+
+
+def packed_parts(name: str, weight: torch.Tensor, layout: str) -> dict[str, torch.Tensor]:
+    """What a packed checkpoint holds in place of `weight`."""
+    bits = bits_of(weight)
+    values, mask = pack_rows(bits, layout == TWO_FOUR)
+    kept = torch.from_numpy(values.copy().view(np.uint8)).view(weight.dtype)
+    parts = {"compressed": kept.reshape(len(weight), -1) if layout == TWO_FOUR else kept}
+    parts |= {"bitmask": torch.from_numpy(mask), "shape": torch.tensor(weight.shape)}
+    if layout == BITMASK:
+        counts = (bits != 0).sum(1)
+        parts["row_offsets"] = torch.from_numpy(np.cumsum(counts) - counts)
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+def test_packed_checkpoints_are_counted_as_dense_ones(tmp_path: Path, layout: str, dtype: torch.dtype) -> None:
+    weight = pruned(48, 1024, 2, 4, dtype)
+    weight[3, (weight[3].float() != 0).nonzero().flatten()[5:7]] = -0.0
+    if layout == BITMASK:
+        weight[1, :] = 1
+    scale = {f"{NAME}.weight_scale": torch.ones(48, 1)} if dtype == torch.float8_e4m3fn else {}
+    for folder in ("dense", "packed"):
+        make(tmp_path / folder)
+    save_file({f"{NAME}.weight": weight} | scale, tmp_path / "dense" / "model.safetensors")
+    parts = packed_parts(NAME, weight, layout)
+    save_file(parts | scale, tmp_path / "packed" / "model.safetensors")
+    want, found = inspect(tmp_path / "dense", expect="2:4"), inspect(tmp_path / "packed", expect="2:4")
+    assert found.failures == want.failures
+    report = found.linears[0]
+    assert report.packed == layout
+    assert report.nbytes == (report.nbytes_two_four if layout == TWO_FOUR else report.nbytes_bitmask)
+    assert report.nbytes == sum(part.nbytes for part in (parts | scale).values())
+    assert replace(report, packed=None, nbytes=want.linears[0].nbytes) == want.linears[0]
+    assert (found.totals.packed, found.totals.nbytes_dense) == (1, want.totals.nbytes)
+    assert "1 of 1 linears packed; all dense: " in inspection_table(found)
+    assert inspect(tmp_path / "packed", against=tmp_path / "dense").linears[0].difference.status == "equal"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_of_packing_are_what_packing_takes(tmp_path: Path, layout: str) -> None:
+    """Sparse enough to gain, and the linears that would not gain stay."""
+    first = pruned(64, 256, 2, 4) if layout == TWO_FOUR else pruned(64, 256, 3, 8)
+    folder = model(tmp_path / "m", {"layers.0.a": first, "layers.0.b": dense(64, 256)})
+    found = inspect(folder)
+    a, b = found.linears
+    assert found.totals.layout == layout
+    assert a.nbytes_packed(layout) == sum(part.nbytes for part in packed_parts("a", first, layout).values())
+    assert b.nbytes_packed(layout) == b.nbytes == 2 * 64 * 256
+    assert found.totals.nbytes_packed == a.nbytes_packed(layout) + b.nbytes
+    assert (a.nbytes_two_four is None) == (layout == BITMASK)
+    told = json.loads(json.dumps(found.to_json()))
+    assert told["linears"][0]["nbytes_packed"] == a.nbytes_packed(layout)
+    assert inspect(folder, only="b$").totals.layout is None
+
+
+def test_packing_goes_along_stored_rows_and_by_bits(tmp_path: Path) -> None:
+    name = "transformer.h.0.mlp.c_fc"
+    along_inputs = pruned(64, 96, 2, 4)
+    (report,) = inspect(model(tmp_path / "a", {name: along_inputs.T}, {"model_type": "gpt2"})).linears
+    assert report.pattern == "2:4" and report.nbytes_two_four is not None  # neighbouring rows differ by one place
+    along_outputs = torch.zeros(64, 96, dtype=torch.bfloat16)
+    along_outputs[:, :48] = 1
+    (report,) = inspect(model(tmp_path / "b", {name: along_outputs.T}, {"model_type": "gpt2"})).linears
+    assert report.nbytes_two_four is None
+    weight = pruned(64, 96, 2, 4)
+    weight[5, 8:12] = torch.tensor([1.0, -0.0, 1.0, 0.0])  # three with a bit set
+    (report,) = inspect(model(tmp_path / "c", {NAME: weight})).linears
+    assert (report.pattern, report.nbytes_two_four) == ("2:4", None)
 
 
 def test_totals_and_json(tmp_path: Path) -> None:
@@ -299,7 +518,7 @@ def test_totals_and_json(tmp_path: Path) -> None:
     assert totals.sparsity == 65 / 256
     assert totals.patterns == {"2:4": 2, "none": 1}
     told = json.loads(json.dumps(found.to_json()))
-    assert (told["format"], told["version"], told["ok"]) == ("streamprune-inspection", 1, None)
+    assert (told["format"], told["version"], told["ok"]) == ("streamprune-inspection", 2, None)
     assert told["linears"][0]["sparsity"] == 0.5
     assert told["totals"]["patterns"] == {"2:4": 2, "none": 1}
     assert len(told["linears"]) == 3

@@ -4,10 +4,18 @@ Works on the raw bits, so that every floating dtype has one code path and bf16 a
 Meant for blocks of a quarter megabyte or so, which stay in the cache during the ten passes or so. Groups are summed
 with one multiplication: nonzero flags are bytes of 0 or 1, and the top byte of `eight flags as one integer ×
 0x0101010101010101` is their sum.
+
+When is N:M a pattern and not an accident? In any matrix some N holds for every group. Two signs say that it is meant:
+groups are full (nine tenths of N on average); or N would not hold if the zeros had fallen at random. For the latter,
+one row of in / M groups must be enough to expect ten with more than N nonzeros, each weight being nonzero with the
+matrix's own probability p: in / M · P(Binomial(M, p) > N) >= 10. All rows are counted as one because zeros of different
+rows are related (dead inputs, scores that depend on the input), so that an accident repeats itself in every row. So a
+2:4 matrix with many zeros among what it kept is still known as 2:4.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-GROUPS = (4, 8, 16, 32)
+GROUPS = (2, 4, 8, 16, 32)
 """The M of the N:M patterns that are looked for."""
 
-_FULL = 0.9  # how far groups must be filled on average for N:M to be a pattern and not an accident
+_FULL = 0.9  # how far groups are filled on average where N:M is meant
+_BROKEN = 10.0  # or how many groups of a row random zeros would break
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,9 @@ class MatrixCount:
         self.shape = shape
         self.limit = limit
         self.row_nonzeros: NDArray[np.int64] = np.zeros(shape[0], np.int64)  # (out,)
-        self.fullest = {m: 0 for m in GROUPS if shape[1] % m == 0}
-        """M -> the most nonzeros found in a group of M."""
+        sizes = {*GROUPS, limit[1]} if limit else set(GROUPS)
+        self.fullest = {m: 0 for m in sorted(sizes) if shape[1] % m == 0}
+        """M -> the most nonzeros found in a group of M, for GROUPS and the limit's M."""
         self.found = dict.fromkeys(("-0.0", "NaN", "Inf"), 0)
         self.first: dict[str, tuple[int, int]] = {}
         """Kind of `found`, or "group" -> row and first input of its first occurrence."""
@@ -70,13 +80,17 @@ class MatrixCount:
 
     @property
     def pattern(self) -> tuple[int, int] | None:
-        """The tightest (n, m) that every group holds; None when there is none with n < m that looks meant."""
-        nonzeros = int(self.row_nonzeros.sum())
+        """The tightest (n, m) that every group holds, of equally tight ones that with the smallest m.
+
+        None when there is none with 0 < n < m that is meant, as told at the top.
+        """
+        nonzeros, weights = int(self.row_nonzeros.sum()), self.shape[0] * self.shape[1]
         held = []
         for m, n in self.fullest.items():
-            groups = self.shape[0] * self.shape[1] // m
-            if 0 < n < m and nonzeros >= _FULL * n * groups:
-                held.append((n / m, m, n))
+            if 0 < n < m:
+                full = nonzeros >= _FULL * n * (weights // m)
+                if full or self.shape[1] // m * _chance_of_more(n, m, nonzeros / weights) >= _BROKEN:
+                    held.append((n / m, m, n))
         return (min(held)[2], min(held)[1]) if held else None
 
     def add(self, row: int, column: int, block: NDArray[Any]) -> None:
@@ -112,7 +126,7 @@ class MatrixCount:
         counts8: NDArray[np.uint8] | None = None
         if self.shape[1] % 8 == 0:
             counts8 = group_counts(nonzero, 8)
-        for m in sorted({*self.fullest, limit} - {0}):
+        for m in self.fullest:
             if m != limit and self.fullest[m] == m:
                 continue  # no pattern with this M any more
             if m > 8 and m % 8 == 0 and counts8 is not None:
@@ -120,8 +134,7 @@ class MatrixCount:
             else:
                 counts = counts8 if m == 8 and counts8 is not None else group_counts(nonzero, m)
             most = int(counts.max(initial=0))
-            if m in self.fullest:
-                self.fullest[m] = max(self.fullest[m], most)
+            self.fullest[m] = max(self.fullest[m], most)
             if self.limit and m == limit and most > self.limit[0]:
                 over = counts > self.limit[0]
                 y, x = divmod(int(over.argmax()), over.shape[1])
@@ -134,12 +147,19 @@ class MatrixCount:
 
 def group_counts(nonzero: NDArray[np.bool_], m: int) -> NDArray[np.uint8]:
     """How many of every m neighbours are true: bool (rows, in), contiguous -> uint8 (rows, in / m)."""
+    if m == 2:
+        return ((nonzero.view(np.uint16) * np.uint16(0x0101)) >> np.uint16(8)).astype(np.uint8)
     if m == 4:
         return ((nonzero.view(np.uint32) * np.uint32(0x01010101)) >> np.uint32(24)).astype(np.uint8)
     if m == 8:
         product = nonzero.view(np.uint64) * np.uint64(0x0101010101010101)
         return (product >> np.uint64(56)).astype(np.uint8)
     return _added(nonzero.view(np.uint8), m)
+
+
+def _chance_of_more(n: int, m: int, density: float) -> float:
+    """P(Binomial(m, density) > n)."""
+    return math.fsum(math.comb(m, k) * density**k * (1 - density) ** (m - k) for k in range(n + 1, m + 1))
 
 
 def _added(counts: NDArray[np.uint8], m: int) -> NDArray[np.uint8]:

@@ -1,0 +1,178 @@
+"""What `inspect` finds: one report a linear, their sums, and the difference from another checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from streamprune.difference import Difference, LinearDifference
+from streamprune.disk.packed import BITMASK, TWO_FOUR
+
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class ScaleReport:
+    """The scales of an FP8 linear: least and largest finite one, how many are NaN, Inf, zero or negative (`bad`).
+
+    `fault` says what is wrong with their dtype or shape; the numbers are then None and 0.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    least: float | None
+    largest: float | None
+    bad: int
+    fault: str | None
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One linear: `shape` as the dense tensor is stored; zeros include -0.0; rows are outputs.
+
+    `pattern` is the tightest N:M, M of 2, 4, 8, 16, 32 or that of an expected pattern, that every group holds and that
+    is meant (see pruning/counting.py); None when there is none, as for a dense or an unstructured matrix. `packed` is
+    the layout of a packed one. Bytes, scales included: `nbytes` as it is stored; `nbytes_dense` unpacked;
+    `nbytes_two_four` and `nbytes_bitmask` as `pack` would store it in either layout, None for the first where its
+    bits do not hold 2:4 along stored rows (-0.0 counts as kept).
+    """
+
+    name: str
+    shard: str
+    dtype: str
+    shape: tuple[int, int]
+    transposed: bool
+    packed: str | None
+    zeros: int
+    min_row_zeros: int
+    max_row_zeros: int
+    pattern: str | None
+    negative_zeros: int
+    nans: int
+    infs: int
+    scale: ScaleReport | None
+    nbytes: int
+    nbytes_dense: int
+    nbytes_two_four: int | None
+    nbytes_bitmask: int
+    difference: LinearDifference | None
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.weights
+
+    @property
+    def bad_scales(self) -> int:
+        """Scales that are NaN, Inf, zero or negative; 1 if they do not fit the codes at all."""
+        return 0 if self.scale is None else self.scale.bad + (self.scale.fault is not None)
+
+    def nbytes_packed(self, layout: str | None) -> int:
+        """Bytes that `pack` makes of it in `layout`: those of the dense form where that is not larger."""
+        sizes = {TWO_FOUR: self.nbytes_two_four, BITMASK: self.nbytes_bitmask}
+        size = sizes.get(layout or "")
+        return self.nbytes_dense if size is None else min(size, self.nbytes_dense)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over linears. `patterns` and `dtypes` count linears ("none" for those without a pattern).
+
+    `packed` linears are stored packed; dense, all would take `nbytes_dense`. `layout` is what `pack` would choose for
+    these linears, None if none of them would become smaller; `nbytes_packed` is what they would take.
+    """
+
+    linears: int
+    weights: int
+    zeros: int
+    sparsity: float
+    patterns: Mapping[str, int]
+    dtypes: Mapping[str, int]
+    packed: int
+    negative_zeros: int
+    nans: int
+    infs: int
+    bad_scales: int
+    nbytes: int
+    nbytes_dense: int
+    layout: str | None
+    nbytes_packed: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`ok` is None unless something was expected; `failures` has one line for each thing amiss.
+
+    `expect` is what was expected, joined by commas; `against` the difference from the source, if one was given.
+    """
+
+    model: Path
+    linears: tuple[LinearReport, ...]
+    totals: Totals
+    expect: str | None
+    ok: bool | None
+    failures: tuple[str, ...]
+    against: Difference | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values, with a format name and version.
+
+        Keys are the fields of the classes here, plus `sparsity` and `nbytes_packed` of each linear. Version 2 (1 had
+        no scales, bytes, packed linears and differences).
+        """
+        return {
+            "format": "streamprune-inspection",
+            "version": VERSION,
+            "model": str(self.model),
+            "expect": self.expect,
+            "ok": self.ok,
+            "failures": list(self.failures),
+            "totals": asdict(self.totals),
+            "against": self.against and self.against.to_json(),
+            "linears": [
+                {
+                    **asdict(linear),
+                    "sparsity": linear.sparsity,
+                    "nbytes_packed": linear.nbytes_packed(self.totals.layout),
+                    "difference": linear.difference and linear.difference.to_json(),
+                }
+                for linear in self.linears
+            ],
+        }
+
+
+def totals_of(reports: Sequence[LinearReport]) -> Totals:
+    """The sums; `reports` must not be empty."""
+    weights, zeros = sum(r.weights for r in reports), sum(r.zeros for r in reports)
+    layout = _layout(reports)
+    return Totals(
+        linears=len(reports),
+        weights=weights,
+        zeros=zeros,
+        sparsity=zeros / weights,
+        patterns=dict(Counter(r.pattern or "none" for r in reports)),
+        dtypes=dict(Counter(r.dtype for r in reports)),
+        packed=sum(r.packed is not None for r in reports),
+        negative_zeros=sum(r.negative_zeros for r in reports),
+        nans=sum(r.nans for r in reports),
+        infs=sum(r.infs for r in reports),
+        bad_scales=sum(r.bad_scales for r in reports),
+        nbytes=sum(r.nbytes for r in reports),
+        nbytes_dense=sum(r.nbytes_dense for r in reports),
+        layout=layout,
+        nbytes_packed=sum(r.nbytes_packed(layout) for r in reports),
+    )
+
+
+def _layout(reports: Sequence[LinearReport]) -> str | None:
+    """One layout for all: 2:4 if every linear that packing makes smaller holds it."""
+    smaller = [r for r in reports if min(r.nbytes_bitmask, r.nbytes_two_four or r.nbytes_bitmask) < r.nbytes_dense]
+    if not smaller:
+        return None
+    return TWO_FOUR if all(r.nbytes_two_four is not None for r in smaller) else BITMASK

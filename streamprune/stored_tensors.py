@@ -1,0 +1,151 @@
+"""A checkpoint's tensors as the dense model has them, however they are stored, and their bits as a stream.
+
+Parts of a packed tensor (disk/packed.py) count as that tensor, and the scales of an FP8 one (`P.weight_scale` beside
+`P.weight` F8_E4M3) belong to it. Bits are read in pieces of 16 MiB at most, whose pages are given back afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.header import DTYPE_BITS, TensorRef
+from streamprune.disk.linears import find_linears
+from streamprune.disk.mapping import ShardMaps
+from streamprune.disk.packed import PackedTensor, find_packed
+
+_CHUNK_BYTES = 16 * 2**20
+_UNPACKED_BYTES = 4 * 2**20  # two pieces are held at a time
+_AROUND_BYTES = 2**21  # with a page that is touched, the system maps others, of as much as a huge page
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of the dense model: `name`, `dtype` and `shape` are the dense one's.
+
+    `scale` is the tensor of scales beside FP8 codes; values are scale × code.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stored: TensorRef | PackedTensor
+    scale: TensorRef | None = None
+
+    @property
+    def parts(self) -> tuple[TensorRef, ...]:
+        """All tensors on disk that it is made of."""
+        main = self.stored.parts if isinstance(self.stored, PackedTensor) else (self.stored,)
+        return main if self.scale is None else (*main, self.scale)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the dense tensor, without scales."""
+        return self.stored.dense_nbytes if isinstance(self.stored, PackedTensor) else self.stored.nbytes
+
+    @property
+    def layout(self) -> str | None:
+        """Of a packed one, else None."""
+        return self.stored.layout if isinstance(self.stored, PackedTensor) else None
+
+
+def find_tensors(checkpoint: Checkpoint, maps: ShardMaps) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint by their names in the dense model.
+
+    Raises:
+        CheckpointError: parts of a packed tensor are missing or do not fit each other.
+    """
+    packed = find_packed(checkpoint, maps)
+    for tensor in packed.values():
+        release_around(maps, tensor.shape_ref)
+    rest = dict(checkpoint.tensors)
+    for tensor in packed.values():
+        for part in tensor.parts:
+            del rest[part.name]
+    found: dict[str, StoredTensor] = {}
+    both: dict[str, TensorRef | PackedTensor] = {**rest, **packed}
+    for name, stored in both.items():
+        scale = rest.get(f"{name}_scale") if stored.dtype == "F8_E4M3" and name.endswith(".weight") else None
+        found[name] = StoredTensor(name, stored.dtype, stored.shape, stored, scale)
+    scales = {tensor.scale.name for tensor in found.values() if tensor.scale}
+    return {name: tensor for name, tensor in found.items() if name not in scales}
+
+
+def linears_of(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The linears among `tensors` by module name, in the order and by the rule of disk/linears.py."""
+    dense = {name: TensorRef(name, "", t.dtype, t.shape, 0, t.dense_nbytes) for name, t in tensors.items()}
+    return {module: tensors[ref.name] for module, ref in find_linears(replace(checkpoint, tensors=dense)).items()}
+
+
+class BitStream:
+    """The bits of a tensor from beginning to end, rows of the last axis one after the other.
+
+    Items are unsigned integers of the dtype's width, or bytes if `as_bytes`.
+    """
+
+    def __init__(self, maps: ShardMaps, tensor: StoredTensor, *, as_bytes: bool = False) -> None:
+        stored = tensor.stored
+        self._chunks = _unpacked(maps, stored) if isinstance(stored, PackedTensor) else _mapped(maps, stored)
+        self._view = np.dtype(f"u{1 if as_bytes else DTYPE_BITS[tensor.dtype] // 8}")
+        self._left: NDArray[Any] = np.empty(0, np.uint8)
+
+    def take(self, items: int) -> NDArray[Any]:
+        """The next `items` items (items,), or as many as are left. A view, or a copy at the seams of pieces.
+
+        Raises:
+            CheckpointError: the file has changed, or a packed tensor's parts do not fit each other.
+        """
+        wanted, taken = items * self._view.itemsize, []
+        while wanted:
+            if not self._left.size:
+                chunk = next(self._chunks, None)
+                if chunk is None:
+                    break
+                self._left = chunk
+            taken.append(self._left[:wanted])
+            self._left = self._left[wanted:]
+            wanted -= taken[-1].size
+        piece = taken[0] if len(taken) == 1 else np.concatenate([np.empty(0, np.uint8), *taken])
+        return piece.view(self._view)
+
+    def finish(self) -> None:
+        """To be called after the last item: checks that values and bitmask of a packed tensor end together.
+
+        Raises:
+            CheckpointError: they do not.
+        """
+        for _ in self._chunks:
+            pass
+
+
+def release_around(maps: ShardMaps, ref: TensorRef) -> None:
+    """Give back the pages of `ref`, and those beside it that were mapped with them."""
+    maps.release([replace(ref, begin=max(0, ref.begin - _AROUND_BYTES), end=ref.end + _AROUND_BYTES)])
+
+
+def _mapped(maps: ShardMaps, ref: TensorRef) -> Iterator[NDArray[np.uint8]]:
+    starts = range(ref.begin, ref.end, _CHUNK_BYTES)
+    chunks = [replace(ref, begin=begin, end=min(begin + _CHUNK_BYTES, ref.end)) for begin in starts]
+    for i, chunk in enumerate(chunks):
+        maps.prefetch(chunks[i : i + 2])
+        yield np.frombuffer(maps.raw(chunk), np.uint8)
+        release_around(maps, chunk)
+
+
+def _unpacked(maps: ShardMaps, packed: PackedTensor) -> Iterator[NDArray[np.uint8]]:
+    from streamprune.pruning.bitmask import unpacked_rows  # compiled loops, which dense checkpoints do not need
+
+    for _, bits in unpacked_rows(maps, packed, _UNPACKED_BYTES):
+        yield bits.reshape(-1).view(np.uint8)
+    for part in (packed.bitmask, packed.compressed):
+        release_around(maps, part)

@@ -1,0 +1,53 @@
+"""The scales of FP8 weights, as stored beside their codes: one a row (an output), or one for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamprune.disk.mapping import ShardMaps
+from streamprune.stored_tensors import StoredTensor, release_around
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class WeightScales:
+    """`values`: float32 (rows, 1), as they apply to rows of codes; None where `fault` says why they cannot."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    values: NDArray[np.float32] | None
+    bad: int
+    """How many of the stored ones are NaN, Inf, zero or negative."""
+    fault: str | None
+
+
+def read_scales(maps: ShardMaps, tensor: StoredTensor) -> WeightScales | None:
+    """The scales of a matrix of codes (rows, in); None if it has none. Raises CheckpointError as reading does.
+
+    Shapes may be (rows, 1), (rows,), (1,) and ().
+    """
+    ref = tensor.scale
+    if ref is None:
+        return None
+    rows = tensor.shape[0]
+    fault = None
+    if ref.dtype not in _DTYPES:
+        fault = f"weight_scale is {ref.dtype}, a scale is a float of 16 bits or more"
+    elif ref.shape not in ((rows, 1), (rows,), (1,), ()):
+        fault = f"weight_scale has the shape {list(ref.shape)}, {rows} rows want {[rows, 1]}, {[rows]} or []"
+    if fault:
+        return WeightScales(ref.dtype, ref.shape, None, 0, fault)
+    stored = maps.tensor(ref).reshape(-1, 1).float().numpy()
+    values = np.broadcast_to(stored, (rows, 1)).copy()
+    bad = int(np.count_nonzero(is_bad(stored)))
+    release_around(maps, ref)
+    return WeightScales(ref.dtype, ref.shape, values, bad, None)
+
+
+def is_bad(values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which scales are NaN, Inf, zero or negative."""
+    return ~(np.isfinite(values) & (values > 0))
