@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from streamprune.spec import format_bytes
 
 if TYPE_CHECKING:
-    from streamprune.difference import Difference
     from streamprune.evaluation import Evaluation
-    from streamprune.inspection_report import Inspection, LinearReport, Totals
+    from streamprune.inspection.difference import Difference
+    from streamprune.inspection.report import Inspection, LinearReport, Totals
     from streamprune.model.cost import Split
     from streamprune.planning import Plan
 

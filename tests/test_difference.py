@@ -16,13 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import streamprune.difference as difference
-import streamprune.inspection_count as inspection_count
-import streamprune.stored_tensors as stored_tensors
 from streamprune.cli import main
-from streamprune.difference import LinearDifference
 from streamprune.errors import CheckpointError, UsageError
-from streamprune.inspection import inspect
+from streamprune.inspection import count as inspection_count
+from streamprune.inspection import difference, inspect
+from streamprune.inspection import stored as stored_tensors
+from streamprune.inspection.difference import LinearDifference
 from streamprune.pruning.bitmask import pack_rows
 from streamprune.tables import inspection_table
 

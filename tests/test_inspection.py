@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import streamprune.inspection_count as inspection_count
-import streamprune.stored_tensors as stored_tensors
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.linears import find_linears
 from streamprune.disk.packed import BITMASK, LAYOUTS, TWO_FOUR
 from streamprune.errors import CheckpointError, UnsupportedError, UsageError
+from streamprune.inspection import count as inspection_count
 from streamprune.inspection import inspect
-from streamprune.inspection_report import LinearReport
+from streamprune.inspection import stored as stored_tensors
+from streamprune.inspection.report import LinearReport
 from streamprune.pruning.bitmask import pack_rows
 from streamprune.tables import inspection_table
 

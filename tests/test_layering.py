@@ -26,17 +26,14 @@ ORDER: list[set[str]] = [
     {"kernels"},
     {"pruning"},
     {"model"},
-    {"stored_tensors", "weight_scales", "refitting", "quantising", "packing_survey", "packing_files"},
-    {"difference", "stage_writer", "report", "packing_shards"},
-    {"inspection_report", "inspection_count", "packing_work", "allocating", "comparison", "evaluation_pass"}
-    | {"job_prepare", "job_pass", "job_finish"},
+    {"refitting", "quantising"},
+    {"stage_writer", "report"},
+    {"allocating", "job_prepare", "job_pass", "job_finish", "comparison", "evaluation_pass"},
     {"job_run", "job", "evaluation", "planning", "inspection", "packing"},
     {"arguments", "tables", "progress", "demo", "cli", "__main__"},
 ]
 WITHIN_A_LEVEL = {
     ("job", "job_run"),
-    ("weight_scales", "stored_tensors"),
-    ("inspection_count", "inspection_report"),
     ("evaluation_pass", "comparison"),
     ("cli", "arguments"),
     ("__main__", "cli"),
@@ -46,7 +43,7 @@ WITHIN_A_LEVEL = {
 }
 NO_TORCH = ["errors", "memory", "pruning.recipes", "spec", "job", "cli", "__main__", "progress", "report"]
 NO_TORCH += ["disk.durable", "disk.header", "disk.checkpoint", "disk.hub", "disk.journal", "disk.state", "disk.shards"]
-NO_TORCH += ["model.texts", "disk.direct", "disk.linears", "disk.packed", "packing", "packing_files"]
+NO_TORCH += ["model.texts", "disk.direct", "disk.linears", "disk.packed", "packing", "packing.files"]
 
 
 def level(module: str) -> int:

@@ -159,8 +159,8 @@ def test_headers_of_any_style(tmp_path: Path, style: dict[str, Any], shards: int
 
 
 def test_pieces_smaller_than_a_tensor(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamprune.packing_survey.CHUNK_BYTES", 300)
-    monkeypatch.setattr("streamprune.packing_shards.MASK_BYTES", 100)  # one bitmask is kept, others made again
+    monkeypatch.setattr("streamprune.packing.survey.CHUNK_BYTES", 300)
+    monkeypatch.setattr("streamprune.packing.shards.MASK_BYTES", 100)  # one bitmask is kept, others made again
     monkeypatch.setattr(bitmask, "CHUNK_BYTES", 300)
     there_and_back(model, tmp_path)
 
@@ -287,7 +287,7 @@ def test_a_resumed_run_neither_counts_nor_writes_again(
     written = shard.stat().st_ino
     steps = []
     with monkeypatch.context() as patch:
-        patch.setattr("streamprune.packing_work.survey", lambda *_: pytest.fail("counted again"))
+        patch.setattr("streamprune.packing.work.survey", lambda *_: pytest.fail("counted again"))
         assert pack(model, tmp_path / "packed", progress=lambda s: steps.append(s.done)).status == "done"
     assert steps == [2] and (tmp_path / "packed" / shard.name).stat().st_ino == written
     found, wanted = files(tmp_path / "packed"), files(tmp_path / "whole")
@@ -320,7 +320,7 @@ def test_what_is_packed_is_read_back(model: Path, tmp_path: Path, monkeypatch: p
         return values[::-1].copy(), mask
 
     with monkeypatch.context() as patch:
-        patch.setattr("streamprune.packing_shards.pack_rows", wrong)
+        patch.setattr("streamprune.packing.shards.pack_rows", wrong)
         refused(CorruptStateError, "does not unpack to", "--restart", call=lambda: pack(model, tmp_path / "packed"))
     assert not (tmp_path / "packed").exists()
     assert pack(model, tmp_path / "packed").status == "done"

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from streamprune.difference import Difference, LinearDifference
 from streamprune.disk.packed import BITMASK, TWO_FOUR
+from streamprune.inspection.difference import Difference, LinearDifference
 
 VERSION = 2
 

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from streamprune.disk.mapping import TORCH_DTYPES, ShardMaps
-from streamprune.stored_tensors import BitStream, StoredTensor
-from streamprune.weight_scales import WeightScales, read_scales
+from streamprune.inspection.scales import WeightScales, read_scales
+from streamprune.inspection.stored import BitStream, StoredTensor
 
 EQUAL, CHANGED, MISSING, EXTRA = "equal", "changed", "missing", "extra"
 OTHER_SHAPE, OTHER_DTYPE = "other shape", "other dtype"

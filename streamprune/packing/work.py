@@ -19,7 +19,7 @@ from streamprune.disk.packed import PackedTensor, find_packed
 from streamprune.disk.shards import write_index
 from streamprune.disk.state import REPORT, JobState, file_digest
 from streamprune.errors import CheckpointError, CorruptStateError
-from streamprune.packing_files import (
+from streamprune.packing.files import (
     PACKED_INDEX,
     Originals,
     entry,
@@ -31,8 +31,8 @@ from streamprune.packing_files import (
     source_name,
     unpacked_config,
 )
-from streamprune.packing_shards import Packer, Unpacker
-from streamprune.packing_survey import Survey, survey
+from streamprune.packing.shards import Packer, Unpacker
+from streamprune.packing.survey import Survey, survey
 
 Record = Mapping[str, Any]
 

@@ -24,7 +24,7 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.packed import TWO_FOUR, PackedTensor, packed_refs
 from streamprune.disk.shards import fill_in_order, header_of
 from streamprune.errors import CheckpointError, UnsupportedError
-from streamprune.packing_survey import COUNT, Survey, pieces, rows_of, source_header
+from streamprune.packing.survey import COUNT, Survey, pieces, rows_of, source_header
 from streamprune.pruning.bitmask import pack_rows, unpacked_rows
 
 HEADER_KEY = "streamprune.header"

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streamprune.difference import LinearComparison
 from streamprune.disk.header import TensorRef, show
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.packed import BITMASK, TWO_FOUR, packed_refs
 from streamprune.errors import UsageError
-from streamprune.inspection_report import LinearReport, ScaleReport
+from streamprune.inspection.difference import LinearComparison
+from streamprune.inspection.report import LinearReport, ScaleReport
+from streamprune.inspection.scales import WeightScales, is_bad, read_scales
+from streamprune.inspection.stored import BitStream, StoredTensor
 from streamprune.pruning.counting import MatrixCount, group_counts
 from streamprune.pruning.selection import Pattern, parse_pattern, parse_sparsity, prune_count
-from streamprune.stored_tensors import BitStream, StoredTensor
-from streamprune.weight_scales import WeightScales, is_bad, read_scales
 
 _BLOCK_BYTES = 2**18  # what is counted at a time: it stays in the cache
 

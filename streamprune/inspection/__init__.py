@@ -16,7 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamprune.difference import (
+from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
+from streamprune.disk.header import show
+from streamprune.disk.hub import resolve_model
+from streamprune.disk.linears import FLOATING, by_number, is_conv1d
+from streamprune.disk.mapping import ShardMaps
+from streamprune.errors import UnsupportedError, UsageError
+from streamprune.inspection.count import inspect_linear, parse_expectation
+from streamprune.inspection.difference import (
     CHANGED,
     EQUAL,
     EXTRA,
@@ -28,15 +35,8 @@ from streamprune.difference import (
     relative_error,
     same_bytes,
 )
-from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
-from streamprune.disk.header import show
-from streamprune.disk.hub import resolve_model
-from streamprune.disk.linears import FLOATING, by_number, is_conv1d
-from streamprune.disk.mapping import ShardMaps
-from streamprune.errors import UnsupportedError, UsageError
-from streamprune.inspection_count import inspect_linear, parse_expectation
-from streamprune.inspection_report import Inspection, LinearReport, totals_of
-from streamprune.stored_tensors import StoredTensor, find_tensors, linears_of
+from streamprune.inspection.report import Inspection, LinearReport, totals_of
+from streamprune.inspection.stored import StoredTensor, find_tensors, linears_of
 
 
 def inspect(

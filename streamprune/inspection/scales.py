@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamprune.disk.mapping import ShardMaps
-from streamprune.stored_tensors import StoredTensor, release_around
+from streamprune.inspection.stored import StoredTensor, release_around
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 

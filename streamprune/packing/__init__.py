@@ -5,7 +5,7 @@ layout of compressed-tensors up to 0.14 (disk/packed.py), one shard for each sou
 restore the source byte for byte. Its shards are called packed-NAME, which no loader takes for a model. Not carried
 over are hidden files and weights of other formats.
 
-survey    the source is read once: what is kept of each row, which layout, hashes   (pack only, packing_survey.py)
+survey    the source is read once: what is kept of each row, which layout, hashes   (pack only, packing/survey.py)
 shards    one after the other: packed, restored or made plain; verified; then a line in the journal commits it
 finish    config.json, index, side files; the report, or the original's own; rename
 """
@@ -35,11 +35,11 @@ from streamprune.errors import (
     UsageError,
 )
 from streamprune.memory import peak_resident_bytes
-from streamprune.packing_files import Originals, is_restored, read_originals, source_name
+from streamprune.packing.files import Originals, is_restored, read_originals, source_name
 from streamprune.spec import Progress, ProgressCallback, differences, format_bytes, no_progress
 
 if TYPE_CHECKING:
-    from streamprune.packing_work import Work
+    from streamprune.packing.work import Work
 
 SLACK_BYTES = 64 << 20
 """Disk for everything besides shards."""
@@ -193,7 +193,7 @@ def _run(
     """All steps but report and rename; returns what the report says. Unfinished work is kept, except when the input's
     content is at fault."""
     from streamprune.disk.mapping import ShardMaps
-    from streamprune.packing_work import make_work
+    from streamprune.packing.work import make_work
 
     state = unfinished[0] if unfinished is not None else new_state(spec)
     try:
