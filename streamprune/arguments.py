@@ -186,6 +186,16 @@ def _calibration_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="which windows (default: %(default)s)")
+    p.add_argument("--expert-stats", default="weighted", choices=("weighted", "routed"),
+                   help="of a mixture: tokens count for an expert as the routing weights them, or all that it is "
+                        "routed count alike (default: %(default)s)")  # fmt: skip
+    p.add_argument(
+        "--expert-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="an expert that sees fewer goes by what all of its layer see (default: %(default)s)",
+    )
 
 
 def _device_options(p: argparse.ArgumentParser) -> None:

@@ -74,7 +74,10 @@ def _resources(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _calibration(args: argparse.Namespace) -> dict[str, Any]:
-    return {k: getattr(args, k) for k in ("calib", "samples", "seqlen", "seed", "restart", "backend")}
+    return {
+        k: getattr(args, k)
+        for k in ("calib", "samples", "seqlen", "seed", "expert_stats", "expert_tokens", "restart", "backend")
+    }
 
 
 def _print_json(value: object) -> None:
@@ -223,13 +226,15 @@ def _print_packed(args: argparse.Namespace, result: PackResult) -> int:
         _print_json({
             "status": result.status, "out": str(result.out), "layout": result.layout,
             "bytes_before": result.bytes_before, "bytes_after": result.bytes_after,
-            "seconds": result.seconds, "peak_rss_bytes": result.peak_rss_bytes,
+            "seconds": result.seconds, "peak_rss_bytes": result.peak_rss_bytes, "left_out": list(result.left_out),
         })  # fmt: skip
     elif not args.quiet:
         share = 100 * result.bytes_after / result.bytes_before
         sizes = f"{format_bytes(result.bytes_before)} to {format_bytes(result.bytes_after)}, {share:.2f} %"
         cost = f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
         print(f"{result.out}: {result.status} ({result.layout}, {sizes}{cost if result.status == 'done' else ''})")
+        if result.left_out:
+            print(f"not packed, for no loader of the model reads them: {', '.join(result.left_out)}")
     return 0
 
 

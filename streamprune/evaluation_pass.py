@@ -55,7 +55,7 @@ class Run:
         position = stage.index + 1
         for near in stages[position : position + (2 if self.layout.layers > 1 or not walk.feed.copies else 1)]:
             if near.kind == "layer" or not walk.feed.copies:
-                walk.feed.expect(near.tensors)
+                walk.feed.expect(near.together if walk.feed.copies else near.tensors)
         self.check(stage)
         persist = not resident or (stage is self.stages[-2] and not self.keep)
         if stage.kind == "embed":

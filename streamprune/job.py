@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
+from streamprune.disk.packed import is_packed
 from streamprune.disk.state import file_digest, find_finished, find_unfinished, lock_of, partial_of, statistics_of
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
 from streamprune.memory import peak_resident_bytes
@@ -56,6 +57,7 @@ def prune(
     refit: str | None = None, damping: str | float | None = None, allocate: str = "uniform",
     quantize: str | None = None, fp8_scale: str | None = None, fp8_rounding: str | None = None,
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
+    expert_stats: str = "weighted", expert_tokens: int = 64,
     stats: str | Path | None = None, save_stats: str | Path | None = None,
     only: str | None = None, skip: str | None = None, propagate: str = "dense",
     device: str = "auto", dtype: str = "auto", backend: str = "auto",
@@ -70,9 +72,11 @@ def prune(
     "absolute" or a number relative to each feature's own power (pruning/methods.py). `quantize` = "fp8" stores pruned
     linears in FP8 E4M3, with scales and rounding as `fp8_scale` and `fp8_rounding` say (pruning/fp8.py). Statistics
     come from `samples` windows of `seqlen` tokens of `calib` (default: a built-in text; default length
-    min(2048, the model's limit)), or from the file `stats`. `backend` chooses the kernels that prune: Numba on the CPU,
-    Torch elsewhere, unless it says "numba" or "torch". `max_ram` and `max_vram` (of a GPU) are in bytes. Running the
-    same job again resumes it, or finds it done. Raises the errors of streamprune.errors.
+    min(2048, the model's limit)), or from the file `stats`. Tokens count for an expert as the routing weights them, or
+    with `expert_stats` = "routed" all alike; one that sees fewer than `expert_tokens` goes by what all see. `backend`
+    chooses the kernels that prune: Numba on the CPU, Torch elsewhere, unless it says "numba" or "torch". `max_ram` and
+    `max_vram` (of a GPU) are in bytes. Running the same job again resumes it, or finds it done. Raises the errors of
+    streamprune.errors.
     """
     recipe = make_recipe(method, score, selector, refit, quantize)
     scale, rounding = check_fp8(recipe, fp8_scale, fp8_rounding)
@@ -91,7 +95,9 @@ def prune(
         raise UsageError(f"--propagate {propagate}: choose dense or pruned")
     if stats is not None and (calib is not None or save_stats is not None or propagate != "dense"):
         raise UsageError("--stats takes the place of calibration: leave out --calib, --save-stats and --propagate")
-    _check_backend(backend)
+    if stats is not None and (expert_stats, expert_tokens) != (JobSpec.expert_stats, JobSpec.expert_tokens):
+        raise UsageError("--stats were gathered already: leave out --expert-stats and --expert-tokens")
+    _check_choices(backend, expert_stats, expert_tokens)
     checkpoint = _open_model(model)
     needs_pass = stats is None and (
         recipe.needs_statistics or recipe.needs_gram or save_stats is not None or propagate == "pruned"
@@ -105,6 +111,7 @@ def prune(
         stats=_stats_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype, backend=backend,
         damping=check_damping("auto" if damping is None else damping) if recipe.needs_gram else None,
         allocate=None if allocate == "uniform" else allocate, fp8_scale=scale, fp8_rounding=rounding,
+        expert_stats=expert_stats, expert_tokens=expert_tokens,
         source=checkpoint.path, out=Path(out), stats_path=known,
         max_ram=max_ram, max_vram=max_vram, save_stats=Path(save_stats) if save_stats is not None else None,
         work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
@@ -115,6 +122,7 @@ def prune(
 def calibrate(
     model: str | Path, out: str | Path, *,
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
+    expert_stats: str = "weighted", expert_tokens: int = 64,
     device: str = "auto", dtype: str = "auto", backend: str = "auto",
     max_ram: int | None = None, max_vram: int | None = None, work: str | Path | None = None,
     restart: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
@@ -123,20 +131,25 @@ def calibrate(
 
     Arguments and errors as for `prune`.
     """
-    _check_backend(backend)
+    _check_choices(backend, expert_stats, expert_tokens)
     checkpoint = _open_model(model)
     spec = JobSpec(
         verb="calibrate", model=checkpoint.fingerprint(), recipe=None, sparsity=None, pattern=None,
         only=None, skip=None, propagate="dense",
         calibration=_describe_calibration(checkpoint, calib, samples, seqlen, seed),
-        stats=None, device=device, dtype=dtype, backend=backend, damping=None, source=checkpoint.path, out=Path(out),
+        stats=None, device=device, dtype=dtype, backend=backend, damping=None,
+        expert_stats=expert_stats, expert_tokens=expert_tokens, source=checkpoint.path, out=Path(out),
         max_ram=max_ram, max_vram=max_vram, work=Path(work) if work is not None else None,
         restart=restart, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     return _carry_out(spec, checkpoint, progress)
 
 
-def _check_backend(backend: str) -> None:
+def _check_choices(backend: str, expert_stats: str, expert_tokens: int) -> None:
+    if expert_stats not in ("weighted", "routed"):
+        raise UsageError(f"--expert-stats {expert_stats}: choose weighted or routed")
+    if expert_tokens < 1:
+        raise UsageError("--expert-tokens must be at least 1")
     if backend not in ("auto", "numba", "torch"):
         raise UsageError(f"--backend {backend}: choose auto, numba (CPU) or torch (any device)")
 
@@ -144,6 +157,8 @@ def _check_backend(backend: str) -> None:
 def _open_model(model: str | Path) -> Checkpoint:
     checkpoint = open_checkpoint(resolve_model(str(model)))
     refuse_quantised(checkpoint)
+    if is_packed(checkpoint):
+        raise UnsupportedError(f"{checkpoint.path}: the weights are packed; make them plain with `unpack`")
     return checkpoint
 
 

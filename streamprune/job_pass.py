@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from streamprune.disk.cache import remove_cache
@@ -106,10 +107,14 @@ class Pass:
     def pruned_layer(self, stage: Stage, shard: Path, persist: bool) -> None:
         """The second pass of `--propagate pruned`, with the weights that have just been written to `shard`."""
         written = open_shard(shard)
-        sources = {}
+        sources, before = {}, {ref.name: ref for ref in stage.tensors}
         for name, ref in self.walk.skeleton.sources.items():
             if name.startswith(stage.prefix + "."):
-                sources[name] = written.tensors[ref.name]
+                now = written.tensors[ref.name]
+                if ref.shape != now.shape:  # one expert's part of a tensor
+                    begin = now.begin + ref.begin - before[ref.name].begin
+                    now = replace(now, shape=ref.shape, begin=begin, end=begin + ref.nbytes)
+                sources[name] = now
                 if ref.name + SCALE in written.tensors:
                     sources[name + SCALE] = written.tensors[ref.name + SCALE]
         with (

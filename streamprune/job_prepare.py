@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.state import JobState
-from streamprune.errors import CorruptStateError, ResourceError, UsageError
+from streamprune.errors import CorruptStateError, ResourceError, UnsupportedError, UsageError
+from streamprune.job_pass import Pass
 from streamprune.model.budget import Layout, RefitNeeds, estimate, layout_for
 from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
 from streamprune.model.feed import Feed
-from streamprune.model.grams import gram_bytes
-from streamprune.model.skeleton import Skeleton
+from streamprune.model.grams import HoldOut, LayerGrams, gram_bytes
+from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.statistics import StatisticsFile
 from streamprune.pruning.selection import Amount, parse_pattern
 from streamprune.quantising import Quantisation
@@ -49,8 +51,21 @@ def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> 
     target = Target(spec.recipe, amount, backend, spec.damping or "auto", quantisation=quantisation)
     only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
     chosen = selected_linears(skeleton.stages, only, skip)
-    check_shapes(target, chosen, skeleton.transposed)
+    check_shapes(target, chosen, skeleton)
+    if spec.recipe.needs_gram:
+        refuse_experts(skeleton, chosen)
     return StageWriter(skeleton, feed, target, frozenset(chosen))
+
+
+def refuse_experts(skeleton: Skeleton, chosen: Collection[str]) -> None:
+    """Raises UnsupportedError for experts, which cannot be refitted."""
+    for experts in skeleton.experts.values():
+        for name in experts.linears:
+            if name in chosen:
+                raise UnsupportedError(
+                    f"{name} belongs to an expert, and experts cannot be refitted yet; --skip '\\.experts\\.' leaves "
+                    "them as they are, and recipes without a refit prune them"
+                )
 
 
 def refit_needs(writer: StageWriter | None) -> RefitNeeds | None:
@@ -59,6 +74,18 @@ def refit_needs(writer: StageWriter | None) -> RefitNeeds | None:
         return None
     refit = Refit(writer.target.recipe.refit, writer.target.damping)
     return needs_of(refit, [writer.in_order(stage).values() for stage in writer.skeleton.layer_stages])
+
+
+def layer_grams(
+    writer: StageWriter, forward: Pass, stage: Stage, room: int, folder: Path, dtype: torch.dtype
+) -> LayerGrams | None:
+    """The Grams of a layer whose linears are refitted, in `room` bytes or the `folder`; None where none is."""
+    linears = writer.in_order(stage)
+    if not writer.target.recipe.needs_gram or stage.kind != "layer" or not linears:
+        return None
+    hold = HoldOut.of(forward.windows.size, forward.windows.shape[1])
+    products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    return LayerGrams(linears, room, hold, folder, functools.partial(forward.gather, stage), products)
 
 
 def scratch_bytes(writer: StageWriter | None, room: int) -> int:

@@ -20,7 +20,6 @@ run goes on from the last that is, and runs the layers since then once more, for
 from __future__ import annotations
 
 import datetime
-import functools
 import io
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +28,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 
 from streamprune.allocating import share_out
 from streamprune.disk import durable, journal
@@ -42,14 +40,23 @@ from streamprune.disk.state import JobState, new_state
 from streamprune.errors import CorruptStateError, UsageError
 from streamprune.job_finish import calibration_of, save_statistics, write_files
 from streamprune.job_pass import Pass
-from streamprune.job_prepare import check_disk, layout_of, make_writer, open_given, scratch_bytes, windows_of
+from streamprune.job_prepare import (
+    check_disk,
+    layer_grams,
+    layout_of,
+    make_writer,
+    open_given,
+    scratch_bytes,
+    windows_of,
+)
 from streamprune.kernels import cpu, torch_ops
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.model.activations import Activations
 from streamprune.model.budget import compute_dtype, resolve_device
 from streamprune.model.calibration import Tokens, tokens_digest
+from streamprune.model.experts import is_pooled, pool
 from streamprune.model.feed import Feed
-from streamprune.model.grams import HoldOut, LayerGrams
+from streamprune.model.grams import LayerGrams
 from streamprune.model.passes import out_of_memory_named
 from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
 from streamprune.model.statistics import write_statistics
@@ -107,6 +114,7 @@ class Run:
 
     def _make_pass(self, windows: Tokens, batch: int) -> Pass:
         walk = Walk(self.skeleton, self.feed, self.dtype)
+        walk.weighted = self.spec.expert_stats == "weighted"
         most = [self.layout.batch, *(r["batch"] for r in self.records if r["batch"])]
         walk.most = min(most) if min(most) < batch else None
         resident = self.layout.resident
@@ -205,7 +213,9 @@ class Run:
             "stage": stage.name, "shard": None, "statistics": None, "linears": [], "cache": False, "batch": None,
         }  # fmt: skip
         stats: dict[str, InputStats] = {}
-        grams = self._grams(stage)
+        grams = None
+        if self.writer is not None and self.forward is not None:
+            grams = layer_grams(self.writer, self.forward, stage, self.layout.room, self.state.cache, self.dtype)
         if self.forward is not None and stage.kind != "head":
             if self.forward.persists():
                 commits.drain()  # before the next cache grows, so that there are never more than two
@@ -231,26 +241,13 @@ class Run:
         """Begins to bring the weights of this stage and the next near; a device needs those of layers only."""
         for stage in stages[: self.layout.layers] if self.feed.copies else stages:
             if not self.feed.copies or (stage.kind == "layer" and self.forward is not None):
-                self.feed.expect(stage.tensors)
+                self.feed.expect(stage.together if self.feed.copies else stage.tensors)
             elif self.writer is not None:
                 self.feed.expect(ref for name, ref in stage.linears.items() if name in self.writer.selected)
 
     def _more(self, stage: Stage) -> bool:
         """Whether a layer comes after this one."""
         return stage.kind == "layer" and stage.index + 1 < len(self.skeleton.layers)
-
-    def _grams(self, stage: Stage) -> LayerGrams | None:
-        """The Grams of a layer whose linears are refitted."""
-        forward = self.forward
-        if self.writer is None or forward is None or not self.writer.target.recipe.needs_gram:
-            return None
-        linears = self.writer.in_order(stage)
-        if stage.kind != "layer" or not linears:
-            return None
-        hold = HoldOut.of(forward.windows.size, forward.windows.shape[1])
-        products = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
-        again = functools.partial(forward.gather, stage)
-        return LayerGrams(linears, self.layout.room, hold, self.state.cache, again, products)
 
     def _pass(
         self, forward: Pass, stage: Stage, record: dict[str, Any], grams: LayerGrams | None
@@ -265,6 +262,8 @@ class Run:
         collector = forward.layer(stage, write, persist, grams)
         record["cache"], record["batch"] = write and persist, forward.walk.most
         found = collector.finish()
+        if fallen := pool(stage.experts, found, collector.groups, self.spec.expert_tokens):
+            record["pooled"] = fallen
         path = self.state.layer_stats(stage.index)
         record["statistics"] = write_statistics(
             path, found.items(), collector.groups, {}, {}, {stage.prefix: collector.energy}
@@ -286,6 +285,8 @@ class Run:
             self._uncommitted.append(file)
             record["shard"] = {"name": path.name, "bytes": file.size, "xxh3_128": file.digest}
             record["linears"] = self.writer.linears
+            if self.given and (fallen := [n for n in stage.linears if is_pooled(self.given.groups.get(n))]):
+                record["pooled"] = fallen
             if grams is not None and grams.passes:
                 record["gram_passes"] = grams.passes
         self.feed.release(stage.tensors)  # now, not when all is durable: the layer after the next is about to be sent

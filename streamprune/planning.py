@@ -19,7 +19,7 @@ import torch
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
 from streamprune.errors import UsageError
-from streamprune.job_prepare import SLACK_BYTES
+from streamprune.job_prepare import SLACK_BYTES, refuse_experts
 from streamprune.model.budget import (
     Budget,
     Layout,
@@ -120,10 +120,12 @@ def plan(
     chosen = selected_linears(skeleton.stages, compile_filter("--only", only), compile_filter("--skip", skip))
     saved = 0
     if recipe.quantize is not None:
-        check_codable(chosen, skeleton.transposed)
+        check_codable(chosen, skeleton)
         saved = sum(ref.nbytes - sum(new.nbytes for new in coded(ref)) for ref in chosen.values())
     windows = samples if _has_pass(recipe, with_stats, propagate) else 0
     on_device = target.type != "cpu"
+    if recipe.needs_gram:
+        refuse_experts(skeleton, chosen)
     needs = _needs(recipe, skeleton, chosen)
     budget = estimate(skeleton, length, compute, on_device=on_device)
     layout = layout_for(skeleton, length, windows, compute, target, None, max_vram, refit=needs)
@@ -228,7 +230,8 @@ def inputs_shared(checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype
     def hook(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         return lambda _, args, named: collector.watch(name, args[0] if args else next(iter(named.values())))
 
-    within = {name: name.removeprefix(stage.prefix) for name in stage.linears}
+    routed = {name for experts in stage.experts for name in experts.linears}
+    within = {name: name.removeprefix(stage.prefix) for name in stage.linears if name not in routed}
     hooks = [
         skeleton.layers[0].get_submodule(path[1:]).register_forward_pre_hook(hook(path), with_kwargs=True)
         for path in within.values()

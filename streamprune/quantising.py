@@ -6,6 +6,7 @@ the same problem: what one weight loses by it, those that are rounded after it m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from streamprune.disk.float_quantized import SCALE
 from streamprune.disk.header import DTYPE_BITS, TensorRef
 from streamprune.errors import UnsupportedError
+from streamprune.model.skeleton import Skeleton
 from streamprune.pruning.fp8 import compensate, dequantise, quantise
 from streamprune.pruning.gram import Gram
 from streamprune.pruning.inverse import Damping
@@ -80,12 +82,18 @@ def coded(ref: TensorRef) -> tuple[TensorRef, TensorRef]:
     return codes, replace(ref, name=ref.name + SCALE, shape=(rows, 1), begin=0, end=rows * width)
 
 
-def check_codable(linears: Mapping[str, TensorRef], transposed: frozenset[str]) -> None:
+def check_codable(linears: Mapping[str, TensorRef], skeleton: Skeleton) -> None:
     """Raises UnsupportedError for a linear that no `float-quantized` checkpoint can hold, before anything runs."""
+    homes = Counter(ref.name for stage in skeleton.layer_stages for ref in stage.linears.values())
     for name, ref in linears.items():
-        if name in transposed:
+        if homes[ref.name] > 1:
             raise UnsupportedError(
-                f"{name} is a Conv1D, which FP8 checkpoints cannot hold; leave out --quantize, or --skip it"
+                f"{name} is a part of {ref.name}, which holds all experts, and FP8 checkpoints have no scales for such "
+                "tensors; --skip '\\.experts\\.' leaves them as they are"
+            )
+        if name in skeleton.transposed:
+            raise UnsupportedError(
+                f"{name} is a Conv1D, which FP8 checkpoints cannot hold; pass --quantize none, or --skip it"
             )
         if not ref.name.endswith("weight"):
             raise UnsupportedError(f"{name}: its tensor is called {ref.name}, where no scale can follow; --skip it")

@@ -29,7 +29,8 @@ def build_report(
 
     `seconds` are those of the work over all runs it took, `startup` those that the last run needed before it could
     begin (imports, skeleton, tokens), `peak` the resident bytes of the highest run. A stage whose Gram matrices had no
-    room beside its pass has `gram_passes`, the passes more that they took.
+    room beside its pass has `gram_passes`, the passes more that they took; `pooled` are linears of experts that saw too
+    few tokens, and went by what all experts of the layer saw.
     """
     reduced = [r["batch"] for r in records if r["batch"]]
     linears = [linear for record in records for linear in record["linears"]]
@@ -48,7 +49,7 @@ def build_report(
         "linears": linears,
         "stages": [
             {"name": r["stage"], "seconds": round(r["seconds"], 3), "peak_rss_bytes": r["peak"]}
-            | ({"gram_passes": r["gram_passes"]} if "gram_passes" in r else {})
+            | {key: r[key] for key in ("gram_passes", "pooled") if key in r}
             for r in records
         ],
         "files": list(files),

@@ -1,7 +1,8 @@
 """What a job is. Two runs belong to the same job when all their fixed fields are equal.
 
     fixed        verb, model, score, selector, refit, damping, quantize, fp8_scale, fp8_rounding, sparsity, allocate,
-                 pattern, only, skip, propagate, calib, samples, seqlen, seed, stats, device, dtype, backend
+                 pattern, only, skip, propagate, calib, samples, seqlen, seed, expert_stats, expert_tokens, stats,
+                 device, dtype, backend
     changeable   max_ram, max_vram, save_stats, work (only before anything has been cached there)
 
 The fixed fields go into `job.json` while the job is unfinished and into `streamprune.json` for ever.
@@ -90,6 +91,10 @@ class JobSpec:
     fp8_scale: str | None = None
     """How FP8 scales are chosen (recipes.check_fp8); None where nothing is quantised."""
     fp8_rounding: str | None = None
+    expert_stats: str = "weighted"
+    """Whether the inputs of experts count times the weights of the routing ("weighted"), or as they are ("routed")."""
+    expert_tokens: int = 64
+    """An expert that sees fewer tokens goes by what all experts of its layer see."""
     restart: bool = field(default=False, metadata=_CHANGEABLE)
     trust_remote_code: bool = field(default=False, metadata=_CHANGEABLE)
 

@@ -6,7 +6,9 @@ Every weight that passes is looked at: NaN and Inf are found here, with their pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ from streamprune.kernels import Selection
 from streamprune.model.feed import Feed
 from streamprune.model.grams import LayerGrams
 from streamprune.model.lane import Lane, is_out_of_memory
+from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.passes import finite_rows, refuse_nonfinite, rows_of
-from streamprune.model.skeleton import TORCH_DTYPES, Skeleton, Stage, is_linear
+from streamprune.model.skeleton import Skeleton, Stage, is_linear
 from streamprune.pruning.methods import Sample
 from streamprune.pruning.recipes import Recipe
 from streamprune.pruning.scores import SCORES
@@ -33,6 +36,7 @@ from streamprune.quantising import LinearCodes, Quantisation, check_codable, cod
 from streamprune.refitting import LayerRefit, Refit, chunk_rows, sampled
 
 CHUNK_BYTES = 16 << 20
+_ROUTER = re.compile(r"\.(gate|router)(\.|$)|shared_expert_gate$")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class StageWriter:
         self._lane = Lane(self.feed.device)
         self._refit: LayerRefit | None = None
         self._scales: dict[str, list[Tensor]] = {}
+        self._stored: dict[str, TensorRef] = {}
 
     def tensors_of(self, stage: Stage) -> list[TensorRef]:
         """What is written of a stage; tensors that are quantised have a place in no file yet."""
@@ -98,9 +103,16 @@ class StageWriter:
         return sum(ref.nbytes for stage in self.skeleton.stages for ref in self.tensors_of(stage))
 
     def stays(self) -> list[str]:
-        """Module paths of the model's linears that are not selected."""
+        """What is not quantised: linears by module path, and layers' other matrices (routers) as they are stored."""
         modules = self.skeleton.model.named_modules()
-        return [name for name, module in modules if is_linear(module) and name not in self.selected]
+        names = [name for name, module in modules if is_linear(module) and name not in self.selected]
+        for stage in self.skeleton.stages:
+            refs = self.tensors_of(stage)
+            if stage.kind != "layer":
+                refs = [ref for ref in refs if ref.name in stage.unclaimed]
+            plain = (ref for ref in refs if ref.dtype in TORCH_DTYPES and len(ref.shape) == 2)
+            names += [n.removesuffix(".weight") for n in (ref.name for ref in plain) if n.endswith(".weight")]
+        return list(dict.fromkeys(names))
 
     def fill(
         self, path: Path, stage: Stage, stats: Callable[[str, int], InputStats], grams: LayerGrams | None = None
@@ -110,18 +122,19 @@ class StageWriter:
         With a recipe that refits, `grams` are those of the layer.
         """
         self.linears = []
-        chosen = {ref.name: name for name, ref in stage.linears.items() if name in self.selected}
+        parts = self._parts(stage)
         self._features = _Features(self.target, stats, self.feed.device)
         self._refit = self._layer_refit(grams) if grams is not None else None
         known = {ref.name for ref in self.skeleton.sources.values()}
-        stored = {ref.name: ref for ref in stage.tensors}
+        stored = self._stored = {ref.name: ref for ref in stage.tensors}
         self._scales = {}
 
         def content(ref: TensorRef) -> Iterator[Buffer]:
             if ref.name in self._scales:
                 yield _bytes(torch.cat(self._scales[ref.name]))
-            elif ref.name in chosen:
-                yield from self._pruned(stored[ref.name], chosen[ref.name])
+            elif ref.name in parts:
+                for name, part in parts[ref.name]:
+                    yield from self._pruned(part, name) if name in self.selected else self._checked(part)
             elif ref.name in known:
                 yield from self._checked(ref)
             else:
@@ -140,13 +153,20 @@ class StageWriter:
 
     def _checked(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of a tensor that is not pruned."""
-        for _, rows in finite_rows(self.feed.maps, ref, CHUNK_BYTES):
+        for _, rows in finite_rows(self.feed.maps, ref, CHUNK_BYTES, self._stored[ref.name]):
             yield _bytes(rows)
+
+    def _parts(self, stage: Stage) -> dict[str, list[tuple[str, TensorRef]]]:
+        """Tensors of which something is pruned -> the linears that they hold, in the order in which they lie there."""
+        parts: dict[str, list[tuple[str, TensorRef]]] = {}
+        for name, ref in sorted(stage.linears.items(), key=lambda item: item[1].begin):
+            parts.setdefault(ref.name, []).append((name, ref))
+        return {name: held for name, held in parts.items() if any(linear in self.selected for linear, _ in held)}
 
     def in_order(self, stage: Stage) -> dict[str, int]:
         """The linears of a stage that are pruned, in the order of their shard, and their in_features."""
-        chosen = [(ref.name, name, ref) for name, ref in stage.linears.items() if name in self.selected]
-        return {name: _width(ref, name in self.skeleton.transposed) for _, name, ref in sorted(chosen)}
+        chosen = [(ref.name, ref.begin, name) for name, ref in stage.linears.items() if name in self.selected]
+        return {name: _width(stage.linears[name], name in self.skeleton.transposed) for *_, name in sorted(chosen)}
 
     def _layer_refit(self, grams: LayerGrams) -> LayerRefit:
         def keep(name: str, weight: Tensor, share: float) -> Tensor:
@@ -178,7 +198,7 @@ class StageWriter:
             exact = rows.t().contiguous() if transposed else rows
             for result in self._select(name, exact, feature, power):
                 if not result.finite:
-                    refuse_nonfinite(ref, begin, rows)
+                    refuse_nonfinite(ref, begin, rows, self._stored[ref.name])
                 removed, total = removed + result.removed, total + result.total
                 parts.append(result.weight)
             weight = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -192,7 +212,7 @@ class StageWriter:
         per_row = prune_per_row(self.target.of(name), in_features)
         self.linears.append({
             "name": name, "rows": out_features, "in_features": in_features, "pruned": per_row * out_features,
-            "sparsity": per_row / in_features, "removed_score": removed / total if total else 0.0,
+            "sparsity": per_row / in_features, "removed_score": _share(removed, total),
         })  # fmt: skip
         if self._refit is not None and outcome is not None:
             self.linears[-1] |= outcome.report()
@@ -243,6 +263,13 @@ class _Features:
         return self._stats(name, in_features).mean_square.float().to(self._device)
 
 
+def _share(part: float, whole: float) -> float | None:
+    """None where the sums are beyond float32, as with weights of 1e20."""
+    if not math.isfinite(part) or not math.isfinite(whole):
+        return None
+    return part / whole if whole else 0.0
+
+
 def prune_per_row(amount: Amount, in_features: int) -> int:
     """Weights pruned in each row. Raises UsageError when the pattern does not divide in_features."""
     if amount.pattern is not None:
@@ -259,16 +286,16 @@ def _itemsize(ref: TensorRef) -> int:
     return ref.nbytes // max(1, ref.shape[0] * ref.shape[1])
 
 
-def check_shapes(target: Target, linears: Mapping[str, TensorRef], transposed: frozenset[str]) -> None:
+def check_shapes(target: Target, linears: Mapping[str, TensorRef], skeleton: Skeleton) -> None:
     """Raises UsageError for a linear whose width the pattern does not divide, UnsupportedError for one that cannot be
     quantised, before anything runs."""
     if target.quantisation is not None:
-        check_codable(linears, transposed)
+        check_codable(linears, skeleton)
     if target.amount.pattern is None:
         return
     for name, ref in linears.items():
         try:
-            check_pattern(target.amount.pattern, ref.shape[0] if name in transposed else ref.shape[1])
+            check_pattern(target.amount.pattern, ref.shape[0] if name in skeleton.transposed else ref.shape[1])
         except UsageError as e:
             raise UsageError(f"{name}: {e}") from e
 
@@ -284,9 +311,16 @@ def _bytes(tensor: Tensor) -> Buffer:
     return view
 
 
-def selected_linears(stages: Iterable[Stage], only: Any, skip: Any) -> dict[str, TensorRef]:
-    """The linears that --only and --skip leave. Raises UsageError when none is left."""
+def selected_linears(stages: Sequence[Stage], only: Any, skip: Any) -> dict[str, TensorRef]:
+    """The linears that --only and --skip leave. Raises UsageError when none is left.
+
+    Of mixtures of experts, routers and gates of shared experts stay as they are, unless --only matches to the end of
+    their names.
+    """
     names = {n: ref for s in stages for n, ref in s.linears.items()}
+    if any(stage.experts for stage in stages):
+        named = {n for n in names if only and any(m.end() == len(n) for m in only.finditer(n))}
+        names = {n: ref for n, ref in names.items() if n in named or not _ROUTER.search(n)}
     chosen = {n: r for n, r in names.items() if (not only or only.search(n)) and not (skip and skip.search(n))}
     if not chosen:
         example = next(iter(names), "none")

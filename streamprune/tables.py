@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from streamprune.inspection.report import Inspection, LinearReport, Totals
     from streamprune.model.cost import Split
     from streamprune.planning import Plan
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -45,13 +48,20 @@ def evaluation_lines(found: Evaluation) -> str:
 
 
 def inspection_table(found: Inspection) -> str:
-    """One line a linear, then the totals; columns that hold nothing for any linear are left out.
+    """One line a linear, then the totals; columns that hold nothing for any linear are left out. A layer's experts
+    share a line.
 
     With a source: how far each linear is from it, in place of its bytes.
     """
     heads = ["linear", "dtype", "shape", "zeros", "zeros/row", "pattern"]
     heads += ["kept changed", "revived", "rel. error"] if found.against else ["scales", "stored", "packed"]
-    rows = [_inspection_cells(n, found.totals.layout) for n in found.linears]
+    groups: dict[tuple[Any, ...], list[LinearReport]] = {}
+    for n in found.linears:
+        groups.setdefault((_EXPERT.sub(".experts.*.", n.name), n.shape, n.dtype, n.packed), []).append(n)
+    rows = [
+        _inspection_cells(key[0] if len(group) > 1 else group[0].name, group, found.totals.layout)
+        for key, group in groups.items()
+    ]
     optional = ("revived", "scales", "faults")
     shown = [h for h in [*heads, "faults"] if h not in optional or any(row[h] not in ("-", "0") for row in rows)]
     t = found.totals
@@ -60,7 +70,7 @@ def inspection_table(found: Inspection) -> str:
         table(shown, [[row[h] for h in shown] for row in rows]),
         "",
         f"{t.linears} linears, {t.weights} weights, {100 * t.sparsity:.2f} % zero; patterns: {patterns}; "
-        f"faults: {'none' if _faults(t) == '-' else _faults(t)}",
+        f"faults: {'none' if _faults([t]) == '-' else _faults([t])}",
         _stored(t),
     ]
     if found.against:
@@ -70,32 +80,39 @@ def inspection_table(found: Inspection) -> str:
     return "\n".join(lines)
 
 
-def _inspection_cells(n: LinearReport, layout: str | None) -> dict[str, str]:
-    d, scale = n.difference, n.scale
-    few, many = n.min_row_zeros, n.max_row_zeros
+def _inspection_cells(name: str, linears: Sequence[LinearReport], layout: str | None) -> dict[str, str]:
+    """The cells of one linear, or of several that are alike: sums, ranges, the largest error."""
+    few, many = min(n.min_row_zeros for n in linears), max(n.max_row_zeros for n in linears)
+    patterns = {n.pattern or "-" for n in linears}
+    scales = [n.scale for n in linears if n.scale is not None and n.scale.least is not None]
+    differences = [n.difference for n in linears if n.difference is not None]
+    changed = [d.kept_changed for d in differences if d.kept_changed is not None]
+    revived = [d.revived for d in differences if d.revived is not None]
+    errors = [d.relative_error for d in differences if d.relative_error is not None]
+    span = f"{min(s.least or 0 for s in scales):.2g}..{max(s.largest or 0 for s in scales):.2g}" if scales else "-"
     return {
-        "linear": n.name,
-        "dtype": n.dtype,
-        "shape": "x".join(map(str, n.shape)),
-        "zeros": f"{100 * n.sparsity:.2f} %",
+        "linear": name if len(linears) == 1 else f"{name} ({len(linears)})",
+        "dtype": linears[0].dtype,
+        "shape": "x".join(map(str, linears[0].shape)),
+        "zeros": f"{100 * sum(n.zeros for n in linears) / sum(n.weights for n in linears):.2f} %",
         "zeros/row": str(few) if few == many else f"{few}-{many}",
-        "pattern": n.pattern or "-",
-        "scales": "-" if scale is None or scale.least is None else f"{scale.least:.2g}..{scale.largest:.2g}",
-        "stored": format_bytes(n.nbytes),
-        "packed": format_bytes(n.nbytes_packed(layout)),
-        "kept changed": "-" if d is None or d.kept_changed is None else str(d.kept_changed),
-        "revived": "-" if d is None or d.revived is None else str(d.revived),
-        "rel. error": "-" if d is None or d.relative_error is None else f"{d.relative_error:.4g}",
-        "faults": _faults(n),
+        "pattern": patterns.pop() if len(patterns) == 1 else "mixed",
+        "scales": span,
+        "stored": format_bytes(sum(n.nbytes for n in linears)),
+        "packed": format_bytes(sum(n.nbytes_packed(layout) for n in linears)),
+        "kept changed": str(sum(changed)) if changed else "-",
+        "revived": str(sum(revived)) if revived else "-",
+        "rel. error": f"{max(errors):.4g}" if errors else "-",
+        "faults": _faults(linears),
     }
 
 
-def _faults(found: LinearReport | Totals) -> str:
+def _faults(found: Sequence[LinearReport] | Sequence[Totals]) -> str:
     kinds = {
-        "-0.0": found.negative_zeros,
-        "NaN": found.nans,
-        "Inf": found.infs,
-        "bad scales": found.bad_scales,
+        "-0.0": sum(n.negative_zeros for n in found),
+        "NaN": sum(n.nans for n in found),
+        "Inf": sum(n.infs for n in found),
+        "bad scales": sum(n.bad_scales for n in found),
     }
     return ", ".join(f"{count} {what}" for what, count in kinds.items() if count) or "-"
 

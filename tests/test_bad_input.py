@@ -303,10 +303,18 @@ def test_dtypes_that_are_not_pruned(model: Path, prune_args: list[object], refus
 # ---- kinds of models
 
 
-def test_mixture_of_experts(models: Models, text: Path, tmp_path: Path, refuse: Refuse) -> None:
-    model = Path(shutil.copytree(models("mixtral"), tmp_path / "in" / "model"))
+def test_experts_of_another_form(model: Path, text: Path, tmp_path: Path, refuse: Refuse) -> None:
+    """Llama 4 weights the inputs of its experts, not their outputs, and holds them its own way."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "llama4_text", vocab_size=199, hidden_size=32, intermediate_size=32, intermediate_size_mlp=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2,
+    )  # fmt: skip
+    (model / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
     for args in every_verb(model, text, tmp_path).values():
-        refuse(4, "experts", args=args)
+        refuse(4, "llama4_text", "model.layers.0.feed_forward.experts.gate_up_proj", args=args)
 
 
 def test_encoder_decoder(model: Path, prune_args: list[object], refuse: Refuse) -> None:

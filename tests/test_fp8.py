@@ -122,7 +122,7 @@ def test_scale_at_its_limits(backend: str) -> None:
         tiny = quantise(torch.tensor([[2.0**-130]]), dtype, "mse", backend=backend)
         assert tiny.scale.item() == 2.0**-126 and tiny.codes.float().item() == 2.0**-4
     assert quantise(torch.tensor([[60000.0]]), torch.float16, backend=backend).scale.item() >= 60000 / 448
-    with pytest.raises(UsageError, match="bfloat16"):
+    with pytest.raises(UsageError, match="--skip"):
         quantise(torch.tensor([[1e9]]), torch.float16, backend=backend)
 
 

@@ -29,6 +29,7 @@ from streamprune.errors import CheckpointError, StreampruneError, UnsupportedErr
 from streamprune.evaluation import evaluate
 from streamprune.job import JobResult, prune
 from streamprune.planning import plan
+from streamprune.pruning.fp8 import dequantise, quantise
 from streamprune.pruning.recipes import RECIPES
 
 Models = Callable[..., Path]
@@ -205,6 +206,27 @@ def test_eval_reads_one_scale_a_tensor(job: Callable[..., JobResult], text: Path
     assert found_here == pytest.approx(whole_perplexity(other, text, 32), rel=1e-5)
 
 
+def test_eval_takes_counted_zeros_for_no_packing(job: Callable[..., JobResult], text: Path) -> None:
+    """Other programs describe the sparsity of FP8 checkpoints whose tensors are plain."""
+    out = job(method="hwpq", sparsity=0.5).out
+    expected = evaluate(out, text, seqlen=32).perplexity
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["sparsity_config"] = {"format": "dense", "global_sparsity": 0.5, "targets": []}
+    (out / "config.json").write_text(json.dumps(config))
+    assert evaluate(out, text, seqlen=32).perplexity == expected
+
+
+def test_weights_whose_codes_would_overflow_are_refused() -> None:
+    """65504 / 448 is rounded up to 146.25, and 448 · 146.25 is infinite in float16."""
+    weight = torch.full((3, 64), 0.5, dtype=torch.float16)
+    weight[1, 7] = -65504
+    with pytest.raises(UsageError, match=r"65504 is too large.*--skip"):
+        quantise(weight, torch.float16)
+    weight[1, 7] = -65408
+    found = quantise(weight, torch.float16)
+    assert torch.isfinite(dequantise(found.codes, found.scale, torch.float16)).all()
+
+
 def test_what_is_skipped_stays_and_is_named(job: Callable[..., JobResult], models: Models) -> None:
     out = job(method="hwpq", pattern="2:4", skip="mlp|layers.0.").out
     written, source = tensors(out), tensors(models("llama"))
@@ -301,7 +323,7 @@ def test_backends_write_the_same(job: Callable[..., JobResult]) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[StreampruneError], str]] = {
-    "Conv1D": ({"kind": "gpt2", "method": "hwpq"}, UnsupportedError, "Conv1D"),
+    "Conv1D": ({"kind": "gpt2", "method": "hwpq"}, UnsupportedError, "Conv1D.*--quantize none"),
     "scale without": ({"fp8_scale": "mse"}, UsageError, "--quantize fp8"),
     "rounding without": ({"fp8_rounding": "nearest"}, UsageError, "--quantize fp8"),
     "compensate without": ({"method": "hwpq", "fp8_rounding": "compensate"}, UsageError, "--refit"),

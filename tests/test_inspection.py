@@ -334,8 +334,9 @@ def test_only_and_skip(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_expectations(tmp_path: Path, expect: str) -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as caught:
         inspect(tmp_path / "never-opened", expect=expect)
+    assert "--sparsity" not in str(caught.value), "it names a flag that inspect does not have"
 
 
 def test_models_that_cannot_be_inspected(tmp_path: Path) -> None:
@@ -552,3 +553,27 @@ if sys.platform == "linux":
     def status(key: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+@pytest.mark.parametrize(("kind", "transposed"), [("granitemoe", False), ("gpt_oss", True)])
+def test_experts_of_one_tensor(tmp_path: Path, kind: str, transposed: bool) -> None:
+    """Each is a linear, along its inputs, wherever they lie; all of a layer share a line of the table."""
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    weight = torch.randn(3, 8, 16).to(torch.bfloat16)
+    weight.view(3, 2, 4, 16)[:, :, :2] = 0 if transposed else weight.view(3, 2, 4, 16)[:, :, :2]
+    if not transposed:
+        weight.view(3, 8, 4, 4)[..., :2] = 0
+    weight[1, 3, 3] = 0
+    for folder, values in {"pruned": weight, "source": weight * 2}.items():
+        (tmp_path / folder).mkdir()
+        other = {"model.layers.0.self_attn.q_proj.weight": torch.ones(4, 8)}
+        save_file({name: values.contiguous(), **other}, tmp_path / folder / "model.safetensors")
+        (tmp_path / folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    found = inspect(tmp_path / "pruned", against=tmp_path / "source", expect="2:4", only="experts")
+    assert [n.name for n in found.linears] == [name.replace("gate", f"{e}.gate") for e in range(3)]
+    assert all((n.pattern, n.transposed, n.shape) == ("2:4", transposed, (8, 16)) for n in found.linears)
+    assert found.ok and {n.difference.kept_changed for n in found.linears if n.difference} == {64, 63}
+    assert found.totals.layout is None, "pack leaves such tensors as they are"
+    assert name.replace("gate", "*.gate") + " (3)" in inspection_table(found)
+    wrong = inspect(tmp_path / "pruned", expect="2:4")
+    assert not wrong.ok and all("q_proj" in failure for failure in wrong.failures)

@@ -33,6 +33,7 @@ ORDER: list[set[str]] = [
     {"arguments", "tables", "progress", "demo", "cli", "__main__"},
 ]
 WITHIN_A_LEVEL = {
+    ("job_prepare", "job_pass"),
     ("job", "job_run"),
     ("evaluation_pass", "comparison"),
     ("cli", "arguments"),

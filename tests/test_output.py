@@ -239,3 +239,18 @@ def test_the_report(models: Models, text: Path, tmp_path: Path) -> None:
     assert report["calibration"]["samples"] == 3 and report["calibration"]["text"] == text.name
     assert {"streamprune", "torch", "transformers", "python"} <= report["versions"].keys()
     assert report["seconds"] > 0 and report["peak_rss_bytes"] > 1 << 20
+
+
+def test_scores_beyond_float32(models: Models, tmp_path: Path) -> None:
+    """Weights may be as large as bf16 goes: their scores are not known then, and the report says so."""
+    source = tmp_path / "model"
+    shutil.copytree(models("llama"), source)
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    weights[name][0] = torch.finfo(torch.bfloat16).max
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    report = prune(source, tmp_path / "out", sparsity=0.5, method="magnitude", score="lscore-isotropic", calib=None,
+                   samples=1, seqlen=8, only="layers.1.").report  # fmt: skip
+    scores = {n["name"]: n["removed_score"] for n in report["linears"]}
+    assert scores.pop(name.removesuffix(".weight")) is None
+    assert all(0 < score < 0.5 for score in scores.values())

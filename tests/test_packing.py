@@ -35,6 +35,7 @@ from streamprune.errors import (
     UnsupportedError,
     UsageError,
 )
+from streamprune.evaluation import evaluate
 from streamprune.job import prune
 from streamprune.packing import pack, unpack
 
@@ -185,6 +186,31 @@ def test_files_that_are_no_utf8_and_a_stale_index(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     there_and_back(folder, tmp_path)
     assert not (tmp_path / "packed" / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["back\\slash.txt", "results_10:30.json", "two\nlines.txt", os.fsdecode(b"\xff\xfe.txt"), "ü/ä ö.txt"],
+    ids=ascii,
+)
+@pytest.mark.skipif(os.name == "nt", reason="such names cannot be")
+def test_names_of_any_kind(model: Path, tmp_path: Path, name: str) -> None:
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_bytes(b"\x00mine\n")
+    there_and_back(model, tmp_path)
+    assert unpack(tmp_path / "packed", tmp_path / "back").status == "up-to-date"
+
+
+def test_what_is_not_carried_over_is_named(model: Path, tmp_path: Path) -> None:
+    """Weights that the checkpoint does not use, of whatever format."""
+    (model / "original").mkdir()
+    for name in ("extra.safetensors", "original/consolidated.00.pth", ".gitattributes"):
+        (model / name).write_bytes(b"x")
+    done = pack(model, tmp_path / "packed")
+    assert done.left_out == ("extra.safetensors", "original/consolidated.00.pth")
+    assert pack(model, tmp_path / "packed").left_out == done.left_out
+    assert unpack(tmp_path / "packed", tmp_path / "back").left_out == ()
+    assert not (tmp_path / "back" / "original").exists()
 
 
 def test_only_what_becomes_smaller_is_packed(tmp_path: Path) -> None:
@@ -353,6 +379,8 @@ def test_places_and_kinds_that_are_refused(model: Path, tmp_path: Path) -> None:
     refused(UsageError, "within", call=lambda: pack(model, model / "out"))
     refused(UsageError, "within", call=lambda: unpack(packed, packed))
     refused(UsageError, "name of its own", call=lambda: pack(model, tmp_path / ".."))
+    refused(UsageError, "another OUT", call=lambda: pack(model, tmp_path / ("n" * 300)))
+    refused(UsageError, "another OUT", call=lambda: unpack(packed, tmp_path / ("n" * 300)))
     refused(UsageError, "lies within OUT", call=lambda: pack(model, tmp_path))
     inner = save(tmp_path / "x.partial" / "m", layer(0, half, "BF16", (8, 40)))
     refused(UsageError, "lies within OUT", call=lambda: pack(inner, tmp_path / "x"))
@@ -443,13 +471,27 @@ def report_edit(edit: Callable[[dict[str, Any]], None]) -> Callable[[Path], None
     return change
 
 
+def replace_in(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 ODD_REPORTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "outside": (report_edit(lambda f: f.update({"../evil": f["config.json"]})), "damaged"),
     "absolute": (report_edit(lambda f: f.update({"/tmp/evil": f["config.json"]})), "damaged"),
+    "name too long": (report_edit(lambda f: f.update({"x" * 300: f["tokenizer.json"]})), "damaged"),
+    "no such name": (report_edit(lambda f: f.update({"\ud800": f["tokenizer.json"]})), "damaged"),
     "hidden": (report_edit(lambda f: f.update({".streamprune/job.json": f["config.json"]})), "damaged"),
     "no size": (report_edit(lambda f: f["config.json"].pop("bytes")), "damaged"),
     "shard missing": (report_edit(lambda f: f.pop("model-00001-of-00002.safetensors")), "not among"),
     "another text": (report_edit(lambda f: f["config.json"].update(text="{}")), "not what was packed"),
+    "too large": (report_edit(lambda f: f["config.json"].update(bytes=10**400)), "damaged"),
+    "text of no bytes": (report_edit(lambda f: f["config.json"].update(text="\ud800")), "damaged"),
+    "nested": (lambda folder: (folder / "streamprune.json").write_text("[" * 100000) and None, "damaged"),
+    "other layout": (lambda folder: replace_in(folder / "streamprune.json", '"layout": "', '"layout": "x'), "damaged"),
+    "cut off": (lambda folder: os.truncate(folder / "streamprune.json", 100), "damaged; download it again, or remove"),
+    "another report": (lambda folder: replace_in(folder / "streamprune.json", '"packed":', '"pakced":'), "damaged"),
     "file gone": (lambda folder: (folder / "tokenizer.json").unlink(), "missing or not what was packed"),
     "file changed": (lambda folder: (folder / "tokenizer.json").write_text("{}") and None, "not what was packed"),
 }
@@ -527,6 +569,16 @@ def test_ours_without_its_report_unpacks_as_any_other(model: Path, tmp_path: Pat
     assert "quantization_config" not in open_checkpoint(tmp_path / "out").config
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_ours_without_its_report_is_found_by_loaders(tmp_path: Path, shards: int) -> None:
+    parts = [layer(number, half, "BF16", (24, 40)) for number in range(shards)]
+    pack(save(tmp_path / "model", *parts), tmp_path / "packed")
+    (tmp_path / "packed" / "streamprune.json").unlink()
+    unpack(tmp_path / "packed", tmp_path / "out")
+    weights = {n for n in files(tmp_path / "out") if ".safetensors" in n}
+    assert weights == {n for n in files(tmp_path / "model") if ".safetensors" in n}
+
+
 def test_no_runtime_takes_a_packed_folder_for_a_model(models: Callable[..., Path], tmp_path: Path) -> None:
     """With shards of the usual names transformers would make random weights, and say so in a warning only."""
     from transformers import AutoModelForCausalLM
@@ -536,6 +588,16 @@ def test_no_runtime_takes_a_packed_folder_for_a_model(models: Callable[..., Path
         pack(tmp_path / kind, tmp_path / f"packed-{kind}")
         with pytest.raises(OSError, match="no file named model"):
             AutoModelForCausalLM.from_pretrained(tmp_path / f"packed-{kind}")
+        for call in (lambda kind=kind: prune(tmp_path / f"packed-{kind}", tmp_path / "out", sparsity=0.5),
+                     lambda kind=kind: evaluate(tmp_path / f"packed-{kind}", tmp_path / kind / "tokenizer.json")):  # fmt: skip
+            with pytest.raises(UnsupportedError, match="unpack"):
+                call()
+        config = tmp_path / f"packed-{kind}" / "config.json"
+        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if "config" not in k}))
+        with pytest.raises(UnsupportedError, match="unpack"):
+            prune(tmp_path / f"packed-{kind}", tmp_path / "out", sparsity=0.5)
+        with pytest.raises(UnsupportedError, match="unpack"):
+            evaluate(tmp_path / f"packed-{kind}", tmp_path / kind / "tokenizer.json")
 
 
 # ---- the command line

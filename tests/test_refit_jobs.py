@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from test_crash import Crasher, show
 from test_device_path import LAYOUTS, LateLane, weights_of
 from test_grams import flags
-from test_reference import LAYERS, in_memory, linears_of, round_states, stored, weight_of
 from transformers import AutoModelForCausalLM
+from whole_model import in_memory, linears_of, round_states, stored, weight_of
 
 from streamprune.cli import main
 from streamprune.disk.scratch import ScratchMatrix
@@ -374,11 +375,11 @@ def test_pruned_predecessors(models: Models, text: Path, tmp_path: Path, kind: s
     entries = {entry["name"]: entry for entry in result.report["linears"]}
     dense, fitted = linears(source, kind), linears(tmp_path / "out", kind)
     sparse, mixed = in_memory(tmp_path / "out"), in_memory(source)
-    for i, layer in enumerate(mixed.get_submodule(LAYERS[kind])):
-        for name, x in collect(source, mixed, kind, text, only=f"{LAYERS[kind]}.{i}.").items():
+    for i, layer in enumerate(mixed.get_submodule(FAMILIES[kind].layers)):
+        for name, x in collect(source, mixed, kind, text, only=f"{FAMILIES[kind].layers}.{i}.").items():
             check_kept(fitted[name], {"sparsity": 0.6})
             check_report(entries.pop(name), dense[name], fitted[name], x)
-        layer.load_state_dict(sparse.get_submodule(LAYERS[kind])[i].state_dict())
+        layer.load_state_dict(sparse.get_submodule(FAMILIES[kind].layers)[i].state_dict())
     assert not entries
 
 

@@ -43,6 +43,8 @@ FIXED: list[tuple[dict[str, Any], str]] = [
     ({"calibration": Calibration(Path("a.txt"), "d1", 64, 2048, 0)}, "samples"),
     ({"calibration": Calibration(Path("a.txt"), "d1", 128, 1024, 0)}, "seqlen"),
     ({"calibration": Calibration(Path("a.txt"), "d1", 128, 2048, 1)}, "seed"),
+    ({"expert_stats": "routed"}, "expert_stats"),
+    ({"expert_tokens": 8}, "expert_tokens"),
     ({"stats": "digest"}, "stats"),
     ({"device": "cpu"}, "device"),
     ({"dtype": "float32"}, "dtype"),

@@ -132,13 +132,13 @@ def test_no_layers_at_all(models: Models, tmp_path: Path) -> None:
     refused(UnsupportedError, lambda: skeleton_of(source), "decoder layers")
 
 
-def test_fused_experts_are_refused(tmp_path: Path) -> None:
-    """Three-dimensional weights would silently stay dense."""
+def test_experts_of_another_form_are_refused(tmp_path: Path) -> None:
+    """Weights of three dimensions that are used otherwise than those of other mixtures would silently stay dense."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(
-        "gpt_oss", vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, num_local_experts=2,
+        "llama4_text", vocab_size=VOCAB, hidden_size=32, intermediate_size=32, intermediate_size_mlp=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     refused(UnsupportedError, lambda: skeleton_of(tmp_path / "model"), "experts")

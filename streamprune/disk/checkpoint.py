@@ -190,7 +190,8 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
     if found is None:
         return
     where, description = found
-    if isinstance(description, dict) and description.get("sparsity_config") and not description.get("config_groups"):
+    sparsity = description.get("sparsity_config") if isinstance(description, dict) else None
+    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
         raise UnsupportedError(
             f"{checkpoint.path / 'config.json'}: {where} says the weights are packed; make them plain with `unpack`"
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 from streamprune.disk.checkpoint import Checkpoint, quantisation_of
 from streamprune.disk.header import show
+from streamprune.disk.packed import is_packed
 from streamprune.errors import UnsupportedError
 
 FORMAT = "float-quantized"
@@ -63,6 +64,8 @@ def read_scheme(checkpoint: Checkpoint) -> Scheme | None:
     """
     found = quantisation_of(checkpoint)
     if found is None:
+        if is_packed(checkpoint):
+            raise UnsupportedError(f"{checkpoint.path}: the weights are packed; make them plain with `unpack`")
         return None
     where, description = found
 
@@ -75,7 +78,8 @@ def read_scheme(checkpoint: Checkpoint) -> Scheme | None:
     if not isinstance(description, dict) or description.get("quant_method") != "compressed-tensors":
         method = description.get("quant_method", "unknown") if isinstance(description, dict) else description
         raise refuse(f"the weights are quantised ({method})")
-    if description.get("sparsity_config"):
+    sparsity = description.get("sparsity_config")
+    if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):  # zeros were but counted
         raise UnsupportedError(f"{checkpoint.path}: the weights are packed; make them plain with `unpack`")
     groups = description.get("config_groups")
     if not isinstance(groups, dict) or not groups or description.get("kv_cache_scheme"):

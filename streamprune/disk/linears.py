@@ -2,7 +2,7 @@
 
 A *linear* is here a 2-D tensor `NAME.weight` of a floating dtype whose name lies in a numbered list of layers
 (`layers.7.`, `h.7.`, `blocks.7.`), except norms, embeddings, routers of experts, and the layers of vision and audio
-towers. Fused experts (3-D tensors) are not counted.
+towers. Experts that are one 3-D tensor (experts, rows, columns) are no linears here; `expert_names` tells them apart.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _NO_LINEAR = re.compile(
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
+_FUSED = re.compile(r"(?:^|\.)(gate_up_proj|gate_proj|up_proj|down_proj|input_linear|output_linear|w1|w2|w3|v1)$")
+_TRANSPOSED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text", "llama4", "llama4_text"})
 
 
 def is_linear_weight(name: str) -> bool:
@@ -48,6 +50,18 @@ def by_number(name: str) -> tuple[tuple[bool, int, str], ...]:
     )
 
 
-def is_conv1d(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the linear `name` is one of transformers' Conv1D, stored as (in, out)."""
-    return checkpoint.config.get("model_type") in _CONV1D_MODELS and name.rpartition(".")[2] in _CONV1D_NAMES
+def expert_names(ref: TensorRef) -> list[str]:
+    """What the experts' matrices of a 3-D tensor are called, `….experts.3.down_proj.weight`; none if it holds none."""
+    module = ref.name.removesuffix(".weight")
+    parent, _, leaf = module.rpartition(".")
+    if len(ref.shape) != 3 or ref.dtype not in FLOATING or not _LAYER.search(ref.name) or not _FUSED.search(module):
+        return []
+    within = parent if parent.endswith("experts") else f"{parent}.experts"
+    return [f"{within}.{expert}.{leaf}.weight" for expert in range(ref.shape[0])]
+
+
+def is_transposed(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the linear `name` is stored as (in, out): transformers' Conv1D, and experts of some models."""
+    kind, leaf = checkpoint.config.get("model_type"), name.rpartition(".")[2]
+    conv1d = kind in _CONV1D_MODELS and leaf in _CONV1D_NAMES
+    return conv1d or (kind in _TRANSPOSED_EXPERTS and ".experts." in name and bool(_FUSED.search(leaf)))

@@ -19,7 +19,7 @@ from pathlib import Path
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.header import show
 from streamprune.disk.hub import resolve_model
-from streamprune.disk.linears import FLOATING, by_number, is_conv1d
+from streamprune.disk.linears import FLOATING, by_number, is_transposed
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import UnsupportedError, UsageError
 from streamprune.inspection.count import inspect_linear, parse_expectation
@@ -80,7 +80,11 @@ def inspect(
             if source and other and _comparable(tensor, other):
                 comparison = LinearComparison(mine.maps, tensor, source.maps, other)
             report, amiss = inspect_linear(
-                mine.maps, tensor, transposed=is_conv1d(mine.checkpoint, name), expected=expected, comparison=comparison
+                mine.maps,
+                tensor,
+                transposed=is_transposed(mine.checkpoint, name),
+                expected=expected,
+                comparison=comparison,
             )
             reports.append(report)
             failures += amiss

@@ -51,6 +51,14 @@ def parse_expectation(given: str | Sequence[str]) -> Expectation:
 
 
 def _parse_sparsity(word: str) -> float:
+    try:
+        number = not math.isnan(float(word))
+    except ValueError:
+        number = False
+    if not number:
+        raise UsageError(
+            f"--expect {show(repr(word))}: give a pattern such as 2:4, a sparsity such as 0.5, fp8, or 2:4,fp8"
+        )
     sparsity = parse_sparsity(word)
     if not sparsity:
         raise UsageError("--expect 0 holds for any checkpoint; give a pattern such as 2:4, a sparsity or fp8")
@@ -149,8 +157,8 @@ def _report(
         scale=_scale_report(scales),
         nbytes=tensor.nbytes,
         nbytes_dense=dense.nbytes + beside,
-        nbytes_two_four=packed_bytes(TWO_FOUR) if holds_two_four else None,
-        nbytes_bitmask=packed_bytes(BITMASK),
+        nbytes_two_four=packed_bytes(TWO_FOUR) if holds_two_four and not tensor.is_part else None,
+        nbytes_bitmask=packed_bytes(BITMASK) if not tensor.is_part else dense.nbytes + beside,
         difference=comparison.finish() if comparison else None,
     )
 

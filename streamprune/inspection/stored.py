@@ -1,7 +1,8 @@
 """A checkpoint's tensors as the dense model has them, however they are stored, and their bits as a stream.
 
 Parts of a packed tensor (disk/packed.py) count as that tensor, and the scales of an FP8 one (`P.weight_scale` beside
-`P.weight` F8_E4M3) belong to it. Bits are read in pieces of 16 MiB at most, whose pages are given back afterwards.
+`P.weight` F8_E4M3) belong to it. A 3-D tensor of experts counts as a matrix for each. Bits are read in pieces of 16
+MiB at most, whose pages are given back afterwards.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.header import DTYPE_BITS, TensorRef
-from streamprune.disk.linears import find_linears
+from streamprune.disk.linears import expert_names, find_linears
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.packed import PackedTensor, find_packed
 
@@ -36,6 +37,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     stored: TensorRef | PackedTensor
     scale: TensorRef | None = None
+    is_part: bool = False
+    """Of a larger tensor, which `pack` leaves as it is."""
 
     @property
     def parts(self) -> tuple[TensorRef, ...]:
@@ -75,10 +78,23 @@ def find_tensors(checkpoint: Checkpoint, maps: ShardMaps) -> dict[str, StoredTen
     found: dict[str, StoredTensor] = {}
     both: dict[str, TensorRef | PackedTensor] = {**rest, **packed}
     for name, stored in both.items():
+        if isinstance(stored, TensorRef) and (experts := _experts_of(stored)):
+            found |= experts
+            continue
         scale = rest.get(f"{name}_scale") if stored.dtype == "F8_E4M3" and name.endswith(".weight") else None
         found[name] = StoredTensor(name, stored.dtype, stored.shape, stored, scale)
     scales = {tensor.scale.name for tensor in found.values() if tensor.scale}
     return {name: tensor for name, tensor in found.items() if name not in scales}
+
+
+def _experts_of(ref: TensorRef) -> dict[str, StoredTensor]:
+    """The experts' matrices of a 3-D tensor; none if it holds none."""
+    names, found = expert_names(ref), {}
+    for number, name in enumerate(names):
+        begin = ref.begin + number * ref.nbytes // len(names)
+        part = replace(ref, shape=ref.shape[1:], begin=begin, end=begin + ref.nbytes // len(names))
+        found[name] = StoredTensor(name, part.dtype, part.shape, part, is_part=True)
+    return found
 
 
 def linears_of(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

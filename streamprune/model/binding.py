@@ -24,9 +24,12 @@ from torch.nn import functional as F
 
 from streamprune.disk.float_quantized import SCALE, Scheme
 from streamprune.disk.header import TensorRef
+from streamprune.model.experts import forward_of
 from streamprune.model.feed import Feed
 from streamprune.model.skeleton import Skeleton
 from streamprune.pruning.fp8 import dequantise
+
+Watch = Callable[[str, Tensor], None]
 
 _PANEL_BYTES = 32 << 20
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -40,12 +43,14 @@ def bound(
     dtype: torch.dtype,
     sources: Mapping[str, TensorRef] | None = None,
     head: bool = True,
+    watch: Watch | None = None,
+    weighted: bool = True,
 ) -> Iterator[list[TensorRef]]:
     """Binds the parameters below `prefix`, or with None all parameters outside the decoder layers.
 
     Within the context the modules compute in `dtype` on the feed's device; on leaving they are on the meta device
     again. Yields what is in use, for the caller to release. `sources` may name other tensors than the checkpoint's
-    own. Without `head`, what makes logits is left out.
+    own. Without `head`, what makes logits is left out. `watch` sees the inputs of experts' linears, `weighted` or not.
     """
     refs = sources or skeleton.sources
     outside = {id(m) for m in skeleton.layers.modules()} if prefix is None else set()
@@ -60,6 +65,8 @@ def bound(
             if id(module) in outside and module is not embedding:
                 continue
             full = ".".join(p for p in (prefix, path) if p)
+            if full in skeleton.experts:
+                undo.append(_bind_experts(skeleton, module, full, feed, refs, dtype, watch, weighted))
             names = [*module._parameters, *module._buffers]
             for leaf in names:
                 ref = refs.get(f"{full}.{leaf}" if full else leaf)
@@ -98,6 +105,35 @@ def _bind(module: nn.Module, leaf: str, value: Tensor, dtype: torch.dtype) -> Ca
     def restore() -> None:
         release()
         module._parameters[leaf] = before
+
+    return restore
+
+
+def _bind_experts(
+    skeleton: Skeleton, module: nn.Module, path: str, feed: Feed, refs: Mapping[str, TensorRef], dtype: torch.dtype,
+    watch: Watch | None, weighted: bool,
+) -> Callable[[], None]:  # fmt: skip
+    """Lets a module of experts work one expert at a time; returns what ends that.
+
+    Inputs of FP8 experts stay as they are: transformers, too, rounds those of its nn.Linear only.
+    """
+    last: list[TensorRef] = []
+
+    def weight(name: str) -> Tensor:
+        ref, scale = refs[f"{name}.weight"], refs.get(f"{name}.weight{SCALE}")
+        feed.release(last)
+        last[:] = [ref]
+        if scale is not None:
+            by = feed.tensor(scale)
+            return dequantise(feed.tensor(ref), by if by.numel() > 1 else by.reshape(()), dtype)
+        stored = feed.tensor(ref).to(dtype)
+        return stored.t() if name in skeleton.transposed else stored
+
+    module.__dict__["forward"] = forward_of(module, skeleton.experts[path], weight, watch, weighted)
+
+    def restore() -> None:
+        module.__dict__.pop("forward", None)
+        feed.release(last)
 
     return restore
 

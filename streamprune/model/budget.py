@@ -83,7 +83,7 @@ def estimate(
     if on_device:
         states = 3 * seqlen * skeleton.hidden_size * dtype.itemsize
         return Budget(base if base is not None else resident_bytes(), RESERVE + DRIVER_RAM, 0, states)
-    largest = max(s.nbytes for s in skeleton.stages)
+    largest = max(s.resident for s in skeleton.stages)
     return Budget(
         base if base is not None else resident_bytes(),
         RESERVE,
@@ -98,7 +98,7 @@ def token_bytes(skeleton: Skeleton, seqlen: int, dtype: torch.dtype) -> int:
     per_token = (9 * skeleton.hidden_size + 4 * max(widths, default=skeleton.hidden_size)) * dtype.itemsize
     config = skeleton.model.config.get_text_config()  # type: ignore[union-attr, operator]
     if getattr(config, "_attn_implementation", "sdpa") == "eager":
-        per_token += 3 * seqlen * int(config.num_attention_heads) * 4  # scores, mask and softmax in full
+        per_token += 3 * seqlen * int(getattr(config, "num_attention_heads", 1)) * 4  # scores, mask and softmax in full
     return per_token
 
 
@@ -227,9 +227,9 @@ def memory_of(
     *, head: bool = False,
 ) -> int:  # fmt: skip
     """Estimated peak bytes on a device: see Layout. While a layer computes, its inputs and outputs are resident."""
-    weights = max((layers * s.nbytes for s in skeleton.layer_stages), default=0)
+    weights = max((layers * s.resident for s in skeleton.layer_stages), default=0)
     if head:  # its matrix may be the embedding's
-        weights = max(weights, *(t.nbytes for s in (skeleton.stages[0], skeleton.stages[-1]) for t in s.tensors))
+        weights = max(weights, *(t.nbytes for s in (skeleton.stages[0], skeleton.stages[-1]) for t in s.together))
     state = seqlen * skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize
     states = 2 * samples * state if resident else 0
     in_flight = 4 * batch * state

@@ -23,11 +23,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from streamprune.memory import available_bytes
 from streamprune.model.refit_cost import NO_REFIT, RefitWork
 from streamprune.model.skeleton import Skeleton, Stage
 
 PER_BATCH = 0.5e-3
 """Seconds a batch takes in a layer whatever its size: threads of the activation cache, hooks."""
+
+_KEPT = 0.7
+"""Of the memory that is left, the share in which the system keeps what was read of files."""
 
 PER_COLUMN = 1.5e-5
 """Seconds of the calls for a column where a refit visits one after the other."""
@@ -89,6 +93,8 @@ class Work:
     """Bytes of 32 states of the hidden size and 4 of each linear's output: about what a Llama's layer moves."""
     inputs: int
     """Bytes of each linear's input, shared or not."""
+    again: int = 0
+    """Bytes of experts that are read anew for each batch, and to be pruned, for memory does not keep them."""
     last: bool = False
     """Whether this is the last layer: one pass for its statistics will do, and nobody needs what comes out."""
     refit: RefitWork = NO_REFIT
@@ -148,14 +154,33 @@ def work_of(skeleton: Skeleton, stage: Stage, chosen: Collection[str], seqlen: i
     pruned = sum(ref.nbytes for name, ref in stage.linears.items() if name in chosen)
     if stage.kind != "layer":
         return Work(stage.kind, stage.nbytes, pruned, 0, 0, 0, 0)
-    shapes = [linear_shape(skeleton, name, stage) for name in stage.linears]
+    share = routed_share(skeleton) if stage.experts else 1.0
+    routed = {name for experts in stage.experts for name in experts.linears}
+    linears = [(share if name in routed else 1.0, *linear_shape(skeleton, name, stage)) for name in stage.linears]
     return Work(
         kind=stage.kind, nbytes=stage.nbytes, pruned=pruned,
-        products=2 * sum(rows * width for rows, width in shapes),
+        products=int(2 * sum(part * rows * width for part, rows, width in linears)),
         attention=2 * seqlen * attention_width(skeleton),
-        traffic=itemsize * (32 * skeleton.hidden_size + 4 * sum(rows for rows, _ in shapes)),
-        inputs=itemsize * sum(width for _, width in shapes), last=stage.index == len(skeleton.layers) - 1,
+        traffic=int(itemsize * (32 * skeleton.hidden_size + 4 * sum(part * rows for part, rows, _ in linears))),
+        inputs=int(itemsize * sum(part * width for part, _, width in linears)),
+        again=_forgotten(stage), last=stage.index == len(skeleton.layers) - 1,
     )  # fmt: skip
+
+
+def _forgotten(stage: Stage) -> int:
+    """Bytes of a layer's experts where they are more than the system will keep of files."""
+    experts = sum(stage.linears[name].nbytes for e in stage.experts for name in e.linears)
+    free = available_bytes()
+    return experts if free is not None and experts > _KEPT * free else 0
+
+
+def routed_share(skeleton: Skeleton) -> float:
+    """The share of a layer's experts that a token is routed to; 1 where the configuration does not say."""
+    config = skeleton.model.config.get_text_config()  # type: ignore[union-attr, operator]
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+    chosen = next((n for name in names if isinstance(n := getattr(config, name, None), int)), None)
+    experts = max((len(e.down) for e in skeleton.experts.values()), default=0)
+    return min(1.0, chosen / experts) if chosen and experts else 1.0
 
 
 def linear_shape(skeleton: Skeleton, name: str, stage: Stage) -> tuple[int, int]:
@@ -214,6 +239,7 @@ def _layer(work: Work, course: Course, s: Speeds, room: float) -> Split:
     look = work.nbytes / s.scanning
     prune = look + work.pruned / s.selection
     waited = max(0.0, work.nbytes / s.reading - room) + _flushes(work, course)
+    waited += (course.batches * course.passes(work) + 1) * work.again / s.reading
     forward = _forward(work, course, s) if work.kind == "layer" else Split()
     fill = prune + forward.refit
     waited += _shard(work, course, s, fill, work.nbytes / s.writing) - fill

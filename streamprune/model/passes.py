@@ -90,13 +90,16 @@ def _nowhere(states: Tensor) -> None:
 def check_weights(feed: Feed, skeleton: Skeleton, stage: Stage) -> None:
     """Looks at every weight of a stage before it is used. Raises CheckpointError for NaN and Inf, as finite_rows."""
     known = {ref.name for ref in skeleton.sources.values()}
-    in_passing = stage.kind != "layer"  # of the embeddings and the head, a pass touches a few rows only
+    together = {ref.name for ref in stage.together}
     for ref in stage.tensors:
+        # of the embeddings and the head, a pass touches a few rows only; of a layer's experts, one after the other
+        in_passing = stage.kind != "layer" or ref.name not in together
         if ref.name in known:
             for begin, rows in finite_rows(feed.maps if in_passing else feed, ref, _CHECK_BYTES):
                 if in_passing:
                     at = ref.begin + begin * (ref.nbytes // max(1, ref.shape[0] if ref.shape else 1))
-                    feed.maps.release([replace(ref, begin=at, end=at + rows.nbytes)], drop_cache=True)
+                    done = [replace(ref, begin=at, end=at + rows.nbytes)]
+                    feed.maps.release(done, drop_cache=stage.kind != "layer")
 
 
 def rows_of(source: Feed | ShardMaps, ref: TensorRef, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
@@ -107,15 +110,20 @@ def rows_of(source: Feed | ShardMaps, ref: TensorRef, chunk_bytes: int) -> Itera
         yield begin, source.rows(ref, begin, min(begin + step, count)) if ref.shape else source.tensor(ref)
 
 
-def finite_rows(source: Feed | ShardMaps, ref: TensorRef, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
+def finite_rows(
+    source: Feed | ShardMaps, ref: TensorRef, chunk_bytes: int, whole: TensorRef | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """As rows_of. Raises CheckpointError naming file, tensor and index of the first NaN or Inf."""
     for begin, rows in rows_of(source, ref, chunk_bytes):
-        refuse_nonfinite(ref, begin, rows)
+        refuse_nonfinite(ref, begin, rows, whole)
         yield begin, rows
 
 
-def refuse_nonfinite(ref: TensorRef, begin: int, rows: Tensor) -> None:
-    """Raises CheckpointError naming the first NaN or Inf of a tensor's rows from `begin` on, if there is one."""
+def refuse_nonfinite(ref: TensorRef, begin: int, rows: Tensor, whole: TensorRef | None = None) -> None:
+    """Raises CheckpointError naming the first NaN or Inf of a tensor's rows from `begin` on, if there is one.
+
+    `ref` may be one of the equal parts of the tensor `whole`, along its first axis.
+    """
     if rows.dtype == torch.float8_e4m3fn:
         found = ((rows.reshape(-1).view(torch.uint8) & 0x7F) == 0x7F).nonzero()
         flat = int(found[0]) if len(found) else None
@@ -125,6 +133,8 @@ def refuse_nonfinite(ref: TensorRef, begin: int, rows: Tensor) -> None:
         return
     index = [int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape)]
     place = [begin + index[0], *index[1:]] if index else []
+    if whole is not None and whole.shape != ref.shape:
+        place.insert(0, (ref.begin - whole.begin) // ref.nbytes)
     raise CheckpointError(
         f"{ref.shard}: tensor {ref.name} is {float(rows.reshape(-1)[flat])} at {place}; "
         "the checkpoint is damaged, download it again"

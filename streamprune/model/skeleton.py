@@ -14,7 +14,7 @@ to mapped tensors of the checkpoint while their stage is at work, and unbound af
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +26,8 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.float_quantized import SCALE, Scheme, read_scheme
 from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError, UnsupportedError
-
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+from streamprune.model.experts import Experts
+from streamprune.model.naming import TORCH_DTYPES, is_left_out, match_tensors
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,12 @@ class Stage:
     """Module path of a layer, "model.layers.3"; empty for embed and head."""
     tensors: tuple[TensorRef, ...]
     linears: Mapping[str, TensorRef]
-    """Module path of each linear of a layer -> its weight; insertion order is the module's."""
+    """Module path of each linear of a layer -> its weight; insertion order is the module's. Those of experts come last
+    (model/experts.py); their weight may be a part of a tensor."""
+    experts: tuple[Experts, ...] = ()
+    """Of a layer, whose weights are brought one expert at a time."""
+    unclaimed: frozenset[str] = frozenset()
+    """Names of tensors that nothing in the model claims; they are copied, and never at work."""
 
     @property
     def name(self) -> str:
@@ -51,6 +56,22 @@ class Stage:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def together(self) -> list[TensorRef]:
+        """The tensors that are at work together: all but those of experts and those that nothing claims."""
+        apart = self.unclaimed | {self.linears[name].name for experts in self.experts for name in experts.linears}
+        return [t for t in self.tensors if t.name not in apart]
+
+    @property
+    def resident(self) -> int:
+        """Bytes of weights that are held at once: all that work together, and two experts."""
+        of_one = [
+            sum(self.linears[name].nbytes for name in (*up, down))
+            for experts in self.experts
+            for up, down in zip(experts.up, experts.down, strict=True)
+        ]
+        return sum(t.nbytes for t in self.together) + 2 * max(of_one, default=0)
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,8 @@ class Skeleton:
     """Linears whose weight is stored (in, out): transformers' Conv1D."""
     dtype: torch.dtype
     """The checkpoint's own dtype; with FP8 weights, that of the others."""
+    experts: Mapping[str, Experts]
+    """Module path of each module of experts -> whose weights are whose."""
     scheme: Scheme | None
     """How FP8 weights are computed with; None where the checkpoint is not quantised."""
     hidden_size: int
@@ -124,16 +147,19 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
     config = _load_config(checkpoint, trust_remote_code)
     model = _build_model(checkpoint, config, compute_dtype, trust_remote_code)
     prefix, layers = _find_layers(model, config)
-    sources = _match_tensors(checkpoint, model, scheme is not None)
-    _refuse_other_weights(prefix, layers)
-    stages = _cut_stages(checkpoint, model, prefix, layers, sources)
+    sources, experts = match_tensors(checkpoint, model, scheme is not None)
+    _refuse_other_weights(config.model_type, prefix, layers, experts.keys())
+    stages = _cut_stages(checkpoint, model, prefix, layers, sources, experts)
+    transposed = [f"{prefix}.{n}" for n, m in layers.named_modules() if type(m).__name__ == "Conv1D"]
+    transposed += [name for e in experts.values() for name in e.transposed]
     return Skeleton(
         model=model,
         layers=layers,
         stages=stages,
         sources=sources,
-        transposed=frozenset(f"{prefix}.{n}" for n, m in layers.named_modules() if type(m).__name__ == "Conv1D"),
+        transposed=frozenset(transposed),
         dtype=stored_dtype(checkpoint),
+        experts=experts,
         scheme=scheme,
         hidden_size=int(config.get_text_config().hidden_size),
         vocab_size=int(config.get_text_config().vocab_size),
@@ -158,19 +184,17 @@ def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         raise CheckpointError(
             f"{checkpoint.path}/config.json is not a valid {kind} configuration: {_one_line(e)}"
         ) from e
-    if getattr(config, "is_encoder_decoder", False):
+    if any(getattr(c, "is_encoder_decoder", False) for c in (config, config.get_text_config(decoder=True))):
         raise UnsupportedError(f"{kind} is an encoder-decoder model; only decoder-only causal models can be pruned")
     return config
 
 
 def _build_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
     kind = checkpoint.config["model_type"]
     config.use_cache = False
     try:
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = _model_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as e:
         if "Unrecognized configuration class" in str(e):
             raise UnsupportedError(f"{kind} has no causal language model in transformers") from e
@@ -182,120 +206,84 @@ def _build_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype, trust_
     return result
 
 
+def _model_class(config: Any) -> Any:
+    """The class that loads a configuration's whole checkpoint, other modalities included."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    classes = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    if _wraps(config):
+        classes.reverse()  # the causal class of some is the text model alone
+    return next((c for c in classes if type(config) in c._model_mapping), AutoModelForCausalLM)
+
+
+def _wraps(config: Any) -> bool:
+    """Whether the text model is a part of the model: its configuration is a part of the model's."""
+    return config.get_text_config() is not config
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
-    """The outermost ModuleList with one entry a decoder layer."""
+    """The outermost ModuleList with one entry a decoder layer; of a model that sees or hears, within its text model."""
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    root = model.get_decoder() if _wraps(config) else model  # type: ignore[operator]
+    inside = {id(m) for m in root.modules()}
+    found = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count and id(m) in inside
+    ]
     if not found or not count:
         raise UnsupportedError(f"{config.model_type} has no list of {count} decoder layers that could be streamed")
     depth = min(n.count(".") for n, _ in found)
     outermost = [(n, m) for n, m in found if n.count(".") == depth]
     if len(outermost) > 1:
         raise UnsupportedError(f"{config.model_type} has several layer lists ({', '.join(n for n, _ in outermost)})")
-    if getattr(config.get_text_config(), "num_kv_shared_layers", 0):
-        raise UnsupportedError(
-            f"{config.model_type} shares keys and values across layers; layers cannot be streamed alone"
-        )
+    _refuse_dependent_layers(config, outermost[0][1])
     return outermost[0]
 
 
-def _match_tensors(checkpoint: Checkpoint, model: nn.Module, quantised: bool) -> dict[str, TensorRef]:
-    """Which stored tensor each parameter and persistent buffer is, by name. Tied parameters may be stored once.
-
-    In a `quantised` checkpoint linears may be FP8, with a scale beside them.
-    """
-    stored, converted = _module_names(checkpoint, model)
-    owners: dict[int, TensorRef] = {}
-    found: dict[str, TensorRef] = {}
-    missing: list[tuple[str, nn.Parameter]] = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        ref = stored.get(name)
-        if ref is None:
-            missing.append((name, parameter))
-            continue
-        if ref.shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{ref.shard}: tensor {ref.name} has shape {list(ref.shape)}, config.json says {list(parameter.shape)}"
-            )
-        if quantised and ref.dtype == "F8_E4M3" and _is_linears(model, name):
-            found[name + SCALE] = _scale_of(checkpoint, ref, stored.get(name + SCALE))
-        elif ref.dtype not in TORCH_DTYPES:
-            raise UnsupportedError(
-                f"{ref.shard}: tensor {ref.name} is {ref.dtype}; only BF16, F16 and F32 weights can be pruned"
-            )
-        found[name] = ref
-        owners.setdefault(id(parameter), ref)
-    for name, parameter in missing:
-        if id(parameter) in owners:
-            found[name] = owners[id(parameter)]
-        elif name in converted:
-            raise UnsupportedError(
-                f"{checkpoint.path}: {name} is stored in pieces ({converted[name]}, …); such weights, as of mixtures "
-                "of experts, cannot be pruned yet"
-            )
-        else:
-            raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing; is the download complete?")
-    persistent = set(model.state_dict())
-    for name, buffer in model.named_buffers():
-        ref = stored.get(name) if name in persistent else None
-        if ref is not None and ref.shape == tuple(buffer.shape) and ref.dtype in TORCH_DTYPES:
-            found[name] = ref
-    return found
-
-
-def _is_linears(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is the weight of a linear, of any class."""
-    path, _, leaf = name.rpartition(".")
-    return leaf == "weight" and isinstance(model.get_submodule(path), nn.Linear)
-
-
-def _scale_of(checkpoint: Checkpoint, weight: TensorRef, scale: TensorRef | None) -> TensorRef:
-    """The scale of an FP8 weight, if it is one. Raises CheckpointError."""
-    if scale is None:
-        raise CheckpointError(f"{checkpoint.path}: tensor {weight.name}{SCALE} is missing; is the download complete?")
-    if scale.dtype not in TORCH_DTYPES or scale.shape not in ((weight.shape[0], 1), (weight.shape[0],), (1,), ()):
-        raise CheckpointError(
-            f"{scale.shard}: tensor {scale.name} is {scale.dtype} {list(scale.shape)}, which is no scale of "
-            f"{weight.name} {list(weight.shape)}"
+def _refuse_dependent_layers(config: Any, layers: nn.ModuleList) -> None:
+    """Refuses layers that need more than the hidden states of the one before, or are not their weights' only users."""
+    kind, text = config.model_type, config.get_text_config()
+    if getattr(text, "num_attention_heads", None) is None:
+        raise UnsupportedError(f"{kind} has no attention; models that are recurrent throughout cannot be pruned yet")
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise UnsupportedError(f"{kind} shares keys and values across layers; layers cannot be streamed alone")
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        raise UnsupportedError(
+            f"{kind} looks up a second input of each layer by the tokens; its layers cannot be replayed from hidden "
+            "states alone"
         )
-    return scale
+    users: dict[int, int] = {}
+    for i, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            if (first := users.setdefault(id(parameter), i)) != i:
+                raise UnsupportedError(
+                    f"{kind} uses the same weights in layers {first} and {i} ({name}); layers cannot be pruned alone"
+                )
 
 
-def _module_names(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, TensorRef], dict[str, str]]:
-    """Stored tensors under the names of today's modules, renamed by transformers' own tables of old names.
+def _refuse_other_weights(kind: str, prefix: str, layers: nn.ModuleList, experts: Collection[str]) -> None:
+    """Refuses layers whose weights are neither linears nor experts as we know them: they would silently stay dense.
 
-    Also returns the module names whose tensors would have to be converted, not only renamed, with the name of
-    one of their pieces.
+    Convolutions of each channel by itself, as recurrent layers begin with, may: they have a few weights a channel.
+    Refuses Mamba's first version, too, which multiplies with a linear's weight itself: its input cannot be watched.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
-    prefix, state = getattr(model, "base_model_prefix", ""), model.state_dict()
-    stored: dict[str, TensorRef] = {}
-    converted: dict[str, str] = {}
-    for name in sorted(checkpoint.tensors):
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if pattern is None:
-            stored[renamed] = checkpoint.tensors[name]
-        else:
-            converted.setdefault(renamed, name)
-    return stored, converted
-
-
-def _refuse_other_weights(prefix: str, layers: nn.ModuleList) -> None:
-    """Refuses layers whose weights are not linears, such as fused experts: they would silently stay dense."""
-    for name, parameter in layers.named_parameters():
-        if parameter.dim() > 2:
+    for path, module in layers.named_modules():
+        states = getattr(module, "A_log", None)
+        if isinstance(getattr(module, "dt_proj", None), nn.Linear) and states is not None and states.dim() == 2:
             raise UnsupportedError(
-                f"{prefix}.{name} is a weight of {parameter.dim()} dimensions (fused experts?); "
-                "mixtures of experts cannot be pruned yet"
+                f"{kind} has Mamba layers of the first version, which do not call {prefix}.{path}.dt_proj but multiply "
+                "with its weight; what it is fed cannot be watched"
+            )
+    for name, parameter in layers.named_parameters():
+        owner = layers.get_submodule(name.rpartition(".")[0])
+        by_channel = isinstance(owner, nn.Conv1d) and owner.groups == owner.in_channels
+        if parameter.dim() > 2 and not by_channel and f"{prefix}.{name}".rpartition(".")[0] not in experts:
+            raise UnsupportedError(
+                f"{kind}: {prefix}.{name} is a weight of {parameter.dim()} dimensions, and not of experts as "
+                "transformers usually holds them; such weights cannot be pruned yet"
             )
 
 
@@ -310,9 +298,10 @@ def _cut_stages(
     prefix: str,
     layers: nn.ModuleList,
     sources: Mapping[str, TensorRef],
+    experts: Mapping[str, Experts],
 ) -> tuple[Stage, ...]:
     """Every tensor of the checkpoint into exactly one stage."""
-    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False) if n in sources]
     before = {sources[n].name for n in names[: next(i for i, n in enumerate(names) if n.startswith(prefix + "."))]}
     stem = _stored_stem(prefix, names, sources)
     kinds: dict[str, list[TensorRef]] = {"embed": [], "head": []}
@@ -321,6 +310,9 @@ def _cut_stages(
     for ref in checkpoint.tensors.values():
         found = layer_name.match(ref.name)
         if found and int(found.group(1)) >= len(layers):
+            if is_left_out(model, ref.name, int(found.group(1))):
+                kinds["head"].append(ref)
+                continue
             raise CheckpointError(f"{ref.shard}: tensor {ref.name} belongs to a layer that config.json does not have")
         target = inside[int(found.group(1))] if found else kinds["embed" if ref.name in before else "head"]
         target.append(ref)
@@ -328,8 +320,12 @@ def _cut_stages(
     for i, layer in enumerate(layers):
         path = f"{prefix}.{i}"
         linears = {f"{path}.{n}": sources[f"{path}.{n}.weight"] for n, m in layer.named_modules() if is_linear(m)}
-        stages.append(Stage("layer", i, path, tuple(inside[i]), linears))
-    return (*stages, Stage("head", -1, "", tuple(kinds["head"]), {}))
+        mixtures = tuple(e for at, e in experts.items() if at.startswith(path + "."))
+        linears |= {name: sources[f"{name}.weight"] for e in mixtures for name in e.linears}
+        stages.append(Stage("layer", i, path, tuple(inside[i]), linears, mixtures))
+    known = {ref.name for ref in sources.values()}
+    unclaimed = frozenset(ref.name for ref in kinds["head"] if ref.name not in known)
+    return (*stages, Stage("head", -1, "", tuple(kinds["head"]), {}, unclaimed=unclaimed))
 
 
 def _stored_stem(prefix: str, names: list[str], sources: Mapping[str, TensorRef]) -> str:

@@ -167,7 +167,7 @@ def merge_statistics(
         file = StatisticsFile(part)
         groups |= file.groups
         energies |= file.energies
-        for leader in dict.fromkeys(file.groups.values()):
-            width = file.refs[f"{leader}.sum"].shape[0]
-            stats[leader] = file.load(leader, width)
+        for linear, leader in file.groups.items():  # a leader need not be a linear: experts may go by a common sum
+            if leader not in stats:
+                stats[leader] = file.load(linear, file.refs[f"{leader}.sum"].shape[0])
     return write_statistics(path, stats.items(), groups, model, calibration, energies)

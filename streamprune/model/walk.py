@@ -77,6 +77,8 @@ class Walk:
         self.skeleton, self.feed, self.dtype, self.device = skeleton, feed, dtype, feed.device
         self.cache_dtype = cache_dtype(skeleton.dtype, dtype)
         self.most: int | None = None
+        self.weighted = True
+        """Whether `watch` sees what is routed to experts times the weights that the routing gives it."""
         self._example: Tensor | None = None
         self._calls: dict[int, list[Call]] = {}
         self._as_tuple: bool | None = None
@@ -191,7 +193,7 @@ class Walk:
                 out = layer(*call.args, hidden_states=states, **call.kwargs)
             else:
                 out = layer(states, *call.args, **call.kwargs)
-            result: Tensor = out[0] if isinstance(out, tuple) else out
+            result: Tensor = out[0] if isinstance(out, tuple | list) else out
             return result
 
         def run(states: Tensor) -> Tensor:
@@ -200,7 +202,9 @@ class Walk:
 
         source = feed or self.feed
         try:
-            with bound(self.skeleton, stage.prefix, source, self.dtype, sources) as used:
+            with bound(
+                self.skeleton, stage.prefix, source, self.dtype, sources, watch=watch, weighted=self.weighted
+            ) as used:
                 try:
                     yield run
                 finally:
@@ -262,6 +266,7 @@ def _recorders(skeleton: Skeleton, as_tuple: bool, compare: bool = True) -> Iter
             "attention_type",
             "layer_type",
             "is_sliding",
+            "block_type",
         ):  # read by some models before the call
             if hasattr(layer, attribute):
                 setattr(recorder, attribute, getattr(layer, attribute))

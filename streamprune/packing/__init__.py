@@ -3,7 +3,7 @@
 No runtime loads such checkpoints any more, so what is packed is unpacked before it is used. A packed folder has the
 layout of compressed-tensors up to 0.14 (disk/packed.py), one shard for each source shard, and keeps all it takes to
 restore the source byte for byte. Its shards are called packed-NAME, which no loader takes for a model. Not carried
-over are hidden files and weights of other formats.
+over are hidden files, and weights that the checkpoint does not use, of any format; the report names the latter.
 
 survey    the source is read once: what is kept of each row, which layout, hashes   (pack only, packing/survey.py)
 shards    one after the other: packed, restored or made plain; verified; then a line in the journal commits it
@@ -57,6 +57,8 @@ class PackResult:
     bytes_after: int
     seconds: float
     peak_rss_bytes: int
+    left_out: tuple[str, ...] = ()
+    """Of `pack`: files of MODEL that were not carried over, as they are weights that the checkpoint does not use."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _carry_out(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallbac
             }
     return PackResult(
         status, spec.out, found["layout"], found["bytes_before"], found["bytes_after"],
-        time.perf_counter() - begun, peak_resident_bytes(),
+        time.perf_counter() - begun, peak_resident_bytes(), tuple(found.get("left_out", ())),
     )  # fmt: skip
 
 
@@ -248,9 +250,13 @@ def _shards(state: JobState, checkpoint: Checkpoint, work: Work, progress: Progr
 def _check_places(spec: PackSpec, checkpoint: Checkpoint) -> None:
     if spec.out.name in ("", ".."):
         raise UsageError(f"OUT {spec.out}: give the folder that is to be written a name of its own")
-    if spec.out.is_mount():
+    try:
+        mount, source, out = spec.out.is_mount(), checkpoint.path.resolve(), spec.out.resolve()
+    except (OSError, RuntimeError) as e:  # a name that is too long, links in a circle
+        why = e.strerror if isinstance(e, OSError) else e
+        raise UsageError(f"OUT {spec.out} cannot be looked at: {why}; choose another OUT") from e
+    if mount:
         raise UsageError(f"OUT {spec.out} is a mount point, which cannot be renamed into place; name a folder in it")
-    source, out = checkpoint.path.resolve(), spec.out.resolve()
     if out == source or source in out.parents:
         raise UsageError(f"OUT {spec.out} lies within {checkpoint.path}, which is read; choose a place outside it")
     if partial_of(spec.out).resolve() in (source, *source.parents) or out in source.parents:

@@ -9,6 +9,7 @@ are looked at before anything is written under them.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ import xxhash
 from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.header import open_file, read_bytes, show
-from streamprune.disk.packed import TWO_FOUR
+from streamprune.disk.packed import LAYOUTS, TWO_FOUR
 from streamprune.disk.state import REPORT, file_digest
 from streamprune.errors import CheckpointError, CorruptStateError, UnsupportedError
 
@@ -45,12 +46,19 @@ def source_name(shard: str) -> str:
     return shard.removeprefix(_PREFIX)
 
 
+def plain_names(shards: Collection[str]) -> dict[str, str]:
+    """What packed shards are called when nobody knows what they were: as they are, or without our prefix, under which
+    no loader would find them."""
+    ours = all(shard.startswith(_PREFIX) for shard in shards)
+    return {shard: source_name(shard) if ours else shard for shard in shards}
+
+
 def index_name(folder: Path, shards: Collection[str]) -> str | None:
     """The index that a checkpoint of these shards has or needs; None where there is but one, found without it."""
     indexes = sorted(p.name for p in folder.glob(f"*{INDEX_SUFFIX}") if not p.name.startswith("."))
     if len(shards) == 1 and (not indexes or "model.safetensors" in shards):
         return None
-    return indexes[0] if len(indexes) == 1 else MAIN_INDEX
+    return indexes[0] if len(indexes) == 1 and indexes[0] != PACKED_INDEX else MAIN_INDEX
 
 
 def original_texts(checkpoint: Checkpoint) -> Files:
@@ -64,6 +72,20 @@ def original_texts(checkpoint: Checkpoint) -> Files:
                 data = read_bytes(f, path, -1)
             found[name] = {**entry(data), "text": data.decode(errors="surrogateescape")}
     return found
+
+
+def left_out(checkpoint: Checkpoint) -> list[str]:
+    """The files that packing does not carry over, as sorted relative names: weights that the checkpoint does not use.
+
+    Hidden files and folders, and `__pycache__`, are not named.
+    """
+    carried = {*checkpoint.shards, *checkpoint.side_files(), *original_texts(checkpoint)}
+    found = []
+    for folder, folders, names in os.walk(checkpoint.path):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        inside = [Path(folder, name).relative_to(checkpoint.path).as_posix() for name in names if name[0] != "."]
+        found += [name for name in inside if name not in carried]
+    return sorted(found)
 
 
 def text_bytes(kept: Mapping[str, Any]) -> bytes:
@@ -130,41 +152,52 @@ class Originals:
 
 
 def read_originals(checkpoint: Checkpoint) -> Originals | None:
-    """What a checkpoint that we packed was, by its report; None for any other checkpoint.
+    """What a checkpoint that we packed was, by its report; None for any other checkpoint, and where it is missing.
 
     Raises:
-        CheckpointError: the report names files that cannot be, or other shards than there are.
+        CheckpointError: the report is damaged, or names files that cannot be, or other shards than there are.
     """
     path = checkpoint.path / REPORT
     try:
-        report = journal.read_json(path, "report") if path.is_file() else {}
-    except CorruptStateError:
-        return None
-    if "packed" not in report:
+        report = journal.read_json(path, "report") if path.is_file() else None
+    except (CorruptStateError, RecursionError) as e:
+        raise _damaged(path) from e
+    if report is None or "packed" not in report:
+        if report is not None and any(shard.startswith(_PREFIX) for shard in checkpoint.shards):
+            raise _damaged(path)
         return None
     try:
         original = report["packed"]["original"]
         files, identity = original["files"], original["identity"]
         for name, kept in files.items():
-            fine = isinstance(kept["bytes"], int) and isinstance(kept["xxh3_128"], str) and kept["bytes"] >= 0
+            fine = isinstance(kept["bytes"], int) and isinstance(kept["xxh3_128"], str) and 0 <= kept["bytes"] < 2**63
             if not fine or not _is_plain(name) or not isinstance(kept.get("text", ""), str):
                 raise ValueError(show(name))
-        if not isinstance(identity, dict):
+            text_bytes({"text": "", **kept})  # raises ValueError for what no bytes decode to
+        layout = report["packed"]["layout"]
+        if not isinstance(identity, dict) or layout not in LAYOUTS:
             raise TypeError
-        layout = str(report["packed"]["layout"])
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{path}: what it says of the original files is damaged; download it again") from e
+        raise _damaged(path) from e
     missing = [s for s in map(source_name, checkpoint.shards) if s not in files or "text" in files[s]]
     if missing:
         raise CheckpointError(f"{path}: shard {show(missing[0])} is not among the original files; download it again")
     return Originals(files, identity, layout)
 
 
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: what it says of the original files is damaged; download it again, or remove it: without it, weights "
+        "are unpacked all the same, but neither verified nor in their old files"
+    )
+
+
 def _is_plain(name: str) -> bool:
-    """Whether a name stays within its folder, and is none of ours while we work."""
+    """Whether a name stays within its folder on this system, and is none of ours while we work."""
     parts = PurePosixPath(name).parts
-    odd = not name.isprintable() or "\\" in name or ":" in name or name.startswith("/")
-    return bool(parts) and "/".join(parts) == name and not odd and not any(p.startswith(".") for p in parts)
+    odd = name.startswith("/") or "\0" in name or (os.name == "nt" and ("\\" in name or ":" in name))
+    fits = all(len(os.fsencode(part)) < 256 for part in parts)
+    return bool(parts) and "/".join(parts) == name and fits and not odd and not any(p.startswith(".") for p in parts)
 
 
 def is_restored(folder: Path, originals: Originals, shards: Collection[str]) -> bool:

@@ -24,9 +24,11 @@ from streamprune.packing.files import (
     Originals,
     entry,
     index_name,
+    left_out,
     original_texts,
     packed_config,
     packed_name,
+    plain_names,
     restore_file,
     source_name,
     unpacked_config,
@@ -141,6 +143,7 @@ class Packing:
                 "sparsity": found.sparsity,
                 "bytes_before": sum(kept["bytes"] for kept in found.shards.values()),
                 "bytes_after": sum(record["shard"]["bytes"] for record in records),
+                "left_out": left_out(checkpoint),
                 "original": Originals(originals, checkpoint.identity(), found.layout).to_json(),
             },
             "files": files,
@@ -196,6 +199,7 @@ class Plain:
 
     def __init__(self, checkpoint: Checkpoint, maps: ShardMaps, packed: Mapping[str, PackedTensor]) -> None:
         self._checkpoint, self._packed = checkpoint, packed
+        self._names = plain_names(checkpoint.shards)
         self._unpacker = Unpacker(checkpoint, maps, packed)
 
     def prepare(self, state: JobState) -> dict[str, Any]:
@@ -208,7 +212,7 @@ class Plain:
         return sum(ref.nbytes for shard in self._checkpoint.shards for ref in self._unpacker.dense(shard))
 
     def name_of(self, shard: str) -> str:
-        return shard
+        return self._names[shard]
 
     def fill(self, path: Path, shard: str) -> AtomicFile | None:
         return self._unpacker.plain(path, shard)
@@ -222,11 +226,11 @@ class Plain:
         files = [dict(record["shard"]) for record in records if record["shard"]]
         files += [{"name": name, **kept} for name, kept in _copy_side_files(checkpoint, partial).items()]
         sizes = {
-            shard: {ref.name: ref.nbytes for ref in refs}
+            self._names[shard]: {ref.name: ref.nbytes for ref in refs}
             for shard in checkpoint.shards
             if (refs := self._unpacker.dense(shard))
         }
-        index = index_name(checkpoint.path, checkpoint.shards)
+        index = index_name(checkpoint.path, self._names.values())
         files += _write_config_and_index(checkpoint, partial, unpacked_config(checkpoint.config), sizes, index)
         return {
             "unpacked": {

@@ -74,7 +74,7 @@ def quantise(
     weight (n, in) bf16, fp16 or fp32, finite, on any device; scale_dtype one of these; how one of SCALES; power (in,)
     float32, the a_j, not negative, or None for 1. Rows are independent, so a linear may come in chunks. backend None
     takes Numba for CPU tensors and Torch for others; "numba" or "torch" forces one; they give the same bits. Raises
-    UsageError for another `how`, and for weights too large for float16 scales.
+    UsageError for another `how`, and for weights that scale · code could not hold in `scale_dtype`.
     """
     if weight.ndim != 2 or weight.dtype not in _DTYPES or scale_dtype not in _DTYPES:
         raise ValueError(f"expected 2-D bf16, fp16 or fp32, not {weight.dtype} {[*weight.shape]} and {scale_dtype}")
@@ -86,10 +86,17 @@ def quantise(
         raise ValueError(f"power must be float32 of shape ({weight.shape[1]},)")
     kernels = _kernels(backend, weight)
     codes, scale, sums = kernels.quantise_rows(weight, power.to(weight.device), _FACTORS[how], scale_dtype)
-    if scale_dtype == torch.float16 != weight.dtype and len(scale) and float(scale.max()) > 65504:
-        raise UsageError("a weight is too large for an FP8 scale in float16; store scales in bfloat16 or float32")
+    stored = scale.to(scale_dtype)
+    largest = torch.finfo(scale_dtype).max
+    if len(scale) and float(scale.max()) * FP8_MAX > largest:  # rare, so it may cost
+        beyond = ~torch.isfinite(dequantise(codes, stored, scale_dtype, backend)).all(1)
+        if bool(beyond.any()):
+            raise UsageError(
+                f"a weight of {float(weight[beyond].abs().max()):g} is too large: rounded to FP8 it would exceed "
+                f"{largest:g}, the largest number of {str(scale_dtype).removeprefix('torch.')}; --skip its linear"
+            )
     error, total = sums.sum(0).tolist()
-    return Quantised(codes, scale.to(scale_dtype), error, total)
+    return Quantised(codes, stored, error, total)
 
 
 def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype, backend: str | None = None) -> Tensor:

@@ -1,0 +1,225 @@
+"""Mixtures of experts: whose weights are whose on disk, and a forward pass that holds one expert at a time.
+
+transformers keeps the experts of a layer in one module with weights of three dimensions, `gate_up_proj` (experts, 2 ·
+intermediate, hidden) and `down_proj` (experts, hidden, intermediate); some have no gate, only `up_proj`, and some are
+transposed.
+A checkpoint holds the same, or a matrix for each expert and projection. Either way each of an expert's matrices is a
+linear here, called `….experts.3.gate_proj`, or `….experts.3.gate_up_proj` where both are one matrix.
+
+A linear of an expert sees the tokens that are routed to it, weighted as the routing weights them in the output: what it
+does to a token with weight r changes the output by r times as much.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from streamprune.disk.header import TensorRef
+from streamprune.errors import CheckpointError, UnsupportedError
+from streamprune.pruning.stats import InputStats
+
+Pieces = list[tuple[str, int, TensorRef]]
+"""Of a weight that is put together: stored name, which of the matrices that stand side by side, tensor. Instead of the
+place, what else is done to a tensor: TRANSPOSED, or OTHER where that is not known here."""
+
+TRANSPOSED, OTHER = -1, -2
+
+UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
+_NUMBER = re.compile(r"\.(\d+)\.")
+_POOLED = "pooled"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one module: names of their linears. Outputs of `up` linears stand side by side."""
+
+    path: str
+    up: tuple[tuple[str, ...], ...]
+    down: tuple[str, ...]
+    transposed: frozenset[str] = frozenset()
+    """Those whose matrix is stored (in, out)."""
+
+    @property
+    def linears(self) -> list[str]:
+        """All of them, expert after expert, in the order of use."""
+        return [name for up, down in zip(self.up, self.down, strict=True) for name in (*up, down)]
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds experts in the form that transformers gives all of its mixtures."""
+    weights = module._parameters
+    return DOWN in weights and any(up in weights for up in UP) and hasattr(module, "is_transposed")
+
+
+def check_experts(path: str, module: nn.Module) -> None:
+    """Raises UnsupportedError for experts that compute something else than up, gate, down."""
+    known = {*UP, DOWN, *(f"{name}_bias" for name in (*UP, DOWN))}
+    extra = sorted({name for name, _ in module.named_parameters()} - known)
+    if extra or getattr(module, "has_post_expert_norm", False):
+        raise UnsupportedError(
+            f"{path} has experts with {extra[0] if extra else 'a norm'} besides their two projections, which cannot be "
+            "pruned yet"
+        )
+
+
+def find_experts(
+    path: str,
+    module: nn.Module,
+    stored: Mapping[str, TensorRef],
+    pieces: Mapping[str, Pieces],
+) -> tuple[Experts, dict[str, TensorRef]]:
+    """The experts of the module called `path`, and the matrix of each of their linears.
+
+    `stored` has tensors by today's name; `pieces` those that transformers puts together, by the name of the whole.
+
+    Raises CheckpointError when matrices are missing or of another shape than config.json says, UnsupportedError when
+    they are stored in a form that is not known here.
+    """
+    check_experts(path, module)
+    transposed: list[str] = []
+    names: dict[str, list[tuple[str, ...]]] = {}
+    refs: dict[str, TensorRef] = {}
+    for leaf in (name for name in (*UP, DOWN) if name in module._parameters):
+        whole, shape = f"{path}.{leaf}", tuple(module._parameters[leaf].shape)  # type: ignore[union-attr]
+        turned = bool(module.is_transposed)
+        if whole in stored:
+            found = _sliced(path, leaf, stored[whole], shape)
+        elif whole not in pieces:
+            raise CheckpointError(f"tensor {whole} is missing; is the download complete?")
+        elif all(place == TRANSPOSED for _, place, _ in pieces[whole]):
+            ref = pieces[whole][0][2]
+            if ref.shape != shape:  # where it is square, transformers takes it as it is
+                shape, turned = (shape[0], shape[2], shape[1]), not turned
+            found = _sliced(path, leaf, ref, shape)
+        else:
+            found = _pieced(path, pieces[whole], shape, turned)
+        names[leaf] = [tuple(matrices) for matrices in found]
+        transposed += [name for matrices in found for name in matrices if turned]
+        for matrices in found:
+            refs |= {f"{name}.weight": ref for name, ref in matrices.items()}
+    up = next(names[name] for name in UP if name in names)
+    down = tuple(matrices[0] for matrices in names[DOWN])
+    return Experts(path, tuple(up), down, frozenset(transposed)), refs
+
+
+def _sliced(path: str, leaf: str, ref: TensorRef, shape: tuple[int, ...]) -> list[dict[str, TensorRef]]:
+    """The experts' matrices of one tensor of three dimensions."""
+    if ref.shape != shape:
+        raise CheckpointError(
+            f"{ref.shard}: tensor {ref.name} has shape {list(ref.shape)}, config.json says {list(shape)}"
+        )
+    size = ref.nbytes // shape[0]
+    return [
+        {f"{path}.{e}.{leaf}": replace(ref, shape=shape[1:], begin=begin, end=begin + size)}
+        for e, begin in enumerate(range(ref.begin, ref.begin + shape[0] * size, size))
+    ]
+
+
+def _pieced(path: str, pieces: Pieces, shape: tuple[int, ...], turned: bool) -> list[dict[str, TensorRef]]:
+    """The experts' matrices that are tensors of their own, in the order in which they stand side by side."""
+    found: list[dict[int, tuple[str, TensorRef]]] = [{} for _ in range(shape[0])]
+    for name, place, ref in pieces:
+        numbers = _NUMBER.findall(name.rpartition("experts")[2])
+        if place < 0 or not numbers or turned:
+            raise UnsupportedError(
+                f"{ref.shard}: tensor {ref.name} has to be converted before experts can compute with it; such weights "
+                "cannot be pruned yet"
+            )
+        expert = int(numbers[0])
+        if not 0 <= expert < shape[0]:
+            raise CheckpointError(f"{ref.shard}: tensor {ref.name} belongs to an expert that config.json does not have")
+        leaf = ref.name.removesuffix(".weight").rpartition(".")[2]
+        found[expert][place] = (f"{path}.{expert}.{leaf}", ref)
+    leaves = {place: name.rpartition(".")[2] for matrices in found for place, (name, _) in matrices.items()}
+    for expert, matrices in enumerate(found):
+        if missing := [leaf for place, leaf in leaves.items() if place not in matrices]:
+            raise CheckpointError(f"the weight of {path}.{expert}.{missing[0]} is missing; is the download complete?")
+        for _, ref in matrices.values():
+            if ref.shape != (shape[1] // len(leaves), shape[2]) or shape[1] % len(leaves):
+                raise CheckpointError(
+                    f"{ref.shard}: tensor {ref.name} has shape {list(ref.shape)}; {len(leaves)} such do not make the "
+                    f"{list(shape[1:])} of config.json"
+                )
+    return [{matrices[place][0]: matrices[place][1] for place in sorted(matrices)} for matrices in found]
+
+
+def forward_of(
+    module: Any, experts: Experts, weight: Callable[[str], Tensor], watch: Callable[[str, Tensor], None] | None,
+    weighted: bool,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """What takes the place of an experts module's forward.
+
+    `weight(linear)` brings a matrix (out, in) for one use, in the dtype that is computed in; `watch(linear, x)` sees
+    the inputs (tokens, in) of a linear, times the routing's weights if `weighted`.
+    """
+
+    def see(names: Iterable[str], x: Tensor, share: Tensor) -> None:
+        if watch is not None:
+            seen = x * share if weighted else x
+            for name in names:
+                watch(name, seen)
+
+    def forward(hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """hidden (tokens, hidden); chosen (tokens, k) numbers of experts; shares (tokens, k)."""
+        biases = [module._parameters.get(f"{leaf}_bias") for leaf in (*UP, DOWN)]
+        up_bias, down_bias = next((b for b in biases[:2] if b is not None), None), biases[2]
+        out = torch.zeros_like(hidden)
+        for expert in torch.unique(chosen).tolist():
+            if not 0 <= expert < len(experts.down):  # a place that nothing is routed to
+                continue
+            token, place = torch.where(chosen == expert)
+            x, share = hidden[token], shares[token, place, None]
+            see(experts.up[expert], x, share)
+            both = torch.cat([F.linear(x, weight(name)) for name in experts.up[expert]], dim=-1)
+            if up_bias is not None:
+                both = both + up_bias[expert]
+            middle = module._apply_gate(both) if getattr(module, "has_gate", True) else module.act_fn(both)
+            see(experts.down[expert : expert + 1], middle, share)
+            result = F.linear(middle, weight(experts.down[expert]))
+            if down_bias is not None:
+                result = result + down_bias[expert]
+            out.index_add_(0, token, (result * share).to(out.dtype))
+        return out
+
+    return forward
+
+
+def pool(experts: Iterable[Experts], stats: dict[str, InputStats], groups: dict[str, str], least: int) -> list[str]:
+    """Lets experts that saw fewer than `least` tokens go by what all of their layer saw; returns their linears.
+
+    Changes `stats` and `groups` (linear -> the one whose statistics it has): sums are added up under
+    `….experts.pooled.gate_proj`. A layer whose experts saw nothing at all keeps nothing.
+    """
+    fallen = []
+    for mixture in experts:
+        roles = [*zip(*mixture.up, strict=True), mixture.down]
+        for names in roles:
+            leaders = [groups.get(name) for name in names]
+            seen = [stats[leader] for leader in leaders if leader is not None]
+            few = [
+                n for n, leader in zip(names, leaders, strict=True) if leader is None or stats[leader].tokens < least
+            ]
+            if not few or not seen:
+                continue
+            total = seen[0]
+            for other in seen[1:]:
+                total = total + other
+            pooled = f"{mixture.path}.{_POOLED}.{names[0].rpartition('.')[2]}"
+            stats[pooled] = total
+            groups |= dict.fromkeys(few, pooled)
+            fallen += few
+    for leader in stats.keys() - set(groups.values()):
+        del stats[leader]
+    return fallen
+
+
+def is_pooled(leader: str | None) -> bool:
+    """Whether what a linear goes by, as `groups` has it, is the sum over all experts of its layer."""
+    return leader is not None and leader.rpartition(".")[0].endswith(f".{_POOLED}")

@@ -1,0 +1,155 @@
+"""Which tensor of a checkpoint is which of a model's weights: by name, as transformers itself finds them.
+
+Old checkpoints spell names otherwise than today's modules; transformers has tables for that. Weights are found under
+their own names, tied ones possibly once, FP8 ones with a scale beside them, and those of experts as a matrix each.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.float_quantized import SCALE
+from streamprune.disk.header import TensorRef
+from streamprune.errors import CheckpointError, UnsupportedError
+from streamprune.model.experts import DOWN, OTHER, TRANSPOSED, UP, Experts, Pieces, find_experts, is_experts
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def match_tensors(
+    checkpoint: Checkpoint, model: nn.Module, quantised: bool
+) -> tuple[dict[str, TensorRef], dict[str, Experts]]:
+    """Which stored tensor each parameter and persistent buffer is, by name; and the experts. Tied parameters may be
+    stored once.
+
+    In a `quantised` checkpoint linears may be FP8, with a scale beside them.
+    """
+    stored, converted = _module_names(checkpoint, model)
+    owners: dict[int, TensorRef] = {}
+    found: dict[str, TensorRef] = {}
+    missing: list[tuple[str, nn.Parameter]] = []
+    experts: dict[str, Experts] = {}
+    for path, module in model.named_modules():
+        if is_experts(module):
+            experts[path], refs = find_experts(path, module, stored, converted)
+            found |= refs
+            for weight, matrix in refs.items():
+                if quantised and matrix.dtype == "F8_E4M3":
+                    scale = checkpoint.tensors.get(matrix.name + SCALE)
+                    found[weight + SCALE] = _scale_of(checkpoint, matrix, scale)
+                else:
+                    _check_dtype(matrix)
+    apart = {f"{path}.{leaf}" for path in experts for leaf in (*UP, DOWN)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in apart:
+            continue
+        ref = stored.get(name)
+        if ref is None:
+            missing.append((name, parameter))
+            continue
+        if ref.shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{ref.shard}: tensor {ref.name} has shape {list(ref.shape)}, config.json says {list(parameter.shape)}"
+            )
+        if quantised and ref.dtype == "F8_E4M3" and _is_linears(model, name):
+            found[name + SCALE] = _scale_of(checkpoint, ref, stored.get(name + SCALE))
+        else:
+            _check_dtype(ref)
+        found[name] = ref
+        owners.setdefault(id(parameter), ref)
+    for name, parameter in missing:
+        if id(parameter) in owners:
+            found[name] = owners[id(parameter)]
+        elif name in converted:
+            raise UnsupportedError(
+                f"{checkpoint.path}: {name} is stored in pieces ({converted[name][0][2].name}, …); such weights cannot "
+                "be pruned yet"
+            )
+        else:
+            raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing; is the download complete?")
+    persistent = set(model.state_dict())
+    for name, buffer in model.named_buffers():
+        ref = stored.get(name) if name in persistent else None
+        if ref is not None and ref.shape == tuple(buffer.shape) and ref.dtype in TORCH_DTYPES:
+            found[name] = ref
+    return found, experts
+
+
+def _check_dtype(ref: TensorRef) -> None:
+    if ref.dtype not in TORCH_DTYPES:
+        raise UnsupportedError(
+            f"{ref.shard}: tensor {ref.name} is {ref.dtype}; only BF16, F16 and F32 weights can be pruned"
+        )
+
+
+def _is_linears(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is the weight of a linear, of any class."""
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(path), nn.Linear)
+
+
+def _scale_of(checkpoint: Checkpoint, weight: TensorRef, scale: TensorRef | None) -> TensorRef:
+    """The scale of an FP8 weight, if it is one. Raises CheckpointError."""
+    if scale is None:
+        raise CheckpointError(f"{checkpoint.path}: tensor {weight.name}{SCALE} is missing; is the download complete?")
+    if scale.dtype not in TORCH_DTYPES or scale.shape not in (
+        (weight.shape[0], 1),
+        (weight.shape[0],),
+        (1, 1),
+        (1,),
+        (),
+    ):
+        raise CheckpointError(
+            f"{scale.shard}: tensor {scale.name} is {scale.dtype} {list(scale.shape)}, which is no scale of "
+            f"{weight.name} {list(weight.shape)}"
+        )
+    return scale
+
+
+def _module_names(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, TensorRef], dict[str, Pieces]]:
+    """Stored tensors under the names of today's modules, renamed by transformers' own tables of old names.
+
+    Also returns the module names whose tensors are put together from others, not only renamed, with their pieces: name,
+    which of the patterns that stand side by side, tensor.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+    prefix, state = getattr(model, "base_model_prefix", ""), model.state_dict()
+    stored: dict[str, TensorRef] = {}
+    converted: dict[str, Pieces] = {}
+    places = {p: _place(t, i) for t in converters for i, p in enumerate(t.source_patterns)}
+    for name in sorted(checkpoint.tensors):
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if pattern is None:
+            stored[renamed] = checkpoint.tensors[name]
+        elif name.removesuffix(SCALE) not in checkpoint.tensors or not name.endswith(SCALE):
+            converted.setdefault(renamed, []).append((name, places[pattern], checkpoint.tensors[name]))
+    return stored, converted
+
+
+def _place(converter: Any, place: int) -> int:
+    """What stands for a source of a conversion in Pieces."""
+    done = [type(operation).__name__ for operation in converter.operations]
+    if set(done) <= {"MergeModulelist", "Concatenate"}:
+        return place
+    operation = converter.operations[0]
+    ours = done == ["Transpose"] and (operation.dim0, operation.dim1) == (1, 2) and operation.check_dims
+    return TRANSPOSED if ours else OTHER
+
+
+def is_left_out(model: nn.Module, name: str, layer: int) -> bool:
+    """Whether transformers leaves a layer's tensor out on purpose: those that predict further tokens are not called."""
+    config: Any = model.config
+    text = config.get_text_config()
+    more = getattr(text, "num_nextn_predict_layers", 0) or 0
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return layer < text.num_hidden_layers + more or any(re.search(pattern, name) for pattern in patterns)

@@ -1,0 +1,263 @@
+"""Architectures: each family's tiny model, streamed and whole; models that see; old names; own code; refusals."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import DENSE, RECURRENT, REFUSED, SEEING, save_model
+from family_checks import CHECKS, Trial, check_fp8, check_refit, write_tokens
+from safetensors.torch import load_file, save_file
+from whole_model import in_memory, linears_of, stored
+
+from streamprune.errors import UnsupportedError
+from streamprune.evaluation import evaluate
+from streamprune.job import calibrate, prune
+from streamprune.planning import plan
+
+FITTING = [*DENSE, *RECURRENT, *SEEING]
+REFITTED = {"gpt2", "phi3", "mpt", "falcon_h1", "qwen3_vl"}
+"""Each by another way of storing weights or of calling layers. Refits and FP8 of the others are marked slow."""
+ALIKE = {
+    "ministral", "vaultgemma", "cwm", "seed_oss", "hunyuan_v1_dense", "ernie4_5", "helium", "arcee", "qwen2_5_vl",
+    "llava_onevision", "idefics3",
+}  # fmt: skip
+"""Made of the parts that others are made of: marked slow throughout."""
+CALIBRATION = {"samples": 4, "seqlen": 16, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One thread; nothing here asks what a power loss leaves, so nobody waits for the disk."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda fd: None)
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trial]:
+    """The trial of a family; one at a time is kept."""
+    kept: dict[str, Trial] = {}
+
+    def get(kind: str) -> Trial:
+        if kind not in kept:
+            for old in kept.values():
+                shutil.rmtree(old.folder)
+            kept.clear()
+            kept[kind] = Trial(kind, tmp_path_factory.mktemp("trial"))
+        return kept[kind]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokens(tmp_path_factory.mktemp("tokens") / "tokens.npy")
+
+
+# ---- the matrix
+
+
+def _cells() -> Iterator[Any]:
+    for kind in FITTING:
+        for name, check in CHECKS.items():
+            slow = kind in ALIKE or (check in (check_refit, check_fp8) and kind not in REFITTED)
+            yield pytest.param(kind, name, id=f"{kind}-{name}", marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("kind", "check"), list(_cells()))
+def test_family(trials: Callable[[str], Trial], kind: str, check: str) -> None:
+    CHECKS[check](trials(kind))
+
+
+def test_a_wrong_reference_would_show(trials: Callable[[str], Trial]) -> None:
+    """The comparisons can fail: with another text's statistics, and with a model that is not the output."""
+    trial = trials("llama")
+    dense, name = trial.statistics, next(iter(trial.statistics))
+    count, total, squares = dense[name]
+    trial.statistics = {**dense, name: (count, total, squares.flip(0))}
+    for check in ("masks", "statistics"):
+        with pytest.raises(AssertionError):
+            CHECKS[check](trial)
+    trial.statistics = dense
+    trial.remember(trial.half, trial.whole)
+    with pytest.raises(AssertionError):
+        CHECKS["eval"](trial)
+
+
+def test_conv1d_is_pruned_along_its_inputs(trials: Callable[[str], Trial]) -> None:
+    """Stored (in, out): groups of four and rows lie along the first dimension there."""
+    trial = trials("gpt2")
+    half, groups = stored(trial.half), stored(trial.two_four)
+    for name in linears_of(trial.whole, "gpt2"):
+        weight = half[f"{name}.weight"]
+        assert weight.shape[0] in (32, 128) and bool(((weight == 0).sum(0) == weight.shape[0] // 2).all())
+        assert bool(((groups[f"{name}.weight"] == 0).unflatten(0, (-1, 4)).sum(1) == 2).all())
+        assert not bool(((weight == 0).sum(1) == weight.shape[1] // 2).all())
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_everything_but_the_text_model_is_carried_over(trials: Callable[[str], Trial], kind: str) -> None:
+    trial = trials(kind)
+    before, after = stored(trial.source), stored(trial.half)
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert len(changed) == len(linears_of(trial.whole, kind)) == 14
+    towers = {name for name in before if "vision" in name or "visual" in name}
+    assert towers and not towers & changed
+
+
+@pytest.mark.slow
+def test_the_table(tmp_path: Path) -> None:
+    """`tools/families.py` prints a row for each family, and one for what is refused."""
+    tool = Path(__file__).parent.parent / "tools" / "families.py"
+    done = subprocess.run([sys.executable, tool, "gpt2", "t5"], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in lines] == ["gpt2", "t5"]
+    assert lines[0].count("| yes") == 6 and "| refused |" in lines[0] and "encoder-decoder" in lines[1]
+
+
+# ---- names of old checkpoints
+
+
+def _renamed(source: Path, out: Path, old: Callable[[str], str]) -> Path:
+    """A copy of a checkpoint with its tensors under other names."""
+    shutil.copytree(source, out)
+    tensors = load_file(source / "model.safetensors")
+    save_file({old(n): t for n, t in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
+    assert load_file(out / "model.safetensors").keys() != tensors.keys()
+    return out
+
+
+def _gamma(name: str) -> str:
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+OLD: dict[str, tuple[str, Callable[[str], str]]] = {
+    "without the model's prefix": ("bloom", lambda name: name.removeprefix("transformer.")),
+    "without a prefix that is no module's": ("opt", lambda name: name.removeprefix("model.")),
+    "gamma and beta": ("bert", _gamma),
+}
+
+
+@pytest.mark.parametrize("what", OLD)
+def test_old_names(tokens: Path, tmp_path: Path, what: str) -> None:
+    """Found under today's names, written back under their own, with the same weights."""
+    kind, old = OLD[what]
+    today = save_model(tmp_path / "today", kind, 2, "float32")
+    source = _renamed(today, tmp_path / "old", old)
+    job = {"pattern": "2:4", "calib": tokens, **CALIBRATION}
+    outs = [prune(folder, tmp_path / f"out-{folder.name}", **job).out for folder in (today, source)]
+    wanted, found = stored(outs[0]), stored(outs[1])
+    assert found.keys() == load_file(source / "model.safetensors").keys()
+    assert all(torch.equal(found[old(name)], tensor) for name, tensor in wanted.items())
+    loaded = in_memory(outs[1], kind).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in in_memory(outs[0], kind).state_dict().items())
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_by_name(tokens: Path, tmp_path: Path, kind: str) -> None:
+    """With the assumption that does not hold, and nothing left behind."""
+    source = save_model(tmp_path / "model", kind, 2, "float32")
+    for out, call in {"out": prune, "statistics": calibrate}.items():
+        with pytest.raises(UnsupportedError) as caught:
+            call(source, tmp_path / out, calib=tokens, **CALIBRATION, **({"sparsity": 0.5} if call is prune else {}))
+        message = str(caught.value)
+        assert kind in message and REFUSED[kind].notes in message and len(message.splitlines()) == 1, message
+        assert caught.value.exit_code == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+# ---- code that comes with a checkpoint
+
+CODE = """
+from pathlib import Path
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({marker!r}).touch()
+
+
+class OwnConfig(LlamaConfig):
+    model_type = {kind!r}
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def _with_code(folder: Path, marker: Path, kind: str) -> Path:
+    """A llama checkpoint of model type `kind` with code that touches `marker` when it is imported."""
+    save_model(folder, "llama", 2, "float32")
+    (folder / "own.py").write_text(CODE.format(marker=str(marker), kind=kind))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": kind, "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_code_is_not_run_unasked(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    marker, out = tmp_path / "imported", tmp_path / "out"
+    source = _with_code(tmp_path / "model", marker, "own")
+    verbs: dict[str, Callable[..., Any]] = {
+        "prune": lambda **more: prune(source, out, sparsity=0.5, calib=tokens, **CALIBRATION, **more),
+        "calibrate": lambda **more: calibrate(source, tmp_path / "s", calib=tokens, **CALIBRATION, **more),
+        "eval": lambda **more: evaluate(source, tokens, seqlen=16, work=tmp_path / "work", **more),
+        "plan": lambda **more: plan(source, seqlen=16, **more),
+    }
+    for verb in verbs.values():
+        with pytest.raises(UnsupportedError, match=r"'own'.*--trust-remote-code"):
+            verb()
+    assert not marker.exists() and not out.exists()
+    verbs["prune"](trust_remote_code=True)
+    assert marker.exists() and (out / "own.py").is_file()
+
+
+def test_code_beside_a_known_model_is_not_run(tokens: Path, tmp_path: Path) -> None:
+    source = _with_code(tmp_path / "model", tmp_path / "imported", "llama")
+    assert prune(source, tmp_path / "out", sparsity=0.5, calib=tokens, **CALIBRATION).status == "done"
+    assert not (tmp_path / "imported").exists()
+
+
+class _Touch:
+    """Pickled, it touches a file on being unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_unpickled(tokens: Path, tmp_path: Path) -> None:
+    """Weights that are pickles are refused where there are no others, and left out where there are."""
+    source, marker = save_model(tmp_path / "model", "llama", 2, "float32"), tmp_path / "unpickled"
+    poison = pickle.dumps(_Touch(marker))
+    pickle.loads(poison)
+    assert marker.exists()
+    marker.unlink()
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        (source / name).write_bytes(poison)
+    out = prune(source, tmp_path / "out", sparsity=0.5, calib=tokens, **CALIBRATION).out
+    assert not marker.exists() and not (out / "pytorch_model.bin").exists()
+    (source / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedError, match="holds no safetensors"):
+        prune(source, tmp_path / "other", sparsity=0.5, calib=tokens, **CALIBRATION)
+    assert not marker.exists() and not (tmp_path / "other").exists()

@@ -1,0 +1,684 @@
+"""Mixtures of experts against the whole model in memory: what their experts see, what is pruned, what is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import HIDDEN, SEEING, VOCAB, save_tokenizer
+from mixtures import FUSED, LIKE, MIXTURES, experts_of, look, names_of, save_mixture, weights_of_experts
+from safetensors.torch import load_file, save_file
+from test_crash import OUTPUTS, Crasher, show
+from test_device_path import LateLane, weights_of
+from whole_model import (
+    BATCH,
+    SAMPLES,
+    SEED,
+    SEQLEN,
+    Stats,
+    check_linear,
+    gather,
+    in_memory,
+    perplexity,
+    stored,
+    stream,
+    windows_of,
+)  # fmt: skip
+
+from streamprune.cli import main
+from streamprune.disk.checkpoint import open_checkpoint
+from streamprune.disk.header import TensorRef
+from streamprune.disk.mapping import ShardMaps
+from streamprune.errors import CheckpointError, StateError, UnsupportedError, UsageError
+from streamprune.evaluation import evaluate
+from streamprune.job import JobResult, calibrate, prune
+from streamprune.model.budget import Layout
+from streamprune.model.calibration import cut_windows
+from streamprune.model.experts import check_experts, is_experts
+from streamprune.model.feed import Feed
+from streamprune.model.skeleton import build_skeleton
+from streamprune.model.statistics import StatisticsFile
+
+PAIRS = {"pattern": "2:4", "method": "wanda", "score": "wanda"}
+HALF = {"sparsity": 0.5, "method": "swiftprune", "score": "lscore", "selector": "ewma"}
+LEAST, LITTLE = 20, 3
+ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate|wg)$")
+
+Make = Callable[..., Path]
+Job = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamprune.model.budget.BATCH_TOKENS", BATCH * SEQLEN)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """make(kind, ...) -> folder of a checkpoint, made once. Do not write there."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def get(kind: str = "qwen3_moe", **more: Any) -> Path:
+        key = (kind, *sorted(more.items()))
+        if key not in made:
+            made[key] = save_mixture(tmp_path_factory.mktemp(kind) / "model", kind, **more)
+        return made[key]
+
+    return get
+
+
+def given(job: Job) -> Job:
+    """The arguments of a job."""
+    return {k: v for k, v in job.items() if k not in ("score", "selector")}
+
+
+def run(source: Path, out: Path, text: Path, job: Job = PAIRS, **more: Any) -> JobResult:
+    return stream(source, out, text, given(job), **more)
+
+
+def check_sums(path: Path, wanted: Stats) -> None:
+    file = StatisticsFile(path)
+    for name, (tokens, total, squares) in wanted.items():
+        found = file.load(name, len(total))
+        assert found.tokens == tokens, name
+        torch.testing.assert_close(found.sumsq, squares, rtol=1e-4, atol=1e-6 * float(squares.max()))
+        spread = (squares * tokens).sqrt()
+        assert bool(((found.sum - total).abs() <= 1e-4 * spread + 1e-5 * spread.max()).all())
+
+
+def check_masks(dense: Any, sparse: Any, kind: str, stats: Stats, job: Job, fused: bool = False) -> None:
+    """Every linear of `stats` is pruned as they say, and nothing else has changed."""
+    old, new = (weights_of_experts(m, MIXTURES[kind], fused) for m in (dense, sparse))
+    for weights, model in ((old, dense), (new, sparse)):
+        weights |= {
+            n: m.weight.detach() for n, m in model.named_modules() if n in stats and isinstance(m, torch.nn.Linear)
+        }
+    assert old.keys() == stats.keys()
+    differ = sum(check_linear(old[name], new[name], stats[name], job) for name in stats)
+    assert differ <= sum(weight.numel() for weight in old.values()) / 1000
+    apart = {f"{path}.{leaf}" for path, _ in experts_of(dense) for leaf in ("gate_up_proj", "up_proj", "down_proj")}
+    for name, tensor in dense.state_dict().items():
+        same = torch.equal(tensor, sparse.state_dict()[name])
+        assert same == (name not in apart and name.removesuffix(".weight") not in stats), name
+
+
+@pytest.fixture(scope="module")
+def held(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 300 words of the text."""
+    path = tmp_path_factory.mktemp("held") / "text.txt"
+    path.write_text(" ".join(text.read_text().split()[:300]))
+    return path
+
+
+def whole_perplexity(folder: Path, text: Path, whole: Any = None) -> float:
+    """Of the whole model in memory, loaded from a folder unless given."""
+    windows = torch.from_numpy(cut_windows(text, folder, VOCAB, 32))
+    return perplexity(in_memory(folder) if whole is None else whole, windows)
+
+
+# ---- every family
+
+
+@pytest.mark.parametrize("kind, fused", [*((kind, False) for kind in MIXTURES), ("qwen3_moe", True)])
+def test_family(make: Make, text: Path, held: Path, tmp_path: Path, kind: str, fused: bool) -> None:
+    source = make(kind, fused=True) if fused else make(kind)
+    mixture = MIXTURES[kind]
+    model = in_memory(source)
+    windows = windows_of(source, text)
+    seen = look(model, mixture, windows, fused=fused)
+    wanted, few = seen.pooled(LEAST)
+    assert len(few) < len(seen.stats)
+    wanted |= {name: s for name, s in gather(model, LIKE, windows).items() if not ROUTERS.search(name)}
+
+    first = run(source, tmp_path / "a", text, PAIRS, expert_tokens=LEAST, save_stats=tmp_path / "stats")
+    check_sums(tmp_path / "stats", wanted)
+    pooled = [name for stage in first.report["stages"] for name in stage.get("pooled", [])]
+    assert sorted(pooled) == sorted(few)
+    before, after = stored(source), stored(first.out)
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
+    pruned = in_memory(first.out)
+    check_masks(model, pruned, kind, wanted, PAIRS, fused)
+    second = prune(source, tmp_path / "b", stats=tmp_path / "stats", **given(HALF))
+    check_masks(model, in_memory(second.out), kind, wanted, HALF, fused)
+    assert {n["name"] for n in first.report["linears"]} == wanted.keys()
+    assert second.report["sparsity"] == pytest.approx(0.5)
+
+    for folder, whole in ((source, model), (first.out, pruned)):
+        found = evaluate(folder, held, seqlen=32, dtype="float32", work=tmp_path)
+        assert found.perplexity == pytest.approx(whole_perplexity(folder, held, whole), rel=1e-5)
+    ids = pruned.generate(windows[:1, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert ids.shape == (1, 7)
+
+
+def test_in_bfloat16(make: Make, text: Path, held: Path, tmp_path: Path) -> None:
+    """The dtype on disk stays, and a mask of N:M lies along the inputs of transposed weights."""
+    source = make("gpt_oss", dtype="bfloat16")
+    out = run(source, tmp_path / "out", text, PAIRS, dtype="bfloat16").out
+    before, after = stored(source), stored(out)
+    for name in (n for n in before if n.endswith(("down_proj", "gate_up_proj"))):
+        assert after[name].dtype == torch.bfloat16 and after[name].shape == before[name].shape
+        zeros = (after[name] == 0).unflatten(1, (-1, 4)).sum(2)  # (experts, in, out)
+        assert bool((zeros == 2).all()), name
+        assert not bool((after[name] == 0).unflatten(2, (-1, 4)).sum(3).eq(2).all())
+    found = evaluate(out, held, seqlen=32, dtype="float32", work=tmp_path)
+    assert found.perplexity == pytest.approx(whole_perplexity(out, held), rel=2e-2)  # states are kept in bfloat16
+
+
+# ---- what experts see
+
+
+def test_few_tokens_and_none(make: Make, text: Path, tmp_path: Path) -> None:
+    """Experts that see too little go by what all of their layer see: exactly these, and the report says so."""
+    source = make("qwen3_moe")
+    few_windows = windows_of(source, text)[:1, :8]
+    seen = look(in_memory(source), MIXTURES["qwen3_moe"], few_windows)
+    counts = {name: seen.stats[name][0] for role in seen.roles for name in role}
+    assert {min(n, LITTLE) for n in counts.values()} >= {0, 1, LITTLE}
+    tokens = tmp_path / "text.txt"
+    tokens.write_text(" ".join(f"w{i}" for i in few_windows[0].tolist()))
+    window = {"samples": 1, "seqlen": 8, "expert_tokens": LITTLE, "save_stats": tmp_path / "s"}
+    done = stream(source, tmp_path / "out", tokens, given(PAIRS), **window)
+    wanted, few = seen.pooled(LITTLE)
+    check_sums(tmp_path / "s", wanted)
+    for index, stage in enumerate(done.report["stages"][1:-1]):
+        assert set(stage["pooled"]) == {n for n in few if n.startswith(f"model.layers.{index}.")}
+        assert len(stage["pooled"]) == len(set(stage["pooled"]))
+    assert not any("pooled" in done.report["stages"][i] for i in (0, -1))
+    file = StatisticsFile(tmp_path / "s")
+    for name in counts:
+        assert (".pooled." in file.groups[name]) == (name in few)
+        assert (".pooled." in file.groups[name]) == (counts[name] < LITTLE)
+    every = sum(seen.stats[name][0] for name in seen.roles[0])
+    name = next(n for n in few if n.startswith("model.layers.0.") and n.endswith("gate_proj"))
+    assert file.load(name, HIDDEN).tokens == every == 2 * 8
+
+
+def test_nothing_is_pooled_where_all_see_enough(make: Make, text: Path, tmp_path: Path) -> None:
+    done = run(make("mixtral"), tmp_path / "out", text, PAIRS, expert_tokens=2, save_stats=tmp_path / "s")
+    assert not any("pooled" in stage for stage in done.report["stages"])
+    assert not any("pooled" in leader for leader in StatisticsFile(tmp_path / "s").groups.values())
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_calibrate_and_prune(make: Make, text: Path, tmp_path: Path, kind: str) -> None:
+    """In two steps the same as in one, byte for byte."""
+    window = {"samples": SAMPLES, "seqlen": SEQLEN, "seed": SEED, "calib": text, "expert_tokens": 30}
+    prune(make(kind), tmp_path / "one", pattern="2:4", **window)
+    report = calibrate(make(kind), tmp_path / "stats", **window).report
+    assert any(stage.get("pooled") for stage in report["stages"]) == (kind == "qwen3_moe")
+    two = prune(make(kind), tmp_path / "two", pattern="2:4", stats=tmp_path / "stats").report
+    assert weights_of(tmp_path / "one") == weights_of(tmp_path / "two")
+    pooled = [{*stage.get("pooled", ())} for stage in report["stages"]]
+    assert [{*stage.get("pooled", ())} for stage in two["stages"]][: len(pooled)] == pooled
+
+
+def test_routed(make: Make, text: Path, tmp_path: Path) -> None:
+    """All tokens that an expert is routed count alike; that is another job."""
+    source = make("mixtral")
+    windows = windows_of(source, text)
+    wanted, _ = look(in_memory(source), MIXTURES["mixtral"], windows, weighted=False).pooled(2)
+    run(source, tmp_path / "out", text, PAIRS, expert_tokens=2, expert_stats="routed", save_stats=tmp_path / "s")
+    check_sums(tmp_path / "s", wanted)
+    weighted = run(source, tmp_path / "other", text, PAIRS, expert_tokens=2)
+    assert weights_of(tmp_path / "out") != weights_of(weighted.out)
+    assert weighted.report["job"]["expert_stats"] == "weighted" and weighted.report["job"]["expert_tokens"] == 2
+    for more in ({"expert_stats": "routed", "expert_tokens": 2}, {"expert_tokens": 3}):
+        with pytest.raises(StateError, match=f"{next(iter(more))} is"):
+            run(source, tmp_path / "other", text, PAIRS, **more)
+    for wrong in ({"expert_stats": "some"}, {"expert_tokens": 0}):
+        with pytest.raises(UsageError, match="--expert-"):
+            run(source, tmp_path / "wrong", text, PAIRS, **wrong)
+
+
+def test_only_some_experts(make: Make, text: Path, tmp_path: Path) -> None:
+    """Of a tensor of three dimensions, one expert."""
+    source = make("gpt_oss")
+    done = run(source, tmp_path / "out", text, HALF, only=r"layers\.1\..*experts\.2\.down_proj")
+    assert [n["name"] for n in done.report["linears"]] == ["model.layers.1.mlp.experts.2.down_proj"]
+    before, after = stored(source), stored(done.out)
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed == {"model.layers.1.mlp.experts.down_proj"}
+    (name,) = changed
+    assert [int((t == 0).sum()) for t in after[name]] == [0, 0, before[name][2].numel() // 2, 0]
+    assert all(torch.equal(before[name][e], after[name][e]) for e in (0, 1, 3))
+
+
+# ---- routers, shared experts
+
+
+def test_routers_stay(make: Make, text: Path, tmp_path: Path) -> None:
+    """Routers and gates of shared experts are left alone, unless they are asked for; shared experts are pruned."""
+    source = make("qwen2_moe")
+    done = run(source, tmp_path / "out", text)
+    names = {n["name"] for n in done.report["linears"]}
+    assert not any(re.search(r"(shared_expert_gate|mlp\.gate)$", name) for name in names)
+    assert {f"model.layers.1.mlp.shared_expert.{leaf}_proj" for leaf in ("gate", "up", "down")} <= names
+    before, after = stored(source), stored(done.out)
+    assert torch.equal(before["model.layers.0.mlp.gate.weight"], after["model.layers.0.mlp.gate.weight"])
+    gates = run(source, tmp_path / "gates", text, only="shared_expert_gate$").report["linears"]
+    assert [n["name"] for n in gates] == [f"model.layers.{i}.mlp.shared_expert_gate" for i in (0, 1)]
+    with pytest.raises(UsageError, match="leave no linear"):
+        run(source, tmp_path / "none", text, only=r"mlp\.shared_expert_g")
+
+
+@pytest.mark.parametrize("kind, router", [("phimoe", "router"), ("hunyuan_v1_moe", "gate.wg")])
+def test_routers_that_are_linears(make: Make, kind: str, router: str) -> None:
+    from streamprune.stage_writer import selected_linears
+
+    stages = build_skeleton(open_checkpoint(make(kind)), torch.float32).stages
+    name = f"model.layers.1.mlp.{router}"
+    assert name in stages[2].linears and name not in selected_linears(stages, None, None)
+    assert list(selected_linears(stages, re.compile(re.escape(name) + "$"), None)) == [name]
+
+
+# ---- other ways
+
+
+def test_propagate_pruned(make: Make, text: Path, tmp_path: Path) -> None:
+    """Layer 1's experts see what pruned experts of layer 0 put out."""
+    for kind in ("granitemoe", "mixtral"):
+        source = make(kind)
+        out = run(source, tmp_path / kind, text, propagate="pruned", expert_tokens=2).out
+        windows = windows_of(source, text)
+        model, pruned = in_memory(source), in_memory(out)
+        model.model.layers[0].load_state_dict(pruned.model.layers[0].state_dict())
+        wanted = look(model, MIXTURES[kind], windows).stats
+        old, new = (weights_of_experts(m, MIXTURES[kind]) for m in (in_memory(source), pruned))
+        mine = [name for name in wanted if name.startswith("model.layers.1.")]
+        assert sum(check_linear(old[n], new[n], wanted[n], PAIRS) for n in mine) <= 2
+        dense = run(source, tmp_path / f"{kind}-dense", text, expert_tokens=2).out
+        assert weights_of(out) != weights_of(dense)
+
+
+@pytest.mark.parametrize("how", ["error", "owl"])
+def test_allocate(make: Make, text: Path, tmp_path: Path, how: str) -> None:
+    done = run(make("deepseek_v3"), tmp_path / "out", text, {"sparsity": 0.5}, allocate=how)
+    assert done.report["sparsity"] == pytest.approx(0.5, abs=0.02)
+    shares = done.report["resolved"]["allocation"]
+    assert shares.keys() == {n["name"] for n in done.report["linears"]}
+    for linear in done.report["linears"]:
+        assert linear["pruned"] == math.floor(shares[linear["name"]] * linear["in_features"]) * linear["rows"]
+
+
+@pytest.mark.parametrize(
+    "kind, method, words",
+    [("mixtral", "obs-admm", "cannot be refitted"), ("gpt_oss", "hwpq", "which holds all experts")],
+)
+def test_what_experts_cannot(
+    make: Make,
+    text: Path,
+    held: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    method: str,
+    words: str,
+) -> None:
+    """No refit, and no FP8 in tensors of three dimensions; everything else of such a model can have it."""
+    source = make(kind)
+    args = ["prune", str(source), str(tmp_path / "out"), "--method", method, "--sparsity=0.5", "--calib", str(text)]
+    args += ["--samples=2", "--seqlen=16", "--quiet"]
+    assert main(args) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "layers.0.mlp.experts.0." in line and words in line and "--skip" in line
+    assert not list(tmp_path.iterdir())
+    assert main([*args, "--skip", r"\.experts\."]) == 0
+    report = json.loads((tmp_path / "out/streamprune.json").read_text())
+    assert {n["name"].rpartition(".")[2] for n in report["linears"]} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    before, after = stored(source), stored(tmp_path / "out")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items() if "experts" in name)
+    evaluate(tmp_path / "out", held, seqlen=32, work=tmp_path)
+
+
+def test_fp8(make: Make, text: Path, held: Path, tmp_path: Path) -> None:
+    """Experts with a tensor each, in FP8: masks are those without it; the second pass computes with the codes."""
+    source = make("mixtral")
+    plain = stored(run(source, tmp_path / "plain", text).out)
+    coded = stored(run(source, tmp_path / "dense", text, quantize="fp8").out)
+    mine = [name for name in plain if "experts" in name]
+    assert mine and all(coded[name].dtype == torch.float8_e4m3fn for name in mine)
+    for name in mine:
+        near = coded[name].float() * coded[name + "_scale"].float()
+        assert int(((plain[name] == 0) & (near != 0)).sum()) == 0
+        torch.testing.assert_close(near, plain[name], rtol=2**-4, atol=2**-6 * float(plain[name].abs().max()))
+    found = [evaluate(tmp_path / out, held, seqlen=32, work=tmp_path).perplexity for out in ("plain", "dense")]
+    assert found[0] == pytest.approx(found[1], rel=0.05) and found[0] != found[1]
+    again = stored(run(source, tmp_path / "pruned", text, quantize="fp8", propagate="pruned").out)
+    same = {name: torch.equal(coded[name].view(torch.uint8), again[name].view(torch.uint8)) for name in mine}
+    assert all(same[name] for name in mine if ".layers.0." in name) and not all(same.values())
+
+
+def test_batches(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their size changes the order of sums, and no more than that; nor do the kernels."""
+    source = make("qwen3_moe")
+    wanted = look(in_memory(source), MIXTURES["qwen3_moe"], windows_of(source, text)).pooled(LEAST)[0]
+    for samples in (1, 5):
+        monkeypatch.setattr("streamprune.model.budget.BATCH_TOKENS", samples * SEQLEN)
+        run(source, tmp_path / f"{samples}", text, expert_tokens=LEAST, save_stats=tmp_path / f"stats{samples}")
+        check_sums(tmp_path / f"stats{samples}", wanted)
+    torch_out = run(source, tmp_path / "torch", text, expert_tokens=LEAST, backend="torch").out
+    one, five, other = (stored(f) for f in (tmp_path / "1", tmp_path / "5", torch_out))
+    for name in one:
+        assert int((one[name] != five[name]).sum()) <= 2 and int((one[name] != other[name]).sum()) <= 2
+
+
+@pytest.mark.parametrize("layers, resident", [(1, False), (2, True), (3, False)])
+@pytest.mark.parametrize("how", [{}, {"propagate": "pruned"}], ids=["dense", "pruned"])
+def test_on_a_device(
+    make: Make,
+    text: Path,
+    held: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layers: int,
+    resident: bool,
+    how: Job,
+) -> None:
+    """Weights are sent there, and arrive late; the result is the same."""
+    source = make("gpt_oss" if layers == 2 else "deepseek_v3")
+    more = {"backend": "torch", "expert_tokens": LEAST, **how}
+    run(source, tmp_path / "plain", text, **more)
+    layout = Layout(BATCH, layers, resident, 0)
+    monkeypatch.setattr("streamprune.job_run.layout_of", lambda *args: layout)
+    monkeypatch.setattr("streamprune.evaluation.layout_for", lambda *args, **more: layout)
+    for place in ("job_run", "job_pass", "evaluation"):
+        monkeypatch.setattr(f"streamprune.{place}.Feed", functools.partial(Feed, copies=True))
+    for place in ("feed", "activations"):
+        monkeypatch.setattr(f"streamprune.model.{place}.Lane", LateLane)
+    monkeypatch.setattr("streamprune.model.feed._PIECE_BYTES", 3000)
+    out = run(source, tmp_path / "out", text, **more).out
+    assert weights_of(out) == weights_of(tmp_path / "plain")
+    found = evaluate(out, held, seqlen=32, dtype="float32", work=tmp_path)
+    assert found.perplexity == pytest.approx(whole_perplexity(out, held), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind, how", [("qwen3_moe", {}), ("gpt_oss", {"propagate": "pruned"})])
+def test_crashes(make: Make, text: Path, tmp_path: Path, kind: str, how: Job) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    crasher = Crasher(root, lambda: run(make(kind), root / "out", text, samples=2, expert_tokens=22, **how), OUTPUTS)
+    report = json.loads((root / "out/streamprune.json").read_text())
+    assert any(stage.get("pooled") for stage in report["stages"])
+    failures = crasher.failures("killed", 0.03) + crasher.failures("lost", 0.08)
+    assert not failures, show(failures)
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "granitemoe"])
+def test_one_expert_at_a_time(
+    make: Make, text: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Within a pass, no more than one matrix of a module of experts is in use, and none is a parameter."""
+    source = make(kind)
+    skeleton = build_skeleton(open_checkpoint(source), torch.float32)
+    mine = {ref for stage in skeleton.layer_stages for e in stage.experts for ref in map(stage.linears.get, e.linears)}
+    live, most, bound = set[TensorRef](), list[int](), list[str]()
+    tensor, release = ShardMaps.tensor, ShardMaps.release
+
+    def view(maps: ShardMaps, ref: TensorRef) -> torch.Tensor:
+        if ref in mine:
+            live.add(ref)
+            most.append(len(live))
+        return tensor(maps, ref)
+
+    def give_back(maps: ShardMaps, refs: Any, **more: Any) -> None:
+        refs = list(refs)
+        live.difference_update(refs)
+        release(maps, refs, **more)
+
+    monkeypatch.setattr(ShardMaps, "tensor", view)
+    monkeypatch.setattr(ShardMaps, "release", give_back)
+    from streamprune.model import binding
+
+    forward_of = binding.forward_of
+
+    def spying(module: Any, *args: Any) -> Any:
+        forward = forward_of(module, *args)
+
+        def look_first(*inputs: Any) -> Any:
+            bound.extend(n for n, p in module.named_parameters() if p.dim() == 3 and p.device.type != "meta")
+            return forward(*inputs)
+
+        return look_first
+
+    monkeypatch.setattr(binding, "forward_of", spying)
+    evaluate(source, held, seqlen=32, work=tmp_path)
+    assert len(most) > len(mine) and max(most) == 1 and not live and not bound
+    calibrate(source, tmp_path / "stats", calib=text, samples=2, seqlen=16)
+    assert max(most) == 1 and not live and not bound
+
+
+def test_weights_are_read_once(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is looked at before a layer's pass stays in the system's cache: the pass needs it next."""
+    dropped = list[str]()
+    release = ShardMaps.release
+
+    def note(maps: ShardMaps, refs: Any, *, drop_cache: bool = False) -> None:
+        refs = list(refs)
+        dropped.extend(ref.name for ref in refs if drop_cache)
+        release(maps, refs, drop_cache=drop_cache)
+
+    monkeypatch.setattr(ShardMaps, "release", note)
+    calibrate(make("mixtral"), tmp_path / "stats", calib=text, samples=2, seqlen=16)
+    assert dropped and not [name for name in dropped if "experts" in name]
+
+
+def test_memory_estimate(make: Make) -> None:
+    """A layer counts with what works together, and two of its experts."""
+    for kind in ("mixtral", "gpt_oss"):
+        stage = build_skeleton(open_checkpoint(make(kind)), torch.float32).layer_stages[0]
+        one = 3 * 32 * 32 * 4
+        apart = {ref.name for name, ref in stage.linears.items() if "experts" in name}
+        assert len(apart) == (12 if kind == "mixtral" else 2)
+        together = sum(t.nbytes for t in stage.tensors if t.name not in apart)
+        assert stage.resident == together + 2 * one < stage.nbytes == together + 4 * one
+
+
+# ---- what is wrong
+
+
+def spoil(source: Path, folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+EXPERT = "model.layers.1.mlp.experts.3."
+BAD: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "one is missing": (lambda t: t.pop(EXPERT + "up_proj.weight"), EXPERT + "up_proj"),
+    "the first is missing": (lambda t: t.pop(EXPERT + "gate_proj.weight"), EXPERT + "gate_proj"),
+    "all of a kind are missing": (
+        lambda t: [t.pop(n) for n in list(t) if "layers.1.mlp.experts" in n and "gate_proj" in n],
+        "model.layers.1.mlp.experts",
+    ),
+    "a kind is missing": (
+        lambda t: [t.pop(n) for n in list(t) if "layers.1.mlp.experts" in n and "down_proj" in n],
+        "model.layers.1.mlp.experts.down_proj",
+    ),
+    "an expert is missing": (lambda t: [t.pop(n) for n in list(t) if n.startswith(EXPERT)], EXPERT),
+    "wrong inputs": (lambda t: t.update({EXPERT + "up_proj.weight": torch.ones(16, 31)}), EXPERT + "up_proj"),
+    "wrong outputs": (lambda t: t.update({EXPERT + "down_proj.weight": torch.ones(31, 16)}), EXPERT + "down_proj"),
+    "uneven halves": (
+        lambda t: t.update({EXPERT + f"{p}_proj.weight": torch.ones(n, 32) for p, n in (("gate", 15), ("up", 17))}),
+        EXPERT,
+    ),
+    "a vector": (lambda t: t.update({EXPERT + "up_proj.weight": torch.ones(512)}), EXPERT + "up_proj"),
+    "too many": (
+        lambda t: t.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.ones(16, 32)}),
+        "model.layers.1.mlp.experts.8.up_proj.weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit, name", BAD.values(), ids=BAD)
+def test_damaged(make: Make, text: Path, tmp_path: Path, edit: Any, name: str) -> None:
+    model = spoil(make("qwen3_moe"), tmp_path / "model", edit)
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        run(model, tmp_path / "out", text)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_damaged_and_fused(make: Make, text: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.down_proj"
+    model = spoil(make("gpt_oss"), tmp_path / "model", lambda t: t.update({name: t[name][:3].clone()}))
+    with pytest.raises(CheckpointError, match=rf"{name} has shape \[3, 32, 32\], config.json says \[4, 32, 32\]"):
+        run(model, tmp_path / "out", text)
+    model = spoil(make("gpt_oss"), tmp_path / "other", lambda t: t.update({name: t[name].to(torch.float64)}))
+    with pytest.raises(UnsupportedError, match=f"{name} is F64"):
+        run(model, tmp_path / "out", text)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_not_a_number(make: Make, text: Path, held: Path, tmp_path: Path, kind: str) -> None:
+    """Found before a pass, and while it is written; with its place in the tensor that is stored."""
+
+    def edit(t: dict[str, torch.Tensor]) -> None:
+        if kind == "gpt_oss":
+            t["model.layers.1.mlp.experts.down_proj"][2, 5, 7] = math.nan
+        else:
+            t["model.layers.1.mlp.experts.2.down_proj.weight"][5, 7] = math.nan
+
+    model = spoil(make(kind), tmp_path / "model", edit)
+    where = (
+        r"down_proj is nan at \[2, 5, 7\]" if kind == "gpt_oss" else r"experts.2.down_proj.weight is nan at \[5, 7\]"
+    )
+    ways: list[Job] = [{}, {"method": "magnitude"}, {"method": "magnitude", "only": r"experts\.0|q_proj"}]
+    for more in ways:
+        with pytest.raises(CheckpointError, match=where):
+            run(model, tmp_path / "out", text, {"pattern": "2:4"}, **more)
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(CheckpointError, match=where):
+        evaluate(model, held, seqlen=32, work=tmp_path)
+
+
+def test_layers_that_predict_further_tokens(make: Make, text: Path, tmp_path: Path) -> None:
+    """What transformers leaves out on purpose is carried over; what it does not know is an error."""
+
+    def edit(t: dict[str, torch.Tensor]) -> None:
+        t |= {n.replace("layers.1.", "layers.46."): v.clone() for n, v in t.items() if "layers.1." in n}
+
+    model = spoil(make("glm4_moe"), tmp_path / "model", edit)
+    out = run(model, tmp_path / "out", text, expert_tokens=LEAST).out
+    run(make("glm4_moe"), tmp_path / "plain", text, expert_tokens=LEAST)
+    after, plain, before = stored(out), stored(tmp_path / "plain"), stored(model)
+    assert {n: t for n, t in after.items() if ".46." in n}.keys() == {n for n in before if ".46." in n}
+    assert all(torch.equal(tensor, (before if ".46." in name else plain)[name]) for name, tensor in after.items())
+    wrong = spoil(
+        make("glm4_moe"), tmp_path / "wrong", lambda t: t.update({"model.layers.7.mlp.gate.weight": torch.ones(8, 32)})
+    )
+    with pytest.raises(CheckpointError, match=r"layers\.7\.mlp\.gate\.weight belongs to a layer"):
+        run(wrong, tmp_path / "no", text)
+
+
+def test_stored_the_other_way_round(text: Path, tmp_path: Path) -> None:
+    """Checkpoints whose experts transformers transposes when it loads them: masks lie along the inputs, as stored."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    seeing = SEEING["qwen3_vl"]
+    assert seeing.vision is not None
+    settings = {
+        "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    config = AutoConfig.for_model("qwen3_vl_moe", text_config={**seeing.settings, **settings}, **seeing.vision)
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    whole.save_pretrained(tmp_path / "plain")
+    save_tokenizer(tmp_path / "plain")
+
+    def turn(t: dict[str, torch.Tensor]) -> None:
+        t |= {name: tensor.transpose(1, 2).contiguous() for name, tensor in t.items() if ".mlp.experts." in name}
+
+    turned = spoil(tmp_path / "plain", tmp_path / "turned", turn)
+    name = "model.language_model.layers.1.mlp.experts.gate_up_proj"
+    assert stored(turned)[name].shape == (4, HIDDEN, 48) == stored(tmp_path / "plain")[name].mT.shape
+    outs = [run(folder, tmp_path / f"{folder.name}-out", text).out for folder in (tmp_path / "plain", turned)]
+    plain, other = (stored(out) for out in outs)
+    assert all(torch.equal(t, other[n].mT if ".mlp.experts." in n else other[n]) for n, t in plain.items())
+    assert bool(((other[name] == 0).unflatten(1, (-1, 4)).sum(2) == 2).all())
+    loaded = AutoModelForImageTextToText.from_pretrained(outs[1], dtype=torch.float32)
+    assert torch.equal(loaded.state_dict()[name], plain[name])
+
+
+# ---- other kinds of experts
+
+
+OTHERS: dict[str, tuple[Job, str]] = {
+    "llama4_text": (
+        {"intermediate_size": 32, "intermediate_size_mlp": 64, "num_local_experts": 4, "head_dim": 8},
+        "feed_forward.experts.gate_up_proj",
+    ),
+    "jetmoe": ({"intermediate_size": 32, "num_local_experts": 4, "kv_channels": 8}, "weight of 3 dimensions"),
+    "longcat_flash": (
+        {
+            "ffn_hidden_size": 64, "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "moe_topk": 2,
+            "zero_expert_num": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8, "v_head_dim": 8, "num_layers": 2, "num_key_value_heads": 4,
+        },
+        "several layer lists",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_experts_of_another_form(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings, words = OTHERS[kind]
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCAB, hidden_size=HIDDEN, num_attention_heads=4,
+        **{"num_hidden_layers": 2, "num_key_value_heads": 2, **settings},
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedError, match=words):
+        build_skeleton(open_checkpoint(tmp_path / "model"), torch.float32)
+
+
+def test_experts_with_more_than_two_projections() -> None:
+    class Module(torch.nn.Module):
+        is_transposed = False
+
+        def __init__(self, *names: str) -> None:
+            super().__init__()
+            for name in names:
+                self.register_parameter(name, torch.nn.Parameter(torch.zeros(2, 4, 4)))
+
+    plain, normed = Module("up_proj", "down_proj"), Module("gate_up_proj", "down_proj")
+    assert is_experts(plain) and not is_experts(Module("up_proj")) and not is_experts(torch.nn.Linear(4, 4))
+    check_experts("at", plain)
+    with pytest.raises(UnsupportedError, match="at has experts with gate_scale besides"):
+        check_experts("at", Module("up_proj", "down_proj", "gate_scale"))
+    normed.has_post_expert_norm = True  # type: ignore[assignment]
+    with pytest.raises(UnsupportedError, match="at has experts with a norm"):
+        check_experts("at", normed)
+
+
+def test_names(make: Make) -> None:
+    """Linears are called by today's path, the expert's number, and the name that the checkpoint gives the matrix."""
+    for kind, fused in (("mixtral", False), ("qwen3_moe", False), ("qwen3_moe", True), ("granitemoe", False)):
+        skeleton = build_skeleton(open_checkpoint(make(kind, fused=True) if fused else make(kind)), torch.float32)
+        mixture = MIXTURES[kind]
+        assert fused or mixture.up != FUSED or kind == "granitemoe"
+        for path, experts in skeleton.experts.items():
+            for expert, (up, down) in enumerate(zip(experts.up, experts.down, strict=True)):
+                assert ([*up], down) == names_of(path, expert, mixture, fused)
