@@ -588,16 +588,17 @@ def test_no_runtime_takes_a_packed_folder_for_a_model(models: Callable[..., Path
         pack(tmp_path / kind, tmp_path / f"packed-{kind}")
         with pytest.raises(OSError, match="no file named model"):
             AutoModelForCausalLM.from_pretrained(tmp_path / f"packed-{kind}")
-        for call in (lambda kind=kind: prune(tmp_path / f"packed-{kind}", tmp_path / "out", sparsity=0.5),
-                     lambda kind=kind: evaluate(tmp_path / f"packed-{kind}", tmp_path / kind / "tokenizer.json")):  # fmt: skip
-            with pytest.raises(UnsupportedError, match="unpack"):
-                call()
-        config = tmp_path / f"packed-{kind}" / "config.json"
+        packed, text = tmp_path / f"packed-{kind}", tmp_path / kind / "tokenizer.json"
+        with pytest.raises(UnsupportedError, match="unpack"):
+            prune(packed, tmp_path / "out", sparsity=0.5)
+        with pytest.raises(UnsupportedError, match="unpack"):
+            evaluate(packed, text)
+        config = packed / "config.json"
         config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if "config" not in k}))
         with pytest.raises(UnsupportedError, match="unpack"):
-            prune(tmp_path / f"packed-{kind}", tmp_path / "out", sparsity=0.5)
+            prune(packed, tmp_path / "out", sparsity=0.5)
         with pytest.raises(UnsupportedError, match="unpack"):
-            evaluate(tmp_path / f"packed-{kind}", tmp_path / kind / "tokenizer.json")
+            evaluate(packed, text)
 
 
 # ---- the command line
