@@ -1,18 +1,29 @@
 """`python -m streamprune`, and the `streamprune` console script."""
 
+import contextlib
 import ctypes
 import os
 import sys
+from typing import NoReturn
 
 from streamprune.cli import main
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
-def run() -> None:
-    """Runs the command line and ends the process with its exit code."""
+def run() -> NoReturn:
+    """Runs the command line and ends the process with its exit code.
+
+    At once: taking torch, numba and transformers apart would take another one to two seconds, in which OUT is there and
+    the process as well.
+    """
     _steady_heap()
-    sys.exit(main())
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a reader that has gone away
+            if stream is not None:
+                stream.flush()
+    os._exit(code)
 
 
 def _steady_heap() -> None:
