@@ -124,8 +124,7 @@ def _bind_experts(
         feed.release(last)
         last[:] = [ref]
         if scale is not None:
-            by = feed.tensor(scale)
-            return dequantise(feed.tensor(ref), by if by.numel() > 1 else by.reshape(()), dtype)
+            return dequantise(feed.tensor(ref), feed.tensor(scale), dtype)
         stored = feed.tensor(ref).to(dtype)
         return stored.t() if name in skeleton.transposed else stored
 
@@ -148,7 +147,7 @@ def _bind_codes(
         module._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
         module.__dict__["forward"] = lambda x: _coded_linear(module, scale, rounded(x))
     else:  # whose arithmetic is its own
-        exact = dequantise(codes, scale if scale.numel() > 1 else scale.reshape(()), dtype)
+        exact = dequantise(codes, scale, dtype)
         module._parameters["weight"] = nn.Parameter(exact, requires_grad=False)
         module.__dict__["forward"] = lambda x: forward(rounded(x))
 
@@ -214,8 +213,7 @@ def _coded_linear(module: nn.Linear, scale: Tensor, x: Tensor) -> Tensor:
     own_scale = scale.numel() > 1
 
     def panel(begin: int, end: int) -> Tensor:
-        part = scale[begin:end] if own_scale else scale.reshape(())
-        return dequantise(module.weight[begin:end], part, x.dtype)
+        return dequantise(module.weight[begin:end], scale[begin:end] if own_scale else scale, x.dtype)
 
     return _in_panels(module, x, panel)
 
