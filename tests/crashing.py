@@ -220,3 +220,23 @@ def recorded(root: Path) -> Iterator[CrashDisk]:
             yield disk
     finally:
         disk.release()
+
+
+class FaultyOs:
+    """`os` whose n-th operation fails; `counted` says how many there were."""
+
+    def __init__(self, number: int, error: BaseException) -> None:
+        self.number, self.error, self.counted = number, error, 0
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        if name not in {"open", "write", "fsync", "replace", "rename", "mkdir", "rmdir", "ftruncate"}:
+            return real
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.counted += 1
+            if self.counted - 1 == self.number:
+                raise self.error
+            return real(*args, **kwargs) if name != "fsync" else None
+
+        return counted

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB
-from crashing import CrashDisk, Tree, recorded, restore, tree_of
+from crashing import CrashDisk, FaultyOs, Tree, recorded, restore, tree_of
 
 from streamprune.disk import durable
 from streamprune.errors import ResourceError
@@ -227,26 +227,6 @@ def test_crash_while_work_is_thrown_away(root: Path, given: dict[str, Any], comp
     assert not failures, show(failures)
 
 
-class _FaultyOs:
-    """`os` whose n-th operation fails; `counted` says how many there were."""
-
-    def __init__(self, number: int, error: BaseException) -> None:
-        self.number, self.error, self.counted = number, error, 0
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(os, name)
-        if name not in {"open", "write", "fsync", "replace", "rename", "mkdir", "rmdir", "ftruncate"}:
-            return real
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.counted += 1
-            if self.counted - 1 == self.number:
-                raise self.error
-            return real(*args, **kwargs) if name != "fsync" else None
-
-        return counted
-
-
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "I/O error"), KeyboardInterrupt()]
 )
@@ -256,7 +236,7 @@ def test_an_error_at_any_operation(root: Path, given: dict[str, Any], error: Bas
     crasher = Crasher(root, job, OUTPUTS)
     restore(root, {})
     with pytest.MonkeyPatch.context() as patch:
-        counting = _FaultyOs(-1, error)
+        counting = FaultyOs(-1, error)
         patch.setattr(durable, "os", counting)
         job()
     total = counting.counted
@@ -265,7 +245,7 @@ def test_an_error_at_any_operation(root: Path, given: dict[str, Any], error: Bas
     for number in chosen:
         restore(root, {})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(durable, "os", _FaultyOs(number, error))
+            patch.setattr(durable, "os", FaultyOs(number, error))
             with pytest.raises((ResourceError, KeyboardInterrupt)) as caught:
                 job()
         wrong = half_visible(tree_of(root), crasher.whole, OUTPUTS) or crasher.attempt()

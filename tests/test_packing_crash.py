@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crashing import CrashDisk, Tree, recorded, restore, tree_of
+from crashing import CrashDisk, FaultyOs, Tree, recorded, restore, tree_of
 from test_packed import sparse
 from test_packing import LEGACY, half, layer, save
 
@@ -125,26 +125,6 @@ def test_restart_at_any_moment(root: Path, tmp_path: Path, name: str) -> None:
     assert not failures, "\n".join(failures[:12])
 
 
-class _FaultyOs:
-    """`os` whose n-th operation fails."""
-
-    def __init__(self, number: int, error: BaseException) -> None:
-        self.number, self.error, self.counted = number, error, 0
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(os, name)
-        if name not in {"open", "write", "fsync", "replace", "rename", "mkdir", "rmdir", "ftruncate"}:
-            return real
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.counted += 1
-            if self.counted - 1 == self.number:
-                raise self.error
-            return real(*args, **kwargs) if name != "fsync" else None
-
-        return counted
-
-
 @pytest.mark.parametrize("name", JOBS)
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_an_error_at_any_operation(root: Path, tmp_path: Path, name: str, error: BaseException) -> None:
@@ -153,14 +133,14 @@ def test_an_error_at_any_operation(root: Path, tmp_path: Path, name: str, error:
     _, whole = run_recorded(root, job)
     restore(root, {})
     with pytest.MonkeyPatch.context() as patch:
-        counting = _FaultyOs(-1, error)
+        counting = FaultyOs(-1, error)
         patch.setattr(durable, "os", counting)
         job()
     chosen = {1, 2, counting.counted - 1, *random.Random(name).sample(range(counting.counted), 5)}
     for number in sorted(chosen):
         restore(root, {})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(durable, "os", _FaultyOs(number, error))
+            patch.setattr(durable, "os", FaultyOs(number, error))
             with pytest.raises((ResourceError, KeyboardInterrupt)) as caught:
                 job()
         assert isinstance(error, OSError) == isinstance(caught.value, ResourceError)
