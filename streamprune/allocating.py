@@ -16,7 +16,7 @@ from torch import Tensor
 
 from streamprune.disk.header import TensorRef
 from streamprune.errors import UsageError
-from streamprune.model.passes import rows_of
+from streamprune.model.finite import rows_of
 from streamprune.model.skeleton import Stage
 from streamprune.model.statistics import StatisticsFile
 from streamprune.pruning.allocation import OUTLIER, Curve, by_error, levels_around, owl

@@ -31,6 +31,7 @@ from streamprune.model.budget import (
     choose_batch,
     estimate,
     free_on,
+    group_of,
     hold_to,
     lay_out,
     memory_of,
@@ -117,7 +118,8 @@ def ram_of_two(reference: Subject, model: Subject, seqlen: int, *, on_device: bo
         return replace(two[0], per_sample=two[0].per_sample + two[1].per_sample)
     heads = reference.head_bytes + model.head_bytes
     widest = max(b.per_sample for b in two)  # a layer's; more than chunks of both models' states, read ahead
-    return Budget(two[0].base, RESERVE, max(heads, *(b.stage for b in two)), widest)
+    waiting = max(b.waiting for b in two)
+    return Budget(two[0].base, RESERVE, max(heads, *(b.stage for b in two)), widest, waiting=waiting)
 
 
 def lay_out_two(
@@ -132,9 +134,11 @@ def lay_out_two(
     on_device = device.type != "cpu"
     if max_vram is not None and not on_device:
         raise UsageError("--max-vram is for a GPU, and this job runs on the CPU; leave it out, or see --device")
-    most = choose_batch(ram_of_two(reference, model, seqlen, on_device=on_device), samples, seqlen, max_ram)
+    budget = ram_of_two(reference, model, seqlen, on_device=on_device)
+    most = choose_batch(budget, samples, seqlen, max_ram)
     if not on_device:
-        return Layout(most, 1, False, 0), Layout(most, 1, False, 0), True
+        layout = Layout(most, 1, False, 0, group=group_of(budget, most, samples, max_ram))
+        return layout, layout, True
     hold_to(max_vram, device)
     whose, limit = "--max-vram", max_vram
     if limit is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class Run:
         self.subject, self.layout, self.keep, self._is_reference = subject, layout, keep, is_reference
         self.stages = subject.skeleton.stages
         self.walk = Walk(subject.skeleton, feed, subject.dtype)
+        self.walk.group = layout.group
         self._activations = Activations(folder, self.walk.cache_dtype, feed.device, resident=layout.resident)
 
     def name_of(self, stage: Stage) -> str:
@@ -41,8 +43,13 @@ class Run:
 
     def check(self, stage: Stage) -> None:
         """As check_weights; says so where it is the reference that is damaged."""
-        try:
+        with self._whose():
             retry_smaller(self.walk, partial(check_weights, self.walk.feed, self.subject.skeleton, stage))
+
+    @contextmanager
+    def _whose(self) -> Iterator[None]:
+        try:
+            yield
         except CheckpointError as e:
             if not self._is_reference:
                 raise
@@ -55,13 +62,14 @@ class Run:
         position = stage.index + 1
         for near in stages[position : position + (2 if self.layout.layers > 1 or not walk.feed.copies else 1)]:
             if near.kind == "layer" or not walk.feed.copies:
-                walk.feed.expect(near.together if walk.feed.copies else near.tensors)
+                walk.feed.expect(near.together)
         self.check(stage)
         persist = not resident or (stage is self.stages[-2] and not self.keep)
         if stage.kind == "embed":
             retry_smaller(walk, partial(embed_pass, walk, batches, activations, persist=persist))
         else:
-            retry_smaller(walk, partial(layer_pass, walk, stage, activations, write=True, persist=persist))
+            with self._whose():
+                retry_smaller(walk, partial(layer_pass, walk, stage, activations, write=True, persist=persist))
             if not resident:
                 remove_cache(activations.folder, stage.index)
         walk.feed.release(stage.tensors)

@@ -117,12 +117,8 @@ class Pass:
                 sources[name] = now
                 if ref.name + SCALE in written.tensors:
                     sources[name + SCALE] = written.tensors[ref.name + SCALE]
-        with (
-            ShardMaps(written) as maps,
-            Feed(maps, self.walk.device) as feed,
-            self.walk.layer(stage, feed=feed, sources=sources) as run,
-        ):
+        with ShardMaps(written) as maps, Feed(maps, self.walk.device) as feed:
             again = functools.partial(
-                layer_pass, self.walk, stage, self.activations, write=True, persist=persist, run=run
+                layer_pass, self.walk, stage, self.activations, write=True, persist=persist, feed=feed, sources=sources
             )
             retry_smaller(self.walk, again)

@@ -127,15 +127,16 @@ def layout_of(
     layout = layout_for(skeleton, seqlen, samples, dtype, device, spec.max_ram, spec.max_vram, refit=needs)
     if not samples or not resolved:
         return layout
-    layout = replace(layout, room=int(resolved.get("gram_room", 0)))
+    group = int(resolved.get("group", 1))
+    layout = replace(layout, room=int(resolved.get("gram_room", 0)), group=group)
     if device.type != "cpu":
         return layout
     budget = estimate(skeleton, seqlen, dtype).refitting(needs, layout.room)
     recorded = int(resolved["batch"])
-    if spec.max_ram is not None and budget.peak(recorded) > spec.max_ram:
+    if spec.max_ram is not None and budget.peak(recorded, group) > spec.max_ram:
         raise ResourceError(
             f"this job began with batches of {recorded} samples and needs --max-ram "
-            f"{-(-budget.peak(recorded) >> 20) + 1}MiB to go on; or throw its work away with --restart"
+            f"{-(-budget.peak(recorded, group) >> 20) + 1}MiB to go on; or throw its work away with --restart"
         )
     return replace(layout, batch=recorded)
 

@@ -105,6 +105,7 @@ class Run:
             "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "batch": batch,
             "tokens": tokens_digest(windows) if windows is not None else None,
             **({"gram_room": self.layout.room} if spec.recipe and spec.recipe.needs_gram else {}),
+            **({"group": self.layout.group} if self.skeleton.experts else {}),
             **({"allocation": shares} if shares else {}),
         }  # fmt: skip
         self._uncommitted: list[durable.AtomicFile] = []
@@ -114,7 +115,7 @@ class Run:
 
     def _make_pass(self, windows: Tokens, batch: int) -> Pass:
         walk = Walk(self.skeleton, self.feed, self.dtype)
-        walk.weighted = self.spec.expert_stats == "weighted"
+        walk.weighted, walk.group = self.spec.expert_stats == "weighted", self.layout.group
         most = [self.layout.batch, *(r["batch"] for r in self.records if r["batch"])]
         walk.most = min(most) if min(most) < batch else None
         resident = self.layout.resident
@@ -241,7 +242,7 @@ class Run:
         """Begins to bring the weights of this stage and the next near; a device needs those of layers only."""
         for stage in stages[: self.layout.layers] if self.feed.copies else stages:
             if not self.feed.copies or (stage.kind == "layer" and self.forward is not None):
-                self.feed.expect(stage.together if self.feed.copies else stage.tensors)
+                self.feed.expect(stage.tensors if self.forward is None else stage.together)
             elif self.writer is not None:
                 self.feed.expect(ref for name, ref in stage.linears.items() if name in self.writer.selected)
 

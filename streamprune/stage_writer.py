@@ -22,10 +22,10 @@ from streamprune.disk.shards import fill_shard
 from streamprune.errors import UsageError
 from streamprune.kernels import Selection
 from streamprune.model.feed import Feed
+from streamprune.model.finite import finite_rows, refuse_nonfinite, rows_of
 from streamprune.model.grams import LayerGrams
 from streamprune.model.lane import Lane, is_out_of_memory
 from streamprune.model.naming import TORCH_DTYPES
-from streamprune.model.passes import finite_rows, refuse_nonfinite, rows_of
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
 from streamprune.pruning.methods import Sample
 from streamprune.pruning.recipes import Recipe

@@ -168,13 +168,19 @@ class LateEvent:
 
 
 class LateLane(Lane):
-    """Copies as a GPU does: later. Until then the target is full of ones, and the source must not have been needed."""
+    """Copies as a GPU does: later, one after the other. Until then the target is full of ones, and the source must not
+    have been needed."""
+
+    _before: LateEvent | None = None
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> LateEvent:
-        event, pinned = LateEvent(), source.clone()
+        before, event, pinned = self._before, LateEvent(), source.clone()
+        self._before = event
         target.fill_(1)
 
         def land() -> None:
+            if before is not None:
+                before.done.wait()
             target.copy_(pinned)
             event.done.set()
 

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,11 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, StateError, UnsupportedError, UsageError
 from streamprune.evaluation import evaluate
 from streamprune.job import JobResult, calibrate, prune
-from streamprune.model.budget import Layout
+from streamprune.model.budget import GROUP_BYTES, Budget, Layout, group_of, waiting_bytes
 from streamprune.model.calibration import cut_windows
 from streamprune.model.experts import check_experts, is_experts
 from streamprune.model.feed import Feed
+from streamprune.model.routed import Routed
 from streamprune.model.skeleton import build_skeleton
 from streamprune.model.statistics import StatisticsFile
 
@@ -378,6 +380,45 @@ def test_batches(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert int((one[name] != five[name]).sum()) <= 2 and int((one[name] != other[name]).sum()) <= 2
 
 
+@pytest.mark.parametrize("batches", [1, 2, 5])
+def test_groups(
+    make: Make, text: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
+) -> None:
+    """Experts are brought once for as many batches as may wait for them; what comes out is what it was."""
+    source = make("mixtral")
+    skeleton = build_skeleton(open_checkpoint(source), torch.float32)
+    names = {ref for stage in skeleton.layer_stages for e in stage.experts for ref in map(stage.linears.get, e.linears)}
+    brought = list[TensorRef]()
+    tensor = ShardMaps.tensor
+
+    def view(maps: ShardMaps, ref: TensorRef) -> torch.Tensor:
+        if ref in names:
+            brought.append(ref)
+        return tensor(maps, ref)
+
+    monkeypatch.setattr(ShardMaps, "tensor", view)
+    monkeypatch.setattr("streamprune.model.budget.BATCH_TOKENS", SEQLEN)
+    one = SEQLEN * waiting_bytes(skeleton, torch.float32)
+    monkeypatch.setattr("streamprune.model.budget.GROUP_BYTES", (batches - 1) * one)
+    calibrate(source, tmp_path / "stats", calib=text, samples=SAMPLES, seqlen=SEQLEN, seed=SEED, dtype="float32")
+    assert max(map(brought.count, names)) == -(-SAMPLES // batches), "once a group"
+    assert len(brought) > 0.9 * len(names) * -(-SAMPLES // batches), "of tokens that go nearly everywhere"
+    whole = look(in_memory(source), MIXTURES["mixtral"], windows_of(source, text))
+    check_sums(tmp_path / "stats", whole.pooled(64)[0])
+    found = evaluate(source, held, seqlen=32, dtype="float32", work=tmp_path).perplexity
+    assert found == pytest.approx(whole_perplexity(source, held), rel=1e-5)
+
+
+def test_memory_for_groups() -> None:
+    """All of --max-ram may be used; without it, no more than is kept for that."""
+    budget = Budget(base=1000, reserve=0, stage=0, per_sample=10, waiting=4)
+    for limit, group in ((1020, 1), (1027, 1), (1028, 2), (1059, 5), (1060, 6), (9999, 50)):
+        assert group_of(budget, 2, 100, limit) == group, limit
+        assert group == 50 or budget.peak(2, group) <= limit < budget.peak(2, group + 1)
+    assert group_of(budget, 2, 1 << 40, None) == 1 + GROUP_BYTES // 8
+    assert group_of(replace(budget, waiting=0), 2, 100, None) == 1
+
+
 @pytest.mark.parametrize("layers, resident", [(1, False), (2, True), (3, False)])
 @pytest.mark.parametrize("how", [{}, {"propagate": "pruned"}], ids=["dense", "pruned"])
 def test_on_a_device(
@@ -419,6 +460,25 @@ def test_crashes(make: Make, text: Path, tmp_path: Path, kind: str, how: Job) ->
     assert not failures, show(failures)
 
 
+def test_who_goes_on_keeps_the_groups(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that began with little memory sums up in the same order where there is more."""
+    source, window = make("qwen3_moe"), {"samples": 5, "seqlen": SEQLEN, "calib": text}
+    monkeypatch.setattr("streamprune.model.budget.BATCH_TOKENS", SEQLEN)
+    calibrate(source, tmp_path / "all", **window)
+    monkeypatch.setattr("streamprune.model.budget.GROUP_BYTES", 0)
+    calibrate(source, tmp_path / "one", **window)
+
+    def stop(done: Any) -> None:
+        if done.name == "layer 0":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, tmp_path / "out", progress=stop, **window)
+    monkeypatch.setattr("streamprune.model.budget.GROUP_BYTES", GROUP_BYTES)
+    calibrate(source, tmp_path / "out", **window)
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "one").read_bytes() != (tmp_path / "all").read_bytes()
+
+
 # ---- memory
 
 
@@ -426,17 +486,24 @@ def test_crashes(make: Make, text: Path, tmp_path: Path, kind: str, how: Job) ->
 def test_one_expert_at_a_time(
     make: Make, text: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Within a pass, no more than one matrix of a module of experts is in use, and none is a parameter."""
+    """Within a pass, no more than one expert of a module is in use, and none is a parameter."""
     source = make(kind)
     skeleton = build_skeleton(open_checkpoint(source), torch.float32)
-    mine = {ref for stage in skeleton.layer_stages for e in stage.experts for ref in map(stage.linears.get, e.linears)}
-    live, most, bound = set[TensorRef](), list[int](), list[str]()
+    whose = {
+        stage.linears[name]: (experts.path, number)
+        for stage in skeleton.layer_stages
+        for experts in stage.experts
+        for number in range(len(experts.down))
+        for name in experts.of([number])
+    }
+    live, most, seen, bound = set[TensorRef](), list[int](), set[TensorRef](), list[str]()
     tensor, release = ShardMaps.tensor, ShardMaps.release
 
     def view(maps: ShardMaps, ref: TensorRef) -> torch.Tensor:
-        if ref in mine:
+        if ref in whose:
             live.add(ref)
-            most.append(len(live))
+            seen.add(ref)
+            most.append(len({whose[other] for other in live}))
         return tensor(maps, ref)
 
     def give_back(maps: ShardMaps, refs: Any, **more: Any) -> None:
@@ -446,12 +513,10 @@ def test_one_expert_at_a_time(
 
     monkeypatch.setattr(ShardMaps, "tensor", view)
     monkeypatch.setattr(ShardMaps, "release", give_back)
-    from streamprune.model import binding
+    forward_of = Routed.forward_of
 
-    forward_of = binding.forward_of
-
-    def spying(module: Any, *args: Any) -> Any:
-        forward = forward_of(module, *args)
+    def spying(routed: Routed, module: Any, *args: Any) -> Any:
+        forward = forward_of(routed, module, *args)
 
         def look_first(*inputs: Any) -> Any:
             bound.extend(n for n, p in module.named_parameters() if p.dim() == 3 and p.device.type != "meta")
@@ -459,9 +524,9 @@ def test_one_expert_at_a_time(
 
         return look_first
 
-    monkeypatch.setattr(binding, "forward_of", spying)
+    monkeypatch.setattr(Routed, "forward_of", spying)
     evaluate(source, held, seqlen=32, work=tmp_path)
-    assert len(most) > len(mine) and max(most) == 1 and not live and not bound
+    assert seen == whose.keys() and max(most) == 1 and not live and not bound
     calibrate(source, tmp_path / "stats", calib=text, samples=2, seqlen=16)
     assert max(most) == 1 and not live and not bound
 

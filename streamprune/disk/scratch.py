@@ -19,13 +19,13 @@ _PAGE = mmap.PAGESIZE
 
 
 class ScratchMatrix:
-    """A float32 matrix (rows, columns) of zeros; `tensor` is a view on its file in `folder`.
+    """A matrix (rows, columns) of zeros, float32 unless told; `tensor` is a view on its file in `folder`.
 
     Pages that were touched count as resident until `forget`. Raises ResourceError when the disk has no room.
     """
 
-    def __init__(self, folder: Path, rows: int, columns: int) -> None:
-        self._stride = columns * 4
+    def __init__(self, folder: Path, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> None:
+        self._stride = columns * dtype.itemsize
         nbytes = max(rows * self._stride, 1)
         with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
             if hasattr(os, "posix_fallocate"):
@@ -33,7 +33,7 @@ class ScratchMatrix:
             else:
                 file.truncate(nbytes)
             self._map = mmap.mmap(file.fileno(), nbytes)
-        self.tensor = torch.frombuffer(self._map, dtype=torch.float32, count=rows * columns).view(rows, columns)
+        self.tensor = torch.frombuffer(self._map, dtype=dtype, count=rows * columns).view(rows, columns)
 
     def forget(self, begin: int, end: int) -> None:
         """Gives back the memory of rows begin to end; what was written to them stays in the file."""

@@ -15,7 +15,7 @@ Linears that are stored in FP8 are made from codes and scales in the same panels
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -24,12 +24,10 @@ from torch.nn import functional as F
 
 from streamprune.disk.float_quantized import SCALE, Scheme
 from streamprune.disk.header import TensorRef
-from streamprune.model.experts import forward_of
 from streamprune.model.feed import Feed
+from streamprune.model.routed import Routed, Watch, in_place
 from streamprune.model.skeleton import Skeleton
 from streamprune.pruning.fp8 import dequantise
-
-Watch = Callable[[str, Tensor], None]
 
 _PANEL_BYTES = 32 << 20
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -45,12 +43,14 @@ def bound(
     head: bool = True,
     watch: Watch | None = None,
     weighted: bool = True,
+    routed: Routed | None = None,
 ) -> Iterator[list[TensorRef]]:
     """Binds the parameters below `prefix`, or with None all parameters outside the decoder layers.
 
     Within the context the modules compute in `dtype` on the feed's device; on leaving they are on the meta device
     again. Yields what is in use, for the caller to release. `sources` may name other tensors than the checkpoint's
-    own. Without `head`, what makes logits is left out. `watch` sees the inputs of experts' linears, `weighted` or not.
+    own. Without `head`, what makes logits is left out. Experts wait for a group of batches where `routed` collects what
+    they are given; else they compute at once, and `watch` sees the inputs of their linears, `weighted` or not.
     """
     refs = sources or skeleton.sources
     outside = {id(m) for m in skeleton.layers.modules()} if prefix is None else set()
@@ -66,7 +66,7 @@ def bound(
                 continue
             full = ".".join(p for p in (prefix, path) if p)
             if full in skeleton.experts:
-                undo.append(_bind_experts(skeleton, module, full, feed, refs, dtype, watch, weighted))
+                undo.append(_bind_experts(skeleton, module, full, feed, refs, watch, weighted, routed))
             names = [*module._parameters, *module._buffers]
             for leaf in names:
                 ref = refs.get(f"{full}.{leaf}" if full else leaf)
@@ -109,30 +109,71 @@ def _bind(module: nn.Module, leaf: str, value: Tensor, dtype: torch.dtype) -> Ca
     return restore
 
 
-def _bind_experts(
-    skeleton: Skeleton, module: nn.Module, path: str, feed: Feed, refs: Mapping[str, TensorRef], dtype: torch.dtype,
-    watch: Watch | None, weighted: bool,
-) -> Callable[[], None]:  # fmt: skip
-    """Lets a module of experts work one expert at a time; returns what ends that.
+class _ExpertWeights:
+    """The weights of a module's experts, brought when they are used: see routed.Weights.
 
-    Inputs of FP8 experts stay as they are: transformers, too, rounds those of its nn.Linear only.
+    What is stored in another dtype than is computed in, or in FP8, is converted a panel of rows at a time. Inputs of
+    FP8 experts stay as they are: transformers, too, rounds those of its nn.Linear only.
     """
-    last: list[TensorRef] = []
 
-    def weight(name: str) -> Tensor:
-        ref, scale = refs[f"{name}.weight"], refs.get(f"{name}.weight{SCALE}")
-        feed.release(last)
-        last[:] = [ref]
-        if scale is not None:
-            return dequantise(feed.tensor(ref), feed.tensor(scale), dtype)
-        stored = feed.tensor(ref).to(dtype)
-        return stored.t() if name in skeleton.transposed else stored
+    def __init__(self, skeleton: Skeleton, feed: Feed, refs: Mapping[str, TensorRef]) -> None:
+        self._skeleton, self._feed, self._refs = skeleton, feed, refs
+        self._held: dict[str, tuple[Tensor, ...]] = {}
+        self.device = feed.device
 
-    module.__dict__["forward"] = forward_of(module, skeleton.experts[path], weight, watch, weighted)
+    def stored(self, name: str) -> tuple[TensorRef, Tensor]:
+        """A linear's weight as it is stored."""
+        refs = self._of(name)
+        if name not in self._held:
+            self._held[name] = tuple(self._feed.tensor(ref) for ref in refs)
+        return refs[0], self._held[name][0]
+
+    def product(self, name: str, x: Tensor) -> Tensor:
+        """x (n, in) · Wᵀ: (n, out), in x's dtype."""
+        weight = self.stored(name)[1]
+        if len(self._held[name]) > 1:
+            scale = self._held[name][1]
+            return _in_panels(x, len(weight), None, lambda begin, end: _dequantised(weight, scale, begin, end, x.dtype))
+        if name in self._skeleton.transposed:
+            weight = weight.t()
+        if weight.dtype == x.dtype:
+            return F.linear(x, weight)
+        return _in_panels(x, len(weight), None, lambda begin, end: weight[begin:end].to(x.dtype))
+
+    def expect(self, names: Collection[str]) -> None:
+        """Begins to bring weights near."""
+        if names:
+            self._feed.expect(ref for name in names for ref in self._of(name))
+
+    def release(self, names: Collection[str]) -> None:
+        """Lets go of weights."""
+        for name in names:
+            self._held.pop(name, None)
+        self._feed.release(ref for name in names for ref in self._of(name))
+
+    def release_all(self) -> None:
+        """Lets go of what is still at hand."""
+        self.release(list(self._held))
+
+    def _of(self, name: str) -> list[TensorRef]:
+        scale = self._refs.get(f"{name}.weight{SCALE}")
+        return [self._refs[f"{name}.weight"], *([] if scale is None else [scale])]
+
+
+def _bind_experts(
+    skeleton: Skeleton, module: nn.Module, path: str, feed: Feed, refs: Mapping[str, TensorRef],
+    watch: Watch | None, weighted: bool, routed: Routed | None,
+) -> Callable[[], None]:  # fmt: skip
+    """Lets a module of experts work one expert at a time; returns what ends that."""
+    weights, experts = _ExpertWeights(skeleton, feed, refs), skeleton.experts[path]
+    if routed is None:
+        module.__dict__["forward"] = in_place(module, experts, weights, watch, weighted)
+    else:
+        module.__dict__["forward"] = routed.forward_of(module, experts, weights)
 
     def restore() -> None:
         module.__dict__.pop("forward", None)
-        feed.release(last)
+        weights.release_all()
 
     return restore
 
@@ -210,25 +251,27 @@ def _as_it_is(x: Tensor) -> Tensor:
 
 def _coded_linear(module: nn.Linear, scale: Tensor, x: Tensor) -> Tensor:
     """As _linear_in_panels, for W = scale · codes."""
-    own_scale = scale.numel() > 1
+    weight = module.weight
+    return _in_panels(x, len(weight), module.bias, lambda b, e: _dequantised(weight, scale, b, e, x.dtype))
 
-    def panel(begin: int, end: int) -> Tensor:
-        return dequantise(module.weight[begin:end], scale[begin:end] if own_scale else scale, x.dtype)
 
-    return _in_panels(module, x, panel)
+def _dequantised(codes: Tensor, scale: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Rows begin to end of scale · codes."""
+    return dequantise(codes[begin:end], scale[begin:end] if scale.numel() > 1 else scale, dtype)
 
 
 def _linear_in_panels(module: nn.Linear, x: Tensor) -> Tensor:
     """x (…, in) · Wᵀ + b with W (out, in) converted to x's dtype a panel of rows at a time."""
-    return _in_panels(module, x, lambda begin, end: module.weight[begin:end].to(x.dtype))
+    weight = module.weight
+    return _in_panels(x, len(weight), module.bias, lambda begin, end: weight[begin:end].to(x.dtype))
 
 
-def _in_panels(module: nn.Linear, x: Tensor, panel: Callable[[int, int], Tensor]) -> Tensor:
+def _in_panels(x: Tensor, out_features: int, bias: Tensor | None, panel: Callable[[int, int], Tensor]) -> Tensor:
     """x (…, in) · Wᵀ + b; `panel(begin, end)` makes those rows of W, (end - begin, in) in x's dtype."""
-    rows = max(1, _PANEL_BYTES // (module.in_features * x.dtype.itemsize))
-    out = x.new_empty(*x.shape[:-1], module.out_features)
-    for begin in range(0, module.out_features, rows):
-        end = min(begin + rows, module.out_features)
-        bias = None if module.bias is None else module.bias[begin:end].to(x.dtype)
-        out[..., begin:end] = F.linear(x, panel(begin, end), bias)
+    rows = max(1, _PANEL_BYTES // (x.shape[-1] * x.dtype.itemsize))
+    out = x.new_empty(*x.shape[:-1], out_features)
+    for begin in range(0, out_features, rows):
+        end = min(begin + rows, out_features)
+        its = None if bias is None else bias[begin:end].to(x.dtype)
+        out[..., begin:end] = F.linear(x, panel(begin, end), its)
     return out

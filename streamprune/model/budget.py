@@ -1,12 +1,14 @@
 """How much memory a pass takes, and how many samples a batch may therefore hold.
 
-peak = base + reserve + grams + max(stage + batch · seqlen · per_token, working)
+peak = base + reserve + grams + max(stage + batch · seqlen · (per_token + (group - 1) · waiting), working)
 
 base       resident memory of this process once everything is imported and the skeleton is built
 reserve    compiling kernels, row chunks of weights, buffers of the matrix library
 stage      bytes of the largest stage: its weights are mapped, and resident while it is at work
 per_token  the widest moment of a layer's forward pass: nine states of the hidden size, three of them being read and
            written beside it, and four activations of the widest linear, in the dtype that is computed in
+group      batches that a layer's experts compute for at once (model/routed.py); they are waiting meanwhile
+waiting    two states of the hidden size, and the routing; 0 where there are no experts
 grams      for a refit: the Gram matrices that are held at once, and the inputs that are kept out of them
 working    for a refit: its arrays, once the forward pass is over
 """
@@ -29,6 +31,12 @@ BATCH_TOKENS = 2048
 """Tokens in a batch when memory allows; more would not make matrix products any faster."""
 
 RESERVE = 208 << 20
+
+GROUP_BYTES = 512 << 20
+"""Memory for batches that wait for a layer's experts, unless --max-ram allows more; the system needs some for files."""
+
+_ROUTING = 256
+"""Bytes of a token's routing, about: which experts, which shares, and what finding an expert's tokens takes."""
 
 DEVICE_BATCH_TOKENS = 8192
 """Tokens in a batch on a device when its memory allows: fewer would leave small layers waiting for launches."""
@@ -63,10 +71,13 @@ class Budget:
     per_sample: int
     grams: int = 0
     working: int = 0
+    waiting: int = 0
+    """Of a sample that waits for experts."""
 
-    def peak(self, batch: int) -> int:
-        """Estimated peak resident memory with `batch` samples at a time."""
-        return self.base + self.reserve + self.grams + max(self.stage + batch * self.per_sample, self.working)
+    def peak(self, batch: int, group: int = 1) -> int:
+        """Estimated peak resident memory with `batch` samples at a time, and `group` batches where experts compute."""
+        activations = batch * (self.per_sample + (group - 1) * self.waiting)
+        return self.base + self.reserve + self.grams + max(self.stage + activations, self.working)
 
     def refitting(self, needs: RefitNeeds | None, room: int) -> Budget:
         """The same with a refit that has `room` for Grams."""
@@ -89,13 +100,20 @@ def estimate(
         RESERVE,
         largest,
         seqlen * token_bytes(skeleton, seqlen, dtype),
+        waiting=seqlen * waiting_bytes(skeleton, dtype),
     )
+
+
+def waiting_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
+    """Bytes of a token that waits for a layer's experts: what goes in, what comes out, and the routing."""
+    return 2 * skeleton.hidden_size * dtype.itemsize + _ROUTING if skeleton.experts else 0
 
 
 def token_bytes(skeleton: Skeleton, seqlen: int, dtype: torch.dtype) -> int:
     """Bytes of activations a token takes at the widest moment of a layer."""
     widths = [max(ref.shape) for s in skeleton.layer_stages for ref in s.linears.values()]
     per_token = (9 * skeleton.hidden_size + 4 * max(widths, default=skeleton.hidden_size)) * dtype.itemsize
+    per_token += waiting_bytes(skeleton, dtype)
     config = skeleton.model.config.get_text_config()  # type: ignore[union-attr, operator]
     if getattr(config, "_attn_implementation", "sdpa") == "eager":
         per_token += 3 * seqlen * int(getattr(config, "num_attention_heads", 1)) * 4  # scores, mask and softmax in full
@@ -122,6 +140,23 @@ def choose_batch(budget: Budget, samples: int, seqlen: int, max_ram: int | None)
     return min(batch, left // budget.per_sample) if budget.per_sample else batch
 
 
+def group_of(budget: Budget, batch: int, samples: int, max_ram: int | None) -> int:
+    """Batches that experts compute for at once; 1 where there are none."""
+    if not budget.waiting:
+        return 1
+    if max_ram is not None:
+        left = max_ram - budget.peak(batch)
+    else:
+        free = available_bytes()
+        left = GROUP_BYTES if free is None else min(GROUP_BYTES, (resident_bytes() + free - budget.peak(batch)) // 2)
+    return _group_within(left, batch * budget.waiting, batch, samples)
+
+
+def _group_within(left: int, each: int, batch: int, samples: int) -> int:
+    """As many batches as there are, or as fit into `left` bytes besides the one that is counted anyway."""
+    return max(1, min(-(-samples // batch), 1 + left // each))
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a job lies on its device. On the CPU only `batch` says anything."""
@@ -136,6 +171,8 @@ class Layout:
     """Estimated peak memory of the device."""
     room: int = 0
     """Bytes for Gram matrices, where the job computes."""
+    group: int = 1
+    """Batches that a layer's experts compute for at once."""
 
 
 def lay_out(
@@ -167,7 +204,10 @@ def lay_out(
         each = beside + memory_of(skeleton, seqlen, samples, dtype, layers, resident, 1, head=head) - fixed
         batch = min(wanted, (limit - fixed) // each) if samples and limit >= fixed else 0
         if batch >= fewest or (not samples and limit >= fixed):
-            return Layout(max(batch, 1), layers, resident and samples > 0, fixed + batch * each)
+            batch, nbytes = max(batch, 1), fixed + batch * each
+            waiting = batch * seqlen * waiting_bytes(skeleton, dtype)
+            group = _group_within((limit - nbytes) // 2, waiting, batch, samples) if waiting and samples else 1
+            return Layout(batch, layers, resident and samples > 0, nbytes + (group - 1) * waiting, group=group)
     raise AssertionError("the least layout fits")
 
 
@@ -188,8 +228,9 @@ def layout_for(
         budget = Budget(budget.base, budget.reserve, 0, 0)  # weights are streamed in chunks
     if not on_device:
         room = _room(budget, refit, max_ram)
-        batch = choose_batch(budget.refitting(refit, room), max(1, samples), seqlen, max_ram)
-        return Layout(batch, 1, False, 0, room)
+        budget = budget.refitting(refit, room)
+        batch = choose_batch(budget, max(1, samples), seqlen, max_ram)
+        return Layout(batch, 1, False, 0, room, group_of(budget, batch, samples, max_ram))
     choose_batch(budget, max(1, samples), seqlen, max_ram)
     hold_to(max_vram, device)
     if refit is None:

@@ -1,4 +1,4 @@
-"""Mixtures of experts: whose weights are whose on disk, and a forward pass that holds one expert at a time.
+"""Mixtures of experts: whose weights are whose on disk, and whose statistics they go by.
 
 transformers keeps the experts of a layer in one module with weights of three dimensions, `gate_up_proj` (experts, 2 ·
 intermediate, hidden) and `down_proj` (experts, hidden, intermediate); some have no gate, only `up_proj`, and some are
@@ -13,13 +13,10 @@ does to a token with weight r changes the output by r times as much.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError, UnsupportedError
@@ -49,7 +46,11 @@ class Experts:
     @property
     def linears(self) -> list[str]:
         """All of them, expert after expert, in the order of use."""
-        return [name for up, down in zip(self.up, self.down, strict=True) for name in (*up, down)]
+        return self.of(range(len(self.down)))
+
+    def of(self, numbers: Iterable[int]) -> list[str]:
+        """The linears of some experts."""
+        return [name for e in numbers for name in (*self.up[e], self.down[e])]
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -148,47 +149,6 @@ def _pieced(path: str, pieces: Pieces, shape: tuple[int, ...], turned: bool) -> 
                     f"{list(shape[1:])} of config.json"
                 )
     return [{matrices[place][0]: matrices[place][1] for place in sorted(matrices)} for matrices in found]
-
-
-def forward_of(
-    module: Any, experts: Experts, weight: Callable[[str], Tensor], watch: Callable[[str, Tensor], None] | None,
-    weighted: bool,
-) -> Callable[..., Tensor]:  # fmt: skip
-    """What takes the place of an experts module's forward.
-
-    `weight(linear)` brings a matrix (out, in) for one use, in the dtype that is computed in; `watch(linear, x)` sees
-    the inputs (tokens, in) of a linear, times the routing's weights if `weighted`.
-    """
-
-    def see(names: Iterable[str], x: Tensor, share: Tensor) -> None:
-        if watch is not None:
-            seen = x * share if weighted else x
-            for name in names:
-                watch(name, seen)
-
-    def forward(hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """hidden (tokens, hidden); chosen (tokens, k) numbers of experts; shares (tokens, k)."""
-        biases = [module._parameters.get(f"{leaf}_bias") for leaf in (*UP, DOWN)]
-        up_bias, down_bias = next((b for b in biases[:2] if b is not None), None), biases[2]
-        out = torch.zeros_like(hidden)
-        for expert in torch.unique(chosen).tolist():
-            if not 0 <= expert < len(experts.down):  # a place that nothing is routed to
-                continue
-            token, place = torch.where(chosen == expert)
-            x, share = hidden[token], shares[token, place, None]
-            see(experts.up[expert], x, share)
-            both = torch.cat([F.linear(x, weight(name)) for name in experts.up[expert]], dim=-1)
-            if up_bias is not None:
-                both = both + up_bias[expert]
-            middle = module._apply_gate(both) if getattr(module, "has_gate", True) else module.act_fn(both)
-            see(experts.down[expert : expert + 1], middle, share)
-            result = F.linear(middle, weight(experts.down[expert]))
-            if down_bias is not None:
-                result = result + down_bias[expert]
-            out.index_add_(0, token, (result * share).to(out.dtype))
-        return out
-
-    return forward
 
 
 def pool(experts: Iterable[Experts], stats: dict[str, InputStats], groups: dict[str, str], least: int) -> list[str]:

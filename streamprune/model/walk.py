@@ -25,6 +25,7 @@ from streamprune.model.binding import bound
 from streamprune.model.budget import cache_dtype
 from streamprune.model.feed import Feed
 from streamprune.model.lane import is_out_of_memory
+from streamprune.model.routed import ReachedExperts, Routed, Watch
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
 
 
@@ -79,6 +80,8 @@ class Walk:
         self.most: int | None = None
         self.weighted = True
         """Whether `watch` sees what is routed to experts times the weights that the routing gives it."""
+        self.group = 1
+        """Batches that experts compute for at once, at most."""
         self._example: Tensor | None = None
         self._calls: dict[int, list[Call]] = {}
         self._as_tuple: bool | None = None
@@ -129,6 +132,12 @@ class Walk:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    @property
+    def together(self) -> int:
+        """Batches that experts compute for at once; fewer after memory has run out."""
+        largest = 1 if self._example is None else len(self._example)
+        return max(1, self.group * min(self.most or largest, largest) // largest)
+
     @contextmanager
     def _outside(self, head: bool) -> Iterator[None]:
         """The parameters outside the decoder layers, bound; without `head`, those that make logits are not."""
@@ -170,17 +179,19 @@ class Walk:
         *,
         feed: Feed | None = None,
         sources: dict[str, Any] | None = None,
-        watch: Callable[[str, Tensor], None] | None = None,
+        watch: Watch | None = None,
+        routed: Routed | None = None,
     ) -> Iterator[Callable[[Tensor], Tensor]]:
         """One decoder layer with its weights bound: a function from states to states, (batch, seqlen, hidden).
 
-        `watch(linear, x)` sees the input (tokens, in) of each linear. `feed` and `sources` may take the
+        `watch(linear, x)` sees the input (tokens, in) of each linear. With `routed`, whose it is to show those of
+        experts, what comes out while it collects is of no use, and nothing is seen. `feed` and `sources` may take the
         weights from elsewhere, as when the pruned layer is run. On a device the weights stay there until the caller
         releases them; on the CPU their pages are given back on leaving.
         """
         layer = self.skeleton.layers[stage.index]
         hooks = [
-            module.register_forward_pre_hook(_watching(watch, f"{stage.prefix}.{path}"), with_kwargs=True)
+            module.register_forward_pre_hook(_watching(watch, f"{stage.prefix}.{path}", routed), with_kwargs=True)
             for path, module in layer.named_modules()
             if watch is not None and is_linear(module)
         ]
@@ -189,10 +200,13 @@ class Walk:
         def part(states: Tensor) -> Tensor:
             call = self._calls_of(states.shape[0])[stage.index]
             states = states.to(self.device, self.dtype)
-            if call.by_keyword:
-                out = layer(*call.args, hidden_states=states, **call.kwargs)
-            else:
-                out = layer(states, *call.args, **call.kwargs)
+            try:
+                if call.by_keyword:
+                    out = layer(*call.args, hidden_states=states, **call.kwargs)
+                else:
+                    out = layer(states, *call.args, **call.kwargs)
+            except ReachedExperts:
+                return states
             result: Tensor = out[0] if isinstance(out, tuple | list) else out
             return result
 
@@ -203,8 +217,9 @@ class Walk:
         source = feed or self.feed
         try:
             with bound(
-                self.skeleton, stage.prefix, source, self.dtype, sources, watch=watch, weighted=self.weighted
-            ) as used:
+                self.skeleton, stage.prefix, source, self.dtype, sources, watch=watch, weighted=self.weighted,
+                routed=routed,
+            ) as used:  # fmt: skip
                 try:
                     yield run
                 finally:
@@ -213,6 +228,16 @@ class Walk:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @contextmanager
+    def experts(self, path: str, routed: Routed) -> Iterator[None]:
+        """One module of experts with its weights bound, for `routed.again`."""
+        with bound(self.skeleton, path, self.feed, self.dtype, routed=routed) as used:
+            try:
+                yield
+            finally:
+                if not self.feed.copies:
+                    self.feed.release(used)
 
     def _calls_of(self, samples: int) -> list[Call]:
         """The layers' arguments for so many samples, recorded if there was no such batch yet."""
@@ -245,11 +270,12 @@ class Walk:
             yield run
 
 
-def _watching(watch: Callable[[str, Tensor], None], name: str) -> Callable[..., None]:
+def _watching(watch: Watch, name: str, routed: Routed | None) -> Callable[..., None]:
     """A hook that shows a linear's input, however it is passed."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watch(name, args[0] if args else next(iter(kwargs.values())))
+        if routed is None or not routed.collecting:
+            watch(name, args[0] if args else next(iter(kwargs.values())))
 
     return hook
 
