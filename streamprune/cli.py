@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamprune.arguments import Handler, make_parser
-from streamprune.errors import INTERRUPTED, StreampruneError
+from streamprune.errors import INTERRUPTED, ResourceError, StreampruneError
 
 if TYPE_CHECKING:
     from streamprune.packing import PackResult
@@ -20,18 +21,15 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = argparse.Namespace(command="", debug=False)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
+        args = _parsed(argv)
         handler: Handler = args.handler
-        code = handler(args)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a reader that has gone away is expected, and not at exit
-        return code
+        return handler(args)
     except StreampruneError as e:
         return _fail(args, e, str(e), e.exit_code)
     except KeyboardInterrupt as e:
@@ -43,13 +41,51 @@ def main(argv: Sequence[str] | None = None) -> int:
             INTERRUPTED,
         )
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 1
     except Exception as e:  # noqa: BLE001 - the last resort: one line, never a traceback
         what = " ".join(str(e).split())[:300]
         return _fail(args, e, f"unexpected {type(e).__name__}: {what}; run again with --debug for the place", 1)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    try:
+        return build_parser().parse_args(argv)
+    except SystemExit:  # after --help, --version, or an error that has been told
+        with _output():
+            raise
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[None]:
+    """Around all that prints to stdout, and flushes it: at exit nobody would be told what goes wrong.
+
+    Raises ResourceError where it cannot be written, and BrokenPipeError for a reader that has gone away.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        _forget_output()
+        raise ResourceError(f"the output cannot be written: {e.strerror}; send it elsewhere") from e
+
+
+def _say(text: str) -> None:
+    with _output():
+        print(text)
+
+
+def _forget_output() -> None:
+    """What is still to be written is dropped, or the interpreter would try again at its end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -81,7 +117,7 @@ def _calibration(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    _say(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _prune(args: argparse.Namespace) -> int:
@@ -121,7 +157,7 @@ def _prune(args: argparse.Namespace) -> int:
         share = f"{result.recipe}, {100 * (result.sparsity or 0):.2f} % of the weights in pruned linears"
         if result.status == "done":
             share += f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
-        print(f"{result.out}: {result.status} ({share})")
+        _say(f"{result.out}: {result.status} ({share})")
     return 0
 
 
@@ -141,7 +177,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         cost = (
             f" ({result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)})" if result.status == "done" else ""
         )
-        print(f"{result.out}: {result.status}{cost}")
+        _say(f"{result.out}: {result.status}{cost}")
     return 0
 
 
@@ -162,7 +198,7 @@ def _eval(args: argparse.Namespace) -> int:
         fields = dataclasses.asdict(found).items()
         _print_json(given | {k: v for k, v in fields if args.reference is not None or k not in compares})
     else:
-        print(evaluation_lines(found))
+        _say(evaluation_lines(found))
     return 0
 
 
@@ -176,7 +212,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(found.to_json())
     elif not args.quiet:
-        print(inspection_table(found))
+        _say(inspection_table(found))
     for failure in found.failures[:10]:
         print(f"streamprune: {failure}", file=sys.stderr)
     return 0 if found.ok is not False else 2
@@ -197,7 +233,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(found.to_json())
     elif not args.quiet:
-        print(plan_table(found))
+        _say(plan_table(found))
     return 0
 
 
@@ -232,9 +268,9 @@ def _print_packed(args: argparse.Namespace, result: PackResult) -> int:
         share = 100 * result.bytes_after / result.bytes_before
         sizes = f"{format_bytes(result.bytes_before)} to {format_bytes(result.bytes_after)}, {share:.2f} %"
         cost = f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
-        print(f"{result.out}: {result.status} ({result.layout}, {sizes}{cost if result.status == 'done' else ''})")
+        _say(f"{result.out}: {result.status} ({result.layout}, {sizes}{cost if result.status == 'done' else ''})")
         if result.left_out:
-            print(f"not packed, for no loader of the model reads them: {', '.join(result.left_out)}")
+            _say(f"not packed, for no loader of the model reads them: {', '.join(result.left_out)}")
     return 0
 
 
@@ -248,7 +284,7 @@ def _demo(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"models": rows})
     elif not args.quiet:
-        print(demo_table(rows))
+        _say(demo_table(rows))
     return 0
 
 

@@ -28,6 +28,7 @@ from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.float_quantized import read_scheme
 from streamprune.disk.hub import resolve_model
+from streamprune.disk.lock import Lock
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
 from streamprune.evaluation_pass import Run, disk_bytes
@@ -231,12 +232,12 @@ def _scratch(work: Path) -> Iterator[Path]:
         if not re.fullmatch(r"eval-[0-9]+-[0-9a-f]+", old.stem):
             continue
         try:
-            with durable.Lock(old):
+            with Lock(old):
                 durable.clear(old.with_suffix(""))
         except LockedError:
             continue
     folder = work.absolute() / f"eval-{os.getpid()}-{time.time_ns():x}"
-    with durable.Lock(folder.with_name(folder.name + ".lock")):
+    with Lock(folder.with_name(folder.name + ".lock")):
         durable.make_folder(folder)
         try:
             yield folder

@@ -18,8 +18,18 @@ from typing import TYPE_CHECKING, Any
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
+from streamprune.disk.lock import Lock
 from streamprune.disk.packed import is_packed
-from streamprune.disk.state import file_digest, find_finished, find_unfinished, lock_of, partial_of, statistics_of
+from streamprune.disk.state import (
+    check_out,
+    file_digest,
+    find_finished,
+    find_unfinished,
+    lock_of,
+    partial_of,
+    report_fields,
+    statistics_of,
+)
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
 from streamprune.memory import peak_resident_bytes
 from streamprune.pruning.recipes import ALLOCATIONS, check_damping, check_fp8, make_recipe
@@ -201,7 +211,7 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
     begun = time.perf_counter()
     _check_places(spec, checkpoint)
     durable.make_folder(spec.out.absolute().parent)
-    with durable.Lock(lock_of(spec.out)):
+    with Lock(lock_of(spec.out)):
         finished = find_finished(spec) if spec.verb == "prune" else _find_statistics(spec)
         if finished is not None:
             if spec.verb == "calibrate":
@@ -281,12 +291,9 @@ def _discard_on_bad_input(run: Run, work: Callable[[], dict[str, Any]]) -> dict[
 
 def _check_places(spec: JobSpec, checkpoint: Checkpoint) -> None:
     """Refuses places that would be read and written at once, or that are not there."""
-    if spec.out.name in ("", ".."):
-        raise UsageError(f"OUT {spec.out}: give the folder that is to be written a name of its own")
-    if spec.out.is_mount():
-        raise UsageError(f"OUT {spec.out} is a mount point, which cannot be renamed into place; name a folder in it")
+    check_out(spec.out, checkpoint.path)
     source = checkpoint.path.resolve()
-    for flag, path in (("OUT", spec.out), ("--work", spec.work), ("--save-stats", spec.save_stats)):
+    for flag, path in (("--work", spec.work), ("--save-stats", spec.save_stats)):
         if path is not None and (path.resolve() == source or source in path.resolve().parents):
             raise UsageError(f"{flag} {path} lies within MODEL; choose a place outside {checkpoint.path}")
     for flag, path in (("--work", spec.work), ("--save-stats", spec.save_stats)):
@@ -307,7 +314,8 @@ def _check_saved(spec: JobSpec) -> None:
 
 
 def _result(spec: JobSpec, report: Mapping[str, Any], status: str) -> JobResult:
-    return JobResult(
-        status, spec.out, report.get("recipe"), report.get("sparsity") if spec.recipe else None,
-        report["seconds"], report["peak_rss_bytes"], report,
-    )  # fmt: skip
+    number, nothing = (int, float), type(None)
+    name, sparsity, seconds, peak = report_fields(
+        spec.out, report, recipe=(str, nothing), sparsity=(*number, nothing), seconds=number, peak_rss_bytes=int
+    )
+    return JobResult(status, spec.out, name, sparsity if spec.recipe else None, seconds, peak, report)

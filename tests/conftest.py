@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from families import VOCAB, save_model, save_tokenizer, tiny_config
 
 __all__ = ["VOCAB", "save_model", "save_tokenizer", "tiny_config"]
@@ -27,6 +30,23 @@ def _cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache-home")))
         yield
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: cores that others keep busy do not slow small models down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def load_tool() -> Iterator[Callable[[str], ModuleType]]:
+    """load_tool(name) -> tools/NAME.py as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+        yield importlib.import_module
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """A disk that can be stopped at any moment: what a crash could leave behind, for every moment of a job.
 
-`CrashDisk` stands between streamprune.disk.durable and the operating system while a job runs once, and keeps
+`CrashDisk` stands between what changes the disk and the operating system while a job runs once, and keeps
 the state of a folder before and after every operation and in the middle of every write, in three ways:
 
   killed    the process died: everything that was handed to the system is there
@@ -16,14 +16,14 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streamprune.disk import durable
+from streamprune.disk import durable, lock
 
 Tree = dict[str, bytes | None]
 """Relative POSIX path -> content, None for a folder."""
@@ -60,7 +60,7 @@ def restore(root: Path, tree: Tree) -> None:
 
 
 class CrashDisk:
-    """Stands in for the module `os` within durable.py, and records. `states[kind]` maps a label to a tree."""
+    """Stands in for the module `os` in what changes the disk, and records. `states[kind]` maps a label to a tree."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -209,28 +209,44 @@ class CrashDisk:
         self._held.clear()
 
 
+def replace_os(patch: pytest.MonkeyPatch, stand_in: object) -> None:
+    """Puts `stand_in` in the place of the module `os` in all that changes the disk by name."""
+    for module in (durable, lock):
+        patch.setattr(module, "os", stand_in)
+
+
 @contextmanager
 def recorded(root: Path) -> Iterator[CrashDisk]:
     """Records what durable does to a folder."""
     disk = CrashDisk(root)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(durable, "os", disk)
+            replace_os(patch, disk)
             patch.setattr(Path, "unlink", lambda path, missing_ok=False: disk.unlink_path(path, missing_ok))
             yield disk
     finally:
         disk.release()
 
 
-class FaultyOs:
-    """`os` whose n-th operation fails; `counted` says how many there were."""
+class NoSync:
+    """`os` without its slowest function, for tests that are not about power failures."""
 
-    def __init__(self, number: int, error: BaseException) -> None:
-        self.number, self.error, self.counted = number, error, 0
+    def __getattr__(self, name: str) -> Any:
+        return (lambda fd: None) if name == "fsync" else getattr(os, name)
+
+
+OPERATIONS = frozenset({"open", "write", "fsync", "replace", "rename", "mkdir", "rmdir", "ftruncate"})
+
+
+class FaultyOs:
+    """`os` whose n-th operation (from 0) of those named fails; `counted` says how many there were."""
+
+    def __init__(self, number: int, error: BaseException, names: Collection[str] = OPERATIONS) -> None:
+        self.number, self.error, self.names, self.counted = number, error, names, 0
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
-        if name not in {"open", "write", "fsync", "replace", "rename", "mkdir", "rmdir", "ftruncate"}:
+        if name not in self.names:
             return real
 
         def counted(*args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TypedDict
 
 import numpy as np
@@ -49,13 +48,7 @@ def error(weight: torch.Tensor, fitted: torch.Tensor, gram: torch.Tensor) -> flo
     return reference.error(weight.double().numpy(), fitted.double().numpy(), gram.double().numpy())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Products of small matrices wait for a second thread, on a busy machine much longer than they take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_variants_are_those_that_are_documented() -> None:

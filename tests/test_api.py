@@ -9,12 +9,11 @@ import re
 import subprocess
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import streamprune
 from streamprune.errors import ResourceError, UsageError
@@ -23,13 +22,7 @@ from streamprune.spec import Progress
 Models = Callable[..., Path]
 VERBS = ["calibrate", "evaluate", "inspect", "pack", "plan", "prune", "unpack"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -31,15 +31,12 @@ KERNELS = {"ewma", "exact", "2:4", "4:8", "8:16", "16:32", "accumulate"}
 Rows = list[dict[str, Any]]
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    """tools/bench.py as a module; one thread, so that busy cores do not slow small kernels down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        yield importlib.import_module("bench")
-    torch.set_num_threads(threads)
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("bench")
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refusals import refused
 
-from streamprune.errors import CheckpointError, StreampruneError, UsageError
+from streamprune.errors import CheckpointError, UsageError
 from streamprune.job import prune
 from streamprune.model.calibration import STREAM_WINDOWS, cut_windows, draw_windows, tokens_digest
 from streamprune.model.texts import check_seqlen, default_seqlen, open_text, text_digest, text_pieces
@@ -50,17 +51,6 @@ FORMATS = ["a.txt", "a.txt.gz", "a.unknown", "a.jsonl", "a.jsonl.gz", "flat.npy"
 
 def draw(path: Path | None, model: Path, samples: int = 7, seqlen: int = 30, seed: int = 0) -> np.ndarray:
     return draw_windows(path, model, VOCAB, samples, seqlen, seed)
-
-
-def refused(kind: type[StreampruneError], call: Callable[[], object], *needles: str) -> str:
-    with pytest.raises(StreampruneError) as caught:
-        call()
-    message = str(caught.value)
-    assert type(caught.value) is kind, message
-    assert len(message.splitlines()) == 1
-    for needle in needles:
-        assert needle in message
-    return message
 
 
 @pytest.mark.parametrize("name", FORMATS)

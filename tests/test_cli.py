@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,7 @@ from streamprune.job import calibrate, prune
 Models = Callable[..., Path]
 WINDOW = ["--samples", "3", "--seqlen", "16"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Run:
@@ -301,6 +295,37 @@ def test_a_reader_that_goes_away(models: Models, text: Path) -> None:
         shell=True, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"), [("inspect", ""), ("inspect --json", "1"), ("--help", ""), ("--version", "")]
+)
+def test_output_onto_a_full_disk(models: Models, arguments: str, unbuffered: str) -> None:
+    """One line that says what is wrong, and the code of what there is not enough of."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no device that is always full")
+    model = [str(models())] if "inspect" in arguments else []
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "streamprune", *arguments.split(), *model], stdout=full, stderr=subprocess.PIPE,
+            text=True, check=False, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    said = "streamprune: error: the output cannot be written: No space left on device; send it elsewhere\n"
+    assert (done.returncode, done.stderr) == (5, said)
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_for_a_reader_that_has_gone_away(option: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "streamprune", option], stdout=writing, stderr=subprocess.PIPE, text=True,
+            check=False, env={**os.environ, "PYTHONUNBUFFERED": ""},
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+    assert done.stderr == ""
 
 
 # ---- what is imported

@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +22,6 @@ from streamprune.disk import journal
 from streamprune.model.calibration import cut_windows
 from streamprune.pruning import recipes
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
 MODEL = Path(str(importlib.resources.files("streamprune"))) / "demo_model"
 PNG = b"\x89PNG\r\n\x1a\n"
 LOSS = {"swiftprune": 2.0, "wanda": 1.5, "magnitude": 20.0, "wanda+cg": 1.0}
@@ -30,11 +29,8 @@ HARM = {"0.5": 1.0, "0.7": 3.0, "2:4": 2.0, "4:8": 1.5}
 
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    """tools/compare.py as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        yield importlib.import_module("compare")
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("compare")
 
 
 class Stub:

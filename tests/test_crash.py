@@ -11,15 +11,14 @@ import errno
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import VOCAB
-from crashing import CrashDisk, FaultyOs, Tree, recorded, restore, tree_of
+from crashing import CrashDisk, FaultyOs, NoSync, Tree, recorded, replace_os, restore, tree_of
 
 from streamprune.disk import durable
 from streamprune.errors import ResourceError
@@ -29,13 +28,7 @@ Job = Callable[[], JobResult]
 
 OUTPUTS = ("out", "stats.safetensors")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -144,19 +137,12 @@ class Crasher:
         """Runs the job; says what is wrong with the result."""
         with pytest.MonkeyPatch.context() as patch:
             if durable.os is os:
-                patch.setattr(durable, "os", _NoSync())
+                replace_os(patch, NoSync())
             try:
                 self.job()
             except Exception as e:  # noqa: BLE001 - reported with its state
                 return f"{type(e).__name__}: {e}"
         return difference(comparable(tree_of(self.root)), self.whole)
-
-
-class _NoSync:
-    """`os` without its slowest function, for runs whose crash is behind them."""
-
-    def __getattr__(self, name: str) -> Any:
-        return (lambda fd: None) if name == "fsync" else getattr(os, name)
 
 
 def show(failures: list[str]) -> str:
@@ -237,7 +223,7 @@ def test_an_error_at_any_operation(root: Path, given: dict[str, Any], error: Bas
     restore(root, {})
     with pytest.MonkeyPatch.context() as patch:
         counting = FaultyOs(-1, error)
-        patch.setattr(durable, "os", counting)
+        replace_os(patch, counting)
         job()
     total = counting.counted
     chosen = sorted({1, 2, 4, total - 1, *random.Random(repr(error)).sample(range(total), 8)})
@@ -245,7 +231,7 @@ def test_an_error_at_any_operation(root: Path, given: dict[str, Any], error: Bas
     for number in chosen:
         restore(root, {})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(durable, "os", FaultyOs(number, error))
+            replace_os(patch, FaultyOs(number, error))
             with pytest.raises((ResourceError, KeyboardInterrupt)) as caught:
                 job()
         wrong = half_visible(tree_of(root), crasher.whole, OUTPUTS) or crasher.attempt()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import xxhash
+from crashing import FaultyOs
 
 from streamprune.disk import direct, durable
 from streamprune.disk.direct import ALIGNMENT
@@ -154,29 +155,17 @@ def test_the_disk_takes_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("failing", [2, 3, 4, 5])
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
-    class Full:
-        writes = 0
-
-        def __getattr__(self, name: str) -> Any:
-            return self.put if name == "write" else getattr(os, name)
-
-        def put(self, fd: int, data: memoryview) -> int:
-            self.writes += 1
-            if self.writes == failing:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return os.write(fd, data)
-
     def put() -> None:
         with durable.AtomicFile(tmp_path / "f") as f:
             f.write(os.urandom(10))
             f.write(os.urandom(2 * BLOCK + ALIGNMENT + 1))
 
-    full = Full()
+    full = FaultyOs(failing - 1, OSError(errno.ENOSPC, "No space left on device"), {"write"})
     monkeypatch.setattr(durable, "os", full)
     before = open_files()
     with pytest.raises(ResourceError, match="no space left"):
         put()
-    assert full.writes == failing
+    assert full.counted == failing
     assert list(tmp_path.iterdir()) == []
     assert open_files() == before
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import ast
 import errno
-import fcntl
 import os
 import signal
 import stat
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crashing import FaultyOs
 
 import streamprune
 from streamprune.disk import durable
-from streamprune.disk.durable import AtomicFile, Lock
+from streamprune.disk.durable import AtomicFile
 from streamprune.disk.header import TensorRef
 from streamprune.disk.shards import write_shard
-from streamprune.errors import LockedError, ResourceError, StateError
+from streamprune.errors import ResourceError, StateError
 
 
 class Faults:
@@ -258,25 +256,13 @@ def test_an_interrupt_while_a_shard_is_written(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("failing", [1, 2, 9])
 def test_a_full_disk_while_a_shard_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
-    class Full:
-        writes = 0
-
-        def __getattr__(self, name: str) -> Any:
-            return self.put if name == "write" else getattr(os, name)
-
-        def put(self, fd: int, data: memoryview) -> int:
-            self.writes += 1
-            if self.writes == failing:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return os.write(fd, data)
-
-    full = Full()
+    full = FaultyOs(failing - 1, OSError(errno.ENOSPC, "No space left on device"), {"write"})
     monkeypatch.setattr(durable, "os", full)
     refs = [TensorRef(name, "s", "U8", (100,), 0, 100) for name in "abcdefgh"]
     before = threading.active_count()
     with pytest.raises(ResourceError, match=r"no space left.*/s"):
         write_shard(tmp_path / "s", refs, lambda ref: [bytes(100)])
-    assert full.writes == failing, "nothing is written after what failed"
+    assert full.counted == failing, "nothing is written after what failed"
     assert threading.active_count() == before
     assert not names(tmp_path)
 
@@ -347,118 +333,9 @@ def test_modes_follow_the_umask(tmp_path: Path, mask: int) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
 
-# ---- lock
-
-HOLD = """
-import sys
-from pathlib import Path
-from streamprune.disk.durable import Lock
-with Lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.readline()
-"""
-
-
-def test_one_process_at_a_time(tmp_path: Path) -> None:
-    path = tmp_path / ".out.lock"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as holder:
-        assert holder.stdout and holder.stdin
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(LockedError, match=rf"process {holder.pid}\).*{path.name}"), Lock(path):
-            pass
-        assert path.exists(), "who did not get it does not remove it"
-        holder.kill()
-    with Lock(path):
-        assert path.read_text() == f"{os.getpid()}\n"
-    assert not names(tmp_path)
-
-
-def test_a_lock_in_the_same_process(tmp_path: Path) -> None:
-    before = open_files()
-    with Lock(tmp_path / "l"), pytest.raises(LockedError, match=str(os.getpid())), Lock(tmp_path / "l"):
-        pass
-    assert not names(tmp_path)
-    assert open_files() == before
-
-
-def test_the_holder_removes_the_file_while_another_waits_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Opened before the removal, locked after it: the lock would be on a file that has no name."""
-    path = tmp_path / "l"
-    real, calls = fcntl.flock, 0
-
-    def flock(fd: int, operation: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
-            path.unlink()  # the holder's last act, between our open and our flock
-        real(fd, operation)
-
-    before = open_files()
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with Lock(path):
-        assert calls == 2
-        fd = os.open(path, os.O_RDWR)
-        with pytest.raises(BlockingIOError):
-            real(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(fd)
-    assert open_files() == before
-
-
-def test_many_threads_and_one_lock(tmp_path: Path) -> None:
-    inside, most, got = 0, 0, 0
-    guard = threading.Lock()
-
-    def work() -> None:
-        nonlocal inside, most, got
-        for _ in range(60):
-            try:
-                with Lock(tmp_path / "l"):
-                    with guard:
-                        inside += 1
-                        got += 1
-                        most = max(most, inside)
-                    time.sleep(0.0001)
-                    with guard:
-                        inside -= 1
-            except LockedError:
-                pass
-
-    threads = [threading.Thread(target=work) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == 1 and got > 1
-    assert not names(tmp_path)
-
-
-@pytest.mark.parametrize("operation", ["write", "ftruncate"])
-def test_a_lock_on_a_full_disk_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
-    before = open_files()
-    with monkeypatch.context() as patch:
-        patch.setattr(durable, "os", Faults(**{operation: errno.ENOSPC}))
-        with pytest.raises(ResourceError), Lock(tmp_path / "l"):
-            pass
-    assert open_files() == before
-    with Lock(tmp_path / "l"):
-        pass
-
-
-def test_a_lock_does_not_follow_links(tmp_path: Path) -> None:
-    (tmp_path / "victim").write_bytes(b"precious")
-    (tmp_path / "l").symlink_to("victim")
-    with pytest.raises((StateError, ResourceError)), Lock(tmp_path / "l"):
-        pass
-    assert (tmp_path / "victim").read_bytes() == b"precious"
-
-
 # ---- nobody else
 
-OWN = {"disk/durable.py", "disk/scratch.py"}  # the file of the latter has no name
+OWN = {"disk/durable.py", "disk/lock.py", "disk/scratch.py"}
 ALLOWED = {
     ("cli.py", "os.open"): "the null device, when stdout is closed",
     ("__main__.py", "os.open"): "the null device, when stdout is closed",

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from streamprune import evaluation
-from streamprune.disk import durable
+from streamprune.disk.lock import Lock
 from streamprune.errors import CheckpointError, ResourceError, UsageError
 from streamprune.evaluation import evaluate
 from streamprune.job import prune
@@ -29,13 +29,7 @@ N = 24
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]
 Models = Callable[..., Path]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +158,7 @@ def test_rests_of_dead_processes_are_removed(models: Models, short: Path, tmp_pa
         (tmp_path / name).mkdir()
         (tmp_path / name / "0000.bin").write_bytes(b"x")
     (tmp_path / "eval-1-dead.lock").write_text("1\n")
-    with durable.Lock(tmp_path / "eval-2-alive.lock"):
+    with Lock(tmp_path / "eval-2-alive.lock"):
         evaluate(models("llama"), short, seqlen=N, work=tmp_path)
         assert {p.name for p in tmp_path.iterdir()} == {"eval-2-alive", "eval-2-alive.lock", "mine"}
         assert (tmp_path / "eval-2-alive" / "0000.bin").exists()

@@ -10,7 +10,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,7 @@ Models = Callable[..., Path]
 FP8 = torch.float8_e4m3fn
 GIVEN: dict[str, Any] = {"samples": 6, "seqlen": 32, "seed": 3}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import xxhash
 from conftest import VOCAB
-from crashing import recorded, restore, tree_of
+from crashing import NoSync, recorded, replace_os, restore, tree_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,19 +111,38 @@ def test_not_a_number_is_never_written(tmp_path: Path) -> None:
 
 
 def test_documents(tmp_path: Path) -> None:
-    path = tmp_path / "job.json"
-    journal.write_json(path, "job", {"a": 1})
-    assert journal.read_json(path, "job")["a"] == 1
+    path = tmp_path / "report.json"
+    journal.write_json(path, "report", {"a": 1})
+    assert journal.read_json(path, "report")["a"] == 1
     whole = path.read_text()
-    for content in ("", "[]", "null", "{", whole[:-4], whole.replace("-job", "-report"), "\ud800"):
+    for content in ("", "[]", "null", "{", whole[:-4], whole.replace("-report", "-job"), "\ud800", "[" * 100_000):
         path.write_bytes(content.encode("utf-8", "surrogatepass"))
         with pytest.raises(CorruptStateError, match=path.name):
-            journal.read_json(path, "job")
+            journal.read_json(path, "report")
     path.write_text(whole.replace('"version": 1', '"version": 2'))
     with pytest.raises(CorruptStateError, match="has version 2, this program knows 1"):
-        journal.read_json(path, "job")
+        journal.read_json(path, "report")
     with pytest.raises(CorruptStateError, match="none"):
-        journal.read_json(tmp_path / "none", "job")
+        journal.read_json(tmp_path / "none", "report")
+
+
+def test_a_sealed_document(tmp_path: Path) -> None:
+    """Any damage is found, not only that which JSON shows."""
+    path, value = tmp_path / "job.json", {"a": 1, "b": [1.5, None, "\u00e4\ud800"], "c": {"d": 1e-320, "e": {}}}
+    journal.write_json(path, "job", value)
+    assert {k: v for k, v in journal.read_json(path, "job").items() if k in value} == value
+    whole = path.read_text()
+    for old, new in (
+        ('"a": 1', '"a": 2'),
+        ("1.5", "1.25"),
+        ('"d"', '"f"'),
+        ("{}", "[]"),
+        ('"xxh3_64": "', '"seal": "'),
+    ):
+        assert old in whole
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(CorruptStateError, match=r"job\.json is damaged; start again with --restart"):
+            journal.read_json(path, "job")
 
 
 # ---- within a job
@@ -135,11 +153,7 @@ def job(models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
     np.save(tmp_path / "tokens.npy", np.random.default_rng(3).integers(0, VOCAB, 500))
     (tmp_path / "root").mkdir()
 
-    class Quick:
-        def __getattr__(self, name: str) -> Any:
-            return (lambda fd: None) if name == "fsync" else getattr(os, name)
-
-    monkeypatch.setattr(durable, "os", Quick())
+    replace_os(monkeypatch, NoSync())
     usual = {"model": models("llama", 2), "calib": tmp_path / "tokens.npy", "samples": 4, "seqlen": 16}
     return lambda **more: prune(out=tmp_path / "root" / "out", sparsity=0.5, **usual, **more)
 

@@ -17,7 +17,7 @@ import pytest
 from conftest import VOCAB, save_model
 from crashing import Tree, tree_of
 
-from streamprune.disk.durable import Lock
+from streamprune.disk.lock import Lock
 from streamprune.disk.state import REPORT, lock_of, partial_of
 
 SAMPLES = 512

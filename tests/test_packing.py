@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import entry
+from refusals import refused
 from safetensors.torch import load_file
 from test_packed import sparse, two_four
 
@@ -22,7 +23,7 @@ import streamprune.packing as packing
 import streamprune.pruning.bitmask as bitmask
 from streamprune.cli import main
 from streamprune.disk.checkpoint import open_checkpoint
-from streamprune.disk.durable import Lock
+from streamprune.disk.lock import Lock
 from streamprune.disk.packed import BITMASK, TWO_FOUR, is_packed
 from streamprune.disk.state import lock_of
 from streamprune.errors import (
@@ -31,7 +32,6 @@ from streamprune.errors import (
     LockedError,
     ResourceError,
     StateError,
-    StreampruneError,
     UnsupportedError,
     UsageError,
 )
@@ -347,7 +347,7 @@ def test_what_is_packed_is_read_back(model: Path, tmp_path: Path, monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr("streamprune.packing.shards.pack_rows", wrong)
-        refused(CorruptStateError, "does not unpack to", "--restart", call=lambda: pack(model, tmp_path / "packed"))
+        refused(CorruptStateError, lambda: pack(model, tmp_path / "packed"), "does not unpack to", "--restart")
     assert not (tmp_path / "packed").exists()
     assert pack(model, tmp_path / "packed").status == "done"
 
@@ -360,51 +360,41 @@ def test_one_run_at_a_time(model: Path, tmp_path: Path) -> None:
 # ---- refusals
 
 
-def refused(kind: type[StreampruneError], *needles: str, call: Callable[[], Any]) -> None:
-    with pytest.raises(StreampruneError) as caught:
-        call()
-    message = str(caught.value)
-    assert type(caught.value) is kind, message
-    assert len(message.splitlines()) == 1
-    for needle in needles:
-        assert needle in message
-
-
 def test_places_and_kinds_that_are_refused(model: Path, tmp_path: Path) -> None:
     pack(model, tmp_path / "packed")
     out, packed = tmp_path / "out", tmp_path / "packed"
-    refused(UnsupportedError, "packed already", "`unpack`", call=lambda: pack(packed, out))
-    refused(UnsupportedError, "nothing to unpack", "`pack`", call=lambda: unpack(model, out))
-    refused(UsageError, "--layout", call=lambda: pack(model, out, layout="dense"))
-    refused(UsageError, "within", call=lambda: pack(model, model / "out"))
-    refused(UsageError, "within", call=lambda: unpack(packed, packed))
-    refused(UsageError, "name of its own", call=lambda: pack(model, tmp_path / ".."))
-    refused(UsageError, "another OUT", call=lambda: pack(model, tmp_path / ("n" * 300)))
-    refused(UsageError, "another OUT", call=lambda: unpack(packed, tmp_path / ("n" * 300)))
-    refused(UsageError, "lies within OUT", call=lambda: pack(model, tmp_path))
+    refused(UnsupportedError, lambda: pack(packed, out), "packed already", "`unpack`")
+    refused(UnsupportedError, lambda: unpack(model, out), "nothing to unpack", "`pack`")
+    refused(UsageError, lambda: pack(model, out, layout="dense"), "--layout")
+    refused(UsageError, lambda: pack(model, model / "out"), "within")
+    refused(UsageError, lambda: unpack(packed, packed), "within")
+    refused(UsageError, lambda: pack(model, tmp_path / ".."), "name of its own")
+    refused(UsageError, lambda: pack(model, tmp_path / ("n" * 300)), "another OUT")
+    refused(UsageError, lambda: unpack(packed, tmp_path / ("n" * 300)), "another OUT")
+    refused(UsageError, lambda: pack(model, tmp_path), "lies within OUT")
     inner = save(tmp_path / "x.partial" / "m", layer(0, half, "BF16", (8, 40)))
-    refused(UsageError, "lies within OUT", call=lambda: pack(inner, tmp_path / "x"))
-    refused(StateError, "not an output of streamprune", call=lambda: pack(model, tmp_path / "x.partial"))
+    refused(UsageError, lambda: pack(inner, tmp_path / "x"), "lies within OUT")
+    refused(StateError, lambda: pack(model, tmp_path / "x.partial"), "not an output of streamprune")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
-    refused(StateError, "is not what", call=lambda: unpack(packed, tmp_path / "other"))
+    refused(StateError, lambda: unpack(packed, tmp_path / "other"), "is not what")
     assert not out.exists() and not out.with_name("out.partial").exists()
 
 
 def test_nothing_to_gain(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", {"model.layers.0.fc.weight": ("BF16", sparse(8, 40, np.uint16, 1))})
-    refused(UnsupportedError, "0.0 % zeros", "nothing to pack", call=lambda: pack(folder, tmp_path / "out"))
+    refused(UnsupportedError, lambda: pack(folder, tmp_path / "out"), "0.0 % zeros", "nothing to pack")
     folder = save(tmp_path / "none", {"fc.weight": ("BF16", half(8, 40, np.uint16, 0))})
-    refused(UnsupportedError, "no linears were found", call=lambda: pack(folder, tmp_path / "out"))
+    refused(UnsupportedError, lambda: pack(folder, tmp_path / "out"), "no linears were found")
     half_zero = save(tmp_path / "half", {"model.layers.0.fc.weight": ("BF16", half(8, 40, np.uint16, 0))})
-    refused(UnsupportedError, TWO_FOUR, call=lambda: pack(half_zero, tmp_path / "out", layout=TWO_FOUR))
+    refused(UnsupportedError, lambda: pack(half_zero, tmp_path / "out", layout=TWO_FOUR), TWO_FOUR)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["half", "model", "none"]
 
 
 def test_a_full_disk_is_noticed_first(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
-    refused(ResourceError, "free", call=lambda: pack(model, tmp_path / "packed"))
+    refused(ResourceError, lambda: pack(model, tmp_path / "packed"), "free")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -458,7 +448,7 @@ def test_a_shard_that_was_tampered_with(model: Path, tmp_path: Path, name: str) 
     change, data, why = TAMPERED[name]
     rewrite(tmp_path / "packed" / "packed-model-00001-of-00002.safetensors", change, data)
     call = lambda: unpack(tmp_path / "packed", tmp_path / "back")  # noqa: E731
-    refused(CheckpointError, why, "model-00001-of-00002.safetensors", call=call)
+    refused(CheckpointError, call, why, "model-00001-of-00002.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "packed"]
 
 
@@ -502,7 +492,7 @@ def test_reports_and_files_that_were_tampered_with(model: Path, tmp_path: Path, 
     pack(model, tmp_path / "packed")
     change, why = ODD_REPORTS[name]
     change(tmp_path / "packed")
-    refused(CheckpointError, why, call=lambda: unpack(tmp_path / "packed", tmp_path / "back"))
+    refused(CheckpointError, lambda: unpack(tmp_path / "packed", tmp_path / "back"), why)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "packed"]
 
 
@@ -512,7 +502,7 @@ def test_another_model_of_the_same_size_is_not_taken_for_the_output(tmp_path: Pa
         pack(save(tmp_path / name, bits), tmp_path / f"packed-{name}")
     unpack(tmp_path / "packed-a", tmp_path / "back")
     assert unpack(tmp_path / "packed-a", tmp_path / "back").status == "up-to-date"
-    refused(StateError, "is not what", call=lambda: unpack(tmp_path / "packed-b", tmp_path / "back"))
+    refused(StateError, lambda: unpack(tmp_path / "packed-b", tmp_path / "back"), "is not what")
 
 
 # ---- other programs

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from crashing import CrashDisk, FaultyOs, Tree, recorded, restore, tree_of
+from crashing import CrashDisk, FaultyOs, NoSync, Tree, recorded, replace_os, restore, tree_of
 from test_packed import sparse
 from test_packing import LEGACY, half, layer, save
 
-from streamprune.disk import durable
 from streamprune.errors import ResourceError
 from streamprune.packing import PackResult, pack, unpack
 
@@ -62,17 +59,10 @@ def difference(found: Tree, wanted: Tree) -> str:
     return ", ".join(sorted(n for n in found.keys() | wanted.keys() if found.get(n, 0) != wanted.get(n, 0)))
 
 
-class _NoSync:
-    """`os` without its slowest function, for runs whose crash is behind them."""
-
-    def __getattr__(self, name: str) -> Any:
-        return (lambda fd: None) if name == "fsync" else getattr(os, name)
-
-
 def attempt(root: Path, job: Job, whole: Tree) -> str:
     """Runs the job; says what is wrong with the result."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(durable, "os", _NoSync())
+        replace_os(patch, NoSync())
         try:
             job()
         except Exception as e:  # noqa: BLE001 - reported with its state
@@ -134,13 +124,13 @@ def test_an_error_at_any_operation(root: Path, tmp_path: Path, name: str, error:
     restore(root, {})
     with pytest.MonkeyPatch.context() as patch:
         counting = FaultyOs(-1, error)
-        patch.setattr(durable, "os", counting)
+        replace_os(patch, counting)
         job()
     chosen = {1, 2, counting.counted - 1, *random.Random(name).sample(range(counting.counted), 5)}
     for number in sorted(chosen):
         restore(root, {})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(durable, "os", FaultyOs(number, error))
+            replace_os(patch, FaultyOs(number, error))
             with pytest.raises((ResourceError, KeyboardInterrupt)) as caught:
                 job()
         assert isinstance(error, OSError) == isinstance(caught.value, ResourceError)

@@ -5,10 +5,9 @@ Torch's own conversion for CUTLASS is plain Torch and runs here: it shows that w
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,21 +21,17 @@ from transformers import AutoModelForCausalLM
 
 from streamprune.errors import ResourceError, UsageError
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
 BACKENDS = ["cusparselt", "cutlass"]
 QUICK = ["--device", "cpu", "--repeat", "2", "--seconds", "0.0001"]
 NAMES = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    """tools/run_24.py as a module."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        yield importlib.import_module("run_24")
-    torch.set_num_threads(threads)
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("run_24")
 
 
 @pytest.fixture(autouse=True)

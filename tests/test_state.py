@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import refusals
 from conftest import VOCAB
-from crashing import Tree, restore, tree_of
+from crashing import NoSync, Tree, replace_os, restore, tree_of
 
 from streamprune.disk import durable
 from streamprune.disk.state import REPORT, lock_of, partial_of
@@ -34,12 +35,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here is about power failures; fsync is what takes longest."""
-
-    class Quick:
-        def __getattr__(self, name: str) -> Any:
-            return (lambda fd: None) if name == "fsync" else getattr(os, name)
-
-    monkeypatch.setattr(durable, "os", Quick())
+    replace_os(monkeypatch, NoSync())
 
 
 @pytest.fixture
@@ -82,13 +78,7 @@ def weights(folder: Path) -> Tree:
 def refused(run: Callable[[], object], place: Path, kind: type[StreampruneError], *needles: str) -> str:
     """Runs; wants an error of one line that changes nothing in a folder."""
     before = {p: p.lstat().st_mtime_ns for p in sorted(place.rglob("*"))}
-    with pytest.raises(StreampruneError) as caught:
-        run()
-    message = str(caught.value)
-    assert type(caught.value) is kind, message
-    assert len(message.splitlines()) == 1
-    for needle in needles:
-        assert needle in message
+    message = refusals.refused(kind, run, *needles)
     after = {p: p.lstat().st_mtime_ns for p in sorted(place.rglob("*"))}
     assert {p: t for p, t in after.items() if not p.is_dir()} == {p: t for p, t in before.items() if not p.is_dir()}
     assert after.keys() == before.keys()
@@ -331,8 +321,8 @@ def test_damaged_state_files(job: Prune, out: Path, name: str, content: bytes) -
 def test_unknown_version_of_job_json(job: Prune, out: Path) -> None:
     leave_unfinished(job)
     path = partial_of(out) / ".streamprune" / "job.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 99'))
-    refused(job, out.parent, CorruptStateError, "99")
+    path.write_text(path.read_text().replace('"version": 2', '"version": 99'))
+    refused(job, out.parent, CorruptStateError, "99", "--restart")
     assert job(restart=True).status == "done"
 
 
@@ -458,6 +448,25 @@ def test_out_within_model(job: Prune, tmp_path: Path, models: Callable[..., Path
     refused(lambda: job(model=model, out=tmp_path / "alias" / where), model, UsageError, "lies within MODEL")
     refused(lambda: job(model=model, work=model / where), model, UsageError, "--work")
     refused(lambda: job(model=model, save_stats=model / where / "s"), model, UsageError, "--save-stats")
+
+
+@pytest.mark.parametrize("place", [".", "inside", "out.partial/inside"])
+def test_model_within_out(job: Prune, tmp_path: Path, models: Callable[..., Path], place: str) -> None:
+    folder = tmp_path / "place" / ("out" if "partial" not in place else "") / place
+    shutil.copytree(models("llama", 2), folder)
+    needles = "lies within MODEL" if place == "." else "lies within OUT"
+    refused(lambda: job(model=folder, out=tmp_path / "place" / "out"), folder, UsageError, needles)
+
+
+def test_out_that_cannot_be_looked_at(job: Prune, tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    for out in (tmp_path / ("n" * 300), tmp_path / "circle"):
+        refused(lambda out=out: job(out=out), tmp_path, UsageError, "another OUT")
+
+
+def test_out_that_is_a_mount_point(job: Prune, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    refused(job, tmp_path, UsageError, "mount point")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "../.."])

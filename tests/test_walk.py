@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, tiny_config
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -31,13 +32,7 @@ Models = Callable[..., Path]
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -60,16 +55,6 @@ def walked(folder: Path, batches: list[torch.Tensor], dtype: torch.dtype = torch
                 states = [layer(s) for s in states]
         with walk.head() as head:
             return [torch.stack([head(sample) for sample in batch]) for batch in states]
-
-
-def refused(kind: type[StreampruneError], call: Callable[[], object], *needles: str) -> None:
-    with pytest.raises(StreampruneError) as caught:
-        call()
-    message = str(caught.value)
-    assert type(caught.value) is kind, message
-    assert len(message.splitlines()) == 1
-    for needle in needles:
-        assert needle in message
 
 
 # ---- skeleton

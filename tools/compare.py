@@ -43,6 +43,7 @@ def compare(arguments: argparse.Namespace, command: str, run: Runner) -> int:
     """Runs a comparison or what is left of it; returns the exit code."""
     from streamprune.disk import durable
     from streamprune.disk.hub import resolve_model
+    from streamprune.disk.lock import Lock
 
     methods, amounts = parse_methods(arguments.methods), parse_amounts(arguments.amounts)
     if arguments.kl_windows < 0:
@@ -53,7 +54,7 @@ def compare(arguments: argparse.Namespace, command: str, run: Runner) -> int:
         raise BenchError(f"--out {folder} lies within MODEL; choose a place outside {model}")
     job = describe_job(arguments)
     durable.make_folder(folder)
-    with durable.Lock(folder / ".lock"):
+    with Lock(folder / ".lock"):
         results = Results(folder, job, markdown, restart=arguments.restart)
         todo = [(m, a) for m in methods for a in amounts if not results.is_done(m.name, a)]
         if todo:

@@ -1,6 +1,7 @@
-"""Every change that streamprune makes to a disk: write, fsync, rename, remove, lock.
+"""Every change that streamprune makes to a disk: write, fsync, rename, remove.
 
-No other module creates, changes or removes a file, but for scratch.py, whose file has no name; a test enforces it.
+No other module creates, changes or removes a file, but for scratch.py, whose file has no name, and lock.py; a test
+enforces it.
 What the functions guarantee, on a file system that keeps POSIX's promises:
 
   replace_file    readers see the old file, the new file or none, never a part; after the return the new
@@ -8,7 +9,6 @@ What the functions guarantee, on a file system that keeps POSIX's promises:
   append_line     a line is either whole or recognisably torn; after the return it survives
   publish         a folder appears under its final name in one step
   remove, clear   idempotent; a crash in the middle leaves less, never something else
-  Lock            at most one process at a time; released by the kernel when its holder dies
 
 Modes follow the umask (0666 for files, 0777 for folders), so that others can read what was written.
 
@@ -19,7 +19,6 @@ a new kind of write changes that table and tests/test_crash.py with it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from types import TracebackType
 import xxhash
 
 from streamprune.disk.direct import ALIGNMENT, DirectWriter
-from streamprune.errors import CheckpointError, LockedError, ResourceError, StateError
+from streamprune.errors import CheckpointError, ResourceError, StateError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -285,56 +284,3 @@ def _clear(folder: Path) -> None:
         for entry in sorted(folder.iterdir()):
             _clear(entry)
         os.rmdir(folder)
-
-
-class Lock:
-    """An exclusive advisory lock on a file beside OUT; the kernel frees it when the process ends.
-
-    The file is removed on release. Whoever opened it before the removal notices that the name now leads
-    to another file, and tries again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._fd = -1
-
-    def __enter__(self) -> Lock:
-        with disk_errors(self.path):
-            while True:
-                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    holder = os.read(fd, 32).decode("ascii", "replace").strip()
-                    os.close(fd)
-                    raise LockedError(
-                        f"another run (process {holder or 'unknown'}) holds {self.path}; wait for it or stop it"
-                    ) from None
-                except BaseException:
-                    os.close(fd)
-                    raise
-                if _same_file(fd, self.path):
-                    break
-                os.close(fd)
-            self._fd = fd
-            try:
-                os.ftruncate(fd, 0)
-                os.write(fd, f"{os.getpid()}\n".encode())
-            except BaseException:
-                self.__exit__()
-                raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.path.unlink(missing_ok=True)
-        os.close(self._fd)
-        self._fd = -1
-
-
-def _same_file(fd: int, path: Path) -> bool:
-    try:
-        there = path.stat()
-    except FileNotFoundError:
-        return False
-    here = os.fstat(fd)
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)

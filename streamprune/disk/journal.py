@@ -3,8 +3,8 @@
 A line is JSON with its own xxh3_64 in front: `<16 hex digits> {...}\\n`. A torn last line (the process died
 while writing it) is cut off at the next start: its stage did not happen. Damage anywhere else is an error.
 
-A job's folder of state holds `job.json` (what the job is), `journal`, `tokens.npy` and, per layer, the
-statistics; formats carry a version and unknown versions are refused.
+A job's folder of state holds `job.json` (what the job is; it has an xxh3_64 too), `journal`, `tokens.npy` and, per
+layer, the statistics; formats carry a version and unknown versions are refused.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from streamprune.errors import CorruptStateError
 
 Record = dict[str, Any]
 
-VERSION = 1
-"""Of JSON documents."""
+VERSIONS = {"job": 2}
+"""Of JSON documents by kind; all others have 1. 2 has a seal."""
+
+SEALED = {"job"}
+"""Documents that no person is meant to read or write: the xxh3_64 of all else in them finds any damage."""
 
 LINE_VERSION = 2
 """Of the journal's lines. 2 says of each stage whether its cache is durable, and which batch memory forced on it."""
@@ -68,18 +71,30 @@ def _digest(body: bytes) -> bytes:
 
 def write_json(path: Path, kind: str, value: Record) -> None:
     """Writes a versioned JSON document, atomically and durably."""
-    text = json.dumps({"format": f"streamprune-{kind}", "version": VERSION, **value}, indent=2, allow_nan=False)
-    durable.replace_file(path, text.encode() + b"\n")
+    document = {"format": f"streamprune-{kind}", "version": VERSIONS.get(kind, 1), **value}
+    if kind in SEALED:
+        document["xxh3_64"] = _seal(document)
+    durable.replace_file(path, json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def read_json(path: Path, kind: str) -> Record:
     """Reads what `write_json` wrote. Raises CorruptStateError when it is damaged, of another kind or version."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CorruptStateError(f"{path} cannot be read ({e}); start again with --restart") from e
     if not isinstance(value, dict) or value.get("format") != f"streamprune-{kind}":
         raise CorruptStateError(f"{path} is not a streamprune {kind} file; start again with --restart")
-    if value.get("version") != VERSION:
-        raise CorruptStateError(f"{path} has version {value.get('version')}, this program knows {VERSION}")
+    known = VERSIONS.get(kind, 1)
+    if value.get("version") != known:
+        raise CorruptStateError(
+            f"{path} has version {value.get('version')}, this program knows {known}; start again with --restart"
+        )
+    if kind in SEALED and value.pop("xxh3_64", None) != _seal(value):
+        raise CorruptStateError(f"{path} is damaged; start again with --restart")
     return value
+
+
+def _seal(document: Record) -> str:
+    """xxh3_64 of a document, whose fields keep their order on the disk."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(document).encode())

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import xxhash
 
 from streamprune.disk import durable, journal
-from streamprune.errors import CorruptStateError, StateError
+from streamprune.errors import CorruptStateError, StateError, UsageError
 
 REPORT = "streamprune.json"
 
@@ -141,6 +141,26 @@ def statistics_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.statistics")
 
 
+def check_out(out: Path, source: Path) -> None:
+    """Refuses an OUT that cannot be renamed into place, or that lies where MODEL, the folder `source`, is read.
+
+    Raises UsageError.
+    """
+    if out.name in ("", ".."):
+        raise UsageError(f"OUT {out}: give the folder that is to be written a name of its own")
+    try:
+        mount, target, partial, read = out.is_mount(), out.resolve(), partial_of(out).resolve(), source.resolve()
+    except (OSError, RuntimeError) as e:  # a name that is too long, links in a circle
+        why = e.strerror if isinstance(e, OSError) else e
+        raise UsageError(f"OUT {out} cannot be looked at: {why}; choose another OUT") from e
+    if mount:
+        raise UsageError(f"OUT {out} is a mount point, which cannot be renamed into place; name a folder in it")
+    if read in (target, *target.parents):
+        raise UsageError(f"OUT {out} lies within MODEL; choose a place outside {source}")
+    if partial in (read, *read.parents) or target in read.parents:
+        raise UsageError(f"MODEL {source} lies within OUT {out}; choose another OUT")
+
+
 def new_state(spec: Job) -> JobState:
     """The places of a job that begins now."""
     if spec.work is None:
@@ -168,9 +188,33 @@ def find_finished(spec: Job) -> Report | None:
     return report
 
 
+def report_fields(out: Path, report: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> list[Any]:
+    """Fields of the report of `out`, in the order asked for.
+
+    Raises CorruptStateError when one is missing or of another type.
+    """
+    for name, kind in kinds.items():
+        if not isinstance(report.get(name), kind):
+            raise CorruptStateError(f"{out / REPORT} is damaged ({name}); remove {out} and run again")
+    return [report[name] for name in kinds]
+
+
+def _sound_report(folder: Path) -> Report:
+    """What every report says. Raises CorruptStateError."""
+    report = journal.read_json(folder / REPORT, "report")
+    job, files = report.get("job", {}), report.get("files", [])
+    if not (isinstance(job, dict) and isinstance(files, list) and all(map(_is_file, files))):
+        raise CorruptStateError(f"{folder / REPORT} is damaged; start again with --restart")
+    return report
+
+
+def _is_file(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("bytes"), int)
+
+
 def _read_report(folder: Path) -> Report:
     try:
-        return journal.read_json(folder / REPORT, "report")
+        return _sound_report(folder)
     except CorruptStateError as e:
         what = str(e).removesuffix("; start again with --restart")
         raise CorruptStateError(f"{what}; remove {folder} and run again") from e
@@ -237,11 +281,7 @@ def _just_begun(partial: Path, folder: Path) -> bool:
 def _complete(spec: Job, partial: Path) -> tuple[JobState, Report] | None:
     """A partial output that is complete but for the last rename. Without its `job.json`, it is finished work, which
     --restart never throws away: it may be somebody's OUT that happens to have this name."""
-    report = (
-        _read_report(partial)
-        if not (partial / ".streamprune" / "job.json").is_file()
-        else journal.read_json(partial / REPORT, "report")
-    )
+    report = _read_report(partial) if not (partial / ".streamprune" / "job.json").is_file() else _sound_report(partial)
     if differences := spec.differences(report.get("job", {})):
         raise StateError(f"{partial} is the work of another job: {differences}; choose another OUT or move it away")
     _check_files(partial, report)

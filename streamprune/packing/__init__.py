@@ -24,8 +24,19 @@ from typing import TYPE_CHECKING, Any
 from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.hub import resolve_model
+from streamprune.disk.lock import Lock
 from streamprune.disk.packed import LAYOUTS, is_packed
-from streamprune.disk.state import REPORT, JobState, find_finished, find_unfinished, lock_of, new_state, partial_of
+from streamprune.disk.state import (
+    REPORT,
+    JobState,
+    check_out,
+    find_finished,
+    find_unfinished,
+    lock_of,
+    new_state,
+    partial_of,
+    report_fields,
+)
 from streamprune.errors import (
     CheckpointError,
     CorruptStateError,
@@ -123,13 +134,15 @@ def unpack(
 
 def _carry_out(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallback) -> PackResult:
     begun = time.perf_counter()
-    _check_places(spec, checkpoint)
+    check_out(spec.out, checkpoint.path)
     originals = read_originals(checkpoint) if spec.verb == "unpack" else None
     durable.make_folder(spec.out.absolute().parent)
-    with durable.Lock(lock_of(spec.out)):
+    with Lock(lock_of(spec.out)):
         if originals is None:
             status, report = _reported(spec, checkpoint, progress)
-            found = report["packed" if spec.verb == "pack" else "unpacked"]
+            (found,) = report_fields(spec.out, report, **{f"{spec.verb}ed": dict})
+            found = {"left_out": [], **found}
+            report_fields(spec.out, found, layout=str, bytes_before=int, bytes_after=int, left_out=list)
         else:
             status = _restored(spec, checkpoint, progress, originals)
             found = {
@@ -139,7 +152,7 @@ def _carry_out(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallbac
             }
     return PackResult(
         status, spec.out, found["layout"], found["bytes_before"], found["bytes_after"],
-        time.perf_counter() - begun, peak_resident_bytes(), tuple(found.get("left_out", ())),
+        time.perf_counter() - begun, peak_resident_bytes(), tuple(map(str, found.get("left_out", ()))),
     )  # fmt: skip
 
 
@@ -245,22 +258,6 @@ def _shards(state: JobState, checkpoint: Checkpoint, work: Work, progress: Progr
         records.append(record)
         progress(Progress(shard, number + 1, len(checkpoint.shards), record["seconds"]))
     return records
-
-
-def _check_places(spec: PackSpec, checkpoint: Checkpoint) -> None:
-    if spec.out.name in ("", ".."):
-        raise UsageError(f"OUT {spec.out}: give the folder that is to be written a name of its own")
-    try:
-        mount, source, out = spec.out.is_mount(), checkpoint.path.resolve(), spec.out.resolve()
-    except (OSError, RuntimeError) as e:  # a name that is too long, links in a circle
-        why = e.strerror if isinstance(e, OSError) else e
-        raise UsageError(f"OUT {spec.out} cannot be looked at: {why}; choose another OUT") from e
-    if mount:
-        raise UsageError(f"OUT {spec.out} is a mount point, which cannot be renamed into place; name a folder in it")
-    if out == source or source in out.parents:
-        raise UsageError(f"OUT {spec.out} lies within {checkpoint.path}, which is read; choose a place outside it")
-    if partial_of(spec.out).resolve() in (source, *source.parents) or out in source.parents:
-        raise UsageError(f"{checkpoint.path}, which is read, lies within OUT {spec.out}; choose another OUT")
 
 
 def _check_disk(out: Path, size: int) -> None:

@@ -1,0 +1,66 @@
+"""At most one process at a time works on an output.
+
+The second module that changes the disk on its own (see durable.py): its file says nothing that has to survive a crash.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from streamprune.disk.durable import disk_errors
+from streamprune.errors import LockedError
+
+
+class Lock:
+    """An exclusive advisory lock on a file beside OUT; the kernel frees it when the process ends.
+
+    The file is removed on release. Whoever opened it before the removal notices that the name now leads
+    to another file, and tries again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = -1
+
+    def __enter__(self) -> Lock:
+        with disk_errors(self.path):
+            while True:
+                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    holder = os.read(fd, 32).decode("ascii", "replace").strip()
+                    os.close(fd)
+                    raise LockedError(
+                        f"another run (process {holder or 'unknown'}) holds {self.path}; wait for it or stop it"
+                    ) from None
+                except BaseException:
+                    os.close(fd)
+                    raise
+                if _same_file(fd, self.path):
+                    break
+                os.close(fd)
+            self._fd = fd
+            try:
+                os.ftruncate(fd, 0)
+                os.write(fd, f"{os.getpid()}\n".encode())
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self._fd)
+        self._fd = -1
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    here = os.fstat(fd)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
