@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,16 @@ from streamprune.model.activations import Activations
 from streamprune.model.calibration import Tokens
 from streamprune.model.feed import Feed
 from streamprune.model.grams import GramCollector, LayerGrams
-from streamprune.model.passes import Watcher, check_weights, embed_pass, layer_pass, retry_smaller, split_batches
+from streamprune.model.passes import (
+    Watcher,
+    check_weights,
+    embed_pass,
+    layer_pass,
+    retry_smaller,
+    routed_to,
+    split_batches,
+)
+from streamprune.model.routed import Kept, Routed
 from streamprune.model.skeleton import Stage
 from streamprune.model.statistics import Accumulate, Collector
 from streamprune.model.walk import Walk
@@ -37,6 +46,8 @@ class Pass:
         self.walk, self.windows, self.activations = walk, windows, activations
         self._batches = split_batches(windows, batch)
         self._accumulate = accumulate
+        self._routed: Routed | None = None
+        """What went to the experts of the last layer, where they are refitted."""
         self.kept = time.perf_counter()
         """When a cache became durable last."""
 
@@ -69,30 +80,48 @@ class Pass:
         retry_smaller(self.walk, lambda: embed_pass(self.walk, self._batches, self.activations, persist=persist))
 
     def layer(self, stage: Stage, write: bool, persist: bool, grams: LayerGrams | None = None) -> Collector:
-        """One layer: its outputs, if `write`, and the statistics of its linears' inputs; Grams if there is room."""
+        """One layer: its outputs, if `write`, and the statistics of its linears' inputs; Grams if there is room.
+
+        With `grams` of experts, what they are given is kept until the next pass.
+        """
+        keeps = grams is not None and grams.of_experts
 
         def attempt() -> tuple[Collector, GramCollector | None]:
+            self._routed = None  # before another takes as much disk
+            if keeps:
+                self._routed = routed_to(self.walk, stage, Kept(self.activations.folder, self.windows.size))
             check_weights(self.walk.feed, self.walk.skeleton, stage)
             collector = Collector(self._accumulate)
             beside = grams.first_pass() if grams else None
             watchers: list[Watcher] = [collector, beside] if beside else [collector]
             layer_pass(
                 self.walk, stage, self.activations, write=write, persist=persist, watchers=watchers,
-                flow=collector.flow,
+                flow=collector.flow, routed=self._routed,
             )  # fmt: skip
             return collector, beside
 
         collector, beside = retry_smaller(self.walk, attempt)
         if grams is not None:
-            grams.gathered(beside, collector.groups)
+            grams.gathered(beside, collector.groups, collector.tokens)
         return collector
 
-    def gather(self, stage: Stage, make: Callable[[], GramCollector]) -> GramCollector:
-        """One layer again, for what a collector that is made anew for each attempt sees of it."""
+    def gather(self, stage: Stage, make: Callable[[], GramCollector], inputs: Set[str]) -> GramCollector:
+        """What a collector that is made anew for each attempt sees of a layer: of one of its experts, or of all else.
+
+        `inputs` are named by a linear each.
+        """
+        paths = [experts.path for experts in stage.experts if not inputs.isdisjoint(experts.linears)]
 
         def attempt() -> GramCollector:
             collector = make()
-            layer_pass(self.walk, stage, self.activations, write=False, watchers=[collector])
+            if not paths:
+                layer_pass(self.walk, stage, self.activations, write=False, watchers=[collector])
+            for path in paths:
+                assert self._routed is not None
+                with self.walk.experts(path, self._routed):
+                    rows = (self.walk.most or len(self._batches[0])) * self.windows.shape[1]
+                    self._routed.again(inputs, collector.watch, rows)
+                collector.end_batch()
             return collector
 
         return retry_smaller(self.walk, attempt)
@@ -106,6 +135,7 @@ class Pass:
 
     def pruned_layer(self, stage: Stage, shard: Path, persist: bool) -> None:
         """The second pass of `--propagate pruned`, with the weights that have just been written to `shard`."""
+        self._routed = None
         written = open_shard(shard)
         sources, before = {}, {ref.name: ref for ref in stage.tensors}
         for name, ref in self.walk.skeleton.sources.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.state import JobState
-from streamprune.errors import CorruptStateError, ResourceError, UnsupportedError, UsageError
+from streamprune.errors import CorruptStateError, ResourceError, UsageError
 from streamprune.job_pass import Pass
-from streamprune.model.budget import Layout, RefitNeeds, estimate, layout_for
+from streamprune.model.budget import Layout, RefitNeeds, estimate, layout_for, waiting_bytes
 from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
+from streamprune.model.cost import linear_shape
 from streamprune.model.feed import Feed
-from streamprune.model.grams import HoldOut, LayerGrams, gram_bytes
+from streamprune.model.grams import HoldOut, LayerGrams, gram_bytes, largest_at_once
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.statistics import StatisticsFile
 from streamprune.pruning.selection import Amount, parse_pattern
@@ -52,20 +53,7 @@ def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> 
     only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
     chosen = selected_linears(skeleton.stages, only, skip)
     check_shapes(target, chosen, skeleton)
-    if spec.recipe.needs_gram:
-        refuse_experts(skeleton, chosen)
     return StageWriter(skeleton, feed, target, frozenset(chosen))
-
-
-def refuse_experts(skeleton: Skeleton, chosen: Collection[str]) -> None:
-    """Raises UnsupportedError for experts, which cannot be refitted."""
-    for experts in skeleton.experts.values():
-        for name in experts.linears:
-            if name in chosen:
-                raise UnsupportedError(
-                    f"{name} belongs to an expert, and experts cannot be refitted yet; --skip '\\.experts\\.' leaves "
-                    "them as they are, and recipes without a refit prune them"
-                )
 
 
 def refit_needs(writer: StageWriter | None) -> RefitNeeds | None:
@@ -73,7 +61,8 @@ def refit_needs(writer: StageWriter | None) -> RefitNeeds | None:
     if writer is None or writer.target.recipe.refit is None:
         return None
     refit = Refit(writer.target.recipe.refit, writer.target.damping)
-    return needs_of(refit, [writer.in_order(stage).values() for stage in writer.skeleton.layer_stages])
+    stages = writer.skeleton.layer_stages
+    return needs_of(refit, [largest_at_once(writer.in_order(stage), stage.expert_of) for stage in stages])
 
 
 def layer_grams(
@@ -85,15 +74,22 @@ def layer_grams(
         return None
     hold = HoldOut.of(forward.windows.size, forward.windows.shape[1])
     products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    return LayerGrams(linears, room, hold, folder, functools.partial(forward.gather, stage), products)
+    rerun = functools.partial(forward.gather, stage)
+    return LayerGrams(linears, room, hold, folder, rerun, products, stage.expert_of)
 
 
-def scratch_bytes(writer: StageWriter | None, room: int) -> int:
-    """Disk for the one Gram matrix at a time that is larger than the room for them."""
-    if writer is None or not writer.target.recipe.needs_gram:
-        return 0
-    sizes = [gram_bytes([w]) for stage in writer.skeleton.layer_stages for w in writer.in_order(stage).values()]
-    return max((size for size in sizes if size > room), default=0)
+def scratch_bytes(skeleton: Skeleton, refitted: Set[str], room: int, tokens: int, dtype: torch.dtype) -> int:
+    """Disk for the one Gram at a time that is larger than the `room` for them, and for what experts are given.
+
+    `refitted` are linears, `tokens` those of calibration, computed with in `dtype`.
+    """
+    sizes = [0]
+    kept = 0
+    for stage in skeleton.layer_stages:
+        names = stage.linears.keys() & refitted
+        sizes += [gram_bytes([linear_shape(skeleton, name, stage)[1]]) for name in names]
+        kept = max(kept, sum(not names.isdisjoint(experts.linears) for experts in stage.experts))
+    return max(size if size > room else 0 for size in sizes) + kept * tokens * waiting_bytes(skeleton, dtype)
 
 
 def open_given(

@@ -170,7 +170,8 @@ class Run:
         if self.forward is not None and len(self.records) < len(self.skeleton.stages) - 1:
             behind = -1 < self._newest_cache() < len(self.records) - 1  # then that one is kept beside the two at work
             cache = (3 if behind and not self.layout.resident else 2) * self.forward.cache_bytes
-            cache += scratch_bytes(self.writer, self.layout.room)
+            refitted = self.writer.refitted if self.writer else frozenset()
+            cache += scratch_bytes(self.skeleton, refitted, self.layout.room, self.forward.windows.size, self.dtype)
         check_disk(self.state, output, cache)
 
     def _create(self) -> None:
@@ -265,6 +266,8 @@ class Run:
         found = collector.finish()
         if fallen := pool(stage.experts, found, collector.groups, self.spec.expert_tokens):
             record["pooled"] = fallen
+            if grams is not None:
+                grams.leave_out(fallen)
         path = self.state.layer_stats(stage.index)
         record["statistics"] = write_statistics(
             path, found.items(), collector.groups, {}, {}, {stage.prefix: collector.energy}
@@ -272,13 +275,9 @@ class Run:
         return {name: found[leader] for name, leader in collector.groups.items()}
 
     def _fill(
-        self,
-        path: Path,
-        stage: Stage,
-        stats: dict[str, InputStats],
-        record: dict[str, Any],
+        self, path: Path, stage: Stage, stats: dict[str, InputStats], record: dict[str, Any],
         grams: LayerGrams | None = None,
-    ) -> durable.AtomicFile | None:
+    ) -> durable.AtomicFile | None:  # fmt: skip
         """The stage's shard, all but committed; None for a job that writes none."""
         file = None
         if self.writer is not None:

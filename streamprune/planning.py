@@ -8,6 +8,7 @@ written; weights are taken to be pruned by `ewma`, and not to be in the system's
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ import torch
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
 from streamprune.errors import UsageError
-from streamprune.job_prepare import SLACK_BYTES, refuse_experts
+from streamprune.job_prepare import SLACK_BYTES, scratch_bytes
 from streamprune.model.budget import (
     Budget,
     Layout,
@@ -31,10 +32,27 @@ from streamprune.model.budget import (
     memory_of,
     resolve_device,
 )
-from streamprune.model.cost import Course, Speeds, Split, Work, linear_shape, stage_seconds, work_of
-from streamprune.model.grams import HoldOut
+from streamprune.model.cost import (
+    Course,
+    Speeds,
+    Split,
+    Work,
+    linear_shape,
+    routed_share,
+    stage_seconds,
+    work_of,
+)
+from streamprune.model.grams import HoldOut, gram_bytes, largest_at_once
 from streamprune.model.hollow import HollowLayer
-from streamprune.model.refit_cost import EFFORTS, NO_REFIT, Refitted, RefitWork, Trials, refit_work
+from streamprune.model.refit_cost import (
+    EFFORTS,
+    NO_REFIT,
+    Refitted,
+    RefitWork,
+    Trials,
+    expert_work,
+    refit_work,
+)
 from streamprune.model.skeleton import Skeleton, Stage, build_skeleton, stored_dtype
 from streamprune.model.speeds import measure
 from streamprune.model.statistics import Collector
@@ -124,8 +142,6 @@ def plan(
         saved = sum(ref.nbytes - sum(new.nbytes for new in coded(ref)) for ref in chosen.values())
     windows = samples if _has_pass(recipe, with_stats, propagate) else 0
     on_device = target.type != "cpu"
-    if recipe.needs_gram:
-        refuse_experts(skeleton, chosen)
     needs = _needs(recipe, skeleton, chosen)
     budget = estimate(skeleton, length, compute, on_device=on_device)
     layout = layout_for(skeleton, length, windows, compute, target, None, max_vram, refit=needs)
@@ -142,6 +158,9 @@ def plan(
     seconds = stage_seconds(works, course, speeds)
     split = sum(seconds, Split())
     stages = _stages(skeleton, chosen, works, course, seconds)
+    cache = 2 * course.tokens * course.state_bytes
+    output = checkpoint.nbytes - saved
+    scratch = scratch_bytes(skeleton, chosen.keys() if needs else set(), layout.room, course.tokens, compute)
     peak, least, least_vram = _memory(budget, layout, needs, windows, on_device)
     if on_device:
         least_vram += memory_of(skeleton, length, windows, compute, 1, False, min(windows, 1))
@@ -150,8 +169,7 @@ def plan(
         parameters=sum(math.prod(t.shape) for t in checkpoint.tensors.values()), stages=stages,
         peak_ram_bytes=peak, least_ram_bytes=least, vram_bytes=layout.nbytes, least_vram_bytes=least_vram,
         layout=_layout_in_words(layout, windows) if on_device else "",
-        output_bytes=checkpoint.nbytes - saved, cache_bytes=2 * course.tokens * course.state_bytes,
-        disk_bytes=checkpoint.nbytes - saved + 2 * course.tokens * course.state_bytes + SLACK_BYTES,
+        output_bytes=output, cache_bytes=cache + scratch, disk_bytes=output + cache + scratch + SLACK_BYTES,
         flops=sum(s.flops for s in stages), seconds=split.total, split=split, batch=layout.batch,
         dtype=str(compute).removeprefix("torch."), device=str(target),
         rests_on=f"{source}: {_in_words(speeds, course, recipe)}",
@@ -173,10 +191,11 @@ def _needs(recipe: Recipe, skeleton: Skeleton, chosen: Collection[str]) -> Refit
     """The memory of a refit, as job_prepare.refit_needs has it."""
     if recipe.refit is None:
         return None
-    return needs_of(Refit(recipe.refit, "auto"), [
-        [linear_shape(skeleton, name, stage)[1] for name in stage.linears if name in chosen]
-        for stage in skeleton.layer_stages
-    ])  # fmt: skip
+    layers = []
+    for stage in skeleton.layer_stages:
+        widths = {name: linear_shape(skeleton, name, stage)[1] for name in stage.linears if name in chosen}
+        layers.append(largest_at_once(widths, stage.expert_of))
+    return needs_of(Refit(recipe.refit, "auto"), layers)
 
 
 def _memory(
@@ -186,10 +205,14 @@ def _memory(
     if not windows:
         return budget.base + budget.reserve, budget.base + budget.reserve, 0
     if needs is None:
-        return budget.peak(layout.batch), budget.peak(1), 0
+        return budget.peak(layout.batch, layout.group), budget.peak(1), 0
     if on_device:
         return budget.peak(layout.batch), budget.peak(1), needs.least + needs.held + needs.working
-    return budget.refitting(needs, layout.room).peak(layout.batch), budget.refitting(needs, needs.least).peak(1), 0
+    return (
+        budget.refitting(needs, layout.room).peak(layout.batch, layout.group),
+        budget.refitting(needs, needs.least).peak(1),
+        0,
+    )
 
 
 def _refits(
@@ -199,20 +222,35 @@ def _refits(
     """What each stage's refit is, in the order of the stages."""
     effort = EFFORTS[refit]
     effort = effort._replace(native=effort.native and dtype == torch.bfloat16)
-    tokens = samples * seqlen
-    kept_out = sum(e - b for b, e, held in HoldOut.of(tokens, seqlen).cut(0, tokens) if held)
-    trials = Trials(len(Refit(refit, "auto").dampings), kept_out)
+    tokens, dampings = samples * seqlen, len(Refit(refit, "auto").dampings)
+    routed = int(tokens * routed_share(skeleton))
+    trials = Trials(dampings, HoldOut.of(tokens, seqlen).kept_out(tokens))
+    of_expert = functools.partial(
+        expert_work, effort, tokens=routed, trials=Trials(dampings, HoldOut.among(routed).kept_out(routed))
+    )
     shared = inputs_shared(checkpoint, skeleton, dtype, min(seqlen, 16))
+    known: dict[tuple[Refitted, ...], RefitWork] = {}  # experts of a model are alike
+
+    def linear(stage: Stage, name: str, shares: str) -> Refitted:
+        rows, width = linear_shape(skeleton, name, stage)
+        chunks = -(-rows // chunk_rows(width))
+        return Refitted(shares, rows, width, stage.linears[name].nbytes, len(sampled(rows)), chunks)
 
     def of(stage: Stage) -> RefitWork:
-        linears = []
-        for _, name in sorted((ref.name, name) for name, ref in stage.linears.items() if name in chosen):
-            rows, width = linear_shape(skeleton, name, stage)
-            within = name.removeprefix(stage.prefix)
-            nbytes = stage.linears[name].nbytes
-            chunks = -(-rows // chunk_rows(width))
-            linears.append(Refitted(shared.get(within, within), rows, width, nbytes, len(sampled(rows)), chunks))
-        return refit_work(effort, linears, room, tokens, trials)
+        apart = stage.expert_of
+        names = [n for _, n in sorted((ref.name, n) for n, ref in stage.linears.items() if n in chosen)]
+        within = {name: name.removeprefix(stage.prefix) for name in names if name not in apart}
+        together = [linear(stage, n, shared.get(w, w)) for n, w in within.items()]
+        at_once = largest_at_once({n: linear_shape(skeleton, n, stage)[1] for n in names}, apart)
+        left = room - gram_bytes(at_once) + gram_bytes(each.width for each in together)
+        work = refit_work(effort, together, left, tokens, trials)
+        for experts in stage.experts:
+            for up, down in zip(experts.up, experts.down, strict=True):
+                key = tuple(linear(stage, n, "down" if n == down else "up") for n in (*up, down) if n in chosen)
+                if key and key not in known:
+                    known[key] = of_expert(key, sum(math.prod(linear_shape(skeleton, n, stage)) for n in up))
+                work += known.get(key, NO_REFIT)
+        return work
 
     return [of(stage) if stage.kind == "layer" else NO_REFIT for stage in skeleton.stages]
 

@@ -63,7 +63,7 @@ class Refit:
 
 
 def needs_of(refit: Refit, layers: Sequence[Collection[int]]) -> RefitNeeds:
-    """What refitting takes; `layers` has the in_features of each layer's linears that are refitted."""
+    """What refitting takes; `layers` has the in_features of each layer's linears whose Grams may be there at once."""
     whole = [[4 * width * width for width in widths] for widths in layers]
     largest = max((size for sizes in whole for size in sizes), default=0)
     matrices = refit.method.matrices
@@ -113,6 +113,10 @@ class LayerRefit:
     backend: str | None
     _chosen: dict[str, Choice] = field(default_factory=dict)
     _prepared: tuple[Gram, Damping, Prepared] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a linear is refitted."""
+        return name in self.grams
 
     def begin(self, name: str, sample: Callable[[str], Sample]) -> Outcome:
         """Chooses how `name` is refitted; `sample` brings some rows of a linear that shares its input."""

@@ -98,6 +98,11 @@ class StageWriter:
         return [new for ref in stage.tensors for new in (coded(ref) if ref.name in chosen else (ref,))]
 
     @property
+    def refitted(self) -> frozenset[str]:
+        """Module paths of the linears that get new values, unless it turns out that too little is known of them."""
+        return self.selected if self.target.recipe.needs_gram else frozenset()
+
+    @property
     def output_bytes(self) -> int:
         """Bytes of all tensors of the output."""
         return sum(ref.nbytes for stage in self.skeleton.stages for ref in self.tensors_of(stage))
@@ -189,7 +194,8 @@ class StageWriter:
         transposed = name in self.skeleton.transposed
         in_features = _width(ref, transposed)
         feature, power = self._features.of(name, in_features)
-        outcome = self._refit.begin(name, self._sample) if self._refit else None
+        refit = self._refit if self._refit is not None and name in self._refit else None
+        outcome = refit.begin(name, self._sample) if refit else None
         codes = self._codes(ref, name)
         chunk = CHUNK_BYTES if outcome is None else chunk_rows(in_features) * in_features * _itemsize(ref)
         removed = total = 0.0
@@ -202,10 +208,10 @@ class StageWriter:
                 removed, total = removed + result.removed, total + result.total
                 parts.append(result.weight)
             weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-            if self._refit is not None and outcome is not None:
-                weight = self._refit.rows(name, exact, weight, outcome)
+            if refit is not None and outcome is not None:
+                weight = refit.rows(name, exact, weight, outcome)
             if codes is not None:
-                gram = self._refit.gram(name) if self._refit else None
+                gram = refit.gram(name) if refit else None
                 weight = codes.rows(exact, weight, gram, outcome.used if outcome else None)
             yield _bytes(self._lane.fetch(weight.t().contiguous() if transposed else weight, None))
         out_features = ref.shape[1] if transposed else ref.shape[0]
@@ -214,9 +220,9 @@ class StageWriter:
             "name": name, "rows": out_features, "in_features": in_features, "pruned": per_row * out_features,
             "sparsity": per_row / in_features, "removed_score": _share(removed, total),
         })  # fmt: skip
-        if self._refit is not None and outcome is not None:
+        if refit is not None and outcome is not None:
             self.linears[-1] |= outcome.report()
-            self._refit.done(name)
+            refit.done(name)
         if codes is not None:
             self.linears[-1] |= codes.report(outcome is not None)
             self._scales[coded(ref)[1].name] = [self._lane.fetch(part, None) for part in codes.scales]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from families import HIDDEN, SEEING, VOCAB, save_tokenizer
-from mixtures import FUSED, LIKE, MIXTURES, experts_of, look, names_of, save_mixture, weights_of_experts
+from mixtures import FUSED, LIKE, MIXTURES, experts_of, look, names_of, save_mixture, watch_experts, weights_of_experts
 from safetensors.torch import load_file, save_file
 from test_crash import OUTPUTS, Crasher, show
 from test_device_path import LateLane, weights_of
@@ -41,6 +41,8 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, StateError, UnsupportedError, UsageError
 from streamprune.evaluation import evaluate
 from streamprune.job import JobResult, calibrate, prune
+from streamprune.job_pass import Pass
+from streamprune.job_prepare import layout_of
 from streamprune.model.budget import GROUP_BYTES, Budget, Layout, group_of, waiting_bytes
 from streamprune.model.calibration import cut_windows
 from streamprune.model.experts import check_experts, is_experts
@@ -319,26 +321,96 @@ def test_allocate(make: Make, text: Path, tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, method, words",
-    [("mixtral", "obs-admm", "cannot be refitted"), ("gpt_oss", "hwpq", "which holds all experts")],
+    "kind, fused, how",
+    [
+        ("mixtral", False, {}),
+        ("mixtral", True, {"quantize": None, "expert_stats": "routed"}),
+        ("gpt_oss", False, {"method": "swiftprune", "refit": "sparsegpt"}),
+        ("deepseek_v3", False, {"quantize": "fp8"}),
+    ],
 )
-def test_what_experts_cannot(
-    make: Make,
-    text: Path,
-    held: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    kind: str,
-    method: str,
-    words: str,
+def test_refits(
+    make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fused: bool, how: Job
 ) -> None:
-    """No refit, and no FP8 in tensors of three dimensions; everything else of such a model can have it."""
-    source = make(kind)
-    args = ["prune", str(source), str(tmp_path / "out"), "--method", method, "--sparsity=0.5", "--calib", str(text)]
+    """Each expert's linears get new values for what is routed to it; output errors are as reported."""
+    monkeypatch.setattr("streamprune.model.routed._GATHERED", 3)
+    monkeypatch.setattr("streamprune.model.routed._SCANNED", 7)
+    source = make(kind, fused=True) if fused else make(kind)
+    whole, flat = in_memory(source), fused or kind == "gpt_oss"
+    weighted, inputs = how.get("expert_stats") != "routed", dict[str, list[torch.Tensor]]()
+
+    def see(name: str, x: torch.Tensor, share: torch.Tensor) -> None:
+        inputs.setdefault(name, []).append((x * share if weighted else x).double())
+
+    watch_experts(whole, MIXTURES[kind], windows_of(source, text), see, flat)
+    job = {"method": "obs-admm", "pattern": "2:4", "expert_tokens": LEAST} | how
+    result = run(source, tmp_path / "out", text, job)
+    dense = weights_of_experts(whole, MIXTURES[kind], flat)
+    if how.get("quantize"):
+        after = stored(result.out)
+        fitted = {n: after[f"{n}.weight"].float() * after[f"{n}.weight_scale"] for n in dense}
+    else:
+        fitted = weights_of_experts(in_memory(result.out), MIXTURES[kind], flat)
+    reported = {entry["name"]: entry for entry in result.report["linears"]}
+    assert reported.keys() > dense.keys() and all("error" in e for n, e in reported.items() if n not in dense)
+    sums, few = [0.0, 0.0], 0
+    for name, weight in dense.items():
+        assert int((fitted[name] != 0).unflatten(1, (-1, 4)).sum(2).max()) == 2
+        x, entry = torch.cat(inputs[name]), reported[name]
+        if len(x) < LEAST:
+            few += 1
+            assert "error" not in entry
+            assert how.get("quantize") or torch.equal(fitted[name][fitted[name] != 0], weight[fitted[name] != 0])
+            continue
+        change, whole_output = (x @ w.double().t() for w in (weight - fitted[name], weight))
+        error = float(change.square().sum() / whole_output.square().sum())
+        if not how.get("quantize"):  # what is reported is the refit's, before its values are rounded
+            assert error == pytest.approx(entry["error"], rel=1e-3, abs=1e-6), name
+        assert entry["error"] <= entry["error_mask"] * 1.0001
+        sums = [sums[0] + entry["error"], sums[1] + entry["error_mask"]]
+    assert sums[0] < 0.95 * sums[1]
+    assert 0 < few < len(dense) / 2 if kind == "deepseek_v3" else not few
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_room_for_grams(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """However little room there is, the Grams are the same; what is routed to an expert is looked at for it alone."""
+    job = {"method": "obs-admm", "pattern": "2:4", "expert_tokens": LEAST}
+    source, out, asked = make(kind), {}, []
+    gather = Pass.gather
+
+    def spy(forward: Pass, stage: Any, make: Any, inputs: Any) -> Any:
+        asked.append((room, sorted(inputs)))
+        return gather(forward, stage, make, inputs)
+
+    monkeypatch.setattr(Pass, "gather", spy)
+    one = 4 * 32 * 32
+    for room in (99 * one, 4 * one, one, one // 3):
+        monkeypatch.setattr("streamprune.job_run.layout_of", lambda *a, room=room: replace(layout_of(*a), room=room))
+        out[room] = run(source, tmp_path / f"{room}", text, job).out
+    wanted = weights_of(out[99 * one])
+    for room in (4 * one, one):
+        assert weights_of(out[room]) == wanted
+    experts = [names for at, names in asked if at == 99 * one]
+    assert experts and all("experts" in name for names in experts for name in names), "all else in the first pass"
+    together = 1 if kind == "gpt_oss" else 2  # of a fused tensor, one expert comes after the other
+    assert {len(names) for names in experts} == {together}
+    assert all(len({n.rpartition(".")[0] for n in names}) == 1 for names in experts)
+    assert any("self_attn" in name for at, names in asked if at == one for name in names)
+    panels, plain = stored(out[one // 3]), stored(out[99 * one])  # in which sums come in another order
+    assert sum(int((panels[n] != plain[n]).logical_and((panels[n] == 0) != (plain[n] == 0)).sum()) for n in plain) <= 4
+
+
+def test_what_experts_cannot(
+    make: Make, text: Path, held: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No FP8 in tensors of three dimensions; everything else of such a model can have it."""
+    source = make("gpt_oss")
+    args = ["prune", str(source), str(tmp_path / "out"), "--method", "hwpq", "--sparsity=0.5", "--calib", str(text)]
     args += ["--samples=2", "--seqlen=16", "--quiet"]
     assert main(args) == 4
     (line,) = capsys.readouterr().err.splitlines()
-    assert "layers.0.mlp.experts.0." in line and words in line and "--skip" in line
+    assert "layers.0.mlp.experts.0." in line and "which holds all experts" in line and "--skip" in line
     assert not list(tmp_path.iterdir())
     assert main([*args, "--skip", r"\.experts\."]) == 0
     report = json.loads((tmp_path / "out/streamprune.json").read_text())
@@ -449,7 +521,9 @@ def test_on_a_device(
     assert found.perplexity == pytest.approx(whole_perplexity(out, held), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind, how", [("qwen3_moe", {}), ("gpt_oss", {"propagate": "pruned"})])
+@pytest.mark.parametrize(
+    "kind, how", [("qwen3_moe", {}), ("gpt_oss", {"propagate": "pruned"}), ("mixtral", {"method": "obs-admm"})]
+)
 def test_crashes(make: Make, text: Path, tmp_path: Path, kind: str, how: Job) -> None:
     root = tmp_path / "root"
     root.mkdir()

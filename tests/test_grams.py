@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +34,7 @@ from streamprune.refitting import LayerRefit, Outcome, Refit
 SEQLEN = 16
 SAMPLES = 9
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- which tokens are kept out
@@ -145,7 +139,7 @@ class Gathering:
         layer.run(*([stats, beside] if beside else [stats]))
         self.grams.gathered(beside, stats.groups)
 
-    def rerun(self, make: Callable[[], GramCollector]) -> GramCollector:
+    def rerun(self, make: Callable[[], GramCollector], _: Any) -> GramCollector:
         for look in self.during:
             look()
         make().watch("given up", torch.zeros(3, 3))  # an attempt that ran out of memory
@@ -432,7 +426,7 @@ def test_a_real_layer(models: Callable[..., Path], tmp_path: Path, kind: str) ->
         if kind == "llama":
             linears |= {name: 64 for name in linears if "down" in name}
         hold = HoldOut.of(64, 16)
-        grams = LayerGrams(linears, 1 << 30, hold, tmp_path, lambda make: pytest.fail("one pass is enough"))
+        grams = LayerGrams(linears, 1 << 30, hold, tmp_path, lambda make, _: pytest.fail("one pass is enough"))
         beside, stats = grams.first_pass(), Collector(lambda rows, total, squares: None)
         assert beside is not None
 

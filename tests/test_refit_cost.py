@@ -71,7 +71,7 @@ def test_passes_for_grams(room: int, tmp_path: Path) -> None:
     inputs = {linear.shares: torch.ones(4, linear.width) for linear in LINEARS}
     made: list[str] = []
 
-    def run(make: Any) -> GramCollector:
+    def run(make: Any, _: Any = None) -> GramCollector:
         collector: GramCollector = make()
         for name in sorted(names, key=leaders.__getitem__):
             collector.watch(name, inputs[name[0]])

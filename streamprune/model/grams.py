@@ -5,13 +5,17 @@ there is room for them. If not, each comes in a pass of its own, just before its
 larger than the room by itself comes in panels of rows, a pass each, which are put together in a file (disk/scratch.py).
 A pass more costs time and changes no bit; panels are as the room is, and that belongs to the state of a job.
 
+Those of an expert come when its turn has come, from what is routed to it (model/routed.py), not with the others: a
+layer's experts are too many.
+
 A small part of the tokens is kept out, to see on them what a refit has learned: HoldOut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +59,16 @@ class HoldOut(NamedTuple):
             return cls(block, max(2, tokens // block))
         held = min(tokens // _SHARE, MOST_HELD)
         return cls(max(1, min(seqlen, held // 8)), max(_SHARE, tokens // held))
+
+    @classmethod
+    def among(cls, tokens: int) -> HoldOut:
+        """For `tokens` that are routed to an expert: 8 blocks, 2048 tokens or an eighth in all."""
+        held = min(tokens // _SHARE, MOST_HELD)
+        return cls(max(1, held // 8), max(_SHARE, tokens // max(held, 1)))
+
+    def kept_out(self, tokens: int) -> int:
+        """How many of so many tokens are kept out."""
+        return sum(end - begin for begin, end, held in self.cut(0, tokens) if held)
 
     def cut(self, begin: int, end: int) -> Iterator[tuple[int, int, bool]]:
         """Tokens begin to end in stretches that are kept out, or are not."""
@@ -137,41 +151,72 @@ class GramCollector:
         self._last = None
 
 
+Rerun = Callable[[Callable[[], GramCollector], Set[str]], GramCollector]
+
+
 class LayerGrams:
     """The Grams of one layer's inputs, as its linears are refitted one after the other.
 
     linears  names of those that are refitted, in that order, and their in_features
     room     bytes for Grams
-    rerun    runs the layer once more with a collector that it makes, anew for each attempt, and returns it
+    rerun    runs the layer once more, or of experts those with the inputs that are named, with a collector that it
+             makes, anew for each attempt, and returns it
     folder   where a matrix goes that is larger than `room`
     products see Gram
+    experts  linear -> the expert that it belongs to
     """
 
     def __init__(
-        self, linears: Mapping[str, int], room: int, hold: HoldOut, folder: Path,
-        rerun: Callable[[Callable[[], GramCollector]], GramCollector], products: torch.dtype = torch.float32,
+        self, linears: Mapping[str, int], room: int, hold: HoldOut, folder: Path, rerun: Rerun,
+        products: torch.dtype = torch.float32, experts: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self._linears, self._room, self._hold, self._folder = dict(linears), room, hold, folder
-        self._rerun, self._products = rerun, products
+        self._rerun, self._products, self._experts = rerun, products, experts or {}
         self._groups: dict[str, str] = {}
+        self._tokens: dict[str, int] = {}
+        """How many were routed to an expert, by its linears."""
         self._ready: dict[str, Gram] = {}
         self.passes = 0
-        """Passes that were needed besides the one that gathers statistics."""
+        """Passes of the whole layer that were needed besides the one that gathers statistics."""
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether experts are refitted."""
+        return any(name in self._experts for name in self._linears)
 
     def first_pass(self) -> GramCollector | None:
-        """What gathers all of them beside the statistics, if there is room even were no input shared."""
-        if sum(_nbytes(width) for width in self._linears.values()) > self._room:
+        """What gathers all but experts' beside the statistics, if there is room even were no input shared."""
+        together = [width for name, width in self._linears.items() if name not in self._experts]
+        if not together or gram_bytes(largest_at_once(self._linears, self._experts)) > self._room:
             return None
-        return GramCollector(lambda name, width: (0, width) if name in self._linears else None, self._hold)
+        return GramCollector(
+            lambda name, width: (0, width) if name in self._linears and name not in self._experts else None, self._hold
+        )
 
-    def gathered(self, collector: GramCollector | None, groups: Mapping[str, str]) -> None:
-        """Takes over what the first pass found; `groups` tells which linears share an input: linear -> the first."""
+    def gathered(
+        self, collector: GramCollector | None, groups: Mapping[str, str], tokens: Callable[[str], int] = lambda _: 0
+    ) -> None:
+        """Takes over what the first pass found; `groups` tells which linears share an input: linear -> the first.
+
+        `tokens` says how many a linear saw.
+        """
         leaders: dict[str, str] = {}
         for name, first in groups.items():  # in the order of use
             if name in self._linears:
                 self._groups[name] = leaders.setdefault(first, name)
+                self._tokens[name] = tokens(name)
         if collector is not None:
             self._keep(collector)
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Forgets linears that are not refitted after all."""
+        for name in names:
+            self._linears.pop(name, None)
+            self._groups.pop(name, None)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a linear is refitted."""
+        return name in self._linears
 
     def sharing(self, name: str) -> list[str]:
         """The linears that share the input of `name` and are refitted. Raises UsageError for one that was not used."""
@@ -184,7 +229,6 @@ class LayerGrams:
         self.sharing(name)
         leader = self._groups[name]
         if leader not in self._ready:
-            self._ready.clear()
             self._gather(leader)
         return self._ready[leader]
 
@@ -205,13 +249,21 @@ class LayerGrams:
 
     def _gather(self, leader: str) -> None:
         width = self._linears[next(n for n in self._linears if self._groups.get(n) == leader)]
-        if _nbytes(width) > self._room:
+        expert = self._experts.get(leader)
+        left = self._room - gram_bytes([len(gram.matrix) for gram in self._ready.values()]) - _nbytes(width)
+        if expert is None or left < 0:
+            self._ready.clear()
+            left = self._room - _nbytes(width)
+        if left < 0:
             self._ready[leader] = self._in_panels(leader, width)
             return
-        rows, left = {leader: (0, width)}, self._room - _nbytes(width)
-        for name, size in self._linears.items():
+        rows = {leader: (0, width)}
+        others: Iterable[tuple[str, int]] = self._linears.items()
+        if expert is not None:  # those that come next, or the others' would have to wait for long
+            others = takewhile(lambda item: self._experts.get(item[0]) == expert, others)
+        for name, size in others:
             other = self._groups.get(name, leader)
-            if other not in rows and _nbytes(size) <= left:
+            if other not in rows and self._experts.get(name) == expert and _nbytes(size) <= left:
                 rows[other], left = (0, size), left - _nbytes(size)
         self._keep(self._pass(rows))
 
@@ -233,8 +285,11 @@ class LayerGrams:
         return _checked(leader, Gram(whole.tensor, held, tokens, Mapped(whole.forget), self._products))
 
     def _pass(self, rows: Mapping[str, tuple[int, int]]) -> GramCollector:
-        self.passes += 1
-        return self._rerun(lambda: GramCollector(lambda name, _: rows.get(name), self._hold))
+        first = next(iter(rows))
+        routed = first in self._experts
+        self.passes += not routed
+        hold = HoldOut.among(self._tokens[first]) if routed else self._hold
+        return self._rerun(lambda: GramCollector(lambda name, _: rows.get(name), hold), rows.keys())
 
     def _keep(self, collector: GramCollector) -> None:
         for name in list(collector.sums):
@@ -259,6 +314,19 @@ def _nbytes(width: int) -> int:
     return 4 * width * width
 
 
-def gram_bytes(widths: Sequence[int]) -> int:
+def gram_bytes(widths: Iterable[int]) -> int:
     """Bytes of the Grams of inputs of these widths."""
     return sum(_nbytes(width) for width in widths)
+
+
+def largest_at_once(linears: Mapping[str, int], experts: Mapping[str, str]) -> list[int]:
+    """The widths of a layer's linears (name -> in_features) whose Grams may be there at once.
+
+    All but experts', and those of the expert with the largest; `experts` says whose a linear is.
+    """
+    apart: dict[str, list[int]] = {}
+    for name, width in linears.items():
+        if name in experts:
+            apart.setdefault(experts[name], []).append(width)
+    together = [width for name, width in linears.items() if name not in experts]
+    return together + max(apart.values(), key=gram_bytes, default=[])

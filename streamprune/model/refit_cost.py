@@ -12,7 +12,7 @@ be as fast as one in memory. Arithmetic only; model/cost.py divides by speeds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -69,6 +69,12 @@ class RefitWork:
     """Bytes of stored weights that are chosen from, each time counted."""
     columns: int = 0
     """Columns that are visited one by one: calls, however few rows there are."""
+
+    def __add__(self, other: RefitWork) -> RefitWork:
+        return RefitWork(
+            self.passes + other.passes, self.float32 + other.float32, self.native + other.native,
+            self.traffic + other.traffic, self.selected + other.selected, self.columns + other.columns,
+        )  # fmt: skip
 
 
 NO_REFIT = RefitWork()
@@ -146,6 +152,12 @@ def refit_work(effort: Effort, linears: Sequence[Refitted], room: int, tokens: i
         selected += nbytes * effort.selections * (1 + tried / rows)
     native = solved if effort.native else 0.0
     return RefitWork(passes, float32 + solved - native, native, traffic, selected, columns)
+
+
+def expert_work(effort: Effort, linears: Sequence[Refitted], up: int, tokens: int, trials: Trials) -> RefitWork:
+    """The work of refitting an expert that sees `tokens`; its first linears, with `up` weights, compute once more."""
+    work = refit_work(effort, linears, sum(4 * linear.width**2 for linear in linears), tokens, trials)
+    return replace(work, native=work.native + 2.0 * tokens * up)
 
 
 def triangle(width: int) -> float:

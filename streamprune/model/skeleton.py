@@ -64,6 +64,16 @@ class Stage:
         return [t for t in self.tensors if t.name not in apart]
 
     @property
+    def expert_of(self) -> dict[str, str]:
+        """Linear of an expert -> what the expert is called."""
+        return {
+            name: f"{experts.path}.{number}"
+            for experts in self.experts
+            for number in range(len(experts.down))
+            for name in experts.of([number])
+        }
+
+    @property
     def resident(self) -> int:
         """Bytes of weights that are held at once: all that work together, and two experts."""
         of_one = [

@@ -66,6 +66,10 @@ class Collector:
         for i, states in enumerate((now, now - before.to(now))):
             self._energy[i] += torch.linalg.vector_norm(states, dim=-1).double().square().sum()
 
+    def tokens(self, name: str) -> int:
+        """How many inputs of a linear there were."""
+        return self._sums[self.groups[name]][0]
+
     @property
     def energy(self) -> tuple[float, float]:
         """Sums over all tokens of the squares of the states after the layer, and of what it added to them."""
