@@ -287,8 +287,9 @@ def course_of(
     skeleton: Skeleton, samples: int, seqlen: int, dtype: torch.dtype, layout: Layout, propagate: str, on_device: bool
 ) -> Course:
     """How a run over `samples` windows goes in a layout; with samples = 0 there is no pass."""
+    batches = -(-samples // max(1, layout.batch))
     return Course(
-        tokens=samples * seqlen, batches=-(-samples // max(1, layout.batch)),
+        tokens=samples * seqlen, batches=batches, groups=-(-batches // layout.group),
         forwards=2 if propagate == "pruned" else 1,
         state_bytes=skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize,
         threads=torch.get_num_threads(), on_device=on_device, layers=layout.layers, resident=layout.resident,

@@ -38,7 +38,7 @@ GIGA = Speeds(
 """A machine of round numbers."""
 LAYER = Work("layer", 10**9, 9 * 10**8, 10**9, 10**8, 10**6, 10**5)
 WORKS = (Work("embed", 10**8, 0, 0, 0, 0, 0), LAYER, replace(LAYER, last=True), Work("head", 10**8, 0, 0, 0, 0, 0))
-COURSE = Course(tokens=10**5, batches=50, forwards=1, state_bytes=8192, threads=2)
+COURSE = Course(tokens=10**5, batches=50, groups=50, forwards=1, state_bytes=8192, threads=2)
 
 
 def total(course: Course, speeds: Speeds = GIGA, works: tuple[Work, ...] = WORKS) -> float:

@@ -8,6 +8,8 @@ Arithmetic only; model/speeds.py measures. A layer that `forwards` passes of all
     refit       Gram matrices, and new values for the weights that stay: see model/refit_cost.py
     disk        what is not hidden behind these: reading, activations, hashing and writing, fsyncs
 
+A layer with experts is computed twice but for these (model/routed.py), which are read beside.
+
 On the CPU the next stage is read during the pass; while a shard is written one thread prunes and another hashes and
 writes, and on as many cores as the kernels use their times add up:
 
@@ -94,7 +96,7 @@ class Work:
     inputs: int
     """Bytes of each linear's input, shared or not."""
     again: int = 0
-    """Bytes of experts that are read anew for each batch, and to be pruned, for memory does not keep them."""
+    """Bytes of experts that are read anew for each group of batches and to be pruned: memory does not keep them."""
     last: bool = False
     """Whether this is the last layer: one pass for its statistics will do, and nobody needs what comes out."""
     refit: RefitWork = NO_REFIT
@@ -107,6 +109,8 @@ class Course:
     tokens: int
     """All calibration tokens; 0 where statistics are given."""
     batches: int
+    groups: int
+    """Of batches that experts compute for at once."""
     forwards: int
     """Passes of all tokens through a layer: 2 with --propagate pruned."""
     state_bytes: int
@@ -154,15 +158,17 @@ def work_of(skeleton: Skeleton, stage: Stage, chosen: Collection[str], seqlen: i
     pruned = sum(ref.nbytes for name, ref in stage.linears.items() if name in chosen)
     if stage.kind != "layer":
         return Work(stage.kind, stage.nbytes, pruned, 0, 0, 0, 0)
-    share = routed_share(skeleton) if stage.experts else 1.0
+    share, times = routed_share(skeleton), 1 + len(stage.experts)
     routed = {name for experts in stage.experts for name in experts.linears}
-    linears = [(share if name in routed else 1.0, *linear_shape(skeleton, name, stage)) for name in stage.linears]
+    shapes = [(name in routed, *linear_shape(skeleton, name, stage)) for name in stage.linears]
+    computed = [(share if apart else times, rows, width) for apart, rows, width in shapes]
+    states = 32 * times * skeleton.hidden_size
     return Work(
         kind=stage.kind, nbytes=stage.nbytes, pruned=pruned,
-        products=int(2 * sum(part * rows * width for part, rows, width in linears)),
-        attention=2 * seqlen * attention_width(skeleton),
-        traffic=int(itemsize * (32 * skeleton.hidden_size + 4 * sum(part * rows for part, rows, _ in linears))),
-        inputs=int(itemsize * sum(part * width for part, _, width in linears)),
+        products=int(2 * sum(part * rows * width for part, rows, width in computed)),
+        attention=2 * seqlen * attention_width(skeleton) * times,
+        traffic=int(itemsize * (states + 4 * sum(part * rows for part, rows, _ in computed))),
+        inputs=int(itemsize * sum((share if apart else 1) * width for apart, _, width in shapes)),
         again=_forgotten(stage), last=stage.index == len(skeleton.layers) - 1,
     )  # fmt: skip
 
@@ -238,9 +244,10 @@ def _layer(work: Work, course: Course, s: Speeds, room: float) -> Split:
     """A layer, or the head, on the CPU; `room` is what hides reading it."""
     look = work.nbytes / s.scanning
     prune = look + work.pruned / s.selection
-    waited = max(0.0, work.nbytes / s.reading - room) + _flushes(work, course)
-    waited += (course.batches * course.passes(work) + 1) * work.again / s.reading
+    waited = max(0.0, (work.nbytes - work.again) / s.reading - room) + _flushes(work, course)
     forward = _forward(work, course, s) if work.kind == "layer" else Split()
+    waited += max(0.0, course.groups * course.passes(work) * work.again / s.reading - forward.forward)
+    waited += work.again / s.reading  # when it is pruned
     fill = prune + forward.refit
     waited += _shard(work, course, s, fill, work.nbytes / s.writing) - fill
     if work.kind != "layer":
