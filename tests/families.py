@@ -106,7 +106,9 @@ OTHERS: dict[str, Family] = {
 }
 """For single tests."""
 
+_SCANS = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 RECURRENT: dict[str, Family] = {
+    "bamba": Family("Bamba", _GROUPED | _SCANS | {"attn_layer_indices": [1]}),
     "falcon_h1": Family(
         "Falcon-H1",
         _HEAD | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
@@ -206,6 +208,11 @@ _ZAMBA = {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "mamba
 _ENCODER = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 _ENCODER |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
 _ENCODES = "AutoModelForSeq2SeqLM"
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_MIXED = {"moe_intermediate_size": 16, "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8}
+_MIXED |= {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]}
+_MIXED |= {**_HEAD, "num_key_value_heads": 4}
+_INDEXED = _MIXED | _LATENT | {"index_topk": 16, "index_head_dim": 8, "index_n_heads": 2}
 REFUSED: dict[str, Family] = {
     "t5": Family("T5, Flan-T5", {"d_kv": 8, "d_ff": 64}, notes="encoder-decoder", auto=_ENCODES),
     "bart": Family("BART", _ENCODER, notes="encoder-decoder", auto=_ENCODES),
@@ -253,14 +260,59 @@ REFUSED: dict[str, Family] = {
     "recurrent_gemma": Family(
         "RecurrentGemma", _HEAD | {"lru_width": 32, "attention_window_size": 8}, notes="3 dimensions"
     ),
-    "bamba": Family(
-        "Bamba",
-        _GROUPED
-        | {
-            "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1,
-            "attn_layer_indices": [1],
+    "llama4_text": Family(
+        "Llama 4", _HEAD | {"intermediate_size": 32, "intermediate_size_mlp": 64, "num_local_experts": 4},
+        notes="not of experts as transformers usually holds them",
+    ),
+    "jetmoe": Family(
+        "JetMoE", {"intermediate_size": 32, "num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 2},
+        notes="not of experts as transformers usually holds them",
+    ),
+    "inkling_text": Family("Inkling", _MIXED, notes="not of experts as transformers usually holds them"),
+    "zaya": Family("ZAYA1", _MIXED | {"num_experts_per_tok": 1}, notes="conv_qk_grouped.weight is a weight of 3"),
+    "dbrx": Family(
+        "DBRX",
+        {
+            "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         },
-        notes="between its decoder layers",
+        notes="in no linear layer",
+    ),
+    "doge": Family(
+        "Doge, its mixtures", _GROUPED | {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 2},
+        notes="in no linear layer",
+    ),
+    "kimi_linear": Family("Kimi Linear", _MIXED | _LATENT, notes="conv1d.weight is stored in pieces"),
+    "bailing_hybrid": Family(
+        "Ling 3", _MIXED | _LATENT | {"layer_group_size": 2, "first_k_dense_replace": 1},
+        notes="conv1d.weight is stored in pieces",
+    ),
+    "glm_moe_dsa": Family("GLM-5", _INDEXED, notes="hands more than hidden states from layer to layer"),
+    "deepseek_v4": Family(
+        "DeepSeek-V4", _INDEXED | {"o_groups": 2, "o_lora_rank": 8, "mlp_layer_types": ["moe"] * 2},
+        notes="several streams",
+    ),
+    "hy_v4": Family("Hy4", _MIXED | {"num_shared_experts": 1}, notes="several streams"),
+    "qwen4_exp_text": Family(
+        "Qwen4-Exp",
+        _MIXED
+        | {
+            "shared_expert_intermediate_size": 32, "hc_lowrank": 8, "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "indexer_n_heads": 2,
+            "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 4,
+            "layer_types": ["linear_attention", "indexed_attention"],
+        },
+        notes="several streams",
+    ),
+    "longcat_flash": Family(
+        "LongCat-Flash",
+        _LATENT
+        | {
+            "ffn_hidden_size": 64, "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "moe_topk": 2,
+            "zero_expert_num": 2, "num_layers": 2, "num_key_value_heads": 4,
+        },
+        notes="several layer lists",
     ),
     "xlm": Family("XLM", {"emb_dim": 32}, notes="several layer lists"),
     "mllama": Family(

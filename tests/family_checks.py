@@ -1,11 +1,13 @@
 """What is asked of a family of architectures, each question one check: it raises, or returns what a table says of it.
 
-The tests and `tools/families.py` share these.
+The tests and `tools/families.py` share these, for families with experts (tests/mixtures.py) and without
+(tests/families.py).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from families import save_model
+from mixtures import EVERY, look, save_mixture, watch_experts, weights_of_experts
 from whole_model import (
+    SAMPLES,
     SEQLEN,
-    check_output,
-    check_statistics,
+    Stats,
+    check_linear,
     gather,
     in_memory,
     linears_of,
@@ -33,8 +37,11 @@ from streamprune.errors import UnsupportedError
 from streamprune.evaluation import evaluate
 from streamprune.inspection import inspect
 from streamprune.job import JobResult
+from streamprune.model.statistics import StatisticsFile
 
 LAYERS = 2
+ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate)(\.\w+)?$")
+"""Linears of mixtures that say which expert is used, and how much."""
 HALF: dict[str, Any] = {"method": "swiftprune", "sparsity": 0.5, "score": "lscore", "selector": "ewma"}
 TWO_FOUR: dict[str, Any] = {"method": "swiftprune", "pattern": "2:4", "score": "lscore", "selector": "ewma"}
 REFIT: dict[str, Any] = {"method": "obs-admm", "pattern": "2:4"}
@@ -52,11 +59,20 @@ def write_tokens(path: Path) -> Path:
 class Trial:
     """A tiny model of a family in `folder`, and what is made of it, each thing when it is first asked for."""
 
+    like: str
+    """A family whose layers have the same path, and which the same class loads."""
+    least: int | None = None
+    """Tokens that an expert must see to go by them."""
+
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind, self.folder = kind, folder
-        self.source = save_model(folder / "model", kind, LAYERS, "float32")
+        self.source = self.save(folder / "model")
         self.tokens = write_tokens(folder / "tokens.npy")
         self._loaded: dict[Path, Any] = {}
+
+    def save(self, folder: Path) -> Path:
+        self.like = self.kind
+        return save_model(folder, self.kind, LAYERS, "float32")
 
     @property
     def whole(self) -> Any:
@@ -67,8 +83,33 @@ class Trial:
         return windows_of(self.source, self.tokens)
 
     @cached_property
-    def statistics(self) -> Any:
-        return gather(self.whole, self.kind, self.windows)
+    def statistics(self) -> Stats:
+        """Of all linears that are pruned, as a job uses them."""
+        return gather(self.whole, self.like, self.windows)
+
+    @property
+    def few(self) -> set[str]:
+        """Linears that see too little to go by it."""
+        return set()
+
+    def weights(self, model: Any) -> dict[str, torch.Tensor]:
+        """The matrices (out, in) of all linears that are pruned."""
+        return {name: weight_of(module) for name, module in linears_of(model, self.like).items()}
+
+    def watch(self, see: Callable[[str, torch.Tensor], None]) -> None:
+        """Shows `see(linear, x)` each linear's inputs (tokens, in), float64, as they count in what it is judged by."""
+        watch(self.whole, self.like, self.windows, see)
+
+    @property
+    def codable(self) -> str:
+        """Why FP8 is refused, in words of the error; "" where it is not."""
+        conv1d = any(type(m).__name__ == "Conv1D" for m in linears_of(self.whole, self.like).values())
+        return "Conv1D" if conv1d else ""
+
+    @property
+    def ways(self) -> list[Trial]:
+        """This, and the same model stored otherwise."""
+        return [self]
 
     @cached_property
     def half(self) -> Path:
@@ -82,12 +123,14 @@ class Trial:
         return self.prune("two-four", TWO_FOUR, calib=None, stats=self.folder / "statistics").out
 
     def prune(self, name: str, job: dict[str, Any], **more: Any) -> JobResult:
+        if self.least is not None and "stats" not in more:
+            more["expert_tokens"] = self.least
         return stream(self.source, self.folder / name, self.tokens, job, **more)
 
     def load(self, folder: Path) -> Any:
         """The model of a folder, loaded once."""
         if folder not in self._loaded:
-            self._loaded[folder] = in_memory(folder, self.kind)
+            self._loaded[folder] = in_memory(folder, self.like)
         return self._loaded[folder]
 
     def remember(self, folder: Path, model: Any) -> None:
@@ -95,24 +138,113 @@ class Trial:
         self._loaded[folder] = model
 
 
+class MixtureTrial(Trial):
+    """The same of a mixture of experts: linears are those of experts, too, but no routers."""
+
+    least = 20
+
+    def __init__(self, kind: str, folder: Path, fused: bool = False) -> None:
+        self.mixture, self.fused = EVERY[kind], fused
+        super().__init__(kind, folder)
+
+    def save(self, folder: Path) -> Path:
+        self.like = self.mixture.like
+        return save_mixture(folder, self.kind, fused=self.fused)
+
+    @cached_property
+    def _pooled(self) -> tuple[Stats, set[str]]:
+        seen = look(self.whole, self.mixture, self.windows, fused=self.fused)
+        assert seen.roles, "no experts"
+        return seen.pooled(self.least)
+
+    @cached_property
+    def statistics(self) -> Stats:
+        dense = gather(self.whole, self.like, self.windows)
+        return {**{name: s for name, s in dense.items() if not ROUTERS.search(name)}, **self._pooled[0]}
+
+    @property
+    def few(self) -> set[str]:
+        return self._pooled[1]
+
+    def weights(self, model: Any) -> dict[str, torch.Tensor]:
+        plain = {name: weight for name, weight in super().weights(model).items() if not ROUTERS.search(name)}
+        return plain | weights_of_experts(model, self.mixture, self.fused)
+
+    def watch(self, see: Callable[[str, torch.Tensor], None]) -> None:
+        watch(self.whole, self.like, self.windows, lambda name, x: None if ROUTERS.search(name) else see(name, x))
+
+        def weighted(name: str, x: torch.Tensor, share: torch.Tensor) -> None:
+            see(name, (x * share).double())
+
+        watch_experts(self.whole, self.mixture, self.windows, weighted, self.fused)
+
+    @property
+    def codable(self) -> str:
+        return "" if self.mixture.apart and not self.fused else "which holds all experts"
+
+    @property
+    def ways(self) -> list[Trial]:
+        return [self, self._other] if self.mixture.apart and not self.fused else [self]
+
+    @cached_property
+    def _other(self) -> MixtureTrial:
+        (self.folder / "fused").mkdir()
+        return MixtureTrial(self.kind, self.folder / "fused", fused=True)
+
+
 def check_masks(trial: Trial) -> str:
     """A sparsity and 2:4: every linear's mask is the reference's, all else is unchanged."""
-    for out, job in ((trial.half, HALF), (trial.two_four, TWO_FOUR)):
-        check_output(trial.source, out, trial.kind, trial.statistics, job, (trial.whole, trial.load(out)))
+    for way in trial.ways:
+        for out, job in ((way.half, HALF), (way.two_four, TWO_FOUR)):
+            _check_output(way, out, job)
     return "yes"
+
+
+def _check_output(trial: Trial, out: Path, job: dict[str, Any]) -> None:
+    """Names, dtypes, shapes; every linear's mask; nothing else has changed."""
+    before, after = stored(trial.source), stored(out)
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
+    dense, sparse = trial.whole, trial.load(out)
+    old, new = trial.weights(dense), trial.weights(sparse)
+    assert old.keys() == new.keys() == trial.statistics.keys()
+    differ = sum(check_linear(old[name], new[name], trial.statistics[name], job) for name in old)
+    assert differ <= sum(weight.numel() for weight in old.values()) / 1000
+    mine = {weight.untyped_storage().data_ptr() for weight in old.values()}
+    unchanged = 0
+    for name, tensor in dense.state_dict().items():
+        same = torch.equal(tensor, sparse.state_dict()[name])
+        assert same != (tensor.untyped_storage().data_ptr() in mine), name
+        unchanged += same
+    assert unchanged
+    pruned = sum(int((weight == 0).sum()) for weight in new.values())
+    assert sum(int((before[n] != after[n]).sum()) for n in before) == pruned  # as stored, too
 
 
 def check_sums(trial: Trial) -> str:
     """The statistics are those that hooks on the whole model see."""
-    assert trial.half.is_dir()
-    check_statistics(trial.folder / "statistics", trial.statistics)
+    for way in trial.ways:
+        assert way.half.is_dir()
+        file = StatisticsFile(way.folder / "statistics")
+        beside = file.groups.keys() ^ way.statistics.keys()
+        assert all(name in file.groups and ROUTERS.search(name) for name in beside), beside
+        assert {name for name, leader in file.groups.items() if ".pooled." in leader} == way.few
+        assert len(way.few) < len(way.statistics)
+        for name, (tokens, total, squares) in way.statistics.items():
+            found = file.load(name, len(total))
+            assert found.tokens == tokens > 0, name
+            assert tokens == SAMPLES * SEQLEN or isinstance(way, MixtureTrial), name
+            torch.testing.assert_close(found.sumsq, squares, rtol=1e-5, atol=1e-6 * float(squares.max()))
+            spread = (squares * tokens).sqrt()
+            assert bool(((found.sum - total).abs() <= 1e-5 * spread + 1e-6 * spread.max()).all()), name
+            assert bool((squares > 0).any()), name
     return "yes"
 
 
 def check_inspect(trial: Trial) -> str:
     """`inspect` finds the same linears without building the model, and 2:4 in each."""
-    found = inspect(trial.two_four, expect="2:4")
-    assert found.ok and len(found.linears) == len(trial.statistics)
+    for way in trial.ways:
+        found = inspect(way.two_four, expect="2:4")
+        assert found.ok and len(found.linears) == len(way.statistics), len(found.linears)
     return "yes"
 
 
@@ -142,40 +274,48 @@ def check_eval(trial: Trial) -> str:
 
 
 def check_refit(trial: Trial) -> str:
-    """2:4 with new values: output errors on the calibration text are as reported, and below those of the mask alone."""
+    """2:4 with new values: output errors on the calibration text are as reported, and below those of the mask alone.
+
+    Experts that see too little keep their values: of them, no error is reported.
+    """
     result = trial.prune("refit", REFIT)
-    dense, fitted = linears_of(trial.whole, trial.kind), linears_of(trial.load(result.out), trial.kind)
+    dense, fitted = trial.weights(trial.whole), trial.weights(trial.load(result.out))
     change, power = dict.fromkeys(dense, 0.0), dict.fromkeys(dense, 0.0)
 
     def see(name: str, x: torch.Tensor) -> None:
-        before, after = weight_of(dense[name]).double(), weight_of(fitted[name]).double()
+        before, after = dense[name].double(), fitted[name].double()
         change[name] += float((x @ (before - after).t()).square().sum())
         power[name] += float((x @ before.t()).square().sum())
 
-    watch(trial.whole, trial.kind, trial.windows, see)
+    trial.watch(see)
     reported = {entry["name"]: entry for entry in result.report["linears"]}
     assert reported.keys() == dense.keys()
+    assert {name for name, entry in reported.items() if "error" not in entry} == trial.few
     for name, entry in reported.items():
-        assert int((weight_of(fitted[name]) != 0).unflatten(1, (-1, 4)).sum(2).max()) == 2
+        kept = fitted[name] != 0
+        assert int(kept.unflatten(1, (-1, 4)).sum(2).max()) == 2, name
+        if name in trial.few:
+            assert torch.equal(fitted[name][kept], dense[name][kept]), name
+            continue
         error = change[name] / power[name]
         assert abs(error - entry["error"]) <= 1e-3 * error + 1e-6, (name, error, entry["error"])
-    assert sum(e["error"] for e in reported.values()) < 0.9 * sum(e["error_mask"] for e in reported.values())
+    judged = [entry for name, entry in reported.items() if name not in trial.few]
+    assert sum(e["error"] for e in judged) < 0.9 * sum(e["error_mask"] for e in judged)
     return "yes"
 
 
 def check_fp8(trial: Trial) -> str:
-    """Codes and scales of the 2:4 weights, which transformers loads and generates with; Conv1D is refused."""
-    conv1d = any(type(m).__name__ == "Conv1D" for m in linears_of(trial.whole, trial.kind).values())
+    """Codes and scales of the 2:4 weights, which transformers loads and generates with; or it is refused."""
     try:
         out = trial.prune("fp8", FP8).out
     except UnsupportedError as e:
-        assert conv1d and "Conv1D" in str(e), str(e)
+        assert trial.codable and trial.codable in str(e), str(e)
         assert not (trial.folder / "fp8").exists()
         return "refused"
-    assert not conv1d
+    assert not trial.codable
     before, after = stored(trial.source), stored(out)
     codes = {n for n, t in after.items() if t.dtype == torch.float8_e4m3fn}
-    assert len(codes) == len(linears_of(trial.whole, trial.kind))
+    assert len(codes) == len(trial.statistics)
     assert after.keys() == before.keys() | {f"{n}_scale" for n in codes}
     for name, tensor in before.items():
         if name not in codes:
@@ -186,9 +326,11 @@ def check_fp8(trial: Trial) -> str:
         assert int(kept.unflatten(1, (-1, 4)).sum(2).max()) <= 2
         assert bool(((weight - tensor).abs() <= _FP8_STEP * tensor.abs() + after[f"{name}_scale"] * 2**-9)[kept].all())
     ignored = set(json.loads((out / "config.json").read_text())["quantization_config"]["ignore"])
-    others = {n for n, m in trial.whole.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert ignored == others - linears_of(trial.whole, trial.kind).keys()
-    model = in_memory(out, trial.kind)
+    linears = {n for n, m in trial.whole.named_modules() if isinstance(m, torch.nn.Linear)}
+    names = {n.removesuffix(".weight") for n in before.keys() - codes if n.endswith(".weight")}
+    routers = {n for n in names if ROUTERS.search(n)}  # no linears, some of them, and called otherwise on disk
+    assert ignored == linears - trial.statistics.keys() | routers
+    model = in_memory(out, trial.like)
     assert model.generate(trial.windows[:1, :4], max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1] > 4
     return "yes"
 

@@ -6,19 +6,25 @@ transformers' model, and computes expert by expert what goes into their two matr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from families import HIDDEN, VOCAB, save_tokenizer
+from families import HIDDEN, SEEING, VOCAB, save_tokenizer, whole_class
 from safetensors.torch import save_file
-from whole_model import BATCH, Stats
+from whole_model import BATCH, Stats, stored
 
 LIKE = "llama"
 """The family whose layers are called as those of all mixtures here."""
 
+FUSED = ("gate_up_proj",)
+_SHARED, _SEES = "shared experts", "within a model that sees"
+_SEEN = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+_TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 _COMMON = {
     "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -36,43 +42,65 @@ _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nop
 class Mixture:
     """A model type of transformers, with the names that its experts' matrices have on disk."""
 
+    examples: str
+    """Models of it that people know."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
+    notes: str = ""
+    like: str = LIKE
+    """A family without experts whose layers have the same path, and which the same class loads."""
+    vision: Mapping[str, Any] | None = None
+    """Of a model that sees: its configuration beside that of the text model, which has the other settings."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether a checkpoint has a matrix for each expert; or one tensor for all."""
+        return self.up != FUSED
 
 
-FUSED = ("gate_up_proj",)
 UP = {True: "gate_up_proj", False: "up_proj"}
 """What transformers calls the weight that sees the hidden states, of experts with and without a gate."""
 
 MIXTURES: dict[str, Mixture] = {
-    "mixtral": Mixture(_FOUR, ("w1", "w3"), "w2"),
-    "phimoe": Mixture(_FOUR, ("w1", "w3"), "w2"),
-    "qwen2_moe": Mixture(_EIGHT | {"shared_expert_intermediate_size": 32}),
-    "qwen3_moe": Mixture(_EIGHT | {"head_dim": 8}),
-    "olmoe": Mixture(_EIGHT | {"intermediate_size": 16}),
-    "deepseek_v3": Mixture(_ROUTED | _LATENT | {"n_group": 2, "num_key_value_heads": 4}),
-    "dots1": Mixture(_ROUTED),
-    "glm4_moe": Mixture(_ROUTED),
+    "mixtral": Mixture("Mixtral 8x7B, 8x22B", _FOUR, ("w1", "w3"), "w2"),
+    "phimoe": Mixture("Phi-3.5-MoE", _FOUR, ("w1", "w3"), "w2"),
+    "qwen2_moe": Mixture("Qwen1.5-MoE, Qwen2 57B", _EIGHT | {"shared_expert_intermediate_size": 32}, notes=_SHARED),
+    "qwen3_moe": Mixture("Qwen3 30B-A3B, 235B-A22B", _EIGHT | {"head_dim": 8}),
+    "olmoe": Mixture("OLMoE", _EIGHT | {"intermediate_size": 16}),
+    "deepseek_v3": Mixture(
+        "DeepSeek-V3, R1", _ROUTED | _LATENT | {"n_group": 2, "num_key_value_heads": 4}, notes=_SHARED
+    ),
+    "dots1": Mixture("dots.llm1", _ROUTED, notes=_SHARED),
+    "glm4_moe": Mixture("GLM-4.5, 4.6", _ROUTED, notes=_SHARED),
     "ernie4_5_moe": Mixture(
+        "ERNIE 4.5 21B-A3B",
         {
             "intermediate_size": 64, "moe_intermediate_size": 16, "moe_num_experts": 8, "moe_k": 2,
             "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
-        }
+        },
+        notes=_SHARED,
     ),
     "hunyuan_v1_moe": Mixture(
-        {"intermediate_size": 16, "num_experts": 4, "moe_topk": 2, "head_dim": 8, "num_shared_expert": 1}
+        "Hunyuan-A13B",
+        {"intermediate_size": 16, "num_experts": 4, "moe_topk": 2, "head_dim": 8, "num_shared_expert": 1},
+        notes=_SHARED,
     ),
-    "granitemoe": Mixture(_FOUR, FUSED),
+    "granitemoe": Mixture("Granite 3.0 1B-A400M", _FOUR, FUSED),
     "gpt_oss": Mixture(
-        _FOUR
-        | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+        "gpt-oss, not quantised",
+        _FOUR | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
         FUSED,
+        notes="stored (in, out)",
     ),
     "aria_text": Mixture(
-        {"intermediate_size": 32, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}, FUSED
+        "Aria, its text model",
+        {"intermediate_size": 32, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+        FUSED,
+        notes=f"{_SHARED}; stored (in, out)",
     ),
     "nemotron_h": Mixture(
+        "Nemotron 3 Nano",
         {
             "intermediate_size": 64, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
             "moe_shared_expert_intermediate_size": 32, "layers_block_type": ["attention", "moe"], "n_group": 1,
@@ -80,19 +108,144 @@ MIXTURES: dict[str, Mixture] = {
             "n_groups": 1,
         },
         ("up_proj",),
+        notes=f"{_SHARED}; no gate; recurrent layers",
     ),
 }  # fmt: skip
+
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_LINEAR |= {"layer_types": ["linear_attention", "full_attention"]}
+_INDEXED = {"index_topk": 16, "index_head_dim": 8, "index_n_heads": 2}
+_SECOND = {"mlp_layer_types": ["dense", "sparse"]}
+_SLIDING = {"head_dim": 8, "sliding_window": 8}
+_ONE = _ROUTED | _LATENT | _SECOND | {"num_key_value_heads": 4}
+_BESIDE = _FOUR | {"shared_intermediate_size": 32}
+_GATED = _EIGHT | _LINEAR | {"head_dim": 8, "shared_expert_intermediate_size": 32}
+_MIXED_SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
+
+MORE: dict[str, Mixture] = {
+    "deepseek_v2": Mixture("DeepSeek-V2", _ROUTED | _LATENT | {"num_key_value_heads": 4}, notes=_SHARED),
+    "deepseek_v32": Mixture("DeepSeek-V3.2", _ONE | _INDEXED, notes=f"{_SHARED}; sparse attention"),
+    "glm4_moe_lite": Mixture("GLM-4.7-Flash", _ONE, notes=_SHARED),
+    "axk1": Mixture("A.X K1", _ONE, notes=_SHARED),
+    "axk2": Mixture(
+        "A.X K2", _ONE | _INDEXED | {"gated_norm_rank": 4, "n_group": None, "topk_group": None},
+        notes=f"{_SHARED}; sparse attention",
+    ),
+    "dots3_note_text": Mixture(
+        "dots3-note", _ROUTED | _LATENT | _INDEXED | {"num_key_value_heads": 4}, notes=_SHARED
+    ),
+    "solar_open": Mixture("Solar Open 100B", _ROUTED, notes=_SHARED),
+    "mimo_v2_flash": Mixture("MiMo-V2-Flash", _ROUTED | _SLIDING | {"v_head_dim": 8}),
+    "qwen3_next": Mixture("Qwen3-Next 80B-A3B", _GATED, notes=f"{_SHARED}; recurrent layers"),
+    "qwen3_5_moe_text": Mixture("Qwen3.5 35B-A3B, its text model", _GATED, notes=f"{_SHARED}; recurrent layers"),
+    "minimax": Mixture("MiniMax-Text-01", _FOUR | {"head_dim": 8}, ("w1", "w3"), "w2", notes="recurrent layers"),
+    "minimax_m2": Mixture("MiniMax-M2", _FOUR | {"head_dim": 8, "rotary_dim": 4}, ("w1", "w3"), "w2"),
+    "minimax_m3_vl_text": Mixture(
+        "MiniMax-M3, its text model",
+        _FOUR
+        | _SECOND
+        | {
+            "head_dim": 8, "dense_intermediate_size": 64, "shared_intermediate_size": 32, "rotary_dim": 4,
+            "index_n_heads": 2, "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 4,
+        },
+        FUSED,
+        notes=f"{_SHARED}; sparse attention",
+    ),
+    "flex_olmo": Mixture("FlexOlmo 7x7B", _EIGHT | {"intermediate_size": 16}),
+    "lfm2_moe": Mixture(
+        "LFM2 8B-A1B", _EIGHT | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+        ("w1", "w3"), "w2", notes="recurrent layers",
+    ),
+    "granitemoeshared": Mixture("Granite 3, with shared experts", _BESIDE, FUSED, notes=_SHARED),
+    "granitemoehybrid": Mixture(
+        "Granite 4.0",
+        _BESIDE
+        | {
+            "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8,
+            "layer_types": ["mamba", "attention"],
+        },
+        FUSED,
+        notes=f"{_SHARED}; recurrent layers",
+    ),
+    "granitemoe_swa": Mixture("Granite Swash 3B-A600M", _BESIDE | {"sliding_window": 8}, FUSED, notes=_SHARED),
+    "exaone_moe": Mixture(
+        "K-EXAONE 236B-A23B",
+        _EIGHT | _SLIDING | _SECOND | {"num_shared_experts": 1, "n_group": 1, "topk_group": 1},
+        notes=_SHARED,
+    ),
+    "afmoe": Mixture("Trinity", _EIGHT | _SLIDING | {"num_dense_layers": 1, "num_shared_experts": 1}, notes=_SHARED),
+    "cohere2_moe": Mixture(
+        "Command A+",
+        {
+            **_EIGHT, **_SLIDING, "intermediate_size": 16, "num_shared_experts": 1,
+            "prefix_dense_intermediate_size": 64,
+        },
+        notes=_SHARED,
+    ),
+    "hy_v3": Mixture("Hy3", _EIGHT | _SECOND | {"head_dim": 8, "num_shared_experts": 1}, notes=_SHARED),
+    "laguna": Mixture(
+        "Laguna", _EIGHT | _SECOND | {"head_dim": 8, "shared_expert_intermediate_size": 32}, notes=_SHARED
+    ),
+    "kolibri1": Mixture("Kolibri 1", _EIGHT | _SECOND | {"head_dim": 8}),
+    "mellum": Mixture("Mellum 2 12B-A2.5B", _EIGHT | {"head_dim": 8}),
+    "beam": Mixture("Beam 501B-A23B", _EIGHT | _SLIDING | _SECOND | {"n_group": 2, "topk_group": 1}),
+    "flint": Mixture(
+        "Flint",
+        _EIGHT | _SLIDING | _MIXED_SLIDING | {"mlp_only_layers": [0], "shared_expert_intermediate_size": 32},
+        notes=_SHARED,
+    ),
+    "qwen3_vl_moe": Mixture(
+        "Qwen3-VL 30B-A3B", _EIGHT | {"head_dim": 8, "rope_scaling": _SEEN}, FUSED,
+        notes=_SEES, like="qwen3_vl", vision=SEEING["qwen3_vl"].vision,
+    ),
+    "qwen3_5_moe": Mixture(
+        "Qwen3.5 35B-A3B", _GATED, notes=f"{_SHARED}; recurrent layers; {_SEES}", like="qwen3_vl",
+        vision=SEEING["qwen3_vl"].vision,
+    ),
+    "glm4v_moe": Mixture(
+        "GLM-4.5V, 4.6V", _ROUTED | {"rope_parameters": {**_SEEN, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+        notes=f"{_SHARED}; {_SEES}", like="qwen3_vl", vision=SEEING["qwen2_5_vl"].vision,
+    ),
+    "aria": Mixture(
+        "Aria",
+        {**MIXTURES["aria_text"].settings, "model_type": "aria_text"}, FUSED,
+        notes=f"{_SHARED}; stored (in, out); {_SEES}", like="llava",
+        vision={
+            "vision_config": {**_TOWER, "image_size": 16, "patch_size": 8, "model_type": "idefics3_vision"},
+            "image_token_index": 5, "projector_patch_to_query_dict": {"4": 4},
+        },
+    ),
+    "gemma4": Mixture(
+        "Gemma 4 26B-A4B",
+        _EIGHT
+        | _SLIDING
+        | _MIXED_SLIDING
+        | {
+            "enable_moe_block": True, "top_k_experts": 2, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+            "global_head_dim": 8,
+        },
+        FUSED, notes=f"a dense MLP beside; {_SEES}", like="gemma3",
+        vision={"vision_config": {**_TOWER, "num_key_value_heads": 4, "head_dim": 8}, "image_token_id": 5},
+    ),
+}  # fmt: skip
+"""Made of the parts that others are made of."""
+
+EVERY = {**MIXTURES, **MORE}
 
 
 def save_mixture(
     folder: Path, kind: str, dtype: str = "float32", seed: int = 0, fused: bool = False, **settings: Any
 ) -> Path:
     """A random model; `fused` stores its experts as transformers holds them, in tensors of three dimensions."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.for_model(kind, **{**_COMMON, **MIXTURES[kind].settings, **settings})
+    mixture = EVERY[kind]
+    settings = {**_COMMON, **mixture.settings, **settings}
+    if mixture.vision is not None:
+        settings = {"text_config": settings, **mixture.vision}
+    config = AutoConfig.for_model(kind, **settings)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    model = whole_class(mixture.like).from_config(config, dtype=getattr(torch, dtype)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
@@ -103,7 +256,10 @@ def save_mixture(
                 parameter.normal_(0, 0.1)
     model.save_pretrained(folder)
     if fused:
-        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+        tensors = {name: t for name, t in stored(folder).items() if not re.search(r"experts\.\d+\.", name)}
+        for path, module in experts_of(model):
+            tensors |= {f"{path}.{leaf}": t.detach() for leaf, t in module.named_parameters()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     save_tokenizer(folder)
     return folder
 
@@ -124,7 +280,7 @@ def matrix(module: Any, leaf: str, expert: int) -> torch.Tensor:
 
 def names_of(path: str, expert: int, mixture: Mixture, fused: bool = False) -> tuple[list[str], str]:
     """What the linears of an expert are called: those that see the hidden states, and the one after them."""
-    up, down = (FUSED, "down_proj") if fused else (mixture.up, mixture.down)
+    up, down = (mixture.up if len(mixture.up) == 1 else FUSED, "down_proj") if fused else (mixture.up, mixture.down)
     return [f"{path}.{expert}.{leaf}" for leaf in up], f"{path}.{expert}.{down}"
 
 
@@ -140,26 +296,17 @@ def weights_of_experts(model: torch.nn.Module, mixture: Mixture, fused: bool = F
     return found
 
 
-class Seen:
-    """What every expert's linears see, by name: (tokens, sum, sum of squares), of all experts, also unused ones.
+See = Callable[[str, torch.Tensor, torch.Tensor], None]
 
-    With `weighted`, an input x that the routing gives the weight r counts as r·x.
+
+def watch_experts(model: Any, mixture: Mixture, windows: torch.Tensor, see: See, fused: bool = False) -> None:
+    """Runs the windows (samples, seqlen) through the whole model.
+
+    `see(linear, x, share)` is shown what is routed to each linear of an expert, also where that is nothing: (tokens,
+    in), and the routing's weights (tokens, 1).
     """
 
-    def __init__(self, model: Any, mixture: Mixture, weighted: bool = True, fused: bool = False) -> None:
-        self.stats: Stats = {}
-        self.roles: list[list[str]] = []
-        """Linears that have the same place in the experts of one layer."""
-        self._mixture, self._weighted, self._fused = mixture, weighted, fused
-        self._hooks = [
-            module.register_forward_hook(lambda module, args, out, path=path: self._see(path, module, args, out))
-            for path, module in experts_of(model)
-        ]
-        for path, module in experts_of(model):
-            names = [names_of(path, e, mixture, fused) for e in range(len(module.down_proj))]
-            self.roles += [list(role) for role in zip(*([*up, down] for up, down in names), strict=True)]
-
-    def _see(self, path: str, module: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    def hook(path: str, module: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         hidden, chosen, shares = args
         total = torch.zeros_like(hidden)
         for expert in range(len(module.down_proj)):
@@ -170,22 +317,41 @@ class Seen:
             middle = module._apply_gate(both) if module.has_gate else module.act_fn(both)
             result = middle @ matrix(module, "down_proj", expert).t()
             result = result + module.down_proj_bias[expert] if module.has_bias else result
-            total.index_add_(0, token, result * share)
-            up, down = names_of(path, expert, self._mixture, self._fused)
+            total.index_add_(0, token, (result * share).to(total.dtype))
+            up, down = names_of(path, expert, mixture, fused)
             for name in up:
-                self._add(name, x, share)
-            self._add(down, middle, share)
+                see(name, x, share)
+            see(down, middle, share)
         torch.testing.assert_close(total, out.view_as(total), rtol=1e-4, atol=1e-5)  # or it is no reference
 
-    def _add(self, name: str, x: torch.Tensor, share: torch.Tensor) -> None:
+    hooks = [module.register_forward_hook(partial(hook, path)) for path, module in experts_of(model)]
+    with torch.no_grad():
+        for batch in windows.split(BATCH):
+            model(input_ids=batch, use_cache=False)
+    for each in hooks:
+        each.remove()
+
+
+class Seen:
+    """What every expert's linears see, by name: (tokens, sum, sum of squares), of all experts, also unused ones.
+
+    With `weighted`, an input x that the routing gives the weight r counts as r·x.
+    """
+
+    def __init__(self, model: Any, mixture: Mixture, weighted: bool = True, fused: bool = False) -> None:
+        self.stats: Stats = {}
+        self.roles: list[list[str]] = []
+        """Linears that have the same place in the experts of one layer."""
+        self._weighted = weighted
+        for path, module in experts_of(model):
+            names = [names_of(path, e, mixture, fused) for e in range(len(module.down_proj))]  # type: ignore[arg-type]
+            self.roles += [list(role) for role in zip(*([*up, down] for up, down in names), strict=True)]
+
+    def add(self, name: str, x: torch.Tensor, share: torch.Tensor) -> None:
         x = (x * share if self._weighted else x).double()
         zeros = torch.zeros(x.shape[1], dtype=torch.float64)
         tokens, total, squares = self.stats.get(name, (0, zeros, zeros))
         self.stats[name] = (tokens + len(x), total + x.sum(0), squares + (x * x).sum(0))
-
-    def stop(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def pooled(self, least: int) -> tuple[Stats, set[str]]:
         """As a job uses them: linears that saw fewer than `least` tokens have the sums over their role. Their names."""
@@ -203,8 +369,5 @@ class Seen:
 def look(model: Any, mixture: Mixture, windows: torch.Tensor, weighted: bool = True, fused: bool = False) -> Seen:
     """Runs the windows (samples, seqlen) through the whole model."""
     seen = Seen(model, mixture, weighted, fused)
-    with torch.no_grad():
-        for batch in windows.split(BATCH):
-            model(input_ids=batch, use_cache=False)
-    seen.stop()
+    watch_experts(model, mixture, windows, seen.add, fused)
     return seen

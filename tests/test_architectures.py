@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from families import DENSE, RECURRENT, REFUSED, SEEING, save_model
-from family_checks import CHECKS, Trial, check_fp8, check_refit, write_tokens
+from family_checks import CHECKS, MixtureTrial, Trial, check_fp8, check_refit, write_tokens
+from mixtures import EVERY
 from safetensors.torch import load_file, save_file
 from whole_model import in_memory, linears_of, stored
 
@@ -31,6 +32,8 @@ ALIKE = {
     "llava_onevision", "idefics3",
 }  # fmt: skip
 """Made of the parts that others are made of: marked slow throughout."""
+MIXED = {"deepseek_v2", "flint", "gemma4"}
+"""Mixtures by ways of their own; the others are marked slow, and so are refits of all."""
 CALIBRATION = {"samples": 4, "seqlen": 16, "dtype": "float32"}
 
 
@@ -55,7 +58,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trial]:
             for old in kept.values():
                 shutil.rmtree(old.folder)
             kept.clear()
-            kept[kind] = Trial(kind, tmp_path_factory.mktemp("trial"))
+            kept[kind] = (MixtureTrial if kind in EVERY else Trial)(kind, tmp_path_factory.mktemp("trial"))
         return kept[kind]
 
     return get
@@ -73,6 +76,10 @@ def _cells() -> Iterator[Any]:
     for kind in FITTING:
         for name, check in CHECKS.items():
             slow = kind in ALIKE or (check in (check_refit, check_fp8) and kind not in REFITTED)
+            yield pytest.param(kind, name, id=f"{kind}-{name}", marks=[pytest.mark.slow] if slow else [])
+    for kind in EVERY:
+        for name, check in CHECKS.items():
+            slow = kind not in MIXED or check is check_refit
             yield pytest.param(kind, name, id=f"{kind}-{name}", marks=[pytest.mark.slow] if slow else [])
 
 
@@ -119,12 +126,14 @@ def test_everything_but_the_text_model_is_carried_over(trials: Callable[[str], T
 
 @pytest.mark.slow
 def test_the_table(tmp_path: Path) -> None:
-    """`tools/families.py` prints a row for each family, and one for what is refused."""
+    """`tools/families.py` prints a row for each family, one for what is refused, and fails where a cell is no."""
     tool = Path(__file__).parent.parent / "tools" / "families.py"
-    done = subprocess.run([sys.executable, tool, "gpt2", "t5"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, tool, "gpt2", "mixtral", "t5"], capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("| `")]
-    assert [line.split("`")[1] for line in lines] == ["gpt2", "t5"]
-    assert lines[0].count("| yes") == 6 and "| refused |" in lines[0] and "encoder-decoder" in lines[1]
+    assert [line.split("`")[1] for line in lines] == ["gpt2", "mixtral", "t5"]
+    assert lines[0].count("| yes") == 6 and "| refused |" in lines[0] and "encoder-decoder" in lines[2]
+    assert lines[1].count("| yes") + lines[1].count("| **no**") == 7 and "each, fused" in lines[1]
+    assert done.returncode == ("**no**" in done.stdout)
 
 
 # ---- names of old checkpoints
@@ -179,6 +188,15 @@ def test_refused_by_name(tokens: Path, tmp_path: Path, kind: str) -> None:
         assert kind in message and REFUSED[kind].notes in message and len(message.splitlines()) == 1, message
         assert caught.value.exit_code == 4
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_states_of_another_shape(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several streams of states are noticed in a run of the model, whatever its configuration calls them."""
+    monkeypatch.setattr("streamprune.model.skeleton._STREAMS", ())
+    source = save_model(tmp_path / "model", "qwen4_exp_text", 2, "float32")
+    with pytest.raises(UnsupportedError, match=r"gives its layers states \[4, 16, 128\] instead of"):
+        prune(source, tmp_path / "out", sparsity=0.5, calib=tokens, **CALIBRATION)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- code that comes with a checkpoint

@@ -1,11 +1,12 @@
-"""Which families of architectures work, tried on the spot: a Markdown table.
+"""Which families of architectures work, tried on the spot: Markdown tables.
 
-    python tools/families.py                   every family
-    python tools/families.py llama gemma3 t5   some
+    python tools/families.py                     every family
+    python tools/families.py llama mixtral t5    some
 
-Each family is a random model of a few thousand parameters (tests/families.py), pruned layer by layer and compared with
-the whole model in memory (tests/family_checks.py): masks, all statistics, `inspect`, loading and generating with
-transformers, perplexity, new values by obs-admm, FP8. Exit code 1 when something does not do what it should.
+Each family is a random model of a few thousand parameters (tests/families.py; tests/mixtures.py has those of experts),
+pruned layer by layer and compared with the whole model in memory (tests/family_checks.py): masks, all statistics,
+`inspect`, loading and generating with transformers, perplexity, new values by obs-admm, FP8. Exit code 1 when something
+does not do what it should.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -23,31 +24,39 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(_ROOT), str(_ROOT / "tests")]
 os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
 
-from families import DENSE, FAMILIES, RECURRENT, REFUSED, SEEING, save_model  # noqa: E402
+from families import DENSE, RECURRENT, REFUSED, SEEING, Family, save_model  # noqa: E402
+from mixtures import EVERY, Mixture  # noqa: E402
 
 HEAD = "| model type | for example | pruned | statistics | `inspect` | loads | `eval` | refit | FP8 | |"
-GROUPS = {
-    "Decoders": DENSE,
-    "Attention and recurrent layers": RECURRENT,
-    "Text models within models that see": SEEING,
-}
+Group = Mapping[str, Family] | Mapping[str, Mixture]
+TABLES: list[dict[str, Group]] = [
+    {"": DENSE, "attention and recurrent layers": RECURRENT, "text models within models that see": SEEING},
+    {"": EVERY},
+]
+"""Each a table: what a note says of its families, and these."""
+KINDS = list(dict.fromkeys(kind for group in [*TABLES[0].values(), EVERY, REFUSED] for kind in group))
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def row(kind: str, folder: Path) -> Iterator[str]:
-    """The cells of a family's checks; what fails is "**no**", and said on stderr."""
-    from family_checks import CHECKS, Trial
+def row(kind: str, family: Family | Mixture, group: str, folder: Path) -> str:
+    """A family's line; what fails is "**no**", and said on stderr."""
+    from family_checks import CHECKS, MixtureTrial, Trial
 
-    trial = Trial(kind, folder)
+    trial = MixtureTrial(kind, folder) if isinstance(family, Mixture) else Trial(kind, folder)
+    cells = []
     for name, check in CHECKS.items():
         try:
-            yield check(trial)
+            cells.append(check(trial))
         except Exception as e:  # noqa: BLE001
             say(f"{kind}: {name}: {type(e).__name__}: {e}")
-            yield "**no**"
+            cells.append("**no**")
+    held = "" if not isinstance(family, Mixture) else "each, fused" if family.apart else "fused"
+    notes = "; ".join(filter(None, (held, family.notes, "tied embeddings" if "tied" in cells else "", group)))
+    shown = ["yes" if cell == "tied" else cell for cell in cells]
+    return f"| `{kind}` | {' | '.join([family.examples, *shown, notes])} |"
 
 
 def refusal(kind: str, folder: Path) -> str:
@@ -66,22 +75,23 @@ def refusal(kind: str, folder: Path) -> str:
     return "**not refused**"
 
 
-def table(kinds: list[str]) -> Iterator[str]:
-    """The lines of both tables."""
-    yield HEAD
-    yield "|---" * (HEAD.count("|") - 1) + "|"
-    for group, families in GROUPS.items():
-        for kind in (k for k in families if k in kinds):
+def tables(kinds: list[str]) -> Iterator[str]:
+    """The lines of all tables, an empty one between two."""
+    for groups in TABLES:
+        wanted = [(kind, group) for group, families in groups.items() for kind in families if kind in kinds]
+        if wanted:
+            yield HEAD
+            yield "|---" * (HEAD.count("|") - 1) + "|"
+        for kind, group in wanted:
             say(kind)
             with tempfile.TemporaryDirectory() as folder:
-                cells = list(row(kind, Path(folder)))
-            tied = "tied embeddings" if "tied" in cells else ""
-            notes = "; ".join(filter(None, (families[kind].notes, tied, "" if group == "Decoders" else group.lower())))
-            shown = ["yes" if cell == "tied" else cell for cell in cells]
-            yield f"| `{kind}` | {' | '.join([families[kind].examples, *shown, notes])} |"
-    if any(kind in REFUSED for kind in kinds):
-        yield "\n| refused | for example | because |\n|---|---|---|"
-    for kind in (k for k in REFUSED if k in kinds):
+                yield row(kind, groups[group][kind], group, Path(folder))
+        if wanted:
+            yield ""
+    refused = [kind for kind in REFUSED if kind in kinds]
+    if refused:
+        yield "| refused | for example | because |\n|---|---|---|"
+    for kind in refused:
         say(kind)
         with tempfile.TemporaryDirectory() as folder:
             yield f"| `{kind}` | {REFUSED[kind].examples} | {refusal(kind, Path(folder))} |"
@@ -90,9 +100,9 @@ def table(kinds: list[str]) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", metavar="MODEL_TYPE", help="families to try (default: all)")
-    kinds = parser.parse_args().kinds or list(FAMILIES)
-    if unknown := [k for k in kinds if k not in FAMILIES]:
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
+    kinds = parser.parse_args().kinds or KINDS
+    if unknown := [k for k in kinds if k not in KINDS]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(KINDS)}")
     import torch
     from transformers.utils import logging
 
@@ -101,7 +111,7 @@ def main() -> int:
     failed = False
     with mock.patch("os.fsync"), warnings.catch_warnings():  # no power loss is survived here, so none is waited for
         warnings.simplefilter("ignore")
-        for line in table(kinds):
+        for line in tables(kinds):
             failed |= "**no" in line
             print(line, flush=True)
     return int(failed)

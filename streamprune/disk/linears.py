@@ -17,13 +17,15 @@ FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
 
 _LAYER = re.compile(r"(^|\.)(layers|h|blocks|block|layer)\.\d+\.")
 _NO_LINEAR = re.compile(
-    r"(^|\.)(vision|visual|audio)[^.]*\.|router|(^|[._])(gate|wg|norm|layernorm|ln|emb|embed|embedding|embeddings|"
-    r"embed_tokens|relative_attention_bias)(_?\d+)?$"
+    r"(^|\.)(vision|visual|audio)[^.]*\.|router|(^|\.)(gate|wg|shared_expert_gate)(_?\d+)?$|"
+    r"(^|[._])(norm|layernorm|ln|emb|embed|embedding|embeddings|embed_tokens|relative_attention_bias)(_?\d+)?$"
 )
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
-_FUSED = re.compile(r"(?:^|\.)(gate_up_proj|gate_proj|up_proj|down_proj|input_linear|output_linear|w1|w2|w3|v1)$")
+_FUSED = re.compile(
+    r"(?:^|\.)(gate_up_proj|gate_proj|up_proj|down_proj|input_linear|output_linear|w1|w2|w3|v1|fc1|fc2)$"
+)
 _TRANSPOSED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text", "llama4", "llama4_text"})
 
 

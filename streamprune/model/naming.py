@@ -7,6 +7,7 @@ their own names, tied ones possibly once, FP8 ones with a scale beside them, and
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,9 +67,10 @@ def match_tensors(
         if id(parameter) in owners:
             found[name] = owners[id(parameter)]
         elif name in converted:
+            config: Any = model.config
             raise UnsupportedError(
-                f"{checkpoint.path}: {name} is stored in pieces ({converted[name][0][2].name}, …); such weights cannot "
-                "be pruned yet"
+                f"{config.model_type}: {name} is stored in pieces ({converted[name][0][2].name}, …) that would have to "
+                "be put together; such weights cannot be pruned yet"
             )
         else:
             raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing; is the download complete?")
@@ -146,7 +148,31 @@ def _place(converter: Any, place: int) -> int:
     return TRANSPOSED if ours else OTHER
 
 
-def is_left_out(model: nn.Module, name: str, layer: int) -> bool:
+def layer_numbers(
+    checkpoint: Checkpoint, model: nn.Module, prefix: str, count: int, sources: Mapping[str, TensorRef]
+) -> dict[str, int]:
+    """Name of every stored tensor that belongs to one of the `count` layers at `prefix` -> the layer's number.
+
+    A layer's weights are its own, whatever they are called on disk. Other tensors go by the list's path as the
+    checkpoint spells it, "h" for "transformer.h". Raises CheckpointError for those of further layers, unless
+    transformers leaves them out on purpose: they belong to none.
+    """
+    inside = {name: name.removeprefix(f"{prefix}.") for name in sources if name.startswith(f"{prefix}.")}
+    example = next((name for name, inner in inside.items() if sources[name].name.endswith(f".{inner}")), None)
+    stem = prefix if example is None else sources[example].name.removesuffix(f".{inside[example]}")
+    found = {sources[name].name: int(inner.partition(".")[0]) for name, inner in inside.items()}
+    by_name = re.compile(re.escape(stem) + r"\.(\d+)\.")
+    for name, ref in checkpoint.tensors.items():
+        if name in found or (match := by_name.match(name)) is None:
+            continue
+        if int(match[1]) < count:
+            found[name] = int(match[1])
+        elif not _is_left_out(model, name, int(match[1])):
+            raise CheckpointError(f"{ref.shard}: tensor {name} belongs to a layer that config.json does not have")
+    return found
+
+
+def _is_left_out(model: nn.Module, name: str, layer: int) -> bool:
     """Whether transformers leaves a layer's tensor out on purpose: those that predict further tokens are not called."""
     config: Any = model.config
     text = config.get_text_config()

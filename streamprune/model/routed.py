@@ -21,6 +21,7 @@ from torch import Tensor
 from streamprune.disk.header import TensorRef
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import UnsupportedError
+from streamprune.memory import give_back_free_memory
 from streamprune.model.experts import DOWN, UP, Experts
 from streamprune.model.finite import refuse_nonfinite
 
@@ -173,7 +174,8 @@ class Routed:
                 continue
             lengths = [len(hidden) for hidden, _, _ in mixture.given]
             hidden, chosen, shares = (torch.cat(parts) for parts in zip(*mixture.given, strict=True))
-            mixture.given = []  # their memory is what the outputs take
+            mixture.given = []
+            give_back_free_memory()  # for the outputs; pieces of this size stay with the process otherwise
             if self._kept is not None:
                 self._kept.add(mixture.experts.path, hidden, chosen, shares)
             check = lambda name, weights=mixture.weights: self._check(name, weights)  # noqa: E731

@@ -13,7 +13,6 @@ to mapped tensors of the checkpoint while their stage is at work, and unbound af
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from streamprune.disk.float_quantized import SCALE, Scheme, read_scheme
 from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError, UnsupportedError
 from streamprune.model.experts import Experts
-from streamprune.model.naming import TORCH_DTYPES, is_left_out, match_tensors
+from streamprune.model.naming import TORCH_DTYPES, layer_numbers, match_tensors
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
     model = _build_model(checkpoint, config, compute_dtype, trust_remote_code)
     prefix, layers = _find_layers(model, config)
     sources, experts = match_tensors(checkpoint, model, scheme is not None)
-    _refuse_other_weights(config.model_type, prefix, layers, experts.keys())
+    _refuse_other_weights(config, prefix, layers, experts.keys())
     stages = _cut_stages(checkpoint, model, prefix, layers, sources, experts)
     transposed = [f"{prefix}.{n}" for n, m in layers.named_modules() if type(m).__name__ == "Conv1D"]
     transposed += [name for e in experts.values() for name in e.transposed]
@@ -253,6 +252,10 @@ def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     return outermost[0]
 
 
+_STREAMS = ("hc_mult", "hc_count")
+"""What configurations call the number of streams of hidden states."""
+
+
 def _refuse_dependent_layers(config: Any, layers: nn.ModuleList) -> None:
     """Refuses layers that need more than the hidden states of the one before, or are not their weights' only users."""
     kind, text = config.model_type, config.get_text_config()
@@ -265,6 +268,8 @@ def _refuse_dependent_layers(config: Any, layers: nn.ModuleList) -> None:
             f"{kind} looks up a second input of each layer by the tokens; its layers cannot be replayed from hidden "
             "states alone"
         )
+    if any((getattr(text, name, None) or 1) > 1 for name in _STREAMS):
+        raise UnsupportedError(f"{kind} has several streams of hidden states (hyper-connections); only one can be kept")
     users: dict[int, int] = {}
     for i, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
@@ -274,12 +279,14 @@ def _refuse_dependent_layers(config: Any, layers: nn.ModuleList) -> None:
                 )
 
 
-def _refuse_other_weights(kind: str, prefix: str, layers: nn.ModuleList, experts: Collection[str]) -> None:
+def _refuse_other_weights(config: Any, prefix: str, layers: nn.ModuleList, experts: Collection[str]) -> None:
     """Refuses layers whose weights are neither linears nor experts as we know them: they would silently stay dense.
 
-    Convolutions of each channel by itself, as recurrent layers begin with, may: they have a few weights a channel.
+    Convolutions of each channel by itself, as recurrent layers begin with, may: they have a few weights a channel. So
+    may matrices one side of which is shorter than the hidden states, as those of routers and of recurrent states.
     Refuses Mamba's first version, too, which multiplies with a linear's weight itself: its input cannot be watched.
     """
+    kind, width = config.model_type, config.get_text_config().hidden_size
     for path, module in layers.named_modules():
         states = getattr(module, "A_log", None)
         if isinstance(getattr(module, "dt_proj", None), nn.Linear) and states is not None and states.dim() == 2:
@@ -295,6 +302,8 @@ def _refuse_other_weights(kind: str, prefix: str, layers: nn.ModuleList, experts
                 f"{kind}: {prefix}.{name} is a weight of {parameter.dim()} dimensions, and not of experts as "
                 "transformers usually holds them; such weights cannot be pruned yet"
             )
+        if parameter.dim() == 2 and min(parameter.shape) >= width and not is_linear(owner):
+            raise UnsupportedError(f"{kind}: {prefix}.{name} is a weight in no linear layer; such cannot be pruned yet")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -313,19 +322,12 @@ def _cut_stages(
     """Every tensor of the checkpoint into exactly one stage."""
     names = [n for n, _ in model.named_parameters(remove_duplicate=False) if n in sources]
     before = {sources[n].name for n in names[: next(i for i, n in enumerate(names) if n.startswith(prefix + "."))]}
-    stem = _stored_stem(prefix, names, sources)
+    numbers = layer_numbers(checkpoint, model, prefix, len(layers), sources)
     kinds: dict[str, list[TensorRef]] = {"embed": [], "head": []}
     inside: list[list[TensorRef]] = [[] for _ in layers]
-    layer_name = re.compile(re.escape(stem) + r"\.(\d+)\.")
     for ref in checkpoint.tensors.values():
-        found = layer_name.match(ref.name)
-        if found and int(found.group(1)) >= len(layers):
-            if is_left_out(model, ref.name, int(found.group(1))):
-                kinds["head"].append(ref)
-                continue
-            raise CheckpointError(f"{ref.shard}: tensor {ref.name} belongs to a layer that config.json does not have")
-        target = inside[int(found.group(1))] if found else kinds["embed" if ref.name in before else "head"]
-        target.append(ref)
+        at = numbers.get(ref.name)
+        (kinds["embed" if ref.name in before else "head"] if at is None else inside[at]).append(ref)
     stages = [Stage("embed", -1, "", tuple(kinds["embed"]), {})]
     for i, layer in enumerate(layers):
         path = f"{prefix}.{i}"
@@ -336,10 +338,3 @@ def _cut_stages(
     known = {ref.name for ref in sources.values()}
     unclaimed = frozenset(ref.name for ref in kinds["head"] if ref.name not in known)
     return (*stages, Stage("head", -1, "", tuple(kinds["head"]), {}, unclaimed=unclaimed))
-
-
-def _stored_stem(prefix: str, names: list[str], sources: Mapping[str, TensorRef]) -> str:
-    """The layer list's path as the checkpoint spells it: "h" for "transformer.h"."""
-    name = next(n for n in names if n.startswith(prefix + "."))
-    inner = name.removeprefix(prefix)
-    return sources[name].name.removesuffix(inner)

@@ -38,6 +38,10 @@ class Call:
     by_keyword: bool
 
 
+_BESIDE = object()
+"""What recorders return beside the states, where the model expects a tuple. No layer may be given it."""
+
+
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps its arguments, returns its input (or `replace`) unchanged."""
 
@@ -56,7 +60,7 @@ class _Recorder(nn.Module):
         states = kwargs.pop("hidden_states") if by_keyword else args[0]
         if not self.first:
             self.received = states.clone()  # what comes after may change the states in place
-            self.handed_on = states.dim() == 3
+            self.handed_on = True
         elif self.compare:
             given = self.first[0].received
             self.handed_on = given is not None and states.shape == given.shape and bool(torch.equal(states, given))
@@ -64,7 +68,7 @@ class _Recorder(nn.Module):
             self.handed_on = True
         self.call = Call(args if by_keyword else args[1:], kwargs, by_keyword)
         out = states if self.replace is None else self.replace
-        return (out,) if self.as_tuple else out
+        return (out, _BESIDE) if self.as_tuple else out
 
 
 class Walk:
@@ -149,7 +153,7 @@ class Walk:
 
     @torch.inference_mode()
     def _record(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
-        failure: Exception | None = None
+        objection, failure = "", None
         for as_tuple in (False, True) if self._as_tuple is None else (self._as_tuple,):
             compare = len(ids) not in self._calls  # once for each size of a batch
             with _recorders(self.skeleton, as_tuple, compare) as recorders:
@@ -161,16 +165,13 @@ class Walk:
                     if is_out_of_memory(e) or isinstance(e, torch.AcceleratorError):
                         raise  # says nothing about the model, whose unfinished work would be thrown away
                     failure = e.with_traceback(None)  # whose frames hold tensors
-                    continue  # the model takes a layer's output apart: it expects a tuple, or the other way round
-                if _handed_on(recorders, final):
+                    final = None  # the model takes a layer's output apart: it expects a tuple, or the other way round
+                objection = _objection(recorders, final, self.skeleton.hidden_size)
+                first = recorders[0].received
+                if first is not None and not objection:
                     self._as_tuple = as_tuple
-                    first = recorders[0].received
-                    assert first is not None
                     return first, [r.call for r in recorders if r.call is not None]
-        raise UnsupportedError(
-            f"{_kind(self.skeleton)} does something between its decoder layers (or does not call them all in "
-            "order); its layers cannot be streamed one by one"
-        ) from failure
+        raise UnsupportedError(f"{_kind(self.skeleton)} {objection}") from failure
 
     @contextmanager
     def layer(
@@ -304,10 +305,19 @@ def _recorders(skeleton: Skeleton, as_tuple: bool, compare: bool = True) -> Iter
             layers[i] = layer
 
 
-def _handed_on(recorders: list[_Recorder], final: Tensor) -> bool:
-    """Whether every recorder was called, received the first one's states, and the last one's got out."""
-    first = recorders[0].received
-    return first is not None and all(r.handed_on for r in recorders) and final.shape[:2] == first.shape[:2]
+def _objection(recorders: list[_Recorder], final: Tensor | None, width: int) -> str:
+    """Why layers cannot be streamed, after a run of the model that gave `final`, if it got so far; "" if they can."""
+    first, calls = recorders[0].received, [r.call for r in recorders if r.call is not None]
+    if any(value is _BESIDE for call in calls for value in (*call.args, *call.kwargs.values())):
+        return "hands more than hidden states from layer to layer; its layers cannot be streamed one by one"
+    if first is not None and (first.dim() != 3 or first.shape[-1] != width):
+        return f"gives its layers states {list(first.shape)} instead of (batch, tokens, {width}), which cannot be kept"
+    if first is None or final is None or not all(r.handed_on for r in recorders) or final.shape[:2] != first.shape[:2]:
+        return (
+            "does something between its decoder layers (or does not call them all in order); its layers cannot be "
+            "streamed one by one"
+        )
+    return ""
 
 
 def _same(a: Any, b: Any) -> bool:
