@@ -27,7 +27,6 @@ from streamprune.model.budget import (
     RESERVE,
     Budget,
     Layout,
-    cache_dtype,
     choose_batch,
     estimate,
     free_on,
@@ -37,6 +36,7 @@ from streamprune.model.budget import (
     memory_of,
 )
 from streamprune.model.calibration import Tokens, cut_windows, tokens_digest
+from streamprune.model.computing import cache_dtype
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.texts import check_seqlen
 from streamprune.model.walk import Walk
@@ -118,8 +118,9 @@ def ram_of_two(reference: Subject, model: Subject, seqlen: int, *, on_device: bo
         return replace(two[0], per_sample=two[0].per_sample + two[1].per_sample)
     heads = reference.head_bytes + model.head_bytes
     widest = max(b.per_sample for b in two)  # a layer's; more than chunks of both models' states, read ahead
-    waiting = max(b.waiting for b in two)
-    return Budget(two[0].base, RESERVE, max(heads, *(b.stage for b in two)), widest, waiting=waiting)
+    waits = max(two, key=lambda b: b.waiting)
+    largest = max(heads, *(b.stage for b in two))
+    return Budget(two[0].base, RESERVE, largest, widest, waiting=waits.waiting, enough=waits.enough)
 
 
 def lay_out_two(

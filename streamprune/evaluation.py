@@ -33,8 +33,9 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
 from streamprune.evaluation_pass import Run, disk_bytes
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
-from streamprune.model.budget import Layout, compute_dtype, layout_for, resolve_device
+from streamprune.model.budget import Layout, layout_for
 from streamprune.model.calibration import Tokens, cut_windows
+from streamprune.model.computing import compute_dtype, resolve_device
 from streamprune.model.feed import Feed
 from streamprune.model.passes import out_of_memory_named, split_batches
 from streamprune.model.skeleton import build_skeleton, stored_dtype

@@ -52,8 +52,8 @@ from streamprune.job_prepare import (
 from streamprune.kernels import cpu, torch_ops
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.model.activations import Activations
-from streamprune.model.budget import compute_dtype, resolve_device
 from streamprune.model.calibration import Tokens, tokens_digest
+from streamprune.model.computing import compute_dtype, resolve_device
 from streamprune.model.experts import is_pooled, pool
 from streamprune.model.feed import Feed
 from streamprune.model.grams import LayerGrams

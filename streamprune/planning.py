@@ -25,13 +25,11 @@ from streamprune.model.budget import (
     Budget,
     Layout,
     RefitNeeds,
-    cache_dtype,
-    compute_dtype,
     estimate,
     layout_for,
     memory_of,
-    resolve_device,
 )
+from streamprune.model.computing import cache_dtype, compute_dtype, resolve_device
 from streamprune.model.cost import (
     Course,
     Speeds,

@@ -43,7 +43,7 @@ from streamprune.evaluation import evaluate
 from streamprune.job import JobResult, calibrate, prune
 from streamprune.job_pass import Pass
 from streamprune.job_prepare import layout_of
-from streamprune.model.budget import GROUP_BYTES, Budget, Layout, group_of, waiting_bytes
+from streamprune.model.budget import EXPERT_TOKENS, GROUP_BYTES, Budget, Layout, estimate, group_of, waiting_bytes
 from streamprune.model.calibration import cut_windows
 from streamprune.model.experts import check_experts, is_experts
 from streamprune.model.feed import Feed
@@ -489,6 +489,15 @@ def test_memory_for_groups() -> None:
         assert group == 50 or budget.peak(2, group) <= limit < budget.peak(2, group + 1)
     assert group_of(budget, 2, 1 << 40, None) == 1 + GROUP_BYTES // 8
     assert group_of(replace(budget, waiting=0), 2, 100, None) == 1
+    assert group_of(replace(budget, enough=7), 2, 100, 9999) == 4, "no more than are worth waiting for"
+
+
+def test_who_is_worth_waiting_for(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows for efficient products where the system keeps the experts' files in memory; all where it cannot."""
+    skeleton = build_skeleton(open_checkpoint(make("qwen3_moe")), torch.float32)  # 2 of 8 experts a token
+    assert estimate(skeleton, 1000, torch.float32).enough == math.ceil(4 * EXPERT_TOKENS / 1000)
+    monkeypatch.setattr("streamprune.model.cost.available_bytes", lambda: skeleton.layer_stages[0].nbytes)
+    assert estimate(skeleton, 1000, torch.float32).enough is None
 
 
 @pytest.mark.parametrize("layers, resident", [(1, False), (2, True), (3, False)])

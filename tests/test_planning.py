@@ -18,7 +18,8 @@ from streamprune.errors import ResourceError, UnsupportedError, UsageError
 from streamprune.job import prune
 from streamprune.job_prepare import layout_of, refit_needs
 from streamprune.model import speeds as measuring
-from streamprune.model.budget import Layout, RefitNeeds, estimate, resolve_device
+from streamprune.model.budget import Layout, RefitNeeds, estimate
+from streamprune.model.computing import resolve_device
 from streamprune.model.cost import Speeds, Split
 from streamprune.planning import Plan, plan
 from streamprune.tables import plan_table, table

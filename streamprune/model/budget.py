@@ -15,15 +15,15 @@ working    for a refit: its arrays, once the forward pass is over
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from streamprune.errors import ResourceError, UsageError
 from streamprune.memory import available_bytes, resident_bytes
+from streamprune.model.computing import cache_dtype
+from streamprune.model.cost import forgotten, routed_share
 from streamprune.model.skeleton import Skeleton
 from streamprune.spec import format_bytes
 
@@ -34,6 +34,9 @@ RESERVE = 208 << 20
 
 GROUP_BYTES = 512 << 20
 """Memory for batches that wait for a layer's experts, unless --max-ram allows more; the system needs some for files."""
+
+EXPERT_TOKENS = 4096
+"""Tokens for an expert at once, beyond which nothing is gained where the system keeps a layer's experts in memory."""
 
 _ROUTING = 256
 """Bytes of a token's routing, about: which experts, which shares, and what finding an expert's tokens takes."""
@@ -73,6 +76,8 @@ class Budget:
     working: int = 0
     waiting: int = 0
     """Of a sample that waits for experts."""
+    enough: int | None = None
+    """Samples that are worth waiting for; None: all."""
 
     def peak(self, batch: int, group: int = 1) -> int:
         """Estimated peak resident memory with `batch` samples at a time, and `group` batches where experts compute."""
@@ -101,7 +106,12 @@ def estimate(
         largest,
         seqlen * token_bytes(skeleton, seqlen, dtype),
         waiting=seqlen * waiting_bytes(skeleton, dtype),
+        enough=None if any(map(forgotten, skeleton.layer_stages)) else _enough(skeleton, seqlen),
     )
+
+
+def _enough(skeleton: Skeleton, seqlen: int) -> int:
+    return -(-int(EXPERT_TOKENS / routed_share(skeleton)) // seqlen)
 
 
 def waiting_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
@@ -149,11 +159,12 @@ def group_of(budget: Budget, batch: int, samples: int, max_ram: int | None) -> i
     else:
         free = available_bytes()
         left = GROUP_BYTES if free is None else min(GROUP_BYTES, (resident_bytes() + free - budget.peak(batch)) // 2)
-    return _group_within(left, batch * budget.waiting, batch, samples)
+    worth = samples if budget.enough is None else min(samples, budget.enough)
+    return _group_within(left, batch * budget.waiting, batch, worth)
 
 
 def _group_within(left: int, each: int, batch: int, samples: int) -> int:
-    """As many batches as there are, or as fit into `left` bytes besides the one that is counted anyway."""
+    """As many batches as `samples` are, or as fit into `left` bytes besides the one that is counted anyway."""
     return max(1, min(-(-samples // batch), 1 + left // each))
 
 
@@ -292,49 +303,3 @@ def hold_to(limit: int | None, device: torch.device) -> None:
         total = torch.cuda.mem_get_info(index)[1]
         share = 1.0 if limit is None else min(1.0, max(0.0, (limit - CONTEXT) / total))
         torch.cuda.set_per_process_memory_fraction(share, index)
-
-
-def native_bf16() -> bool:
-    """Whether the processor multiplies bf16 matrices in hardware (AMX, AVX512-BF16, Arm BF16)."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return False
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
-    flags = set(found.group(1).split()) if found else set()
-    return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
-
-
-def compute_dtype(requested: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: as asked, or with "auto" the stored one where it is fast, else float32.
-
-    Raises UsageError for another dtype.
-    """
-    if requested not in ("auto", "float32", "bfloat16", "float16"):
-        raise UsageError(f"--dtype {requested}: choose auto, float32, bfloat16 or float16")
-    if requested != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[requested]
-    if device.type != "cpu":
-        return stored
-    return torch.bfloat16 if stored == torch.bfloat16 and native_bf16() else torch.float32
-
-
-def cache_dtype(stored: torch.dtype, compute: torch.dtype) -> torch.dtype:
-    """What hidden states are cached in: the stored dtype, or float32 where float16 might not hold what was computed."""
-    return torch.float32 if stored == torch.float16 and compute != torch.float16 else stored
-
-
-def resolve_device(requested: str) -> torch.device:
-    """The device to compute on; "auto" is the GPU if there is one. Raises UsageError when it cannot be used.
-
-    CUDA (and ROCm, which torch calls by the same name) or the CPU: other devices lack float64 or streams.
-    """
-    if requested == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(requested)
-        if device.type not in ("cpu", "cuda"):
-            raise UsageError(f"--device {requested}: choose cpu or cuda (cuda:0, cuda:1 …)")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UsageError(f"--device {requested} cannot be used here: {' '.join(str(e).split())[:160]}") from e
-    return device

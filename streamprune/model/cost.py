@@ -169,11 +169,11 @@ def work_of(skeleton: Skeleton, stage: Stage, chosen: Collection[str], seqlen: i
         attention=2 * seqlen * attention_width(skeleton) * times,
         traffic=int(itemsize * (states + 4 * sum(part * rows for part, rows, _ in computed))),
         inputs=int(itemsize * sum((share if apart else 1) * width for apart, _, width in shapes)),
-        again=_forgotten(stage), last=stage.index == len(skeleton.layers) - 1,
+        again=forgotten(stage), last=stage.index == len(skeleton.layers) - 1,
     )  # fmt: skip
 
 
-def _forgotten(stage: Stage) -> int:
+def forgotten(stage: Stage) -> int:
     """Bytes of a layer's experts where they are more than the system will keep of files."""
     experts = sum(stage.linears[name].nbytes for e in stage.experts for name in e.linears)
     free = available_bytes()

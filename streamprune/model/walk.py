@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from streamprune.errors import ResourceError, UnsupportedError
 from streamprune.model.binding import bound
-from streamprune.model.budget import cache_dtype
+from streamprune.model.computing import cache_dtype
 from streamprune.model.feed import Feed
 from streamprune.model.lane import is_out_of_memory
 from streamprune.model.routed import ReachedExperts, Routed, Watch
