@@ -481,6 +481,16 @@ def test_groups(
     assert found == pytest.approx(whole_perplexity(source, held), rel=1e-5)
 
 
+def test_experts_that_are_called_twice(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    once = MixtralSparseMoeBlock.forward
+    monkeypatch.setattr(MixtralSparseMoeBlock, "forward", lambda block, x: once(block, once(block, x)))
+    with pytest.raises(UnsupportedError, match=r"layers\.0\.mlp\.experts is called more than once"):
+        run(make("mixtral"), tmp_path / "out", text)
+    assert not list(tmp_path.iterdir())
+
+
 def test_memory_for_groups() -> None:
     """All of --max-ram may be used; without it, no more than is kept for that."""
     budget = Budget(base=1000, reserve=0, stage=0, per_sample=10, waiting=4)

@@ -141,6 +141,8 @@ class Routed:
         self._stored, self._weighted, self._kept = stored, weighted, kept
         self._mixtures: dict[str, _Mixture] = {}
         self._checked: set[str] = set()
+        self._calls = 0
+        """Of the layer, in this pass over the group."""
         self.collecting = False
         """Whether the passes end at the experts."""
 
@@ -152,14 +154,20 @@ class Routed:
             if mixture.outputs is None:
                 mixture.given.append((hidden, chosen, shares))
                 raise ReachedExperts
+            if mixture.replayed == self._calls:
+                raise UnsupportedError(f"{experts.path} is called more than once by its layer; only one call can wait")
             mixture.replayed += 1
             return mixture.outputs[mixture.replayed - 1]
 
         return forward
 
+    def call(self) -> None:
+        """The layer is about to be called."""
+        self._calls += 1
+
     def begin(self) -> None:
         """The next group of batches comes."""
-        self.collecting = True
+        self.collecting, self._calls = True, 0
         for mixture in self._mixtures.values():
             mixture.outputs, mixture.given, mixture.replayed = None, [], 0
 
@@ -168,6 +176,7 @@ class Routed:
 
         Raises CheckpointError for weights that are NaN or infinite.
         """
+        self._calls = 0
         for mixture in self._mixtures.values():
             mixture.replayed = 0
             if not mixture.given:

@@ -201,6 +201,8 @@ class Walk:
         def part(states: Tensor) -> Tensor:
             call = self._calls_of(states.shape[0])[stage.index]
             states = states.to(self.device, self.dtype)
+            if routed is not None:
+                routed.call()
             try:
                 if call.by_keyword:
                     out = layer(*call.args, hidden_states=states, **call.kwargs)
