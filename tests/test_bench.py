@@ -20,8 +20,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from streamprune import cli
+from streamprune.inspection import inspect
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 TINY = ["--hidden", "64", "--intermediate", "128", "--heads", "4", "--kv-heads", "2", "--vocab", "2048"]
@@ -429,11 +431,29 @@ def test_presets(tool: ModuleType, tmp_path: Path) -> None:
     assert len(shards) == 4 and shape.nbytes < sum(s.stat().st_size for s in shards) < shape.nbytes + 4 * 2048
 
 
+def test_mixtures(tool: ModuleType, tmp_path: Path) -> None:
+    maker = importlib.import_module("make_checkpoint")
+    assert maker.PRESETS["8x7b"].nbytes == pytest.approx(2 * 46.7e9, rel=0.01)
+    assert 22e9 < maker.PRESETS["256-experts"].nbytes < 24e9
+    maker.write_checkpoint(tmp_path / "model", 0, maker.Shape(64, 128, 2, 4, 2, 2048, experts=3, routed=2))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.config.num_local_experts == 3 and model.config.num_experts_per_tok == 2
+    found = inspect(tmp_path / "model").linears
+    assert sum("experts" in linear.name for linear in found) == 2 * 3 * 3 and len(found) == 2 * (4 + 9)
+
+
 def test_shapes_that_do_not_fit(
     tool: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker = importlib.import_module("make_checkpoint")
-    for wrong in (["--layers", "0"], ["--heads", "3"], ["--kv-heads", "3"], ["--vocab", "100"]):
+    for wrong in (
+        ["--layers", "0"],
+        ["--heads", "3"],
+        ["--kv-heads", "3"],
+        ["--vocab", "100"],
+        ["--experts", "-1"],
+        ["--routed", "3", "--experts", "2"],
+    ):
         monkeypatch.setattr(sys, "argv", ["make_checkpoint", str(tmp_path / "model"), *wrong])
         assert maker.main() == 2
         errors = capsys.readouterr().err

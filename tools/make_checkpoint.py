@@ -1,8 +1,9 @@
-"""Makes a synthetic Llama checkpoint of any size, streamed to disk: for measuring, not for talking to.
+"""Makes a synthetic Llama, or Mixtral, checkpoint of any size, streamed to disk: for measuring, not for talking to.
 
     python tools/make_checkpoint.py OUT --preset 7b --layers 4
     python tools/make_checkpoint.py OUT --preset 70b-layer
     python tools/make_checkpoint.py OUT --hidden 2048 --intermediate 5632 --layers 12
+    python tools/make_checkpoint.py OUT --preset 256-experts
 
 Weights are bf16, Gaussian with standard deviation 0.02, cut from one random block at places chosen by the seed; norms
 are ones. One shard a layer; the tokenizer is that of the demo model, the vocabulary at least as large.
@@ -29,9 +30,16 @@ LEAST_VOCAB = 2048
 """Tokens of the demo model's tokenizer."""
 
 
+Shapes = dict[str, tuple[int, ...]]
+"""Of tensors, by name."""
+
+
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama: widths, and how many there are of each. Raises ValueError when they do not fit together."""
+    """Sizes of a Llama, or with experts of a Mixtral: widths, and how many there are of each.
+
+    Raises ValueError when they do not fit together.
+    """
 
     hidden: int
     intermediate: int
@@ -39,11 +47,18 @@ class Shape:
     heads: int
     kv_heads: int
     vocab: int
+    experts: int = 0
+    """In each layer; `intermediate` is one's."""
+    routed: int = 2
+    """Experts for a token."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+            least = 0 if name == "experts" else 1
+            if value < least:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        if self.experts and self.routed > self.experts:
+            raise ValueError(f"--routed {self.routed} is more than --experts {self.experts}")
         if self.hidden % (2 * self.heads):
             raise ValueError(f"--hidden {self.hidden} is not an even number for each of --heads {self.heads}")
         if self.heads % self.kv_heads:
@@ -56,22 +71,31 @@ class Shape:
         """Bytes of all tensors."""
         return sum(2 * math.prod(s) for tensors in self.stages() for s in tensors.values())
 
-    def stages(self) -> list[dict[str, tuple[int, ...]]]:
+    def stages(self) -> list[Shapes]:
         """Names and shapes of the tensors of each shard: embedding, layers, head."""
         hidden, kv = self.hidden, self.hidden // self.heads * self.kv_heads
-        stages: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (self.vocab, hidden)}]
+        stages: list[Shapes] = [{"model.embed_tokens.weight": (self.vocab, hidden)}]
         for i in range(self.layers):
             p = f"model.layers.{i}."
             stages.append({
                 p + "self_attn.q_proj.weight": (hidden, hidden), p + "self_attn.k_proj.weight": (kv, hidden),
                 p + "self_attn.v_proj.weight": (kv, hidden), p + "self_attn.o_proj.weight": (hidden, hidden),
-                p + "mlp.gate_proj.weight": (self.intermediate, hidden),
-                p + "mlp.up_proj.weight": (self.intermediate, hidden),
-                p + "mlp.down_proj.weight": (hidden, self.intermediate), p + "input_layernorm.weight": (hidden,),
-                p + "post_attention_layernorm.weight": (hidden,),
+                p + "input_layernorm.weight": (hidden,), p + "post_attention_layernorm.weight": (hidden,),
             })  # fmt: skip
+            stages[-1] |= self._mixture(p + "block_sparse_moe.") if self.experts else self._mlp(p + "mlp.")
         stages.append({"model.norm.weight": (hidden,), "lm_head.weight": (self.vocab, hidden)})
         return stages
+
+    def _mlp(self, prefix: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Shapes:
+        gate, up, down = (f"{prefix}{name}.weight" for name in names)
+        wide = (self.intermediate, self.hidden)
+        return {gate: wide, up: wide, down: wide[::-1]}
+
+    def _mixture(self, prefix: str) -> Shapes:
+        found: Shapes = {prefix + "gate.weight": (self.experts, self.hidden)}
+        for expert in range(self.experts):
+            found |= self._mlp(f"{prefix}experts.{expert}.", ("w1", "w3", "w2"))
+        return found
 
 
 PRESETS = {
@@ -81,6 +105,9 @@ PRESETS = {
     "8b": Shape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocab=128256),
     "70b": Shape(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8, vocab=128256),
     "70b-layer": Shape(hidden=8192, intermediate=28672, layers=1, heads=64, kv_heads=8, vocab=32000),
+    "8x7b": Shape(4096, 14336, 32, 32, 8, vocab=32000, experts=8),
+    "128-experts": Shape(2048, 768, 2, 16, 4, vocab=32000, experts=128, routed=8),
+    "256-experts": Shape(7168, 2048, 1, 56, 8, vocab=32000, experts=256, routed=8),
 }
 
 
@@ -124,7 +151,7 @@ def main() -> int:
 
 
 def write_checkpoint(out: Path, seed: int, shape: Shape) -> int:
-    """Writes a Llama checkpoint; returns the bytes of its tensors."""
+    """Writes a Llama or Mixtral checkpoint; returns the bytes of its tensors."""
     from streamprune.disk import durable
     from streamprune.disk.header import TensorRef
     from streamprune.disk.shards import shard_name, write_index, write_shard
@@ -137,6 +164,11 @@ def write_checkpoint(out: Path, seed: int, shape: Shape) -> int:
         "head_dim": shape.hidden // shape.heads, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
         "hidden_act": "silu", "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
+    if shape.experts:
+        config |= {
+            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": shape.experts,
+            "num_experts_per_tok": shape.routed, "sliding_window": None,
+        }  # fmt: skip
     durable.replace_file(out / "config.json", json.dumps(config, indent=2).encode())
     with importlib.resources.as_file(importlib.resources.files("streamprune") / "demo_model") as demo:
         for name in ("tokenizer.json", "tokenizer_config.json"):
