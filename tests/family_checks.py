@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,12 @@ class Trial:
     @cached_property
     def windows(self) -> torch.Tensor:
         return windows_of(self.source, self.tokens)
+
+    @cached_property
+    def held(self) -> torch.Tensor:
+        """The windows (n, SEQLEN) that `evaluate` cuts the text into."""
+        ids = torch.from_numpy(np.load(self.tokens))
+        return ids[: len(ids) // SEQLEN * SEQLEN].view(-1, SEQLEN)
 
     @cached_property
     def statistics(self) -> Stats:
@@ -229,15 +235,21 @@ def check_sums(trial: Trial) -> str:
         assert all(name in file.groups and ROUTERS.search(name) for name in beside), beside
         assert {name for name, leader in file.groups.items() if ".pooled." in leader} == way.few
         assert len(way.few) < len(way.statistics)
-        for name, (tokens, total, squares) in way.statistics.items():
-            found = file.load(name, len(total))
-            assert found.tokens == tokens > 0, name
+        same_sums(file, way.statistics)
+        for name, (tokens, _, squares) in way.statistics.items():
             assert tokens == SAMPLES * SEQLEN or isinstance(way, MixtureTrial), name
-            torch.testing.assert_close(found.sumsq, squares, rtol=1e-5, atol=1e-6 * float(squares.max()))
-            spread = (squares * tokens).sqrt()
-            assert bool(((found.sum - total).abs() <= 1e-5 * spread + 1e-6 * spread.max()).all()), name
             assert bool((squares > 0).any()), name
     return "yes"
+
+
+def same_sums(file: StatisticsFile, wanted: Stats) -> None:
+    """The linears of `wanted` have these sums in the file, of at least a token."""
+    for name, (tokens, total, squares) in wanted.items():
+        found = file.load(name, len(total))
+        assert found.tokens == tokens > 0, name
+        torch.testing.assert_close(found.sumsq, squares, rtol=1e-5, atol=1e-6 * float(squares.max()))
+        spread = (squares * tokens).sqrt()
+        assert bool(((found.sum - total).abs() <= 1e-5 * spread + 1e-6 * spread.max()).all()), name
 
 
 def check_inspect(trial: Trial) -> str:
@@ -265,10 +277,8 @@ def check_use(trial: Trial) -> str:
 
 def check_eval(trial: Trial) -> str:
     """`evaluate` of the pruned model gives the whole model's perplexity; it is not that of the dense one."""
-    ids = torch.from_numpy(np.load(trial.tokens))
-    windows = ids[: len(ids) // SEQLEN * SEQLEN].view(-1, SEQLEN)
     found = evaluate(trial.half, trial.tokens, seqlen=SEQLEN, dtype="float32", work=trial.folder).perplexity
-    wanted, dense = (perplexity(model, windows) for model in (trial.load(trial.half), trial.whole))
+    wanted, dense = (perplexity(model, trial.held) for model in (trial.load(trial.half), trial.whole))
     assert abs(found - wanted) <= 1e-5 * wanted < 1e-1 * abs(found - dense), (found, wanted, dense)
     return "yes"
 
@@ -305,7 +315,10 @@ def check_refit(trial: Trial) -> str:
 
 
 def check_fp8(trial: Trial) -> str:
-    """Codes and scales of the 2:4 weights, which transformers loads and generates with; or it is refused."""
+    """Codes and scales of the 2:4 weights; transformers loads them, generates, and computes as `eval` does; or refused.
+
+    compressed-tensors rounds inputs token by token only where they have three dimensions, so that is what it is given.
+    """
     try:
         out = trial.prune("fp8", FP8).out
     except UnsupportedError as e:
@@ -332,7 +345,30 @@ def check_fp8(trial: Trial) -> str:
     assert ignored == linears - trial.statistics.keys() | routers
     model = in_memory(out, trial.like)
     assert model.generate(trial.windows[:1, :4], max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1] > 4
+    found = evaluate(out, trial.tokens, seqlen=SEQLEN, dtype="float32", work=trial.folder).perplexity
+    as_given = perplexity(model, trial.held)
+    ranks = _in_three_dimensions(model)
+    wanted = perplexity(model, trial.held)
+    assert abs(found - wanted) <= 1e-5 * wanted, (found, wanted)
+    assert ranks and (ranks != {3} or as_given == wanted), (as_given, wanted)
     return "yes"
+
+
+def _in_three_dimensions(model: Any) -> set[int]:
+    """Has the linears of a loaded FP8 model take their inputs as (1, tokens, in), rounded by compressed-tensors.
+
+    Returns how many dimensions the inputs had, known once the model has run.
+    """
+    ranks: set[int] = set()
+
+    def forward(own: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        ranks.add(x.dim())
+        return own(x.reshape(1, -1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    for module in model.modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            module.forward = partial(forward, module.forward)
+    return ranks
 
 
 CHECKS: dict[str, Callable[[Trial], str]] = {

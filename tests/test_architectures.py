@@ -32,20 +32,23 @@ ALIKE = {
     "llava_onevision", "idefics3",
 }  # fmt: skip
 """Made of the parts that others are made of: marked slow throughout."""
-MIXED = {"deepseek_v2", "flint", "gemma4"}
+MIXED = {
+    "mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v32", "hunyuan_v1_moe", "granitemoe", "gpt_oss", "nemotron_h",
+    "flint", "gemma4",
+}  # fmt: skip
 """Mixtures by ways of their own; the others are marked slow, and so are refits of all."""
 CALIBRATION = {"samples": 4, "seqlen": 16, "dtype": "float32"}
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One thread; nothing here asks what a power loss leaves, so nobody waits for the disk."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _quick() -> Iterator[None]:
+    """Nothing here asks what a power loss leaves, so nobody waits for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda fd: None)
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +91,8 @@ def test_family(trials: Callable[[str], Trial], kind: str, check: str) -> None:
     CHECKS[check](trials(kind))
 
 
-def test_a_wrong_reference_would_show(trials: Callable[[str], Trial]) -> None:
-    """The comparisons can fail: with another text's statistics, and with a model that is not the output."""
+def test_a_wrong_reference_would_show(trials: Callable[[str], Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparisons can fail: other statistics, a model that is not the output, inputs that are not rounded."""
     trial = trials("llama")
     dense, name = trial.statistics, next(iter(trial.statistics))
     count, total, squares = dense[name]
@@ -101,6 +104,10 @@ def test_a_wrong_reference_would_show(trials: Callable[[str], Trial]) -> None:
     trial.remember(trial.half, trial.whole)
     with pytest.raises(AssertionError):
         CHECKS["eval"](trial)
+    assert CHECKS["FP8"](trial) == "yes"
+    monkeypatch.setattr("streamprune.model.binding._rounded", lambda x: x)
+    with pytest.raises(AssertionError):
+        CHECKS["FP8"](trial)
 
 
 def test_conv1d_is_pruned_along_its_inputs(trials: Callable[[str], Trial]) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from families import HIDDEN, SEEING, VOCAB, save_tokenizer
-from mixtures import FUSED, LIKE, MIXTURES, experts_of, look, names_of, save_mixture, watch_experts, weights_of_experts
+from family_checks import same_sums
+from mixtures import FUSED, MIXTURES, look, names_of, save_mixture, watch_experts, weights_of_experts
 from safetensors.torch import load_file, save_file
 from test_crash import OUTPUTS, Crasher, show
 from test_device_path import LateLane, weights_of
@@ -24,9 +25,7 @@ from whole_model import (
     SAMPLES,
     SEED,
     SEQLEN,
-    Stats,
     check_linear,
-    gather,
     in_memory,
     perplexity,
     stored,
@@ -54,18 +53,11 @@ from streamprune.model.statistics import StatisticsFile
 PAIRS = {"pattern": "2:4", "method": "wanda", "score": "wanda"}
 HALF = {"sparsity": 0.5, "method": "swiftprune", "score": "lscore", "selector": "ewma"}
 LEAST, LITTLE = 20, 3
-ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate|wg)$")
 
 Make = Callable[..., Path]
 Job = dict[str, Any]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -96,32 +88,6 @@ def run(source: Path, out: Path, text: Path, job: Job = PAIRS, **more: Any) -> J
     return stream(source, out, text, given(job), **more)
 
 
-def check_sums(path: Path, wanted: Stats) -> None:
-    file = StatisticsFile(path)
-    for name, (tokens, total, squares) in wanted.items():
-        found = file.load(name, len(total))
-        assert found.tokens == tokens, name
-        torch.testing.assert_close(found.sumsq, squares, rtol=1e-4, atol=1e-6 * float(squares.max()))
-        spread = (squares * tokens).sqrt()
-        assert bool(((found.sum - total).abs() <= 1e-4 * spread + 1e-5 * spread.max()).all())
-
-
-def check_masks(dense: Any, sparse: Any, kind: str, stats: Stats, job: Job, fused: bool = False) -> None:
-    """Every linear of `stats` is pruned as they say, and nothing else has changed."""
-    old, new = (weights_of_experts(m, MIXTURES[kind], fused) for m in (dense, sparse))
-    for weights, model in ((old, dense), (new, sparse)):
-        weights |= {
-            n: m.weight.detach() for n, m in model.named_modules() if n in stats and isinstance(m, torch.nn.Linear)
-        }
-    assert old.keys() == stats.keys()
-    differ = sum(check_linear(old[name], new[name], stats[name], job) for name in stats)
-    assert differ <= sum(weight.numel() for weight in old.values()) / 1000
-    apart = {f"{path}.{leaf}" for path, _ in experts_of(dense) for leaf in ("gate_up_proj", "up_proj", "down_proj")}
-    for name, tensor in dense.state_dict().items():
-        same = torch.equal(tensor, sparse.state_dict()[name])
-        assert same == (name not in apart and name.removesuffix(".weight") not in stats), name
-
-
 @pytest.fixture(scope="module")
 def held(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first 300 words of the text."""
@@ -134,40 +100,6 @@ def whole_perplexity(folder: Path, text: Path, whole: Any = None) -> float:
     """Of the whole model in memory, loaded from a folder unless given."""
     windows = torch.from_numpy(cut_windows(text, folder, VOCAB, 32))
     return perplexity(in_memory(folder) if whole is None else whole, windows)
-
-
-# ---- every family
-
-
-@pytest.mark.parametrize("kind, fused", [*((kind, False) for kind in MIXTURES), ("qwen3_moe", True)])
-def test_family(make: Make, text: Path, held: Path, tmp_path: Path, kind: str, fused: bool) -> None:
-    source = make(kind, fused=True) if fused else make(kind)
-    mixture = MIXTURES[kind]
-    model = in_memory(source)
-    windows = windows_of(source, text)
-    seen = look(model, mixture, windows, fused=fused)
-    wanted, few = seen.pooled(LEAST)
-    assert len(few) < len(seen.stats)
-    wanted |= {name: s for name, s in gather(model, LIKE, windows).items() if not ROUTERS.search(name)}
-
-    first = run(source, tmp_path / "a", text, PAIRS, expert_tokens=LEAST, save_stats=tmp_path / "stats")
-    check_sums(tmp_path / "stats", wanted)
-    pooled = [name for stage in first.report["stages"] for name in stage.get("pooled", [])]
-    assert sorted(pooled) == sorted(few)
-    before, after = stored(source), stored(first.out)
-    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
-    pruned = in_memory(first.out)
-    check_masks(model, pruned, kind, wanted, PAIRS, fused)
-    second = prune(source, tmp_path / "b", stats=tmp_path / "stats", **given(HALF))
-    check_masks(model, in_memory(second.out), kind, wanted, HALF, fused)
-    assert {n["name"] for n in first.report["linears"]} == wanted.keys()
-    assert second.report["sparsity"] == pytest.approx(0.5)
-
-    for folder, whole in ((source, model), (first.out, pruned)):
-        found = evaluate(folder, held, seqlen=32, dtype="float32", work=tmp_path)
-        assert found.perplexity == pytest.approx(whole_perplexity(folder, held, whole), rel=1e-5)
-    ids = pruned.generate(windows[:1, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    assert ids.shape == (1, 7)
 
 
 def test_in_bfloat16(make: Make, text: Path, held: Path, tmp_path: Path) -> None:
@@ -199,7 +131,7 @@ def test_few_tokens_and_none(make: Make, text: Path, tmp_path: Path) -> None:
     window = {"samples": 1, "seqlen": 8, "expert_tokens": LITTLE, "save_stats": tmp_path / "s"}
     done = stream(source, tmp_path / "out", tokens, given(PAIRS), **window)
     wanted, few = seen.pooled(LITTLE)
-    check_sums(tmp_path / "s", wanted)
+    same_sums(StatisticsFile(tmp_path / "s"), wanted)
     for index, stage in enumerate(done.report["stages"][1:-1]):
         assert set(stage["pooled"]) == {n for n in few if n.startswith(f"model.layers.{index}.")}
         assert len(stage["pooled"]) == len(set(stage["pooled"]))
@@ -238,7 +170,7 @@ def test_routed(make: Make, text: Path, tmp_path: Path) -> None:
     windows = windows_of(source, text)
     wanted, _ = look(in_memory(source), MIXTURES["mixtral"], windows, weighted=False).pooled(2)
     run(source, tmp_path / "out", text, PAIRS, expert_tokens=2, expert_stats="routed", save_stats=tmp_path / "s")
-    check_sums(tmp_path / "s", wanted)
+    same_sums(StatisticsFile(tmp_path / "s"), wanted)
     weighted = run(source, tmp_path / "other", text, PAIRS, expert_tokens=2)
     assert weights_of(tmp_path / "out") != weights_of(weighted.out)
     assert weighted.report["job"]["expert_stats"] == "weighted" and weighted.report["job"]["expert_tokens"] == 2
@@ -445,7 +377,7 @@ def test_batches(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for samples in (1, 5):
         monkeypatch.setattr("streamprune.model.budget.BATCH_TOKENS", samples * SEQLEN)
         run(source, tmp_path / f"{samples}", text, expert_tokens=LEAST, save_stats=tmp_path / f"stats{samples}")
-        check_sums(tmp_path / f"stats{samples}", wanted)
+        same_sums(StatisticsFile(tmp_path / f"stats{samples}"), wanted)
     torch_out = run(source, tmp_path / "torch", text, expert_tokens=LEAST, backend="torch").out
     one, five, other = (stored(f) for f in (tmp_path / "1", tmp_path / "5", torch_out))
     for name in one:
@@ -476,7 +408,7 @@ def test_groups(
     assert max(map(brought.count, names)) == -(-SAMPLES // batches), "once a group"
     assert len(brought) > 0.9 * len(names) * -(-SAMPLES // batches), "of tokens that go nearly everywhere"
     whole = look(in_memory(source), MIXTURES["mixtral"], windows_of(source, text))
-    check_sums(tmp_path / "stats", whole.pooled(64)[0])
+    same_sums(StatisticsFile(tmp_path / "stats"), whole.pooled(64)[0])
     found = evaluate(source, held, seqlen=32, dtype="float32", work=tmp_path).perplexity
     assert found == pytest.approx(whole_perplexity(source, held), rel=1e-5)
 
@@ -779,37 +711,6 @@ def test_stored_the_other_way_round(text: Path, tmp_path: Path) -> None:
 
 
 # ---- other kinds of experts
-
-
-OTHERS: dict[str, tuple[Job, str]] = {
-    "llama4_text": (
-        {"intermediate_size": 32, "intermediate_size_mlp": 64, "num_local_experts": 4, "head_dim": 8},
-        "feed_forward.experts.gate_up_proj",
-    ),
-    "jetmoe": ({"intermediate_size": 32, "num_local_experts": 4, "kv_channels": 8}, "weight of 3 dimensions"),
-    "longcat_flash": (
-        {
-            "ffn_hidden_size": 64, "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "moe_topk": 2,
-            "zero_expert_num": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8, "v_head_dim": 8, "num_layers": 2, "num_key_value_heads": 4,
-        },
-        "several layer lists",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_experts_of_another_form(tmp_path: Path, kind: str) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings, words = OTHERS[kind]
-    config = AutoConfig.for_model(
-        kind, vocab_size=VOCAB, hidden_size=HIDDEN, num_attention_heads=4,
-        **{"num_hidden_layers": 2, "num_key_value_heads": 2, **settings},
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(UnsupportedError, match=words):
-        build_skeleton(open_checkpoint(tmp_path / "model"), torch.float32)
 
 
 def test_experts_with_more_than_two_projections() -> None:

@@ -174,6 +174,61 @@ def test_eval_is_the_whole_models(job: Callable[..., JobResult], text: Path, inp
     assert same.kl == pytest.approx(0, abs=1e-9) and same.perplexity == found.perplexity
 
 
+@pytest.mark.parametrize(
+    ("shape", "together"), [((2, 12), (-1,)), ((24,), (0, 1)), ((2, 3, 4), (2, 3))], ids=["three", "two", "four"]
+)
+def test_compressed_tensors_goes_by_the_shape_of_inputs(
+    job: Callable[..., JobResult], shape: tuple[int, ...], together: tuple[int, ...]
+) -> None:
+    """Its scales are a token's where there are three dimensions, else those of all (two), or of a sequence (four).
+
+    `eval` always takes a token's, and so does vLLM. Where this fails, README and family_checks.py say too much.
+    """
+    out = job(stored="float32", method="hwpq", sparsity=0.5).out
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    linear, written = model.model.layers[1].mlp.up_proj, tensors(out)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = written[name].float() * written[f"{name}_scale"].float()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(24, weight.shape[1], generator=generator) * torch.logspace(-2, 1, 24)[:, None]
+    x = tokens.view(*shape, -1)
+    with torch.no_grad():
+        model(torch.arange(3, 9)[None])  # the first pass makes weights of codes
+        found = linear(x)
+
+    def rounded(own: Tensor) -> Tensor:
+        return F.linear((x / own).to(FP8).float() * own, weight)
+
+    torch.testing.assert_close(found, rounded(x.abs().amax(together, keepdim=True) / 448), rtol=1e-4, atol=1e-5)
+    far = float((found - rounded(x.abs().amax(-1, keepdim=True) / 448)).abs().max())
+    assert (far <= 1e-5) == (len(shape) == 2), far
+
+
+def _casting(self: Any, x: Tensor) -> Tensor:
+    inner = self.act_fn(self.gate_proj(x.to(self.gate_proj.weight.dtype))) * self.up_proj(x)
+    out: Tensor = self.down_proj(inner)
+    return out
+
+
+def _taking_values(self: Any, x: Tensor) -> Tensor:
+    inner = self.act_fn(F.linear(x, self.gate_proj.weight)) * self.up_proj(x)
+    out: Tensor = self.down_proj(inner)
+    return out
+
+
+def test_models_that_look_at_the_weight(
+    job: Callable[..., JobResult], text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A linear's weight has the dtype that is computed in, for casts of inputs. Its values are NaN: their use fails."""
+    out = job(stored="float32", method="hwpq", sparsity=0.5).out
+    plain = evaluate(out, text, seqlen=32, dtype="float32").perplexity
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", _casting)
+    assert evaluate(out, text, seqlen=32, dtype="float32").perplexity == plain
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", _taking_values)
+    with pytest.raises(StreampruneError, match="not finite"):
+        evaluate(out, text, seqlen=32, dtype="float32")
+
+
 def test_eval_reads_one_scale_a_tensor(job: Callable[..., JobResult], text: Path, tmp_path: Path) -> None:
     """As other tools write them: `strategy` tensor, a scale of shape (1,), float32."""
     from safetensors.torch import save_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,7 @@ from streamprune.pruning.selection import Amount, Pattern, prune_count, select
 RELATIVE, ABSOLUTE = Damping(0.05), Damping(0.05, relative=False)
 PATTERNS = [Pattern(1, 2), Pattern(2, 4), Pattern(4, 8), Pattern(3, 5)]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gram_of(matrix: torch.Tensor, held: torch.Tensor | None = None, tokens: int = 100) -> Gram:

@@ -12,7 +12,7 @@ import math
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,7 @@ ONE = 4 * 128 * 128
 PANELS = {"llama": 4 * 64 * 24, "gpt2": 4 * 128 * 50, "falcon": 4 * 128 * 50}
 """Room for a few narrow ones, or a third of the widest of one of them."""
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

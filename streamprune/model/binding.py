@@ -113,7 +113,7 @@ class _ExpertWeights:
     """The weights of a module's experts, brought when they are used: see routed.Weights.
 
     What is stored in another dtype than is computed in, or in FP8, is converted a panel of rows at a time. Inputs of
-    FP8 experts stay as they are: transformers, too, rounds those of its nn.Linear only.
+    FP8 experts stay as they are: transformers, unlike vLLM, rounds those of its nn.Linear only.
     """
 
     def __init__(self, skeleton: Skeleton, feed: Feed, refs: Mapping[str, TensorRef]) -> None:
@@ -185,8 +185,12 @@ def _bind_codes(
     before, forward = module._parameters["weight"], module.forward
     rounded = _rounded if scheme is None or scheme.rounds_inputs else _as_it_is
     if type(module) is nn.Linear:
-        module._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
-        module.__dict__["forward"] = lambda x: _coded_linear(module, scale, rounded(x))
+        # Some callers cast its input to the weight's dtype (DeepSeek-V3.2's indexer). NaN betrays who takes its values.
+        shown = codes.new_full((), torch.nan, dtype=dtype).expand(codes.shape)
+        module._parameters["weight"] = nn.Parameter(shown, requires_grad=False)
+        module.__dict__["forward"] = lambda x: _in_panels(
+            rounded(x), len(codes), module.bias, lambda b, e: _dequantised(codes, scale, b, e, x.dtype)
+        )
     else:  # whose arithmetic is its own
         exact = dequantise(codes, scale, dtype)
         module._parameters["weight"] = nn.Parameter(exact, requires_grad=False)
@@ -239,7 +243,7 @@ def _narrow(module: nn.Module, table: Tensor, dtype: torch.dtype, device: torch.
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """x (…, in) rounded to FP8, each token by a scale from its own largest value, as compressed-tensors does."""
+    """x (…, in) rounded to FP8, each token by a scale from its own largest value, whatever x's shape, as vLLM does."""
     own = x.abs().amax(-1, keepdim=True) / _FP8_MAX
     own = torch.where(own == 0, torch.finfo(x.dtype).eps, own)
     return (x / own).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype) * own
@@ -247,12 +251,6 @@ def _rounded(x: Tensor) -> Tensor:
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
-
-
-def _coded_linear(module: nn.Linear, scale: Tensor, x: Tensor) -> Tensor:
-    """As _linear_in_panels, for W = scale · codes."""
-    weight = module.weight
-    return _in_panels(x, len(weight), module.bias, lambda b, e: _dequantised(weight, scale, b, e, x.dtype))
 
 
 def _dequantised(codes: Tensor, scale: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
