@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from streamprune.choosing import check_widths, selected_linears
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.state import JobState
 from streamprune.errors import CorruptStateError, ResourceError, UsageError
@@ -24,10 +25,10 @@ from streamprune.model.grams import HoldOut, LayerGrams, gram_bytes, largest_at_
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.statistics import StatisticsFile
 from streamprune.pruning.selection import Amount, parse_pattern
-from streamprune.quantising import Quantisation
+from streamprune.quantising import Quantisation, check_codable
 from streamprune.refitting import Refit, needs_of
 from streamprune.spec import Calibration, JobSpec, compile_filter, format_bytes
-from streamprune.stage_writer import StageWriter, Target, check_shapes, selected_linears
+from streamprune.stage_writer import StageWriter, Target
 
 SLACK_BYTES = 64 << 20
 """Disk for everything besides weights and activations."""
@@ -52,7 +53,9 @@ def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> 
     target = Target(spec.recipe, amount, backend, spec.damping or "auto", quantisation=quantisation)
     only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
     chosen = selected_linears(skeleton.stages, only, skip)
-    check_shapes(target, chosen, skeleton)
+    if quantisation is not None:
+        check_codable(chosen, skeleton)
+    check_widths(amount.pattern, chosen, skeleton)
     return StageWriter(skeleton, feed, target, frozenset(chosen))
 
 

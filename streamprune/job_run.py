@@ -245,7 +245,7 @@ class Run:
             if not self.feed.copies or (stage.kind == "layer" and self.forward is not None):
                 self.feed.expect(stage.tensors if self.forward is None else stage.together)
             elif self.writer is not None:
-                self.feed.expect(ref for name, ref in stage.linears.items() if name in self.writer.selected)
+                self.feed.expect(stage.linears[n] for n in self.writer.in_order(stage) if n not in stage.expert_of)
 
     def _more(self, stage: Stage) -> bool:
         """Whether a layer comes after this one."""
@@ -308,8 +308,8 @@ class Run:
                 remove_cache(self.state.cache, old)
         if record["cache"] and self.forward is not None:
             self.forward.kept = now
-        total = len(self.skeleton.stages) - (self.writer is None)
-        self.progress(Progress(stage.name, len(self.records), total, record["seconds"]))
+        stages = len(self.skeleton.stages) - (self.writer is None)
+        self.progress(Progress(stage.name, len(self.records), stages, record["seconds"]))
 
     def _stats(self, gathered: dict[str, InputStats], name: str, in_features: int) -> InputStats:
         if self.given is not None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from streamprune.choosing import selected_linears
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
 from streamprune.errors import UsageError
@@ -59,7 +60,6 @@ from streamprune.pruning.recipes import Recipe, make_recipe
 from streamprune.quantising import check_codable, coded
 from streamprune.refitting import Refit, chunk_rows, needs_of, sampled
 from streamprune.spec import compile_filter
-from streamprune.stage_writer import selected_linears
 
 
 @dataclass(frozen=True)

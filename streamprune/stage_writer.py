@@ -7,9 +7,9 @@ Every weight that passes is looked at: NaN and Inf are found here, with their pl
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from streamprune.disk.durable import AtomicFile, Buffer
 from streamprune.disk.header import TensorRef
 from streamprune.disk.shards import fill_shard
-from streamprune.errors import UsageError
 from streamprune.kernels import Selection
 from streamprune.model.feed import Feed
 from streamprune.model.finite import finite_rows, refuse_nonfinite, rows_of
@@ -30,13 +29,12 @@ from streamprune.model.skeleton import Skeleton, Stage, is_linear
 from streamprune.pruning.methods import Sample
 from streamprune.pruning.recipes import Recipe
 from streamprune.pruning.scores import SCORES
-from streamprune.pruning.selection import Amount, check_pattern, prune_count, select
+from streamprune.pruning.selection import Amount, prune_count, select
 from streamprune.pruning.stats import InputStats
-from streamprune.quantising import LinearCodes, Quantisation, check_codable, coded
+from streamprune.quantising import LinearCodes, Quantisation, coded
 from streamprune.refitting import LayerRefit, Refit, chunk_rows, sampled
 
 CHUNK_BYTES = 16 << 20
-_ROUTER = re.compile(r"\.(gate|router)(\.|$)|shared_expert_gate$")
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,8 @@ class StageWriter:
         self._lane = Lane(self.feed.device)
         self._refit: LayerRefit | None = None
         self._scales: dict[str, list[Tensor]] = {}
+        self._following: dict[TensorRef, TensorRef] = {}
+        """Of experts' linears, which are too many to be brought together, the next one."""
         self._stored: dict[str, TensorRef] = {}
 
     def tensors_of(self, stage: Stage) -> list[TensorRef]:
@@ -133,6 +133,8 @@ class StageWriter:
         known = {ref.name for ref in self.skeleton.sources.values()}
         stored = self._stored = {ref.name: ref for ref in stage.tensors}
         self._scales = {}
+        apart = [stage.linears[name] for name in self.in_order(stage) if name in stage.expert_of]
+        self._following = dict(pairwise(apart))
 
         def content(ref: TensorRef) -> Iterator[Buffer]:
             if ref.name in self._scales:
@@ -191,6 +193,8 @@ class StageWriter:
         return Sample(rows.float(), torch.cat([r.weight for r in self._select(name, rows, feature, power)]).float())
 
     def _pruned(self, ref: TensorRef, name: str) -> Iterator[Buffer]:
+        if ref in self._following:
+            self.feed.expect([self._following[ref]])
         transposed = name in self.skeleton.transposed
         in_features = _width(ref, transposed)
         feature, power = self._features.of(name, in_features)
@@ -226,6 +230,8 @@ class StageWriter:
         if codes is not None:
             self.linears[-1] |= codes.report(outcome is not None)
             self._scales[coded(ref)[1].name] = [self._lane.fetch(part, None) for part in codes.scales]
+        if self.feed.copies and ref in self._following:
+            self.feed.release([ref])
 
     def _codes(self, ref: TensorRef, name: str) -> LinearCodes | None:
         how = self.target.quantisation
@@ -292,20 +298,6 @@ def _itemsize(ref: TensorRef) -> int:
     return ref.nbytes // max(1, ref.shape[0] * ref.shape[1])
 
 
-def check_shapes(target: Target, linears: Mapping[str, TensorRef], skeleton: Skeleton) -> None:
-    """Raises UsageError for a linear whose width the pattern does not divide, UnsupportedError for one that cannot be
-    quantised, before anything runs."""
-    if target.quantisation is not None:
-        check_codable(linears, skeleton)
-    if target.amount.pattern is None:
-        return
-    for name, ref in linears.items():
-        try:
-            check_pattern(target.amount.pattern, ref.shape[0] if name in skeleton.transposed else ref.shape[1])
-        except UsageError as e:
-            raise UsageError(f"{name}: {e}") from e
-
-
 def _pieces(data: memoryview) -> Iterable[Buffer]:
     for begin in range(0, len(data), CHUNK_BYTES):
         yield data[begin : begin + CHUNK_BYTES]
@@ -315,23 +307,3 @@ def _bytes(tensor: Tensor) -> Buffer:
     """A contiguous CPU tensor's bytes, not copied."""
     view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
     return view
-
-
-def selected_linears(stages: Sequence[Stage], only: Any, skip: Any) -> dict[str, TensorRef]:
-    """The linears that --only and --skip leave. Raises UsageError when none is left.
-
-    Of mixtures of experts, routers and gates of shared experts stay as they are, unless --only matches to the end of
-    their names.
-    """
-    names = {n: ref for s in stages for n, ref in s.linears.items()}
-    if any(stage.experts for stage in stages):
-        named = {n for n in names if only and any(m.end() == len(n) for m in only.finditer(n))}
-        names = {n: ref for n, ref in names.items() if n in named or not _ROUTER.search(n)}
-    chosen = {n: r for n, r in names.items() if (not only or only.search(n)) and not (skip and skip.search(n))}
-    if not chosen:
-        example = next(iter(names), "none")
-        raise UsageError(f"--only and --skip leave no linear to prune; names look like {example}")
-    for name, ref in chosen.items():
-        if ref.dtype not in TORCH_DTYPES:
-            raise UsageError(f"{name} is {ref.dtype} and cannot be pruned; leave it out with --skip")
-    return chosen

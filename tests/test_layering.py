@@ -26,7 +26,7 @@ ORDER: list[set[str]] = [
     {"kernels"},
     {"pruning"},
     {"model"},
-    {"refitting", "quantising"},
+    {"choosing", "refitting", "quantising"},
     {"stage_writer", "report"},
     {"allocating", "job_prepare", "job_pass", "job_finish", "comparison", "evaluation_pass"},
     {"job_run", "job", "evaluation", "planning", "inspection", "packing"},

@@ -1,0 +1,46 @@
+"""Which linears a job prunes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from streamprune.disk.header import TensorRef
+from streamprune.errors import UsageError
+from streamprune.model.naming import TORCH_DTYPES
+from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.pruning.selection import Pattern, check_pattern
+
+_ROUTER = re.compile(r"\.(gate|router)(\.|$)|shared_expert_gate$")
+
+
+def selected_linears(stages: Sequence[Stage], only: Any, skip: Any) -> dict[str, TensorRef]:
+    """The linears that --only and --skip leave. Raises UsageError when none is left.
+
+    Of mixtures of experts, routers and gates of shared experts stay as they are, unless --only matches to the end of
+    their names.
+    """
+    names = {n: ref for s in stages for n, ref in s.linears.items()}
+    if any(stage.experts for stage in stages):
+        named = {n for n in names if only and any(m.end() == len(n) for m in only.finditer(n))}
+        names = {n: ref for n, ref in names.items() if n in named or not _ROUTER.search(n)}
+    chosen = {n: r for n, r in names.items() if (not only or only.search(n)) and not (skip and skip.search(n))}
+    if not chosen:
+        example = next(iter(names), "none")
+        raise UsageError(f"--only and --skip leave no linear to prune; names look like {example}")
+    for name, ref in chosen.items():
+        if ref.dtype not in TORCH_DTYPES:
+            raise UsageError(f"{name} is {ref.dtype} and cannot be pruned; leave it out with --skip")
+    return chosen
+
+
+def check_widths(pattern: Pattern | None, linears: Mapping[str, TensorRef], skeleton: Skeleton) -> None:
+    """Raises UsageError for a linear whose width the pattern does not divide."""
+    if pattern is None:
+        return
+    for name, ref in linears.items():
+        try:
+            check_pattern(pattern, ref.shape[0] if name in skeleton.transposed else ref.shape[1])
+        except UsageError as e:
+            raise UsageError(f"{name}: {e}") from e
