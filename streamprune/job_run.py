@@ -287,8 +287,8 @@ class Run:
             record["linears"] = self.writer.linears
             if self.given and (fallen := [n for n in stage.linears if is_pooled(self.given.groups.get(n))]):
                 record["pooled"] = fallen
-            if grams is not None and grams.passes:
-                record["gram_passes"] = grams.passes
+            if grams is not None and self.forward is not None:  # whose memory may have run out once more
+                record |= {"batch": self.forward.walk.most} | ({"gram_passes": grams.passes} if grams.passes else {})
         self.feed.release(stage.tensors)  # now, not when all is durable: the layer after the next is about to be sent
         return file
 

@@ -32,6 +32,7 @@ from streamprune.cli import main
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.job import JobResult, calibrate, prune
+from streamprune.job_pass import Pass
 from streamprune.model.budget import Layout
 from streamprune.model.calibration import draw_windows
 from streamprune.model.feed import Feed
@@ -613,6 +614,25 @@ def test_smaller_batches_where_memory_runs_out(
         for entry, wanted in zip(scarce.report["linears"], plain.report["linears"], strict=True):
             assert entry["error"] == pytest.approx(wanted["error"], rel=1e-2)
             assert entry["held_out_error_mask"] == pytest.approx(wanted["held_out_error_mask"], rel=1e-3)
+
+
+def test_memory_that_runs_out_in_a_pass_for_grams(
+    models: Models, text: Path, tmp_path: Path, use: Callable[..., None], room: Callable[[int], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The smaller batch is recorded, or whoever goes on after a crash would compute in larger ones."""
+    gather, failed = Pass.gather, []
+
+    def scarce(forward: Pass, stage: Any, make: Any, inputs: Any) -> Any:
+        if stage.index == 1 and not failed:
+            failed.append(stage.name)
+            forward.walk.give_way()
+        return gather(forward, stage, make, inputs)
+
+    room(PANELS["llama"])
+    monkeypatch.setattr(Pass, "gather", scarce)
+    result = run(models("llama", 2), tmp_path / "out", text, refit="cg", sparsity=0.5)
+    assert failed and result.report["out_of_memory_batch"] == 1
 
 
 # ---- what is refused

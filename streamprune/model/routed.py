@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from streamprune.disk.header import TensorRef
 from streamprune.disk.scratch import ScratchMatrix
@@ -36,6 +37,9 @@ _GATHERED = 256
 
 _SCANNED = 1 << 16
 """Tokens that are looked through at once for those of an expert."""
+
+_LEAST_ROWS = 64
+"""Rows of a product in bf16 or float16 on the CPU are a multiple of so many."""
 
 
 class ReachedExperts(Exception):  # noqa: N818 - not an error
@@ -74,9 +78,16 @@ class _Mixture:
     """What it returns for each of these."""
     replayed: int = 0
 
+    def product(self, name: str, x: Tensor) -> Tensor:
+        """x (n, in) · Wᵀ: (n, out), in x's dtype."""
+        if x.device.type != "cpu" or x.dtype.itemsize > 2:
+            return self.weights.product(name, x)
+        # oneDNN keeps 0.6 MiB for each number of rows that it has seen, and experts see a different one each time
+        return self.weights.product(name, F.pad(x, (0, 0, 0, padded_rows(len(x)) - len(x))))[: len(x)]
+
     def middle(self, expert: int, x: Tensor) -> Tensor:
         """The input of an expert's last linear, for x (n, hidden)."""
-        both = torch.cat([self.weights.product(name, x) for name in self.experts.up[expert]], dim=-1)
+        both = torch.cat([self.product(name, x) for name in self.experts.up[expert]], dim=-1)
         bias = next((b for leaf in UP if (b := self.module._parameters.get(f"{leaf}_bias")) is not None), None)
         if bias is not None:
             both = both + bias[expert]
@@ -86,7 +97,7 @@ class _Mixture:
 
     def output(self, expert: int, middle: Tensor) -> Tensor:
         """(n, hidden) of (n, intermediate)."""
-        result = self.weights.product(self.experts.down[expert], middle)
+        result = self.product(self.experts.down[expert], middle)
         bias = self.module._parameters.get(f"{DOWN}_bias")
         return result if bias is None else result + bias[expert]
 
@@ -112,6 +123,12 @@ class _Mixture:
                 out.index_add_(0, token, (self.output(e, middle) * share).to(out.dtype))
             self.weights.release(self.experts.of([e]))
         return out
+
+
+def padded_rows(rows: int) -> int:
+    """How many rows are multiplied instead of `rows`: one of few numbers, less than 64 or a quarter more."""
+    step = max(_LEAST_ROWS, 1 << max(0, (rows - 1).bit_length() - 3))
+    return -(-rows // step) * step
 
 
 def _show(see: Watch | None, names: Sequence[str], x: Tensor, share: Tensor, weighted: bool) -> None:
