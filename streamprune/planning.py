@@ -244,7 +244,8 @@ def _refits(
         work = refit_work(effort, together, left, tokens, trials)
         for experts in stage.experts:
             for up, down in zip(experts.up, experts.down, strict=True):
-                key = tuple(linear(stage, n, "down" if n == down else "up") for n in (*up, down) if n in chosen)
+                ordered = sorted((n for n in (*up, down) if n in chosen), key=lambda n: stage.linears[n].name)
+                key = tuple(linear(stage, n, "down" if n == down else "up") for n in ordered)
                 if key and key not in known:
                     known[key] = of_expert(key, sum(math.prod(linear_shape(skeleton, n, stage)) for n in up))
                 work += known.get(key, NO_REFIT)
