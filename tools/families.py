@@ -17,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -103,6 +104,10 @@ def main() -> int:
     kinds = parser.parse_args().kinds or KINDS
     if unknown := [k for k in kinds if k not in KINDS]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    if find_spec("compressed_tensors") is None:  # or FP8 would look as if it did not work
+        parser.error(
+            "transformers needs compressed-tensors to load FP8: pip install -e '.[fp8]', or tools/test"
+        )
     import torch
     from transformers.utils import logging
 
