@@ -105,9 +105,7 @@ def main() -> int:
     if unknown := [k for k in kinds if k not in KINDS]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(KINDS)}")
     if find_spec("compressed_tensors") is None:  # or FP8 would look as if it did not work
-        parser.error(
-            "transformers needs compressed-tensors to load FP8: pip install -e '.[fp8]', or tools/test"
-        )
+        parser.error("transformers needs compressed-tensors to load FP8: pip install -e '.[fp8]', or tools/test")
     import torch
     from transformers.utils import logging
 
