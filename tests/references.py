@@ -17,7 +17,7 @@ Bools = NDArray[np.bool_]
 
 
 class Ewma(NamedTuple):
-    """z = (L - est) / dev of one row, with the state that each weight saw; all (in_features,)."""
+    """z = (l - est) / dev of one row, with the state that each weight saw; all (in_features,)."""
 
     z: Floats
     est: Floats
@@ -30,26 +30,44 @@ def scores(weight: torch.Tensor, feature: torch.Tensor, power: int) -> Floats:
 
 
 def ewma(row: Floats, block: int, alpha: float) -> Ewma:
-    """Blocks of neighbours: compare with the state before the block, then move the state."""
+    """Of the roots of scores, (in_features,): blocks of neighbours are compared with the state before the block.
+
+    First the means of the blocks, held at four times their typical size; from these est before each block; then the
+    same for the distances from est.
+    """
     floor = float(np.finfo(np.float32).tiny)
-    z, est_at, dev_at = np.empty_like(row), np.empty_like(row), np.empty_like(row)
-    first = row[:block]
-    est = float(np.mean(first))
-    dev = float(np.mean(np.abs(first - est)))
-    for begin in range(0, len(row), block):
-        part = row[begin : begin + block]
-        seen = slice(begin, begin + len(part))
-        z[seen] = (part - est) / max(dev, floor)
-        est_at[seen], dev_at[seen] = est, max(dev, floor)
-        dev += alpha * (float(np.mean(np.abs(part - est))) - dev)
-        est += alpha * (float(np.mean(part)) - est)
-    return Ewma(z, est_at, dev_at)
+    block = min(block, len(row))
+    parts = row[: len(row) // block * block].reshape(-1, block)
+    est = _moving(parts.mean(1), alpha)
+    dev = _moving(np.abs(parts - est[:-1, None]).mean(1), alpha)
+    number = np.arange(len(row)) // block
+    est_at, dev_at = est[number], np.maximum(dev, floor)[number]
+    return Ewma((row - est_at) / dev_at, est_at, dev_at)
+
+
+def _moving(means: Floats, alpha: float) -> Floats:
+    """The state before each block and after the last."""
+    held = np.minimum(means, 4 * _typical(means))
+    states = [float(held.mean())]
+    for mean in held:
+        states.append(states[-1] + alpha * (float(mean) - states[-1]))
+    return np.array(states)
+
+
+def _typical(means: Floats) -> float:
+    """The lower median of those that are not 0, rounded down to four binary digits behind the point of a mantissa."""
+    above = np.sort(means[means > 0])
+    if not len(above):
+        return 0.0
+    mantissa, exponent = np.frexp(above[(len(above) - 1) // 2])
+    return float(np.ldexp(np.floor(mantissa * 32) / 32, exponent))
 
 
 def published_recurrence(row: Floats, alpha: float, threshold: float) -> Bools:
-    """SwiftPrune as published, weight by weight: True where L < est + λ·dev, λ = `threshold`."""
+    """SwiftPrune as published, weight by weight, but for the start: True where l < est + λ·dev, λ = `threshold`."""
     pruned = np.zeros(len(row), bool)
-    est, dev = float(row[0]), 0.0
+    est = float(row.mean())
+    dev = float(ewma(row, 1, alpha).dev[0])
     for j, score in enumerate(row):
         pruned[j] = score < est + threshold * dev
         dev = (1 - alpha) * dev + alpha * abs(score - est)

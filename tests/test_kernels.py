@@ -93,7 +93,7 @@ def test_exact_selection_matches_the_reference(kernels: ModuleType, dtype: torch
 )
 def test_ewma_matches_the_reference(kernels: ModuleType, dtype: torch.dtype, width: int, block: int) -> None:
     weight, feature = linear(6, width, dtype), features(width)
-    score = references.scores(weight, feature, 2)
+    score = np.sqrt(references.scores(weight, feature, 2))
     rows = [references.ewma(row, block, 1 / 8) for row in score]
     z = np.stack([row.z for row in rows])
     rounding = np.stack([4e-6 * (s + row.est) / row.dev for s, row in zip(score, rows, strict=True)])
@@ -115,8 +115,10 @@ def assert_lowest(pruned: np.ndarray, values: np.ndarray, count: int, rounding: 
 @pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("alpha", [1 / 8, 1 / 256])
 def test_blocks_of_one_are_the_published_recurrence(kernels: ModuleType, alpha: float) -> None:
-    weight, feature = linear(5, 400), features(400)
-    score = references.scores(weight, feature, 2)
+    """Of scores within a factor of three, of which none is held down."""
+    weight = torch.rand(5, 400, generator=torch.Generator().manual_seed(0)) + 0.5
+    feature = torch.ones(400)
+    score = np.sqrt(references.scores(weight, feature, 2))
     selection = kernels.prune_ewma(weight, feature, 2, 200, block=1, alpha=alpha, want_keep=True)
     assert selection.keep is not None
     for row, keep in zip(score, selection.keep.numpy(), strict=True):
@@ -125,6 +127,43 @@ def test_blocks_of_one_are_the_published_recurrence(kernels: ModuleType, alpha: 
         assert low < high + 1e-4
         pruned = references.published_recurrence(row, alpha, (low + high) / 2)
         assert (pruned != ~keep).sum() <= 1, "at most a near-tie at the threshold"
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("width", [96, 576, 4096, 11009])
+def test_an_outlier_does_not_hide_its_neighbours(kernels: ModuleType, power: int, width: int) -> None:
+    """One score a million times the others, wherever it stands: of what they keep, nothing but a trace is lost."""
+    weight, feature, count = linear(7, width), features(width), width // 2
+    places = [0, 5, 31, 32, width // 3, width // 2, width - 1]
+    for row, place in enumerate(places):
+        weight[row, place] = 1e6 ** (1 / power)
+        feature[place] = 1.0
+    kept = {}
+    for name in ("ewma", "exact"):
+        keep = getattr(kernels, f"prune_{name}")(weight, feature, power, count, want_keep=True).keep
+        score = torch.from_numpy(references.scores(weight, feature, power)) * keep
+        assert all(keep[row, place] for row, place in enumerate(places))
+        for row, place in enumerate(places):
+            score[row, place] = 0
+        kept[name] = score.sum(1)
+    assert (kept["ewma"] >= 0.99 * kept["exact"]).all()
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_heavy_tails_of_features_cost_little(kernels: ModuleType) -> None:
+    """Features that differ as those of a pretrained model do: a few carry nearly everything."""
+    width = 4096
+    generator = torch.Generator().manual_seed(2)
+    feature = torch.exp(1.5 * torch.randn(width, generator=generator))
+    feature[torch.randperm(width, generator=generator)[:12]] *= 1e6
+    weight = linear(16, width)
+    kept = {}
+    for name in ("ewma", "exact"):
+        keep = getattr(kernels, f"prune_{name}")(weight, feature, 2, width // 2, want_keep=True).keep
+        score = torch.from_numpy(references.scores(weight, feature.clamp_max(1e3), 2))
+        kept[name] = (score * keep).sum(1)
+    assert (kept["ewma"] >= 0.99 * kept["exact"]).all()
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)

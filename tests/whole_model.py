@@ -112,10 +112,12 @@ def score_of(weight: torch.Tensor, stats: tuple[int, torch.Tensor, torch.Tensor]
     return w * np.sqrt(a) if score == "wanda" else w
 
 
-def keys_of(scores: np.ndarray, selector: str) -> np.ndarray:
+def keys_of(scores: np.ndarray, score: str, selector: str) -> np.ndarray:
     """What the selector orders the weights of a row by."""
     if selector == "exact":
         return scores
+    if score.startswith("lscore"):
+        scores = np.sqrt(scores)
     return np.stack([references.ewma(row, min(32, len(row)), EWMA_ALPHA).z for row in scores])
 
 
@@ -142,7 +144,7 @@ def check_linear(
     if "pattern" in job:
         n, m = map(int, job["pattern"].split(":"))
         return check_mask(pruned.reshape(-1, m), scores.reshape(-1, m), m - n)
-    return check_mask(pruned, keys_of(scores, job["selector"]), math.floor(job["sparsity"] * width + 1e-9))
+    return check_mask(pruned, keys_of(scores, job["score"], job["selector"]), math.floor(job["sparsity"] * width + 1e-9))
 
 
 def check_statistics(path: Path, wanted: Stats) -> None:

@@ -9,9 +9,14 @@ if TYPE_CHECKING:
 
 
 EWMA_ALPHA = 1 / 128
-"""How fast EWMA's estimates follow, per block of 32 scores. The smaller, the nearer to exact selection (0 is exact).
-On a trained 8 M-parameter model at 70 % the perplexity over exact selection is + 3.4 % with 1/8, + 1.8 % with 1/32,
-+ 1.1 % with 1/64 and + 0.5 % with 1/128."""
+"""How fast EWMA's estimates follow, per block of 32 scores; 0 is exact selection. See CONTRIBUTING.md for what was
+tried."""
+
+LARGEST_BLOCK = 4.0
+"""A block counts in EWMA's estimates for no more than this many times the typical block of its row."""
+
+TYPICAL_BITS = 19
+"""Low bits of a float32 that the typical block's mean is rounded down by: four binary digits of it are kept."""
 
 
 class Selection(NamedTuple):
@@ -21,8 +26,8 @@ class Selection(NamedTuple):
              zero, pruned or kept, is +0.0.
     keep     (rows, in_features) bool, False where pruned; None unless asked for. It is the selection itself:
              a kept weight that happens to be zero is True.
-    removed  sum of the scores of the pruned weights.
-    total    sum of all scores.
+    removed  sum of the scores L of the pruned weights.
+    total    sum of all scores L.
     finite   no weight is NaN or Inf, by their bits: a score may overflow where no weight does. Where it is False,
              neither the weights nor the sums mean anything, and first_nonfinite finds the place.
     """

@@ -2,15 +2,22 @@
 
 Score of a weight: L_ij = |w_ij|**power * feature_j, in float32. Selectors, per row of L:
 
-EWMA (SwiftPrune, arXiv 2501.16376; there block = 1 and a fixed λ). The row is read in blocks of B neighbours.
-With (est, dev) the state before block b, a weight is pruned when L < est + λ·dev, and after the block
+Exact: the `count` smallest L of each row. N:M: the M − N smallest L of every M consecutive ones.
 
-    est += α (mean(L) − est)        dev += α (mean|L − est| − dev)        with est the value before the block.
+EWMA (SwiftPrune, arXiv 2501.16376): the weights furthest below a running mean of their row. It works on
+l = |w| * feature**(1 / power), the root of L where power is 2: the order is the same and the tails are not, and a mean
+of squares follows its largest terms. The row is read in blocks of B neighbours. With (est, dev) the state before
+block b, a weight is pruned when l < est + λ·dev, and after the block
 
-It starts from the first block: est = mean(L), dev = mean|L − est|. λ is solved per row so that exactly
-`count` weights go: they are the `count` smallest z = (L − est) / dev. dev is held above the smallest normal
-float32. Exact: the `count` smallest L. N:M: the M − N smallest L of every M consecutive ones. Ties: lowest
-column first.
+    est += α (mean(l) − est)        dev += α (mean|l − est| − dev)        with est the value before the block.
+
+λ is solved per row so that exactly `count` weights go: they are the `count` smallest z = (l − est) / dev. dev is held
+above the smallest normal float32. What differs from the published recurrence (B = 1, a fixed λ, a start from the
+first score): both states start from the mean over the row's blocks, and a block's mean, here and in the updates,
+counts for no more than LARGEST_BLOCK times the median of those that are not zero. So a single score, however
+large, moves the states by a few percent and cannot hide its neighbours.
+
+Ties go to the lowest column first.
 
 bf16, fp16 and fp32 weights are read through their bits without a copy; a row lives in cache-sized buffers, so
 no float32 image of a linear ever exists. Rows are shared out to torch.get_num_threads() threads of our own
@@ -164,12 +171,14 @@ def _prune_rows(
         raise ValueError(f"cannot prune {count} of {weight.shape[-1]} weights in a row")
     job = _Job(weight, feature, power, out, want_keep)
     block = min(block, weight.shape[-1])
-    padded = job.padded(COUNT)
+    padded, root = job.padded(COUNT), int(block > 0 and power == 2)
+    if root:
+        padded, power = np.sqrt(padded), 1
 
     def part(begin: int, end: int) -> None:
         rows = slice(begin, end)
         cpu_rows.prune_rows(
-            job.weight[rows], padded, power, job.form, count, block, float(alpha), job.out[rows], job.keep[rows],
+            job.weight[rows], padded, power, root, job.form, count, block, float(alpha), job.out[rows], job.keep[rows],
             job.loss[rows],
         )  # fmt: skip
 

@@ -24,6 +24,12 @@ def scored(size: Any, feature: Any, square: Any) -> Any:
     return size * select(square, size, fill(np.float32(1.0))) * feature
 
 
+@jit(inline=True)
+def as_loss(value: Any, rooted: Any) -> Any:
+    """L of lanes of scores: their squares where the score is the root of L."""
+    return value * select(rooted, value, fill(np.float32(1.0)))
+
+
 @jit()
 def copy(source: Any, target: Any) -> None:
     """As much as fits. An assignment of slices takes longer to compile than all the rest: its error has a message."""
@@ -33,15 +39,16 @@ def copy(source: Any, target: Any) -> None:
 
 @jit()
 def _load_scores(
-    row: Any, n: Any, out: Any, feature: Any, power: Any, form: Any, score: Any, sums: Any, by_lanes: Any
+    row: Any, n: Any, out: Any, feature: Any, power: Any, root: Any, form: Any, score: Any, sums: Any, by_lanes: Any
 ) -> Any:
     """score[j] = |w_j|**power * feature[j]; if by_lanes, sums[b] = their sums over blocks of BLOCK.
 
     The row behind this one, n further on, and the place for what is left of this one are asked for meanwhile.
-    Returns (sum of scores, sum of |w|, are all weights finite).
+    Returns (sum of L, which is the score or, of a `root`, its square; sum of |w|; are all weights finite).
     """
     mask, shift, factor, infinity = form
     square, nothing = fill(np.int32(power)) == 2, fill(np.float32(0.0))
+    rooted = fill(np.int32(root)) == 1
     total, sizes, top, left = nothing, nothing, fill(np.int32(0)), nothing
     for j in range(0, score.size, COUNT):
         lanes.will_read(row, j + n)
@@ -51,7 +58,7 @@ def _load_scores(
         size = as_float(bits << shift) * factor
         value = scored(size, load(feature, j), square)
         store(score, j, value)
-        total = total + value
+        total = total + as_loss(value, rooted)
         sizes = sizes + size
         if by_lanes and j % BLOCK:
             sums[j // BLOCK] = np.float64(lanes.total(left + value))
@@ -62,20 +69,21 @@ def _load_scores(
 @jit()
 def _emit(
     row: Any, threshold: Any, cut: Any, mask: Any, key: Any, score: Any, est: Any, inverse: Any, by_lanes: Any,
-    out: Any, keep: Any,
+    root: Any, out: Any, keep: Any,
 ) -> Any:  # fmt: skip
     """Copy the bits of the weights that stay; those that go, and every zero, become +0.0.
 
-    Keys <= threshold go left of column cut, keys < threshold from there on. Returns the sum of scores of what goes.
+    Keys <= threshold go left of column cut, keys < threshold from there on. Returns the sum of L of what goes.
     """
     removed, nothing = fill(np.float32(0.0)), fill(np.float32(0.0))
+    rooted = fill(np.int32(root)) == 1
     limit, behind = fill(np.int32(threshold)), fill(np.int32(threshold - 1))
     for j in range(0, key.size, COUNT):
         if j + COUNT > cut:
             limit = select(lanes.columns() < np.int32(max(cut - j, 0)), limit, behind)
         bits, gone = load(row, j), keys_at(j, key, score, est, inverse, by_lanes) <= limit
         store(out, j, select(gone | ((bits & mask) == 0), fill(np.int32(0)), bits))
-        removed = removed + select(gone, load(score, j), nothing)
+        removed = removed + select(gone, as_loss(load(score, j), rooted), nothing)
         if keep.size:
             store(keep, j, lanes.invert(gone))
     return np.float64(lanes.total(removed))
@@ -83,11 +91,12 @@ def _emit(
 
 @jit(entry=True)
 def prune_rows(
-    weight: Any, feature: Any, power: Any, form: Any, count: Any, block: Any, alpha: Any, out: Any, keep: Any,
+    weight: Any, feature: Any, power: Any, root: Any, form: Any, count: Any, block: Any, alpha: Any, out: Any, keep: Any,
     loss: Any,
 ) -> None:  # fmt: skip
     """`count` weights of every row go; block 0 means the exact selector, else EWMA.
 
+    A score is |w|**power * feature; with `root` 1, L is its square, else itself.
     weight, out (rows, n) uint16|uint32, may be the same; feature (n, padded to whole lanes) float32; keep (rows, n)
     bool or (rows, 0); loss (rows, 3) float64 gets removed, total and whether the row is finite.
     """
@@ -99,6 +108,7 @@ def prune_rows(
     found, blocks = np.empty(size + COUNT, np.int32), n // max(block, 1)
     sums, state = np.empty(blocks, np.float64), np.empty(blocks + 1, np.float64)
     est, inverse = np.empty(blocks + 1, np.float32), np.empty(blocks + 1, np.float32)
+    means = np.empty(-(-blocks // COUNT) * COUNT, np.float32)
     middle, spread, track = 0.0, 1.0, np.empty(2, np.float64)
     track[0] = track[1] = np.nan
     line, line_out = np.zeros(size, weight.dtype), np.empty(size, weight.dtype)
@@ -108,9 +118,9 @@ def prune_rows(
         if n < size:
             copy(row, line)
             row, row_out, row_keep = line, line_out, line_keep
-        total, sizes, finite = _load_scores(row, n, row_out, feature, power, form, score, sums, by_lanes)
+        total, sizes, finite = _load_scores(row, n, row_out, feature, power, root, form, score, sums, by_lanes)
         if block > 0:
-            middle, spread = follow(score, block, alpha, by_lanes, sums, state, est, inverse)
+            middle, spread = follow(score, block, alpha, by_lanes, sums, state, means, est, inverse)
             if not by_lanes:
                 write_keys(score, n, block, est, inverse, key)
         for j in range(n, size):
@@ -121,7 +131,7 @@ def prune_rows(
         elif count > 0:
             unit = ((sizes / n) ** power, middle, spread)
             threshold, cut = find_threshold(key, score, block, est, inverse, by_lanes, count, unit, track, found)
-        removed = _emit(row, threshold, cut, form[0], key, score, est, inverse, by_lanes, row_out, row_keep)
+        removed = _emit(row, threshold, cut, form[0], key, score, est, inverse, by_lanes, root, row_out, row_keep)
         loss[r, 0], loss[r, 1], loss[r, 2] = removed, total, np.float64(finite)
         if n < size:
             copy(line_out, out[r])

@@ -3,7 +3,7 @@
 A selector turns a row of scores into int32 keys, sixteen at a time; then selection is a threshold on keys:
 
     exact   key = bits of L (L >= 0, so the order of bits is the order of values)
-    ewma    key = order-preserving bits of z = (L - est) / dev
+    ewma    key = order-preserving bits of z = (l - est) / dev, with l = |w| * feature**(1 / power)
 
 The k smallest of n keys are found without sorting. The rows before tell where the threshold should be: keys in a
 bracket around that, a few percent, are packed into a list while the keys below are counted, in one pass. A search by
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from streamprune.kernels import lanes
+from streamprune.kernels import LARGEST_BLOCK, TYPICAL_BITS, lanes
 from streamprune.kernels.jit import jit
 from streamprune.kernels.lanes import COUNT, as_float, as_int, fill, load, pack
 
@@ -31,13 +31,13 @@ _SIGNLESS = 0x7FFFFFFF
 
 
 @jit()
-def _moving(values: Any, alpha: Any, state: Any) -> None:
-    """state[b] = the moving mean of values before block b, state (values.size + 1,); it starts at the first value.
+def _moving(values: Any, alpha: Any, start: Any, state: Any) -> None:
+    """state[b] = the moving mean of values before block b, state (values.size + 1,); state[0] = start.
 
     Four steps at once: now = keep**4 now + four, so that one product and one sum wait for those before and not
     eight. In float64, for otherwise a constant row might not have a constant mean.
     """
-    keep, now = 1.0 - alpha, values[0]
+    keep, now = 1.0 - alpha, start
     keep_2, keep_3, keep_4 = keep * keep, keep * keep * keep, keep * keep * keep * keep
     state[0] = now
     whole = values.size // 4 * 4
@@ -77,13 +77,47 @@ def _plain_sums(score: Any, block: Any, est: Any, sums: Any) -> None:
 
 
 @jit()
-def _mean_states(sums: Any, block: Any, alpha: Any, state: Any, rounded: Any) -> Any:
-    """From sums of blocks to the moving mean before each, state in float64, rounded. Returns about its mean."""
+def _typical(bits: Any, n: Any) -> Any:
+    """The median of those of n numbers that are not 0, rounded down to TYPICAL_BITS; 0 where all are.
+
+    bits (n, padded to whole lanes with HIGHEST) int32 are those of float32 >= 0.
+    """
+    zeros = _at_most(bits, np.int32(0))
+    rank, found = zeros + (n - zeros + 1) // 2, np.int64(0)
+    for place in range(30, TYPICAL_BITS - 1, -1):
+        if _at_most(bits, np.int32(found | ((1 << place) - 1))) < rank:
+            found |= 1 << place
+    return np.float64(np.int32(found).view(np.float32))
+
+
+@jit()
+def _at_most(bits: Any, trial: Any) -> Any:
+    """How many of them are <= trial."""
+    number = np.int64(0)
+    for j in range(0, bits.size, COUNT):
+        number += lanes.count(load(bits, j) <= trial)
+    return number
+
+
+@jit()
+def _mean_states(sums: Any, block: Any, alpha: Any, state: Any, rounded: Any, means: Any) -> Any:
+    """From sums of blocks to the moving mean before each, state in float64, rounded. Returns about its mean.
+
+    means (blocks, padded to whole lanes) float32 is scratch.
+    """
     for b in range(sums.size):
-        sums[b] = np.float64(np.float32(sums[b] / block))
-    _moving(sums, alpha, state)
+        means[b] = np.float32(sums[b] / block)
+    bits = means.view(np.int32)
+    for b in range(sums.size, means.size):
+        bits[b] = HIGHEST
+    cap, total = LARGEST_BLOCK * _typical(bits, sums.size), 0.0
+    for b in range(sums.size):
+        mean = np.float64(means[b])
+        sums[b] = cap if mean > cap else mean
+        total += sums[b]
+    _moving(sums, alpha, total / sums.size, state)
     total, size = 0.0, 0
-    for b in range(state.size):
+    for b in range(sums.size + 1):
         rounded[b] = np.float32(state[b])
     for b in range(0, state.size, 8):
         total += state[b]
@@ -92,24 +126,27 @@ def _mean_states(sums: Any, block: Any, alpha: Any, state: Any, rounded: Any) ->
 
 
 @jit()
-def follow(score: Any, block: Any, alpha: Any, by_lanes: Any, sums: Any, state: Any, est: Any, inverse: Any) -> Any:
+def follow(
+    score: Any, block: Any, alpha: Any, by_lanes: Any, sums: Any, state: Any, means: Any, est: Any, inverse: Any
+) -> Any:  # fmt: skip
     """est and 1 / dev before each block, (n // block + 1,) float32. Returns about the means of est and dev.
 
-    sums (n // block,) and state float64 are scratch; if by_lanes, sums are already those of the blocks of scores.
+    sums (n // block,), state float64 and means float32 are scratch; if by_lanes, sums are already those of the blocks
+    of scores.
     """
     if not by_lanes:
         for b in range(est.size):
             est[b] = np.float32(0.0)
         _plain_sums(score, block, est, sums)
-    means = _mean_states(sums, block, alpha, state, est)
+    middle = _mean_states(sums, block, alpha, state, est, means)
     if by_lanes:
         _block_sums(score, est, sums)
     else:
         _plain_sums(score, block, est, sums)
-    spreads = _mean_states(sums, block, alpha, state, inverse)
+    spread = _mean_states(sums, block, alpha, state, inverse, means)
     for b in range(inverse.size):
         inverse[b] = np.float32(1.0) / (inverse[b] if inverse[b] > _TINY else _TINY)
-    return means, spreads
+    return middle, spread
 
 
 @jit()
@@ -121,7 +158,7 @@ def ordered(z: Any) -> Any:
 
 @jit()
 def write_keys(score: Any, n: Any, block: Any, est: Any, inverse: Any, key: Any) -> None:
-    """key = ordered bits of z = (L - est) / dev."""
+    """key = ordered bits of z = (l - est) / dev."""
     for b in range(est.size):
         for j in range(b * block, min((b + 1) * block, n)):
             key[j] = ordered((score[j] - est[b]) * inverse[b])
@@ -234,8 +271,8 @@ def find_threshold(
     """(threshold, cut): the k smallest keys are those <= threshold left of column cut, < threshold from there on.
 
     0 < k < n; arrays as in keys_at, found (key.size + COUNT,) int32 is scratch. unit (scale, est, dev) are the row's
-    scale and the means of its states: a key is that of (L - est) / dev. track, two float64, is what earlier rows
-    tell: the usual threshold on L / scale, and how far from it thresholds are on average.
+    scale and the means of its states: a key is that of (score - est) / dev. track, two float64, is what earlier rows
+    tell: the usual threshold on score / scale, and how far from it thresholds are on average.
     """
     scale, middle, spread = unit
     guess, reach = (track[0] * scale - middle) / spread, 5.0 * track[1] * scale / spread

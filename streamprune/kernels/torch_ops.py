@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from streamprune.kernels import EWMA_ALPHA, Selection
+from streamprune.kernels import EWMA_ALPHA, LARGEST_BLOCK, TYPICAL_BITS, Selection
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TEMPORARY = 256 << 20  # bytes
@@ -42,7 +42,9 @@ def prune_ewma(
         raise ValueError(f"block {block} must be at least 1 and alpha {alpha} in 0..1")
     if not 0 <= count <= weight.shape[-1]:
         raise ValueError(f"cannot prune {count} of {weight.shape[-1]} weights in a row")
-    return _prune(weight, feature, power, out, want_keep, lambda score: _lowest(_ewma_z(score, block, alpha), count))
+    return _prune(
+        weight, feature, power, out, want_keep, lambda root: _lowest(_ewma_z(root, block, alpha), count), rooted=True
+    )  # fmt: skip
 
 
 def prune_exact(
@@ -111,8 +113,12 @@ def _prune(
     out: Tensor | None,
     want_keep: bool,
     gone: Callable[[Tensor], Tensor],
+    rooted: bool = False,
 ) -> Selection:
-    """Score row chunks, ask `gone` (scores -> bool, True where pruned), write what is left."""
+    """Score row chunks, ask `gone` (scores -> bool, True where pruned), write what is left.
+
+    If `rooted`, it is asked about |w| * feature**(1 / power) instead of L.
+    """
     if weight.ndim != 2 or weight.dtype not in _DTYPES:
         raise ValueError(f"weight must be 2-D bf16, fp16 or fp32, not {weight.dtype} {[*weight.shape]}")
     if feature.dtype != torch.float32 or feature.shape != weight.shape[1:]:
@@ -130,8 +136,13 @@ def _prune(
             chunk = weight[begin : begin + rows].detach()
             extent = _extent(chunk)
             score = chunk.abs().float()
-            score = (score.square_() if power == 2 else score).mul_(feature + 0.0)
-            pruned = gone(score)
+            if rooted and power == 2:
+                score.mul_((feature + 0.0).sqrt())
+                pruned = gone(score)
+                score.square_()
+            else:
+                score = (score.square_() if power == 2 else score).mul_(feature + 0.0)
+                pruned = gone(score)
             if keep is not None:
                 torch.logical_not(pruned, out=keep[begin : begin + rows])
             total = score.sum(dtype=torch.float64)
@@ -152,7 +163,7 @@ def _extent(values: Tensor) -> Tensor:
 
 
 def _ewma_z(score: Tensor, block: int, alpha: float) -> Tensor:
-    """z = (L - est) / dev, (rows, in_features) float32; the state moves from block to block."""
+    """z = (l - est) / dev, (rows, in_features) float32; the state moves from block to block."""
     width = score.shape[1]
     block = min(block, width)
     end = width // block * block
@@ -182,17 +193,26 @@ def _block_means(blocks: Tensor) -> Tensor:
 def _moving(values: Tensor, alpha: float) -> Tensor:
     """The moving mean of values (rows, blocks) before each block and after the last, (rows, blocks + 1) float32.
 
-    state[0] = values[0], state[b + 1] = (1 - alpha) state[b] + alpha values[b]: the row is added to itself, moved by
-    1, 2, 4, ... blocks and faded accordingly. All terms are positive, so nothing cancels.
+    With values held at LARGEST_BLOCK times the typical one of their row, state[0] is their mean and
+    state[b + 1] = (1 - alpha) state[b] + alpha values[b]: the row is added to itself, moved by 1, 2, 4, ... blocks and
+    faded accordingly. All terms are positive, so nothing cancels.
     """
-    values = values.double()
-    state = torch.cat((values[:, :1], alpha * values), 1)
+    values = torch.minimum(values.double(), LARGEST_BLOCK * _typical(values).double())
+    state = torch.cat((values.mean(1, keepdim=True), alpha * values), 1)
     fade, step = 1.0 - alpha, 1
     while step < state.shape[1]:
         moved = state[:, :-step] * fade
         state[:, step:] += moved
         fade, step = fade * fade, 2 * step
     return state.float()
+
+
+def _typical(values: Tensor) -> Tensor:
+    """The median of those of each row of values >= 0 that are not 0, rounded down as TYPICAL_BITS says, (rows, 1)."""
+    bits = values.contiguous().view(torch.int32).sort(1).values
+    zeros = (bits <= 0).sum(1, keepdim=True)
+    rank = zeros + (bits.shape[1] - zeros + 1) // 2
+    return (bits.gather(1, rank - 1) >> TYPICAL_BITS << TYPICAL_BITS).view(torch.float32)
 
 
 def _lowest(values: Tensor, count: int) -> Tensor:
