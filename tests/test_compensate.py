@@ -112,7 +112,7 @@ def test_most_of_the_loss_by_rounding_is_made_up_for(backend: str) -> None:
         found.error(codes).sum() - fitted
         for codes in (found.plain(), *(found.codes(sweeps, backend) for sweeps in (1, 2, 5)))
     )
-    assert plain > 0 and one < 0.5 * plain and two < 0.3 * plain and five < two
+    assert plain > 0 and one < 0.5 * plain and two < 0.3 * plain and five <= two
 
 
 @pytest.mark.parametrize("width", (4, 128, 132, 300))

@@ -217,7 +217,11 @@ def test_gradual_pruning(amount: Amount, selector: str) -> None:
     )
     assert gradual < masked
     if (amount.sparsity or 0.5) >= 0.5 and selector == "exact":
-        assert gradual < refitted < 0.7 * masked
+        assert refitted < 0.7 * masked
+        if amount.pattern == Pattern(1, 2):  # which has no steps in between: both end in the same place
+            assert gradual == pytest.approx(refitted, rel=1e-5)
+        else:
+            assert gradual < 0.999 * refitted
 
 
 def test_iterations_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:

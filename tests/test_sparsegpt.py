@@ -72,14 +72,15 @@ def test_normalised_inverse() -> None:
     np.testing.assert_allclose(factor.matrix.numpy(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("damping", [Damping(0.01), ABSOLUTE], ids=["relative", "absolute"])
 @pytest.mark.parametrize("amount", [0.5, 0.7, *PATTERNS], ids=str)
-def test_equals_the_column_by_column_reference(amount: float | Pattern, damping: Damping) -> None:
+def test_equals_the_column_by_column_reference(amount: float | Pattern, damping: Damping, backend: str) -> None:
     """Two blocks, of 72 columns or a little less, in leaves of 32 or of a group, and halves that are not equal."""
     width = 95 if amount == Pattern(3, 5) else 96
     weight, gram = normal(20, width), correlated(width)
     amounts = {"pattern": amount} if isinstance(amount, Pattern) else {"sparsity": amount}
-    fitted, keep = solve(weight, prepare(gram, damping), block=72, **amounts)
+    fitted, keep = solve(weight, prepare(gram, damping), block=72, backend=backend, **amounts)
     expected, kept = reference.sparsegpt(
         weight.double().numpy(), gram.double().numpy(), block=72, damping=0.01, relative=damping.relative, **amounts
     )
@@ -105,12 +106,13 @@ def test_counts_and_support(rows: int, width: int, block: int, sparsity: float) 
         assert torch.equal(fitted, weight) and fitted.data_ptr() != weight.data_ptr()
 
 
+@pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("width", "block"), [(1, 1), (2, 128), (3, 2), (4, 1), (5, 2), (33, 40), (67, 64), (70, 7)])
-def test_odd_shapes_equal_the_reference(width: int, block: int, rows: int) -> None:
+def test_odd_shapes_equal_the_reference(width: int, block: int, rows: int, backend: str) -> None:
     """Blocks of which all goes, or nothing; halves that are no multiple of a leaf."""
     weight, gram = normal(rows, width), correlated(width)
-    fitted, keep = solve(weight, prepare(gram), sparsity=0.7, block=block)
+    fitted, keep = solve(weight, prepare(gram), sparsity=0.7, block=block, backend=backend)
     expected, kept = reference.sparsegpt(weight.double().numpy(), gram.double().numpy(), sparsity=0.7, block=block)
     np.testing.assert_array_equal(keep.numpy(), kept)
     np.testing.assert_allclose(fitted.numpy(), expected, atol=2e-4)

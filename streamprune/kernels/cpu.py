@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamprune.kernels import EWMA_ALPHA, Selection, cpu_groups, cpu_rows, cpu_stats
+from streamprune.kernels import EWMA_ALPHA, Selection, cpu_eliminate, cpu_groups, cpu_rows, cpu_stats
 from streamprune.kernels.lanes import COUNT
 
 _Array = np.ndarray[Any, np.dtype[Any]]
@@ -139,6 +139,25 @@ def accumulate(x: Tensor, sum: Tensor, sumsq: Tensor) -> None:
 
     step = max(_PART // max(1, x.shape[0]), min(_STRETCH, -(-width // torch.get_num_threads())))
     _share(width, -(-step // 64) * 64, part, multiple=64)
+
+
+def eliminate(
+    weight: Tensor, upper: Tensor, feature: Tensor, keep: Tensor, errors: Tensor, n: int = 0, m: int = 0
+) -> None:
+    """SparseGPT's sweep over the columns of one block, in place; see cpu_eliminate.eliminate_rows.
+
+    weight, keep and errors (rows, width) may be parts of wider tensors, with neighbouring columns side by side. With
+    n and m, `keep` is chosen: n of every m columns.
+    """
+    arrays = [tensor.detach().numpy() for tensor in (weight, keep, errors)]
+    block = np.ascontiguousarray(np.pad(upper.detach().numpy(), ((0, 0), (0, -upper.shape[1] % COUNT))))
+    factors = feature.detach().contiguous().numpy()
+
+    def part(begin: int, end: int) -> None:
+        rows, kept, found = (array[begin:end] for array in arrays)
+        cpu_eliminate.eliminate_rows(rows, block, factors, m, n, kept, found)
+
+    _share(len(weight), max(1, (_PART >> 3) // max(1, weight.shape[1])), part)
 
 
 def first_nonfinite(weight: Tensor) -> int | None:

@@ -16,12 +16,16 @@ the group is reached. The published code does the same. What differs:
       weights by them, changes neither mask nor outputs. Damping(0.01, relative=False) is the published one.
     - Dead features (G_jj = 0) are pruned first, and where kept they stay as they are. The published code zeroes them.
 
-Speed: all is held transposed, (in, rows), so a column is one piece of memory. A block is halved down to `_LEAF` columns
-or to a group; the right half is brought up to date by one product of matrices when the left one is done, and only
-within a leaf do columns go one by one, each with one product of a matrix and a vector.
+Speed: on the CPU a block is swept row by row in a compiled loop (kernels/cpu_eliminate.py). Elsewhere all is held
+transposed, (in, rows), so a column is one piece of memory. A block is halved down to `_LEAF` columns or to a group; the
+right half is brought up to date by one product of matrices when the left one is done, and only within a leaf do columns
+go one by one, each with one product of a matrix and a vector.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,9 +59,8 @@ def solve(
 
     weight (rows, in) float32, finite, on the device of factor.matrix, (in, in); it is not changed. Returns the new
     weight, zero where pruned, and keep (rows, in) bool. With a pattern, blocks are the largest multiple of M up to
-    `block`, or M. `backend` is select's; for groups, None means Torch everywhere: they are few weights at a time, for
-    which Numba's loops are slower (2 ms against 0.3 ms for 4096 rows of one 2:4). Temporaries: about
-    twice the weight. Raises UsageError as select does.
+    `block`, or M. `backend` is "numba" (the compiled loop), "torch", or None: by device. Temporaries: about twice the
+    weight. Raises UsageError as select does.
     """
     rows, width = weight.shape
     if weight.dtype != torch.float32 or factor.matrix.shape != (width, width):
@@ -67,38 +70,75 @@ def solve(
     if pattern is not None:
         check_pattern(pattern, width)
         block = pattern.m * max(1, block // pattern.m)
-    keep = torch.ones((width, rows), dtype=torch.bool, device=weight.device)
     if sparsity is not None and not prune_count(sparsity, width):
-        return weight.detach().clone(), keep.T.contiguous()
-    upper = factor.matrix
-    diagonal = upper.diagonal()
+        return weight.detach().clone(), torch.ones((rows, width), dtype=torch.bool, device=weight.device)
+    diagonal = factor.matrix.diagonal()
     feature = torch.where(diagonal > 0, 1 / diagonal, 0.0)
-    columns = weight.detach().T.clone(memory_format=torch.contiguous_format)
-    errors = torch.empty((min(block, width), rows), dtype=torch.float32, device=weight.device)
-    for begin in range(0, width, block):
-        end = min(begin + block, width)
+    ends = [*range(block, width, block), width]
+    counts = [0 if sparsity is None else prune_count(sparsity, end) for end in ends]
+    blocks = [
+        _Block(begin, end, count - before)
+        for begin, end, before, count in zip([0, *ends], ends, [0, *counts], counts, strict=False)
+    ]
+    by_rows = (backend or ("numba" if weight.device.type == "cpu" else "torch")) == "numba"
+    return (_by_rows if by_rows else _by_columns)(weight.detach(), factor.matrix, feature, pattern, blocks)
+
+
+class _Block(NamedTuple):
+    """Columns that are chosen from together, and how many go of each row; 0 of a pattern."""
+
+    begin: int
+    end: int
+    count: int
+
+
+def _by_rows(
+    weight: Tensor, upper: Tensor, feature: Tensor, pattern: Pattern | None, blocks: Sequence[_Block]
+) -> tuple[Tensor, Tensor]:
+    """The sweep with compiled loops, on the CPU."""
+    from streamprune.kernels.cpu import eliminate
+
+    n, m = pattern or (0, 0)
+    fitted = weight.clone(memory_format=torch.contiguous_format)
+    keep = torch.ones(weight.shape, dtype=torch.bool)
+    errors = torch.empty((len(weight), max(end - begin for begin, end, _ in blocks)), dtype=torch.float32)
+    for begin, end, count in blocks:
+        now, error, chosen = slice(begin, end), errors[:, : end - begin], keep[:, begin:end]
+        if pattern is None:
+            chosen.copy_(_kept(fitted[:, now].contiguous(), feature[now], count, "numba"))
+        eliminate(fitted[:, now], upper[now, now], feature[now], chosen, error, n, m)
+        if end < upper.shape[0]:
+            fitted[:, end:].addmm_(error, upper[now, end:], alpha=-1.0)
+    return fitted, keep
+
+
+def _by_columns(
+    weight: Tensor, upper: Tensor, feature: Tensor, pattern: Pattern | None, blocks: Sequence[_Block]
+) -> tuple[Tensor, Tensor]:
+    """The sweep with Torch alone, on any device."""
+    columns = weight.T.clone(memory_format=torch.contiguous_format)
+    keep = torch.ones(columns.shape, dtype=torch.bool, device=weight.device)
+    largest = max(end - begin for begin, end, _ in blocks)
+    errors = torch.empty((largest, len(weight)), dtype=torch.float32, device=weight.device)
+    for begin, end, count in blocks:
         part, kept, error = columns[begin:end], keep[begin:end], errors[: end - begin]
-        if sparsity is not None:
-            count = prune_count(sparsity, end) - prune_count(sparsity, begin)
-            _choose(part, feature[begin:end], count, kept, backend)
-        _eliminate(part, upper[begin:end, begin:end], feature[begin:end], kept, error, pattern, backend)
+        if pattern is None:
+            kept.copy_(_kept(part.T.contiguous(), feature[begin:end], count, "torch").T)
+        _eliminate(part, upper[begin:end, begin:end], feature[begin:end], kept, error, pattern)
         part.masked_fill_(~kept, 0.0)
         columns[end:].addmm_(upper[begin:end, end:].T, error, alpha=-1.0)
     return columns.T.contiguous(), keep.T.contiguous()
 
 
-def _choose(columns: Tensor, feature: Tensor, count: int, keep: Tensor, backend: str | None) -> None:
-    """Write into keep (columns, rows) which `count` weights of every row have the lowest |w| / U_jj."""
-    width = len(columns)
+def _kept(rows: Tensor, feature: Tensor, count: int, backend: str) -> Tensor:
+    """What stays of rows (n, width) when the `count` weights of lowest |w| / U_jj go: (n, width) bool."""
+    width = rows.shape[1]
     if count in (0, width):
-        keep.fill_(count == 0)
-        return
+        return torch.full(rows.shape, count == 0, dtype=torch.bool, device=rows.device)
     share = (count + 0.5) / width  # floor(share·width) is count, however share is rounded
-    chosen = select(
-        columns.T.contiguous(), feature, 1, selector="exact", sparsity=share, want_keep=True, backend=backend
-    ).keep
-    assert chosen is not None
-    keep.copy_(chosen.T)
+    keep = select(rows, feature, 1, selector="exact", sparsity=share, want_keep=True, backend=backend).keep
+    assert keep is not None
+    return keep
 
 
 def _eliminate(
@@ -108,7 +148,6 @@ def _eliminate(
     keep: Tensor,
     errors: Tensor,
     pattern: Pattern | None,
-    backend: str | None,
 ) -> None:
     """Visit columns from left to right; every argument is the part of a larger one that belongs to these columns.
 
@@ -121,14 +160,12 @@ def _eliminate(
         half = leaf * (-(-n // leaf) // 2)
         left, right = slice(0, half), slice(half, n)
         for side in (left, right):
-            _eliminate(columns[side], upper[side, side], feature[side], keep[side], errors[side], pattern, backend)
+            _eliminate(columns[side], upper[side, side], feature[side], keep[side], errors[side], pattern)
             if side is left:
                 columns[right].addmm_(upper[left, right].T, errors[left], alpha=-1.0)
         return
     if pattern:
-        chosen = select(
-            columns.T.contiguous(), feature, 1, pattern=pattern, want_keep=True, backend=backend or "torch"
-        ).keep
+        chosen = select(columns.T.contiguous(), feature, 1, pattern=pattern, want_keep=True, backend="torch").keep
         assert chosen is not None
         keep.copy_(chosen.T)
     scale = feature[:, None] * ~keep
