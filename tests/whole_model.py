@@ -144,7 +144,8 @@ def check_linear(
     if "pattern" in job:
         n, m = map(int, job["pattern"].split(":"))
         return check_mask(pruned.reshape(-1, m), scores.reshape(-1, m), m - n)
-    return check_mask(pruned, keys_of(scores, job["score"], job["selector"]), math.floor(job["sparsity"] * width + 1e-9))
+    keys = keys_of(scores, job["score"], job["selector"])
+    return check_mask(pruned, keys, math.floor(job["sparsity"] * width + 1e-9))
 
 
 def check_statistics(path: Path, wanted: Stats) -> None:

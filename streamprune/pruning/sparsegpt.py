@@ -89,7 +89,7 @@ class _Block(NamedTuple):
 
     begin: int
     end: int
-    count: int
+    gone: int
 
 
 def _by_rows(
