@@ -91,8 +91,8 @@ def _emit(
 
 @jit(entry=True)
 def prune_rows(
-    weight: Any, feature: Any, power: Any, root: Any, form: Any, count: Any, block: Any, alpha: Any, out: Any, keep: Any,
-    loss: Any,
+    weight: Any, feature: Any, power: Any, root: Any, form: Any, count: Any, block: Any, alpha: Any, out: Any,
+    keep: Any, loss: Any,
 ) -> None:  # fmt: skip
     """`count` weights of every row go; block 0 means the exact selector, else EWMA.
 
