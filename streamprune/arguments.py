@@ -83,8 +83,10 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
     _calibration_options(p)
     p.add_argument("--stats", metavar="FILE", help="use these statistics instead of calibrating")
     p.add_argument("--save-stats", metavar="FILE", help="also keep the statistics for later --stats")
-    p.add_argument("--propagate", default="dense", choices=("dense", "pruned"),
-                   help="which layer's outputs the next layer is calibrated on (default: %(default)s)")  # fmt: skip
+    p.add_argument("--propagate", choices=("dense", "pruned", "asymmetric"),
+                   help="which layer's outputs the next layer is calibrated on: the dense one's (default without a "
+                        "refit), the pruned one's (default of admm and sparsegpt), or both, so that new values also "
+                        "make up for earlier layers (default of other refits)")  # fmt: skip
     _resource_options(p)
 
 
@@ -112,7 +114,7 @@ def _plan_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
     p.add_argument("--stats", metavar="FILE", help="plan for a run with these statistics, without calibration")
-    p.add_argument("--propagate", default="dense", choices=("dense", "pruned"), help="as for prune")
+    p.add_argument("--propagate", choices=("dense", "pruned", "asymmetric"), help="as for prune")
     _device_options(p)
 
 

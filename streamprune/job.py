@@ -32,7 +32,7 @@ from streamprune.disk.state import (
 )
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
 from streamprune.memory import peak_resident_bytes
-from streamprune.pruning.recipes import ALLOCATIONS, check_damping, check_fp8, make_recipe
+from streamprune.pruning.recipes import ALLOCATIONS, check_damping, check_fp8, check_propagate, make_recipe
 from streamprune.spec import Calibration, JobSpec, ProgressCallback, no_progress
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def prune(
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
     expert_stats: str = "weighted", expert_tokens: int = 64,
     stats: str | Path | None = None, save_stats: str | Path | None = None,
-    only: str | None = None, skip: str | None = None, propagate: str = "dense",
+    only: str | None = None, skip: str | None = None, propagate: str | None = None,
     device: str = "auto", dtype: str = "auto", backend: str = "auto",
     max_ram: int | None = None, max_vram: int | None = None, work: str | Path | None = None,
     restart: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
@@ -80,7 +80,10 @@ def prune(
     a sparsity out by layer ("owl", "error"), from statistics that are gathered first. `method` names a recipe
     (pruning/recipes.py), of which `score`, `selector` and `refit` can be exchanged; `damping` of a refit is "auto",
     "absolute" or a number relative to each feature's own power (pruning/methods.py). `quantize` = "fp8" stores pruned
-    linears in FP8 E4M3, with scales and rounding as `fp8_scale` and `fp8_rounding` say (pruning/fp8.py). Statistics
+    linears in FP8 E4M3, with scales and rounding as `fp8_scale` and `fp8_rounding` say (pruning/fp8.py). `propagate`
+    says whose outputs the next layer is calibrated on: the "dense" model's, the "pruned" one's, or for a refit
+    "asymmetric", both: it aims at what the dense model makes of its own inputs (pruning/gram.py); None is the recipe's
+    own choice (recipes.Recipe.propagate). Statistics
     come from `samples` windows of `seqlen` tokens of `calib` (default: a built-in text; default length
     min(2048, the model's limit)), or from the file `stats`. Tokens count for an expert as the routing weights them, or
     with `expert_stats` = "routed" all alike; one that sees fewer than `expert_tokens` goes by what all see. `backend`
@@ -101,23 +104,22 @@ def prune(
         raise UsageError(
             f"--allocate {allocate} shares out a --sparsity; --pattern {pattern} says what each linear keeps"
         )
-    if propagate not in ("dense", "pruned"):
-        raise UsageError(f"--propagate {propagate}: choose dense or pruned")
-    if stats is not None and (calib is not None or save_stats is not None or propagate != "dense"):
+    propagation = check_propagate(recipe, propagate)
+    if stats is not None and (calib is not None or save_stats is not None or propagation != "dense"):
         raise UsageError("--stats takes the place of calibration: leave out --calib, --save-stats and --propagate")
     if stats is not None and (expert_stats, expert_tokens) != (JobSpec.expert_stats, JobSpec.expert_tokens):
         raise UsageError("--stats were gathered already: leave out --expert-stats and --expert-tokens")
     _check_choices(backend, expert_stats, expert_tokens)
     checkpoint = _open_model(model)
     needs_pass = stats is None and (
-        recipe.needs_statistics or recipe.needs_gram or save_stats is not None or propagate == "pruned"
+        recipe.needs_statistics or recipe.needs_gram or save_stats is not None or propagation == "pruned"
         or allocate != "uniform"
     )  # fmt: skip
     known = Path(stats) if stats is not None else statistics_of(Path(out)) if allocate != "uniform" else None
     calibration = _describe_calibration(checkpoint, calib, samples, seqlen, seed)
     spec = JobSpec(
         verb="prune", model=checkpoint.fingerprint(), recipe=recipe, sparsity=sparsity, pattern=pattern,
-        only=only, skip=skip, propagate=propagate, calibration=calibration if needs_pass else None,
+        only=only, skip=skip, propagate=propagation, calibration=calibration if needs_pass else None,
         stats=_stats_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype, backend=backend,
         damping=check_damping("auto" if damping is None else damping) if recipe.needs_gram else None,
         allocate=None if allocate == "uniform" else allocate, fp8_scale=scale, fp8_rounding=rounding,

@@ -20,14 +20,16 @@ from streamprune.stage_writer import StageWriter
 Record = Mapping[str, Any]
 
 
-def calibration_of(spec: JobSpec, resolved: Mapping[str, Any], given: StatisticsFile | None) -> dict[str, Any]:
+def calibration_of(
+    spec: JobSpec, resolved: Mapping[str, Any], given: StatisticsFile | None, propagate: str
+) -> dict[str, Any]:
     """Which tokens the statistics are of, for the report and for statistics files."""
     c = spec.calibration
     if c is None or given is not None:
         return dict(given.calibration) if given else {}
     return {
         "text": c.path.name if c.path else "built-in", "digest": c.digest, "samples": c.samples, "seqlen": c.seqlen,
-        "seed": c.seed, "tokens": resolved["tokens"], "dtype": resolved["dtype"], "propagate": spec.propagate,
+        "seed": c.seed, "tokens": resolved["tokens"], "dtype": resolved["dtype"], "propagate": propagate,
     }  # fmt: skip
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from streamprune.disk.cache import remove_cache
 from streamprune.disk.checkpoint import open_shard
 from streamprune.disk.float_quantized import SCALE
+from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.model.activations import Activations
 from streamprune.model.calibration import Tokens
@@ -60,15 +62,21 @@ class Pass:
         """Whether the next cache is to be durable: always, or once a minute where activations stay on the device."""
         return not self.activations.resident or time.perf_counter() - self.kept >= PERSIST_SECONDS
 
-    def catch_up(self, newest: int, done: int) -> None:
-        """Brings the activations to those before layer `done` - 1, from cache `newest`, or if that is -1 the tokens."""
+    def catch_up(self, newest: int, done: int, shards: Callable[[Stage], Path] | None) -> None:
+        """Brings the activations to those before layer `done` - 1, from cache `newest`, or if that is -1 the tokens.
+
+        With `shards`, what the layers before are propagated with; else their dense weights.
+        """
         persist = not self.activations.resident
         if newest < 0:
             self.embed(persist)
         else:
             self.walk.learn_calls(self._batches)
         for stage in self.walk.skeleton.stages[max(newest, 0) + 1 : done]:
-            self._layer(stage, persist)
+            if shards is None:
+                self._layer(stage, persist)
+            else:
+                self.again(stage, shards(stage), persist)
             if stage.index > newest:
                 remove_cache(self.activations.folder, stage.index)
 
@@ -133,11 +141,26 @@ class Pass:
         )
         self.walk.feed.release(stage.tensors)
 
+    def again(self, stage: Stage, shard: Path, persist: bool) -> None:
+        """What a layer that is pruned already makes of the activations."""
+        self.pruned_layer(stage, shard, persist)
+        self.walk.feed.release(stage.tensors)
+
     def pruned_layer(self, stage: Stage, shard: Path, persist: bool) -> None:
         """The second pass of `--propagate pruned`, with the weights that have just been written to `shard`."""
         self._routed = None
+        with self.written(shard, stage) as (feed, sources):
+            again = functools.partial(
+                layer_pass, self.walk, stage, self.activations, write=True, persist=persist, feed=feed, sources=sources
+            )
+            retry_smaller(self.walk, again)
+
+    @contextmanager
+    def written(self, shard: Path, stage: Stage) -> Iterator[tuple[Feed, dict[str, TensorRef]]]:
+        """The weights of a layer's shard: what brings them, and which parameter is which of its tensors."""
         written = open_shard(shard)
-        sources, before = {}, {ref.name: ref for ref in stage.tensors}
+        sources: dict[str, TensorRef] = {}
+        before = {ref.name: ref for ref in stage.tensors}
         for name, ref in self.walk.skeleton.sources.items():
             if name.startswith(stage.prefix + "."):
                 now = written.tensors[ref.name]
@@ -148,7 +171,4 @@ class Pass:
                 if ref.name + SCALE in written.tensors:
                     sources[name + SCALE] = written.tensors[ref.name + SCALE]
         with ShardMaps(written) as maps, Feed(maps, self.walk.device) as feed:
-            again = functools.partial(
-                layer_pass, self.walk, stage, self.activations, write=True, persist=persist, feed=feed, sources=sources
-            )
-            retry_smaller(self.walk, again)
+            yield feed, sources

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 from streamprune.choosing import check_widths, selected_linears
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.state import JobState
-from streamprune.errors import CorruptStateError, ResourceError, UsageError
+from streamprune.errors import CorruptStateError, ResourceError, UnsupportedError, UsageError
+from streamprune.job_paired import PairedPass
 from streamprune.job_pass import Pass
 from streamprune.model.budget import Layout, RefitNeeds, estimate, layout_for, waiting_bytes
 from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
@@ -59,13 +60,34 @@ def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> 
     return StageWriter(skeleton, feed, target, frozenset(chosen))
 
 
-def refit_needs(writer: StageWriter | None) -> RefitNeeds | None:
+def propagated(propagate: str, skeleton: Skeleton) -> str:
+    """What "auto" comes to for a refit: "asymmetric", or "pruned" for mixtures of experts.
+
+    Raises UnsupportedError where it is asked for and cannot be.
+    """
+    if propagate == "auto":
+        return "pruned" if skeleton.experts else "asymmetric"
+    if propagate == "asymmetric" and skeleton.experts:
+        raise UnsupportedError(
+            "--propagate asymmetric needs the same tokens in the dense and in the pruned model, and routing sends them "
+            "to other experts; pass --propagate pruned"
+        )
+    return propagate
+
+
+def refit_needs(writer: StageWriter | None, propagate: str) -> RefitNeeds | None:
     """The memory that a job's refit takes; None where it has none."""
     if writer is None or writer.target.recipe.refit is None:
         return None
     refit = Refit(writer.target.recipe.refit, writer.target.damping)
     stages = writer.skeleton.layer_stages
-    return needs_of(refit, [largest_at_once(writer.in_order(stage), stage.expert_of) for stage in stages])
+    beside = largest_refitted(stages, writer.selected) if propagate == "asymmetric" else None
+    return needs_of(refit, [largest_at_once(writer.in_order(stage), stage.expert_of) for stage in stages], beside)
+
+
+def largest_refitted(stages: Sequence[Stage], chosen: Collection[str]) -> int:
+    """Bytes of the weights that are refitted of one layer, of the one with most."""
+    return max((sum(ref.nbytes for name, ref in s.linears.items() if name in chosen) for s in stages), default=0)
 
 
 def layer_grams(
@@ -78,7 +100,8 @@ def layer_grams(
     hold = HoldOut.of(forward.windows.size, forward.windows.shape[1])
     products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     rerun = functools.partial(forward.gather, stage)
-    return LayerGrams(linears, room, hold, folder, rerun, products, stage.expert_of)
+    place = forward.place if isinstance(forward, PairedPass) else None
+    return LayerGrams(linears, room, hold, folder, rerun, products, stage.expert_of, place)
 
 
 def scratch_bytes(skeleton: Skeleton, refitted: Set[str], room: int, tokens: int, dtype: torch.dtype) -> int:
@@ -117,12 +140,12 @@ def open_given(
 
 def layout_of(
     spec: JobSpec, skeleton: Skeleton, dtype: torch.dtype, device: torch.device, resolved: Mapping[str, Any],
-    writer: StageWriter | None,
+    writer: StageWriter | None, propagate: str,
 ) -> Layout:  # fmt: skip
     """How the job lies in memory: with batches as recorded when it began, or as memory allows. Raises ResourceError."""
     c = calibration_for_pass(spec)
-    seqlen, samples = (c.seqlen, c.samples) if c else (1, 0)
-    needs = refit_needs(writer)
+    seqlen, samples = (c.seqlen * models_at_once(propagate), c.samples) if c else (1, 0)
+    needs = refit_needs(writer, propagate)
     layout = layout_for(skeleton, seqlen, samples, dtype, device, spec.max_ram, spec.max_vram, refit=needs)
     if not samples or not resolved:
         return layout
@@ -138,6 +161,11 @@ def layout_of(
             f"{-(-budget.peak(recorded, group) >> 20) + 1}MiB to go on; or throw its work away with --restart"
         )
     return replace(layout, batch=recorded)
+
+
+def models_at_once(propagate: str) -> int:
+    """How many models' hidden states go through a layer: with two, a window counts twice wherever memory is counted."""
+    return 2 if propagate == "asymmetric" else 1
 
 
 def windows_of(spec: JobSpec, skeleton: Skeleton, kept: Path, resolved: Mapping[str, Any]) -> Tokens | None:

@@ -39,13 +39,16 @@ from streamprune.disk.shards import shard_name
 from streamprune.disk.state import JobState, new_state
 from streamprune.errors import CorruptStateError, UsageError
 from streamprune.job_finish import calibration_of, save_statistics, write_files
+from streamprune.job_paired import PairedPass
 from streamprune.job_pass import Pass
 from streamprune.job_prepare import (
     check_disk,
+    largest_refitted,
     layer_grams,
     layout_of,
     make_writer,
     open_given,
+    propagated,
     scratch_bytes,
     windows_of,
 )
@@ -95,7 +98,8 @@ class Run:
         self.writer = make_writer(spec, self.skeleton, self.feed, self.backend)
         known = open_given(spec, checkpoint, self.skeleton, self.writer)
         shares = share_out(spec, self.writer, known, resolved)
-        self.layout = layout_of(spec, self.skeleton, self.dtype, self.device, resolved, self.writer)
+        self.propagate = propagated(spec.propagate, self.skeleton)
+        self.layout = layout_of(spec, self.skeleton, self.dtype, self.device, resolved, self.writer, self.propagate)
         self.records = journal.read(self.state.journal) if self.begun else []
         windows = windows_of(spec, self.skeleton, self.state.tokens, resolved)
         batch = int(resolved.get("batch", self.layout.batch))
@@ -120,7 +124,8 @@ class Run:
         walk.most = min(most) if min(most) < batch else None
         resident = self.layout.resident
         activations = Activations(self.state.cache, walk.cache_dtype, self.device, resident=resident)
-        return Pass(walk, windows, batch, activations, (cpu if self.backend == "numba" else torch_ops).accumulate)
+        kind = PairedPass if self.propagate == "asymmetric" else Pass
+        return kind(walk, windows, batch, activations, (cpu if self.backend == "numba" else torch_ops).accumulate)
 
     def __enter__(self) -> Run:
         self.feed.__enter__()
@@ -153,7 +158,7 @@ class Run:
         self._since = begun
         if self.forward is not None and 0 < done <= len(self.skeleton.layer_stages):
             with out_of_memory_named(self.device):
-                self.forward.catch_up(self._newest_cache(), done)
+                self.forward.catch_up(self._newest_cache(), done, None if self.propagate == "dense" else self._shard)
         try:
             with out_of_memory_named(self.device), Behind[Callable[[], None]](_call, 1) as commits:
                 for position in range(done, len(stages)):
@@ -172,6 +177,9 @@ class Run:
             cache = (3 if behind and not self.layout.resident else 2) * self.forward.cache_bytes
             refitted = self.writer.refitted if self.writer else frozenset()
             cache += scratch_bytes(self.skeleton, refitted, self.layout.room, self.forward.windows.size, self.dtype)
+            if self.propagate == "asymmetric":
+                aside = 0 if self.layout.resident else self.forward.cache_bytes // 2
+                cache += aside + largest_refitted(self.skeleton.layer_stages, refitted)
         check_disk(self.state, output, cache)
 
     def _create(self) -> None:
@@ -222,8 +230,8 @@ class Run:
             if self.forward.persists():
                 commits.drain()  # before the next cache grows, so that there are never more than two
             stats = self._pass(self.forward, stage, record, grams)
-        path = self.state.partial / shard_name(position + 1, len(self.skeleton.stages))
-        dense = self.spec.propagate == "dense"
+        path = self._shard(stage)
+        dense = self.propagate == "dense"
         if self.layout.layers > 2 and dense:
             commits.drain()  # the writer has one stage at a time
             if grams is None:
@@ -238,6 +246,9 @@ class Run:
             self.forward.pruned_layer(stage, path, record["cache"])
             record["batch"] = self.forward.walk.most
         commits.put(lambda: self._commit(stage, record, file))
+
+    def _shard(self, stage: Stage) -> Path:
+        return self.state.partial / shard_name(self.skeleton.stages.index(stage) + 1, len(self.skeleton.stages))
 
     def _expect(self, stages: Sequence[Stage]) -> None:
         """Begins to bring the weights of this stage and the next near; a device needs those of layers only."""
@@ -260,7 +271,7 @@ class Run:
             forward.embed(persist)
             record["cache"], record["batch"] = persist, forward.walk.most
             return {}
-        write = self._more(stage) and self.spec.propagate == "dense"
+        write = self._more(stage) and self.propagate == "dense"
         collector = forward.layer(stage, write, persist, grams)
         record["cache"], record["batch"] = write and persist, forward.walk.most
         found = collector.finish()
@@ -319,7 +330,7 @@ class Run:
         return gathered[name]
 
     def _finish(self, since: float) -> dict[str, Any]:
-        calibration = calibration_of(self.spec, self.resolved, self.given)
+        calibration = calibration_of(self.spec, self.resolved, self.given, self.propagate)
         statistics = self.spec.save_stats if self.writer else self.spec.out
         if statistics is not None:
             save_statistics(

@@ -21,7 +21,7 @@ from streamprune.choosing import selected_linears
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
 from streamprune.errors import UsageError
-from streamprune.job_prepare import SLACK_BYTES, scratch_bytes
+from streamprune.job_prepare import SLACK_BYTES, largest_refitted, models_at_once, propagated, scratch_bytes
 from streamprune.model.budget import (
     Budget,
     Layout,
@@ -32,6 +32,7 @@ from streamprune.model.budget import (
 )
 from streamprune.model.computing import cache_dtype, compute_dtype, resolve_device
 from streamprune.model.cost import (
+    PAIRED_FORWARDS,
     Course,
     Speeds,
     Split,
@@ -56,7 +57,7 @@ from streamprune.model.skeleton import Skeleton, Stage, build_skeleton, stored_d
 from streamprune.model.speeds import measure
 from streamprune.model.statistics import Collector
 from streamprune.model.texts import check_seqlen, default_seqlen
-from streamprune.pruning.recipes import Recipe, make_recipe
+from streamprune.pruning.recipes import Recipe, check_propagate, make_recipe
 from streamprune.quantising import check_codable, coded
 from streamprune.refitting import Refit, chunk_rows, needs_of, sampled
 from streamprune.spec import compile_filter
@@ -112,7 +113,7 @@ class Plan:
 
 def plan(
     model: str | Path, *, method: str = "swiftprune", refit: str | None = None, quantize: str | None = None,
-    samples: int = 128, seqlen: int | None = None, with_stats: bool = False, propagate: str = "dense",
+    samples: int = 128, seqlen: int | None = None, with_stats: bool = False, propagate: str | None = None,
     only: str | None = None, skip: str | None = None, device: str = "auto", dtype: str = "auto",
     max_vram: int | None = None, trust_remote_code: bool = False, speeds: Speeds | None = None,
 ) -> Plan:  # fmt: skip
@@ -125,25 +126,26 @@ def plan(
     checkpoint = open_checkpoint(resolve_model(str(model)))
     refuse_quantised(checkpoint)
     length = seqlen if seqlen is not None else default_seqlen(checkpoint.config)
-    if propagate not in ("dense", "pruned"):
-        raise UsageError(f"--propagate {propagate}: choose dense or pruned")
+    propagation = check_propagate(recipe, propagate)
     if samples < 1:
         raise UsageError("--samples must be at least 1")
     check_seqlen(length, checkpoint.config)
     target = resolve_device(device)
     compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
     skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)
+    propagation = propagated(propagation, skeleton)
     chosen = selected_linears(skeleton.stages, compile_filter("--only", only), compile_filter("--skip", skip))
     saved = 0
     if recipe.quantize is not None:
         check_codable(chosen, skeleton)
         saved = sum(ref.nbytes - sum(new.nbytes for new in coded(ref)) for ref in chosen.values())
-    windows = samples if _has_pass(recipe, with_stats, propagate) else 0
+    windows = samples if _has_pass(recipe, with_stats, propagation) else 0
     on_device = target.type != "cpu"
-    needs = _needs(recipe, skeleton, chosen)
-    budget = estimate(skeleton, length, compute, on_device=on_device)
-    layout = layout_for(skeleton, length, windows, compute, target, None, max_vram, refit=needs)
-    course = course_of(skeleton, windows, length, compute, layout, propagate, on_device)
+    needs = _needs(recipe, skeleton, chosen, propagation)
+    models = models_at_once(propagation)
+    budget = estimate(skeleton, models * length, compute, on_device=on_device)
+    layout = layout_for(skeleton, models * length, windows, compute, target, None, max_vram, refit=needs)
+    course = course_of(skeleton, windows, length, compute, layout, propagation, on_device)
     works = [work_of(skeleton, s, chosen, length, compute.itemsize) for s in skeleton.stages]
     if recipe.refit is not None:
         refits = _refits(recipe.refit, checkpoint, skeleton, chosen, compute, layout.room, windows, length)
@@ -156,12 +158,14 @@ def plan(
     seconds = stage_seconds(works, course, speeds)
     split = sum(seconds, Split())
     stages = _stages(skeleton, chosen, works, course, seconds)
-    cache = 2 * course.tokens * course.state_bytes
+    cache = (5 if models == 2 else 2) * course.tokens * course.state_bytes
+    if models == 2:
+        cache += largest_refitted(skeleton.layer_stages, chosen.keys())
     output = checkpoint.nbytes - saved
     scratch = scratch_bytes(skeleton, chosen.keys() if needs else set(), layout.room, course.tokens, compute)
     peak, least, least_vram = _memory(budget, layout, needs, windows, on_device)
     if on_device:
-        least_vram += memory_of(skeleton, length, windows, compute, 1, False, min(windows, 1))
+        least_vram += memory_of(skeleton, models * length, windows, compute, 1, False, min(windows, 1))
     return Plan(
         model=str(model), architecture=str(checkpoint.config.get("model_type")),
         parameters=sum(math.prod(t.shape) for t in checkpoint.tensors.values()), stages=stages,
@@ -185,7 +189,7 @@ def _has_pass(recipe: Recipe, with_stats: bool, propagate: str) -> bool:
     return not with_stats and (recipe.needs_statistics or recipe.needs_gram or propagate == "pruned")
 
 
-def _needs(recipe: Recipe, skeleton: Skeleton, chosen: Collection[str]) -> RefitNeeds | None:
+def _needs(recipe: Recipe, skeleton: Skeleton, chosen: Collection[str], propagate: str) -> RefitNeeds | None:
     """The memory of a refit, as job_prepare.refit_needs has it."""
     if recipe.refit is None:
         return None
@@ -193,7 +197,8 @@ def _needs(recipe: Recipe, skeleton: Skeleton, chosen: Collection[str]) -> Refit
     for stage in skeleton.layer_stages:
         widths = {name: linear_shape(skeleton, name, stage)[1] for name in stage.linears if name in chosen}
         layers.append(largest_at_once(widths, stage.expert_of))
-    return needs_of(Refit(recipe.refit, "auto"), layers)
+    beside = largest_refitted(skeleton.layer_stages, chosen) if propagate == "asymmetric" else None
+    return needs_of(Refit(recipe.refit, "auto"), layers, beside)
 
 
 def _memory(
@@ -289,7 +294,7 @@ def course_of(
     batches = -(-samples // max(1, layout.batch))
     return Course(
         tokens=samples * seqlen, batches=batches, groups=-(-batches // layout.group),
-        forwards=2 if propagate == "pruned" else 1,
+        forwards={"dense": 1, "pruned": 2, "asymmetric": PAIRED_FORWARDS}[propagate],
         state_bytes=skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize,
         threads=torch.get_num_threads(), on_device=on_device, layers=layout.layers, resident=layout.resident,
     )  # fmt: skip

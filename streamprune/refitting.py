@@ -24,7 +24,10 @@ from streamprune.pruning.selection import Amount
 WORKING_BYTES = 192 << 20
 """Memory for the arrays of a refit besides the Gram, about; from it follows how many rows are refitted at once."""
 
-_ARRAYS = 9
+_AIMING = 3
+"""Matrices of a Gram's size that finding out what to aim at takes at the most."""
+
+_ARRAYS = 10
 """Arrays of float32 like the weights of a chunk that a refit holds."""
 
 _LEAST_ROOM = 16 << 20
@@ -62,8 +65,17 @@ class Refit:
         return [Damping(float(self.damping))]
 
 
-def needs_of(refit: Refit, layers: Sequence[Collection[int]]) -> RefitNeeds:
-    """What refitting takes; `layers` has the in_features of each layer's linears whose Grams may be there at once."""
+def needs_of(refit: Refit, layers: Sequence[Collection[int]], beside: int | None = None) -> RefitNeeds:
+    """What refitting takes; `layers` has the in_features of each layer's linears whose Grams may be there at once.
+
+    With asymmetric calibration, `beside` are the bytes of the largest layer's refitted weights, and Grams come one at
+    a time, each with its drift.
+    """
+    if beside is not None:
+        widest = max((width for widths in layers for width in widths), default=0)
+        matrix, held = 4 * widest**2, 2 * 4 * MOST_HELD * widest
+        working = WORKING_BYTES + max(refit.method.matrices + 1, _AIMING) * matrix
+        return RefitNeeds(2 * matrix, 2 * matrix, held + beside, working)
     whole = [[4 * width * width for width in widths] for widths in layers]
     largest = max((size for sizes in whole for size in sizes), default=0)
     matrices = refit.method.matrices
@@ -145,11 +157,11 @@ class LayerRefit:
 
     def _rows(self, name: str, weight: Tensor, masked: Tensor, outcome: Outcome) -> Tensor:
         gram = self.grams.take(name)
-        exact, plain = weight.float(), masked.float()
+        exact, plain = gram.aim(weight.float()), masked.float()
         before = gram.energy(exact - plain)
         outcome.whole += float(gram.energy(exact).sum())
         outcome.mask += float(before.sum())
-        if outcome.choice.damping is None or torch.equal(exact, plain):
+        if outcome.choice.damping is None or torch.equal(weight, masked):
             outcome.refit += float(before.sum())
             return masked
         prepared = self._prepare(gram, outcome.choice.damping)
@@ -164,6 +176,10 @@ class LayerRefit:
     def gram(self, name: str) -> Gram:
         """The Gram that a linear is refitted with; its rows are at work."""
         return self.grams.take(name)
+
+    def aim(self, name: str, rows: Tensor) -> Tensor:
+        """The weights (n, in) float32 that `rows` of a linear, being refitted, are to come close to."""
+        return self.grams.take(name).aim(rows.float())
 
     def done(self, name: str) -> None:
         """All rows of the linear are done."""

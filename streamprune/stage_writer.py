@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from streamprune.disk.durable import AtomicFile, Buffer
+from streamprune.disk.float_quantized import SCALE
 from streamprune.disk.header import TensorRef
+from streamprune.disk.scratch import ScratchMatrix
 from streamprune.disk.shards import fill_shard
 from streamprune.kernels import Selection
 from streamprune.model.feed import Feed
@@ -26,6 +28,7 @@ from streamprune.model.grams import LayerGrams
 from streamprune.model.lane import Lane, is_out_of_memory
 from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
+from streamprune.pruning.fp8 import dequantise
 from streamprune.pruning.methods import Sample
 from streamprune.pruning.recipes import Recipe
 from streamprune.pruning.scores import SCORES
@@ -89,6 +92,8 @@ class StageWriter:
         self._following: dict[TensorRef, TensorRef] = {}
         """Of experts' linears, which are too many to be brought together, the next one."""
         self._stored: dict[str, TensorRef] = {}
+        self._made: dict[str, ScratchMatrix] = {}
+        """Tensors that were refitted ahead of their place in the shard."""
 
     def tensors_of(self, stage: Stage) -> list[TensorRef]:
         """What is written of a stage; tensors that are quantised have a place in no file yet."""
@@ -135,9 +140,16 @@ class StageWriter:
         self._scales = {}
         apart = [stage.linears[name] for name in self.in_order(stage) if name in stage.expert_of]
         self._following = dict(pairwise(apart))
+        self._made = {}
+        if grams is not None and grams.place is not None:
+            with self._lane.on():
+                for name in grams.by_use:
+                    self._refit_ahead(name, stage.linears[name], grams.folder, grams.place)
 
         def content(ref: TensorRef) -> Iterator[Buffer]:
-            if ref.name in self._scales:
+            if ref.name in self._made:
+                yield from _pieces(self._made[ref.name].tensor[0].numpy().data)
+            elif ref.name in self._scales:
                 yield _bytes(torch.cat(self._scales[ref.name]))
             elif ref.name in parts:
                 for name, part in parts[ref.name]:
@@ -157,6 +169,22 @@ class StageWriter:
 
         with self._lane.on():
             return fill_shard(path, self.tensors_of(stage), content, written=release)
+
+    def _refit_ahead(self, name: str, ref: TensorRef, folder: Path, place: Callable[[str, Tensor], None]) -> None:
+        """Refits a linear before its turn in the shard has come; `place` gets its new weight, as it will be stored."""
+        size = ref.nbytes if self.target.quantisation is None else coded(ref)[0].nbytes
+        made = self._made[ref.name] = ScratchMatrix(folder, 1, size, torch.uint8)
+        begin = 0
+        for piece in self._pruned(ref, name):
+            data = torch.frombuffer(piece, dtype=torch.uint8)
+            made.tensor[0, begin : begin + len(data)] = data
+            begin += len(data)
+        stored = made.tensor[0]
+        if self.target.quantisation is None:
+            place(name, stored.view(TORCH_DTYPES[ref.dtype]).view(ref.shape))
+        else:
+            codes = stored.view(torch.float8_e4m3fn).view(ref.shape)
+            place(name, dequantise(codes, torch.cat(self._scales[ref.name + SCALE]), TORCH_DTYPES[ref.dtype]))
 
     def _checked(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of a tensor that is not pruned."""
@@ -216,7 +244,8 @@ class StageWriter:
                 weight = refit.rows(name, exact, weight, outcome)
             if codes is not None:
                 gram = refit.gram(name) if refit else None
-                weight = codes.rows(exact, weight, gram, outcome.used if outcome else None)
+                wanted = refit.aim(name, exact) if refit else exact
+                weight = codes.rows(wanted, weight, gram, outcome.used if outcome else None)
             yield _bytes(self._lane.fetch(weight.t().contiguous() if transposed else weight, None))
         out_features = ref.shape[1] if transposed else ref.shape[0]
         per_row = prune_per_row(self.target.of(name), in_features)

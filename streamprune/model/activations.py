@@ -16,6 +16,7 @@ from torch import Tensor
 
 from streamprune.disk.behind import Behind, read_ahead
 from streamprune.disk.cache import CacheReader, CacheWriter
+from streamprune.disk.scratch import ScratchMatrix
 from streamprune.model.lane import Event, Lane, Sent, take
 
 
@@ -65,6 +66,45 @@ class Activations:
         ):
             yield put
         self._before, self._held = self._held, (stage, held) if self.resident else (-1, [])
+
+
+class Aside:
+    """Hidden states (tokens, hidden) that wait for a second pass through the same layer.
+
+    They are in an unnamed file in `folder`, or on the device. First all are put, then all are taken, in the same order.
+    """
+
+    def __init__(self, folder: Path, tokens: int, hidden: int, dtype: torch.dtype, *, resident: bool) -> None:
+        self._file = None if resident else ScratchMatrix(folder, tokens, hidden, dtype)
+        self._held: list[Tensor] = []
+        self._dtype = dtype
+        self.rewind()
+
+    def rewind(self) -> None:
+        """The next is the first again."""
+        self._at = 0
+
+    def put(self, states: Tensor) -> None:
+        """Keeps states (batch, seqlen, hidden)."""
+        states = states.detach().to(self._dtype)
+        if self._file is None:
+            self._held.append(states)
+            return
+        begin, end = self._at, self._at + states.shape[0] * states.shape[1]
+        self._file.tensor[begin:end] = states.reshape(end - begin, -1).cpu()
+        self._file.forget(begin, end)
+        self._at = end
+
+    def take(self, like: Tensor) -> Tensor:
+        """The next states, as many as `like` has, on its device."""
+        if self._file is None:
+            self._at += 1
+            return self._held[self._at - 1]
+        begin, end = self._at, self._at + like.shape[0] * like.shape[1]
+        found = self._file.tensor[begin:end].view(like.shape).to(like.device, copy=True)
+        self._file.forget(begin, end)
+        self._at = end
+        return found
 
 
 class _Sending:

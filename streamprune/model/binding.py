@@ -87,6 +87,22 @@ def bound(
             restore()
 
 
+@contextmanager
+def in_their_place(skeleton: Skeleton, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it, linears that are bound compute with these weights, of their stored shape and dtype, instead."""
+    before: dict[str, nn.Parameter | None] = {}
+    try:
+        for name, weight in weights.items():
+            parameters = skeleton.model.get_submodule(name)._parameters
+            old = before[name] = parameters["weight"]
+            assert old is not None
+            parameters["weight"] = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False)
+        yield
+    finally:
+        for name, held in before.items():
+            skeleton.model.get_submodule(name)._parameters["weight"] = held
+
+
 def _bind(module: nn.Module, leaf: str, value: Tensor, dtype: torch.dtype) -> Callable[[], None]:
     """Puts a stored tensor in a module's place; returns what puts the meta tensor back."""
     if leaf in module._buffers:

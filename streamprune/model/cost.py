@@ -102,6 +102,11 @@ class Work:
     refit: RefitWork = NO_REFIT
 
 
+PAIRED_FORWARDS = 6
+"""About how often the tokens of asymmetric calibration go through a layer: both halves once, both halves once more as
+far as each input that linears share, which comes to one and a half passes, and the pruned half for the next cache."""
+
+
 @dataclass(frozen=True)
 class Course:
     """How a run goes: see model/budget.py for `layers` (on the device at once) and `resident`."""
@@ -112,7 +117,7 @@ class Course:
     groups: int
     """Of batches that experts compute for at once."""
     forwards: int
-    """Passes of all tokens through a layer: 2 with --propagate pruned."""
+    """Passes of all tokens through a layer: 2 with --propagate pruned, PAIRED_FORWARDS with asymmetric."""
     state_bytes: int
     """Of one token's hidden state in the activation cache."""
     threads: int
@@ -128,7 +133,7 @@ class Course:
 
     def passes(self, work: Work) -> int:
         """How often all tokens go through a stage."""
-        return min(self.forwards, 1) if work.last else self.forwards
+        return max(self.forwards - 1, 1) if work.last else self.forwards
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ A pass more costs time and changes no bit; panels are as the room is, and that b
 Those of an expert come when its turn has come, from what is routed to it (model/routed.py), not with the others: a
 layer's experts are too many.
 
+With asymmetric calibration each Gram comes with its drift (pruning/gram.py), and only when the linears that the layer
+uses before have been refitted and are in their place.
+
 A small part of the tokens is kept out, to see on them what a refit has learned: HoldOut.
 """
 
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 
 from streamprune.disk.scratch import ScratchMatrix
-from streamprune.errors import CheckpointError, UsageError
+from streamprune.errors import CheckpointError, UnsupportedError, UsageError
 from streamprune.pruning.gram import Gram, Mapped
 
 MOST_HELD = 2048
@@ -87,20 +90,29 @@ class _Sum:
     begin: int
     end: int
     sum: Tensor
+    drift: Tensor | None = None
+    """(in, in) the sum of (dense − x) xᵀ, where there are two kinds of inputs."""
     held: list[Tensor] = field(default_factory=list)
+    held_dense: list[Tensor] = field(default_factory=list)
     seen: int = 0
     tokens: int = 0
 
-    def add(self, rows: Tensor, hold: HoldOut) -> None:
-        """Adds inputs (tokens, in)."""
+    def add(self, rows: Tensor, hold: HoldOut, dense: Tensor | None = None) -> None:
+        """Adds inputs (tokens, in), and what the dense model has in their place."""
         for begin, end, kept_out in hold.cut(self.seen, self.seen + len(rows)):
-            part = rows[begin - self.seen : end - self.seen]
+            here = slice(begin - self.seen, end - self.seen)
             if kept_out:
-                self.held.append(part.clone())
+                self.held.append(rows[here].clone())
+                if dense is not None:
+                    self.held_dense.append(dense[here].clone())
                 continue
             self.tokens += end - begin
-            for some in torch.split(part, _ROWS):
-                self._multiply(some.float())
+            for at in range(here.start, here.stop, _ROWS):
+                some = slice(at, min(at + _ROWS, here.stop))
+                x = rows[some].float()
+                self._multiply(x)
+                if dense is not None and self.drift is not None:
+                    self.drift.addmm_((dense[some].float() - x).T, x)
         self.seen += len(rows)
 
     def _multiply(self, x: Tensor) -> None:
@@ -125,7 +137,10 @@ def _blocks(width: int) -> list[tuple[int, int]]:
 
 
 class GramCollector:
-    """Gathers Grams in one pass; `wants(name, width)` says which rows of the one of a linear's input, or None."""
+    """Gathers Grams in one pass; `wants(name, width)` says which rows of the one of a linear's input, or None.
+
+    Either `watch` sees all inputs, or `watch_pair`.
+    """
 
     def __init__(self, wants: Callable[[str, int], tuple[int, int] | None], hold: HoldOut) -> None:
         self.sums: dict[str, _Sum] = {}
@@ -146,6 +161,24 @@ class GramCollector:
         if name in self.sums:
             self.sums[name].add(x.detach().reshape(-1, x.shape[-1]), self._hold)
 
+    def watch_pair(self, name: str, dense: Tensor, x: Tensor) -> None:
+        """Adds x (…, in), the input of a linear in the model that is being pruned, and what the dense model has there.
+
+        Raises UnsupportedError where the two have not the same shape.
+        """
+        width = x.shape[-1]
+        if dense.shape != x.shape:
+            raise UnsupportedError(
+                f"{name} is given {list(x.shape)} where the dense model has {list(dense.shape)}; asymmetric "
+                "calibration needs the same tokens in both: pass --propagate pruned"
+            )
+        if name not in self.sums:
+            with torch.inference_mode(False):
+                zeros = [torch.zeros(width, width, dtype=torch.float32, device=x.device) for _ in range(2)]
+            self.sums[name] = _Sum(0, width, zeros[0], zeros[1])
+        rows, wanted = (some.detach().reshape(-1, width) for some in (x, dense))
+        self.sums[name].add(rows, self._hold, wanted)
+
     def end_batch(self) -> None:
         """Lets go of the last input."""
         self._last = None
@@ -164,13 +197,16 @@ class LayerGrams:
     folder   where a matrix goes that is larger than `room`
     products see Gram
     experts  linear -> the expert that it belongs to
+    place    of asymmetric calibration: puts a linear's new weight where the next Grams' pass computes with it
     """
 
     def __init__(
         self, linears: Mapping[str, int], room: int, hold: HoldOut, folder: Path, rerun: Rerun,
         products: torch.dtype = torch.float32, experts: Mapping[str, str] | None = None,
+        place: Callable[[str, Tensor], None] | None = None,
     ) -> None:  # fmt: skip
-        self._linears, self._room, self._hold, self._folder = dict(linears), room, hold, folder
+        self._linears, self._room, self._hold, self.folder = dict(linears), room, hold, folder
+        self.place = place
         self._rerun, self._products, self._experts = rerun, products, experts or {}
         self._groups: dict[str, str] = {}
         self._tokens: dict[str, int] = {}
@@ -187,7 +223,7 @@ class LayerGrams:
     def first_pass(self) -> GramCollector | None:
         """What gathers all but experts' beside the statistics, if there is room even were no input shared."""
         together = [width for name, width in self._linears.items() if name not in self._experts]
-        if not together or gram_bytes(largest_at_once(self._linears, self._experts)) > self._room:
+        if self.place is not None or not together or gram_bytes(largest_at_once(self._linears, self._experts)) > self._room:
             return None
         return GramCollector(
             lambda name, width: (0, width) if name in self._linears and name not in self._experts else None, self._hold
@@ -207,6 +243,11 @@ class LayerGrams:
                 self._tokens[name] = tokens(name)
         if collector is not None:
             self._keep(collector)
+
+    @property
+    def by_use(self) -> list[str]:
+        """The linears that are refitted, in the order in which the layer uses them."""
+        return [name for name in self._groups if name in self._linears]
 
     def leave_out(self, names: Collection[str]) -> None:
         """Forgets linears that are not refitted after all."""
@@ -249,6 +290,10 @@ class LayerGrams:
 
     def _gather(self, leader: str) -> None:
         width = self._linears[next(n for n in self._linears if self._groups.get(n) == leader)]
+        if self.place is not None:
+            self._ready.clear()
+            self._keep(self._pass({leader: (0, width)}))
+            return
         expert = self._experts.get(leader)
         left = self._room - gram_bytes([len(gram.matrix) for gram in self._ready.values()]) - _nbytes(width)
         if expert is None or left < 0:
@@ -269,7 +314,7 @@ class LayerGrams:
 
     def _in_panels(self, leader: str, width: int) -> Gram:
         """A Gram that is larger than the room."""
-        whole = ScratchMatrix(self._folder, width, width)
+        whole = ScratchMatrix(self.folder, width, width)
         step = max(1, self._room // (4 * width))
         held: Tensor | None = None
         tokens = 0
@@ -295,7 +340,10 @@ class LayerGrams:
         for name in list(collector.sums):
             found = collector.sums.pop(name)
             found.finish()
-            self._ready[name] = _checked(name, Gram(found.sum, _joined(found), found.tokens, products=self._products))
+            gram = Gram(found.sum, _joined(found), found.tokens, products=self._products, drift=found.drift)
+            if found.drift is not None:
+                gram.held_dense = torch.cat(found.held_dense) if found.held_dense else gram.held
+            self._ready[name] = _checked(name, gram)
 
 
 def _joined(found: _Sum) -> Tensor:

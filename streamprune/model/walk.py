@@ -38,6 +38,10 @@ class Call:
     by_keyword: bool
 
 
+class Enough(Exception):  # noqa: N818 -- it is no error
+    """Raised by what watches a layer: it has seen what it came for, the rest of the layer need not run."""
+
+
 _BESIDE = object()
 """What recorders return beside the states, where the model expects a tuple. No layer may be given it."""
 
@@ -186,8 +190,9 @@ class Walk:
         """One decoder layer with its weights bound: a function from states to states, (batch, seqlen, hidden).
 
         `watch(linear, x)` sees the input (tokens, in) of each linear. With `routed`, whose it is to show those of
-        experts, what comes out while it collects is of no use, and nothing is seen. `feed` and `sources` may take the
-        weights from elsewhere, as when the pruned layer is run. On a device the weights stay there until the caller
+        experts, what comes out while it collects is of no use, and nothing is seen. Where `watch` raises Enough, what
+        comes out is of no use either. `feed` and `sources` may take the weights from elsewhere, as when the pruned
+        layer is run. On a device the weights stay there until the caller
         releases them; on the CPU their pages are given back on leaving.
         """
         layer = self.skeleton.layers[stage.index]
@@ -208,7 +213,7 @@ class Walk:
                     out = layer(*call.args, hidden_states=states, **call.kwargs)
                 else:
                     out = layer(states, *call.args, **call.kwargs)
-            except ReachedExperts:
+            except (ReachedExperts, Enough):
                 return states
             result: Tensor = out[0] if isinstance(out, tuple | list) else out
             return result

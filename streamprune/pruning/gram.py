@@ -3,6 +3,14 @@
 With X (tokens, in) the inputs, a change E (rows, in) of the weights changes the outputs by X Eᵀ, and the sum of the
 squares of that is tr(E G Eᵀ) with G = XᵀX. Only sums occur, so G does not depend on the order of the tokens but for
 rounding. A few inputs are kept out of G, to see on them what has been learned from the others.
+
+Asymmetric calibration (as GPTAQ, arXiv 2504.02692): X are the inputs that the model has which is being pruned, and
+what should come out is what the dense model makes of its own inputs D, W Dᵀ. With E = (D − X)ᵀX and damping δ diag G,
+
+    min over V   ‖W Dᵀ − V Xᵀ‖² + δ Σ_j G_jj (v_j − w_j)²       is reached by       V = W + W E (G + δ diag G)⁻¹
+
+and a refit that comes close to V in the metric G comes close to the dense model's outputs. All of V would trust the
+calibration tokens too much: `aim` goes PULL of the way from W to V.
 """
 
 from __future__ import annotations
@@ -13,6 +21,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from streamprune.pruning.inverse import Damping, feature_scale, normalised_inverse
+
+PULL = 0.5
+"""How far the weights that a refit aims at go from the dense ones towards those that make up for earlier layers."""
+
+PULL_DAMPING = Damping(0.05)
+"""δ of that step."""
 
 _PANEL = 256 << 20
 """Bytes of a mapped matrix that are looked at before its pages are given back."""
@@ -39,11 +55,30 @@ class Gram:
     mapped: Mapped | None = None
     products: torch.dtype = torch.float32
     """What iterations that forgive rounding may multiply in."""
+    drift: Tensor | None = None
+    """E (in, in) float32 like `matrix`, of asymmetric calibration; None where X is all there is."""
+    held_dense: Tensor | None = None
+    """(held, in): what the dense model has in the place of `held`."""
     diagonal: Tensor = field(init=False)
     """(in,) float32, on the refit's device."""
 
     def __post_init__(self) -> None:
         self.diagonal = self._diagonal()
+        self._pull: Tensor | None = None
+
+    def aim(self, rows: Tensor) -> Tensor:
+        """The weights that a refit of `rows` (n, in) float32 is to come close to: (n, in), `rows` without a drift.
+
+        Raises UnsupportedError, see inverse.py.
+        """
+        if self.drift is None:
+            return rows
+        if self._pull is None:
+            scale = feature_scale(self.matrix)
+            reciprocal = torch.where(scale > 0, 1 / scale, 0.0)
+            inverse = normalised_inverse(self.matrix, PULL_DAMPING, 0.0).matrix
+            self._pull = inverse.mul_(PULL * reciprocal).mul_(reciprocal[:, None])
+        return torch.addmm(rows, rows @ self.drift, self._pull)
 
     @property
     def device(self) -> torch.device:
@@ -69,9 +104,16 @@ class Gram:
         change = rows @ self.held.to(rows.dtype).T
         return change.square_().sum(1, dtype=torch.float64)
 
-    def held_by_token(self, rows: Tensor) -> Tensor:
-        """The squared change of all outputs on each of the inputs that were kept out, (held,) float64."""
-        return (rows @ self.held.to(rows.dtype).T).square_().sum(0, dtype=torch.float64)
+    def held_by_token(self, rows: Tensor, fitted: Tensor | None = None) -> Tensor:
+        """The squared outputs of `rows` on each of the inputs that were kept out, (held,) float64; the dense model's,
+        if there are such. With `fitted`, how far its outputs on `held` are from these."""
+        if self.held_dense is None:
+            rows = rows if fitted is None else rows - fitted
+            return (rows @ self.held.to(rows.dtype).T).square_().sum(0, dtype=torch.float64)
+        made = rows @ self.held_dense.to(rows.dtype).T
+        if fitted is not None:
+            made -= fitted @ self.held.to(fitted.dtype).T
+        return made.square_().sum(0, dtype=torch.float64)
 
     def absorb(self) -> None:
         """Puts the inputs that were kept out into `matrix` after all: this object changes, and so does `matrix`."""
@@ -87,6 +129,9 @@ class Gram:
                 part += (held[:, begin:end].T @ held).to(part.device)
             if self.mapped is not None:
                 self.mapped.forget(begin, end)
+        if self.drift is not None and self.held_dense is not None:
+            self.drift.addmm_((self.held_dense.float() - held).T, held)
+            self.held_dense, self._pull = self.held_dense[:0], None
         self.tokens += len(held)
         self.held = self.held[:0]
         self.diagonal = self._diagonal()

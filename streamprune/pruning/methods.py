@@ -58,7 +58,8 @@ class Method:
     """Relative dampings that are tried beside it."""
     prepare: Callable[[Gram, Damping], Prepared]
     solve: Callable[[Tensor, Tensor, Gram, Any, Ask], Tensor]
-    """(weights, these with zeros where the recipe's mask prunes, Gram, state, Ask) -> new weights, (n, in) float32."""
+    """(weights to come close to, the dense ones with zeros where the recipe's mask prunes, Gram, state, Ask) -> new
+    weights, (n, in) float32."""
     matrices: int
     """Matrices of the Gram's size that it holds beside it at the most; none means that the Gram may be in a file."""
 
@@ -68,7 +69,8 @@ def _metric(gram: Gram, damping: Damping) -> Prepared:
 
 
 def _cg(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, ask: Ask) -> Tensor:
-    return descend(weight, masked, ask.select(weight, 1.0), state, 10)
+    keep = ask.select(weight, 1.0)
+    return descend(weight, torch.where(keep, weight, 0.0), keep, state, 10)
 
 
 def _gradual(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, ask: Ask) -> Tensor:
@@ -112,7 +114,8 @@ METHODS = {
 
 
 class Choice(NamedTuple):
-    """What was chosen for a linear. Errors are relative, ‖(W − Ŵ)X‖² / ‖WX‖² on the inputs that were kept out."""
+    """What was chosen for a linear. Errors are relative, ‖(W − Ŵ)X‖² / ‖WX‖² on the inputs that were kept out, of
+    asymmetric calibration ‖WD − ŴX‖² / ‖WD‖² (gram.py)."""
 
     damping: Damping | None
     """None: no refit."""
@@ -142,10 +145,11 @@ def choose(
     if not len(gram.held):
         return dict.fromkeys(samples, Choice(dampings[0], None, None))
     whole = {name: gram.held_by_token(sample.weight).sum() for name, sample in samples.items()}
+    aims = {name: gram.aim(sample.weight) for name, sample in samples.items()}
 
     def errors(name: str, fitted: Tensor) -> Tensor:
         """Relative errors on stretches of the tokens, whose sum is the error on all."""
-        by_token = gram.held_by_token(samples[name].weight - fitted)
+        by_token = gram.held_by_token(samples[name].weight, fitted)
         return torch.stack([part.sum() for part in by_token.chunk(_STRETCHES)]) / whole[name].clamp_min(_TINY)
 
     tried: dict[str, list[tuple[Damping | None, Tensor]]] = {
@@ -154,7 +158,8 @@ def choose(
     for damping in sorted(dampings, key=lambda d: -d.value):
         state = method.prepare(gram, damping).state
         for name, sample in samples.items():
-            tried[name].append((damping, errors(name, method.solve(*sample, gram, state, asks[name]))))
+            fitted = method.solve(aims[name], sample.masked, gram, state, asks[name])
+            tried[name].append((damping, errors(name, fitted)))
     return {name: _first_as_good(found) for name, found in tried.items()}
 
 

@@ -24,6 +24,7 @@ from streamprune.errors import UsageError
 
 SCORES = ("lscore", "lscore-isotropic", "wanda", "magnitude")
 SELECTORS = ("ewma", "exact")
+PROPAGATIONS = ("dense", "pruned", "asymmetric")
 ALLOCATIONS = ("uniform", "owl", "error")
 REFITS = ("none", "cg", "obs-admm", "gradual-cg", "admm", "sparsegpt")
 QUANTIZE = ("none", "fp8")
@@ -48,6 +49,26 @@ class Recipe:
     @property
     def needs_gram(self) -> bool:
         return self.refit is not None
+
+    @property
+    def propagate(self) -> str:
+        """Whose outputs the next layer is calibrated on by default; "auto" is asymmetric where the model allows it."""
+        if self.refit is None:
+            return "dense"
+        return "pruned" if self.refit in ("admm", "sparsegpt") else "auto"
+
+
+def check_propagate(recipe: Recipe, propagate: str | None) -> str:
+    """What a job is to propagate: as asked, or as the recipe has it. Raises UsageError for what cannot be."""
+    if propagate is None:
+        return recipe.propagate
+    if propagate not in PROPAGATIONS:
+        raise UsageError(f"--propagate {propagate}: choose {', '.join(PROPAGATIONS)}")
+    if propagate == "asymmetric" and recipe.refit is None:
+        raise UsageError(
+            "--propagate asymmetric is for a refit: it says what new values aim at; take pruned, or see --refit"
+        )
+    return propagate
 
 
 RECIPES = {
