@@ -7,27 +7,39 @@ A cache has both models' states, a batch of the dense one and then the same wind
        dense half with dense weights, the pruned half with what has been refitted so far; then they are refitted
     3  the pruned half through the layer's shard; with the outputs that waited it makes the next cache
 
-So a linear is fitted to what the dense layer makes of dense inputs, from the inputs that it will really have.
+So a linear is fitted to what the dense layer makes of dense inputs, from the inputs that it will really have. Linears
+that write into the residual stream also make up for what it has lost before them: they are found by their outputs,
+which add up to what the layer adds. Where none do (norms behind the sublayers, scaled residuals), nothing is made up
+for.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamprune.errors import UnsupportedError
 from streamprune.job_pass import Pass
 from streamprune.model.activations import Aside
 from streamprune.model.binding import in_their_place
-from streamprune.model.grams import GramCollector, LayerGrams
+from streamprune.model.gram_sums import GramCollector
+from streamprune.model.grams import LayerGrams
 from streamprune.model.passes import check_weights, retry_smaller
-from streamprune.model.skeleton import Stage
+from streamprune.model.routed import Enough
+from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.statistics import Collector
-from streamprune.model.walk import Enough
+
+_MOST_WRITERS = 8
+"""Linears that are tried as writers of the residual stream: their sets are, all of them."""
+
+_UNEXPLAINED = 0.1
+"""Of what a layer adds to a token, this part may be something else than what writers' outputs add up to: rounding."""
 
 
 class PairedPass(Pass):
@@ -45,6 +57,7 @@ class PairedPass(Pass):
         return 2 * super().cache_bytes
 
     def embed(self, persist: bool) -> None:
+        """As Pass.embed; both models' states are the same here."""
         stages = self.walk.skeleton.stages
         for stage in (stages[0], stages[-1]):
             check_weights(self.walk.feed, self.walk.skeleton, stage)
@@ -61,8 +74,7 @@ class PairedPass(Pass):
         check_weights(self.walk.feed, self.walk.skeleton, stage)
 
         def attempt() -> Collector:
-            self.placed = {}
-            self.dense = self._aside()
+            self.placed, self.dense = {}, self._aside()
             collector, pruned_half = Collector(self._accumulate), False
 
             def watch(name: str, x: Tensor) -> None:
@@ -70,19 +82,27 @@ class PairedPass(Pass):
                     collector.watch(name, x)
 
             with self.walk.layer(stage, watch=watch) as run:
-                for states in self.activations.read(stage.index):
+                for chunk, states in enumerate(self.activations.read(stage.index)):
                     dense, states = states.chunk(2)
                     pruned_half = False
-                    self.dense.put(run(dense))
+                    with outputs_of(self.walk.skeleton, candidates if not chunk else []) as made:
+                        after = run(dense)
+                    if not chunk:
+                        added = after.float() - dense.to(after.device).float()
+                        self._writers = writers_of(added, {n: y for n, y in made.items() if y.shape == added.shape})
+                    self.dense.put(after)
                     pruned_half = True
                     collector.flow(states, run(states))
                     collector.end_batch()
             return collector
 
+        hidden = self.walk.skeleton.hidden_size
+        candidates = [name for name, ref in stage.linears.items() if hidden in ref.shape]
         collector = retry_smaller(self.walk, attempt)
         if grams is not None:
             grams.gathered(None, collector.groups, collector.tokens)
-        self._tokens = {name: collector.tokens(name) for name in collector.groups}
+        self._calls = {name: collector.tokens(name) for name in collector.groups}
+        self._writers = [name for name in collector.groups if name in self._writers]  # in the order of use
         return collector
 
     def place(self, name: str, weight: Tensor) -> None:
@@ -92,36 +112,40 @@ class PairedPass(Pass):
     def gather(self, stage: Stage, make: Callable[[], GramCollector], inputs: Set[str]) -> GramCollector:
         """Step 2, for one input, named by the first linear that has it."""
         (name,) = inputs
-        once = self._tokens[name] == self.windows.size  # a linear that is called again is not to be cut short
+        walk, once = self.walk, self._calls[name] == self.windows.size  # what is called again is not to be cut short
+        before = self._writers[: self._writers.index(name)] if name in self._writers else []
 
         def attempt() -> GramCollector:
-            collector = make()
-            dense_inputs: deque[Tensor] = deque()
-            pruned_half = False
+            collector, seen = make(), list[Tensor]()
 
             def watch(linear: str, x: Tensor) -> None:
-                if linear != name:
-                    return
-                if not pruned_half:
-                    dense_inputs.append(x)
-                elif not dense_inputs:
-                    raise UnsupportedError(f"{name} is not called as often as in the dense model")
-                else:
-                    collector.watch_pair(name, dense_inputs.popleft(), x)
-                if once:
-                    raise Enough
+                if linear == name:
+                    seen.append(x)
+                    if once:
+                        raise Enough
 
-            with self.walk.layer(stage, watch=watch) as run:
-                for states in self.activations.read(stage.index):
-                    dense, states = states.chunk(2)
-                    pruned_half = False
-                    run(dense)
-                    pruned_half = True
-                    with in_their_place(self.walk.skeleton, self.placed):
-                        run(states)
+            def half(run: Callable[[Tensor], Tensor], states: Tensor) -> tuple[list[Tensor], Tensor]:
+                """What the linear is fed, and the residual stream where its outputs are added to it."""
+                seen.clear()
+                with outputs_of(walk.skeleton, before) as made:
+                    run(states)
+                return list(seen), sum((made[writer] for writer in before), states.to(walk.device).float())
+
+            with walk.layer(stage, watch=watch) as run:
+                for chunk in self.activations.read(stage.index):
+                    halves = (torch.split(states, walk.most or len(states)) for states in chunk.chunk(2))
+                    for dense, states in zip(*halves, strict=True):
+                        wanted, stream = half(run, dense)
+                        with in_their_place(walk.skeleton, self.placed):
+                            given, own = half(run, states)
+                        if len(given) != len(wanted):
+                            raise UnsupportedError(f"{name} is not called as often as in the dense model")
+                        missing = stream - own if name in self._writers and once else None
+                        for a, b in zip(wanted, given, strict=True):
+                            collector.watch_pair(name, a, b, missing)
             return collector
 
-        return retry_smaller(self.walk, attempt)
+        return retry_smaller(walk, attempt)
 
     def pruned_layer(self, stage: Stage, shard: Path, persist: bool) -> None:
         """Step 3."""
@@ -156,3 +180,38 @@ class PairedPass(Pass):
     def _aside(self) -> Aside:
         states, hidden = self.activations, self.walk.skeleton.hidden_size
         return Aside(states.folder, self.windows.size, hidden, self.walk.cache_dtype, resident=states.resident)
+
+
+@contextmanager
+def outputs_of(skeleton: Skeleton, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
+    """Collects the last outputs of linears, (…, out) float32, while it is open."""
+    found: dict[str, Tensor] = {}
+
+    def seeing(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], made: Tensor) -> None:
+            found[name] = made.float()
+
+        return hook
+
+    hooks = [skeleton.model.get_submodule(name).register_forward_hook(seeing(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def writers_of(added: Tensor, outputs: Mapping[str, Tensor]) -> list[str]:
+    """The linears whose `outputs` (batch, seqlen, hidden) add up to what a layer `added` to its states, if some do.
+
+    The set that comes nearest is taken, if half of the tokens are explained by it but for rounding.
+    """
+    names, size = list(outputs)[:_MOST_WRITERS], torch.linalg.vector_norm(added, dim=-1).clamp_min(1e-30)
+    best, least = list[str](), _UNEXPLAINED
+    for number in range(1, len(names) + 1):
+        for some in combinations(names, number):
+            rest = added - sum(outputs[name] for name in some)
+            part = float((torch.linalg.vector_norm(rest, dim=-1) / size).median())
+            if part < least:
+                best, least = list(some), part
+    return best

@@ -17,7 +17,8 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.model.activations import Activations
 from streamprune.model.calibration import Tokens
 from streamprune.model.feed import Feed
-from streamprune.model.grams import GramCollector, LayerGrams
+from streamprune.model.gram_sums import GramCollector
+from streamprune.model.grams import LayerGrams
 from streamprune.model.passes import (
     Watcher,
     check_weights,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from streamprune.choosing import check_widths, selected_linears
+from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.state import JobState
 from streamprune.errors import CorruptStateError, ResourceError, UnsupportedError, UsageError
@@ -20,9 +21,11 @@ from streamprune.job_paired import PairedPass
 from streamprune.job_pass import Pass
 from streamprune.model.budget import Layout, RefitNeeds, estimate, layout_for, waiting_bytes
 from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
+from streamprune.model.computing import cache_dtype
 from streamprune.model.cost import linear_shape
 from streamprune.model.feed import Feed
-from streamprune.model.grams import HoldOut, LayerGrams, gram_bytes, largest_at_once
+from streamprune.model.gram_sums import MOST_HELD, HoldOut
+from streamprune.model.grams import LayerGrams, gram_bytes, largest_at_once
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.statistics import StatisticsFile
 from streamprune.pruning.selection import Amount, parse_pattern
@@ -81,13 +84,20 @@ def refit_needs(writer: StageWriter | None, propagate: str) -> RefitNeeds | None
         return None
     refit = Refit(writer.target.recipe.refit, writer.target.damping)
     stages = writer.skeleton.layer_stages
-    beside = largest_refitted(stages, writer.selected) if propagate == "asymmetric" else None
+    beside = beside_grams(writer.skeleton, writer.selected) if propagate == "asymmetric" else None
     return needs_of(refit, [largest_at_once(writer.in_order(stage), stage.expert_of) for stage in stages], beside)
 
 
 def largest_refitted(stages: Sequence[Stage], chosen: Collection[str]) -> int:
     """Bytes of the weights that are refitted of one layer, of the one with most."""
     return max((sum(ref.nbytes for name, ref in s.linears.items() if name in chosen) for s in stages), default=0)
+
+
+def beside_grams(skeleton: Skeleton, chosen: Collection[str]) -> int:
+    """Bytes that asymmetric calibration takes beside a Gram and its drift: new weights, and one linear's debt."""
+    shapes = [ref.shape for stage in skeleton.layer_stages for name, ref in stage.linears.items() if name in chosen]
+    debt = 4 * skeleton.hidden_size * (max(map(max, shapes), default=0) + MOST_HELD)
+    return largest_refitted(skeleton.layer_stages, chosen) + debt
 
 
 def layer_grams(
@@ -104,10 +114,14 @@ def layer_grams(
     return LayerGrams(linears, room, hold, folder, rerun, products, stage.expert_of, place)
 
 
-def scratch_bytes(skeleton: Skeleton, refitted: Set[str], room: int, tokens: int, dtype: torch.dtype) -> int:
-    """Disk for the one Gram at a time that is larger than the `room` for them, and for what experts are given.
+def scratch_bytes(
+    skeleton: Skeleton, refitted: Set[str], layout: Layout, tokens: int, dtype: torch.dtype, propagate: str
+) -> int:
+    """Disk beside the caches, at the most.
 
-    `refitted` are linears, `tokens` those of calibration, computed with in `dtype`.
+    For the one Gram at a time that is larger than the room for them, for what experts are given, and with asymmetric
+    calibration for what the dense model makes of a layer and for the layer's new weights. `refitted` are linears,
+    `tokens` those of calibration, computed with in `dtype`.
     """
     sizes = [0]
     kept = 0
@@ -115,7 +129,11 @@ def scratch_bytes(skeleton: Skeleton, refitted: Set[str], room: int, tokens: int
         names = stage.linears.keys() & refitted
         sizes += [gram_bytes([linear_shape(skeleton, name, stage)[1]]) for name in names]
         kept = max(kept, sum(not names.isdisjoint(experts.linears) for experts in stage.experts))
-    return max(size if size > room else 0 for size in sizes) + kept * tokens * waiting_bytes(skeleton, dtype)
+    found = max(size if size > layout.room else 0 for size in sizes) + kept * tokens * waiting_bytes(skeleton, dtype)
+    if propagate == "asymmetric":
+        states = tokens * skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize
+        found += largest_refitted(skeleton.layer_stages, refitted) + (0 if layout.resident else states)
+    return found
 
 
 def open_given(
@@ -205,3 +223,20 @@ def check_disk(state: JobState, output: int, cache: int) -> None:
                 f"({format_bytes(output)} for the output, {format_bytes(cache)} for activations); free some, "
                 "choose another OUT, or put the activations elsewhere with --work DIR"
             )
+
+
+def clear_rubbish(state: JobState, newest: int, records: Sequence[Mapping[str, Any]]) -> None:
+    """Removes what a crash left behind: caches other than the `newest`, and temporary files.
+
+    Raises CorruptStateError where a shard of the journal's `records` is not as it was written.
+    """
+    durable.make_folder(state.cache)
+    keep = {f"{newest:04d}.bin", f"{newest:04d}.json"}
+    for path in [*state.cache.iterdir(), *state.partial.glob(".*.tmp"), *state.folder.glob(".*.tmp")]:
+        if path.parent != state.cache or path.name not in keep:
+            durable.remove(path)
+    for record in records:
+        if record["shard"]:
+            path = state.partial / record["shard"]["name"]
+            if not path.is_file() or path.stat().st_size != record["shard"]["bytes"]:
+                raise CorruptStateError(f"{path} is missing or damaged; start again with --restart")

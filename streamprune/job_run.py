@@ -37,13 +37,13 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.shards import shard_name
 from streamprune.disk.state import JobState, new_state
-from streamprune.errors import CorruptStateError, UsageError
+from streamprune.errors import UsageError
 from streamprune.job_finish import calibration_of, save_statistics, write_files
 from streamprune.job_paired import PairedPass
 from streamprune.job_pass import Pass
 from streamprune.job_prepare import (
     check_disk,
-    largest_refitted,
+    clear_rubbish,
     layer_grams,
     layout_of,
     make_writer,
@@ -150,7 +150,7 @@ class Run:
         self._check_disk()
         if not self.begun:
             self._create()
-        self._clean()
+        clear_rubbish(self.state, self._newest_cache(), self.records)
         stages = self.skeleton.stages
         if self.writer is None:
             stages = stages[:-1]  # statistics alone need no head
@@ -176,10 +176,8 @@ class Run:
             behind = -1 < self._newest_cache() < len(self.records) - 1  # then that one is kept beside the two at work
             cache = (3 if behind and not self.layout.resident else 2) * self.forward.cache_bytes
             refitted = self.writer.refitted if self.writer else frozenset()
-            cache += scratch_bytes(self.skeleton, refitted, self.layout.room, self.forward.windows.size, self.dtype)
-            if self.propagate == "asymmetric":
-                aside = 0 if self.layout.resident else self.forward.cache_bytes // 2
-                cache += aside + largest_refitted(self.skeleton.layer_stages, refitted)
+            tokens = self.forward.windows.size
+            cache += scratch_bytes(self.skeleton, refitted, self.layout, tokens, self.dtype, self.propagate)
         check_disk(self.state, output, cache)
 
     def _create(self) -> None:
@@ -191,24 +189,6 @@ class Run:
             np.save(buffer, self.forward.windows, allow_pickle=False)
             tokens = buffer.getbuffer()
         self.state.create({"job": self.spec.fixed(), "resolved": self.resolved, "started": started}, tokens)
-
-    def _clean(self) -> None:
-        """Removes what a crash left behind: caches of other stages than the next, and temporary files."""
-        durable.make_folder(self.state.cache)
-        newest = self._newest_cache()
-        keep = {f"{newest:04d}.bin", f"{newest:04d}.json"}
-        for path in [
-            *self.state.cache.iterdir(),
-            *self.state.partial.glob(".*.tmp"),
-            *self.state.folder.glob(".*.tmp"),
-        ]:
-            if path.parent != self.state.cache or path.name not in keep:
-                durable.remove(path)
-        for record in self.records:
-            if record["shard"]:
-                path = self.state.partial / record["shard"]["name"]
-                if not path.is_file() or path.stat().st_size != record["shard"]["bytes"]:
-                    raise CorruptStateError(f"{path} is missing or damaged; start again with --restart")
 
     def _newest_cache(self) -> int:
         """The number of the last cache that is durable, -1 if there is none: record n is of the stage that makes it."""

@@ -21,7 +21,7 @@ from streamprune.choosing import selected_linears
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
 from streamprune.errors import UsageError
-from streamprune.job_prepare import SLACK_BYTES, largest_refitted, models_at_once, propagated, scratch_bytes
+from streamprune.job_prepare import SLACK_BYTES, beside_grams, models_at_once, propagated, scratch_bytes
 from streamprune.model.budget import (
     Budget,
     Layout,
@@ -42,7 +42,8 @@ from streamprune.model.cost import (
     stage_seconds,
     work_of,
 )
-from streamprune.model.grams import HoldOut, gram_bytes, largest_at_once
+from streamprune.model.gram_sums import HoldOut
+from streamprune.model.grams import gram_bytes, largest_at_once
 from streamprune.model.hollow import HollowLayer
 from streamprune.model.refit_cost import (
     EFFORTS,
@@ -158,11 +159,9 @@ def plan(
     seconds = stage_seconds(works, course, speeds)
     split = sum(seconds, Split())
     stages = _stages(skeleton, chosen, works, course, seconds)
-    cache = (5 if models == 2 else 2) * course.tokens * course.state_bytes
-    if models == 2:
-        cache += largest_refitted(skeleton.layer_stages, chosen.keys())
+    cache = 2 * models * course.tokens * course.state_bytes
     output = checkpoint.nbytes - saved
-    scratch = scratch_bytes(skeleton, chosen.keys() if needs else set(), layout.room, course.tokens, compute)
+    scratch = scratch_bytes(skeleton, chosen.keys() if needs else set(), layout, course.tokens, compute, propagation)
     peak, least, least_vram = _memory(budget, layout, needs, windows, on_device)
     if on_device:
         least_vram += memory_of(skeleton, models * length, windows, compute, 1, False, min(windows, 1))
@@ -197,7 +196,7 @@ def _needs(recipe: Recipe, skeleton: Skeleton, chosen: Collection[str], propagat
     for stage in skeleton.layer_stages:
         widths = {name: linear_shape(skeleton, name, stage)[1] for name in stage.linears if name in chosen}
         layers.append(largest_at_once(widths, stage.expert_of))
-    beside = largest_refitted(skeleton.layer_stages, chosen) if propagate == "asymmetric" else None
+    beside = beside_grams(skeleton, chosen) if propagate == "asymmetric" else None
     return needs_of(Refit(recipe.refit, "auto"), layers, beside)
 
 

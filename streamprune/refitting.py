@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from streamprune.model.budget import RefitNeeds
-from streamprune.model.grams import MOST_HELD, LayerGrams
+from streamprune.model.gram_sums import MOST_HELD
+from streamprune.model.grams import LayerGrams
 from streamprune.pruning.gram import Gram
 from streamprune.pruning.inverse import Damping
 from streamprune.pruning.methods import METHODS, Ask, Choice, Method, Prepared, Sample, choose
@@ -145,19 +146,19 @@ class LayerRefit:
         used = self._prepare(gram, choice.damping).damping if choice.damping else None
         return Outcome(choice, used)
 
-    def rows(self, name: str, weight: Tensor, masked: Tensor, outcome: Outcome) -> Tensor:
-        """Some rows of a linear (n, in), stored dtype, refitted; `masked` are these with the recipe's mask.
+    def rows(self, name: str, begin: int, weight: Tensor, masked: Tensor, outcome: Outcome) -> Tensor:
+        """Rows from `begin` of a linear (n, in), stored dtype, refitted; `masked` are these with the recipe's mask.
 
         No more than chunk_rows of them at once, however many there are (of a transposed linear, all).
         """
         step = chunk_rows(weight.shape[1])
         chunks = zip(torch.split(weight, step), torch.split(masked, step), strict=True)
-        fitted = [self._rows(name, exact, plain, outcome) for exact, plain in chunks]
+        fitted = [self._rows(name, begin + i * step, *rows, outcome) for i, rows in enumerate(chunks)]
         return fitted[0] if len(fitted) == 1 else torch.cat(fitted)
 
-    def _rows(self, name: str, weight: Tensor, masked: Tensor, outcome: Outcome) -> Tensor:
+    def _rows(self, name: str, begin: int, weight: Tensor, masked: Tensor, outcome: Outcome) -> Tensor:
         gram = self.grams.take(name)
-        exact, plain = gram.aim(weight.float()), masked.float()
+        exact, plain = self.aim(name, begin, weight), masked.float()
         before = gram.energy(exact - plain)
         outcome.whole += float(gram.energy(exact).sum())
         outcome.mask += float(before.sum())
@@ -177,9 +178,9 @@ class LayerRefit:
         """The Gram that a linear is refitted with; its rows are at work."""
         return self.grams.take(name)
 
-    def aim(self, name: str, rows: Tensor) -> Tensor:
-        """The weights (n, in) float32 that `rows` of a linear, being refitted, are to come close to."""
-        return self.grams.take(name).aim(rows.float())
+    def aim(self, name: str, begin: int, rows: Tensor) -> Tensor:
+        """The weights (n, in) float32 that rows from `begin` of a linear, being refitted, are to come close to."""
+        return self.grams.take(name).aim(rows.float(), name, slice(begin, begin + len(rows)))
 
     def done(self, name: str) -> None:
         """All rows of the linear are done."""

@@ -216,9 +216,11 @@ class StageWriter:
         stored = self.feed.tensor(ref)
         if name in self.skeleton.transposed:
             stored = stored.t()
-        rows = stored[sampled(len(stored)).to(stored.device)].contiguous()
+        which = sampled(len(stored)).to(stored.device)
+        rows = stored[which].contiguous()
         feature, power = self._features.of(name, rows.shape[1])
-        return Sample(rows.float(), torch.cat([r.weight for r in self._select(name, rows, feature, power)]).float())
+        masked = torch.cat([r.weight for r in self._select(name, rows, feature, power)])
+        return Sample(rows.float(), masked.float(), which)
 
     def _pruned(self, ref: TensorRef, name: str) -> Iterator[Buffer]:
         if ref in self._following:
@@ -241,10 +243,10 @@ class StageWriter:
                 parts.append(result.weight)
             weight = parts[0] if len(parts) == 1 else torch.cat(parts)
             if refit is not None and outcome is not None:
-                weight = refit.rows(name, exact, weight, outcome)
+                weight = refit.rows(name, begin, exact, weight, outcome)
             if codes is not None:
                 gram = refit.gram(name) if refit else None
-                wanted = refit.aim(name, exact) if refit else exact
+                wanted = refit.aim(name, begin, exact) if refit else exact
                 weight = codes.rows(wanted, weight, gram, outcome.used if outcome else None)
             yield _bytes(self._lane.fetch(weight.t().contiguous() if transposed else weight, None))
         out_features = ref.shape[1] if transposed else ref.shape[0]

@@ -21,7 +21,8 @@ from streamprune.errors import CheckpointError, ResourceError, UsageError
 from streamprune.model import grams as grams_module
 from streamprune.model.budget import Budget, RefitNeeds, _room, layout_for
 from streamprune.model.feed import Feed
-from streamprune.model.grams import MOST_HELD, GramCollector, HoldOut, LayerGrams, gram_bytes
+from streamprune.model.gram_sums import MOST_HELD, GramCollector, HoldOut
+from streamprune.model.grams import LayerGrams, gram_bytes
 from streamprune.model.skeleton import build_skeleton
 from streamprune.model.statistics import Collector
 from streamprune.model.walk import Walk

@@ -28,12 +28,14 @@ ORDER: list[set[str]] = [
     {"model"},
     {"choosing", "refitting", "quantising"},
     {"stage_writer", "report"},
-    {"allocating", "job_prepare", "job_pass", "job_finish", "comparison", "evaluation_pass"},
+    {"allocating", "job_prepare", "job_pass", "job_paired", "job_finish", "comparison", "evaluation_pass"},
     {"job_run", "job", "evaluation", "planning", "inspection", "packing"},
     {"arguments", "tables", "progress", "demo", "cli", "__main__"},
 ]
 WITHIN_A_LEVEL = {
     ("job_prepare", "job_pass"),
+    ("job_prepare", "job_paired"),
+    ("job_paired", "job_pass"),
     ("job", "job_run"),
     ("evaluation_pass", "comparison"),
     ("cli", "arguments"),

@@ -213,7 +213,7 @@ def test_the_least_memory_is_enough_for_a_refit(
 
 def test_time_of_a_refit(models: Models) -> None:
     """More products take longer; where they are in bf16, its speed counts; only layers that are refitted bear it."""
-    how: dict[str, Any] = {"samples": 16, "seqlen": 48, "dtype": "bfloat16", "speeds": EVEN}
+    how: dict[str, Any] = {"samples": 16, "seqlen": 48, "dtype": "bfloat16", "speeds": EVEN, "propagate": "dense"}
     plain = plan(models(), **how)
     found = {name: plan(models(), **how, refit=name) for name in ("cg", *REFITS)}
     assert plain.split.refit == 0 and all(p.split.refit > 0 for p in found.values())

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from streamprune.model.grams import GramCollector, HoldOut, LayerGrams
+from streamprune.model.gram_sums import GramCollector, HoldOut
+from streamprune.model.grams import LayerGrams
 from streamprune.model.refit_cost import EFFORTS, Refitted, RefitWork, Trials, gathered, refit_work, triangle
 from streamprune.pruning.gram import Gram
 from streamprune.pruning.inverse import Damping
@@ -50,7 +51,7 @@ def test_efforts_are_what_methods_do(name: str) -> None:
     with Counted() as solved:
         method.solve(weight, torch.where(keep(weight, 1.0), weight, 0.0), gram, state, Ask(0.5, None, keep))
     asked = effort.products * rows * width**2
-    assert solved.products == asked if name != "sparsegpt" else 0.4 * asked < solved.products < 0.6 * asked
+    assert solved.products == asked if name != "sparsegpt" else 0.3 * asked < solved.products < 0.6 * asked
     assert prepared.factors == {"sparsegpt": 1}.get(name, round(2 * effort.inverses))
     if "cg" in name:
         assert len(chosen) - 1 == effort.selections

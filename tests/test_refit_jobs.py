@@ -36,7 +36,8 @@ from streamprune.job_pass import Pass
 from streamprune.model.budget import Layout
 from streamprune.model.calibration import draw_windows
 from streamprune.model.feed import Feed
-from streamprune.model.grams import HoldOut, LayerGrams
+from streamprune.model.gram_sums import HoldOut
+from streamprune.model.grams import LayerGrams
 from streamprune.pruning import refit
 from streamprune.spec import Progress
 from streamprune.stage_writer import StageWriter
@@ -84,7 +85,8 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
 
 
 def run(source: Path, out: Path, text: Path, **job: Any) -> JobResult:
-    given = {"calib": text, "samples": SAMPLES, "seqlen": SEQLEN, "seed": SEED, "dtype": "float32"}
+    given = {"calib": text, "samples": SAMPLES, "seqlen": SEQLEN, "seed": SEED}
+    given |= {"dtype": "float32", "propagate": "dense"}
     return prune(source, out, **{**given, **job})
 
 

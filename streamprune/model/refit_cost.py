@@ -39,8 +39,11 @@ EFFORTS = {
     "admm": Effort(20, 15, 1.0),
     "sparsegpt": Effort(1, 1, 2 / 3, swept=96),
 }
-"""By the names of pruning/methods.py. SparseGPT's one product is half a product in narrow pieces, and within these a
-column at a time reads the errors of 16 before it on average."""
+"""By the names of pruning/methods.py. SparseGPT's one product is half a product, a block of 128 columns at a time; a
+weight that goes changes the 64 behind it in its block on average."""
+
+_BLOCK = 128
+"""Columns that SparseGPT visits in one call, on the CPU."""
 
 JUDGED = 3
 """Products with the Gram for what is in the report: the sum itself, and the errors of the mask and of the refit."""
@@ -68,7 +71,7 @@ class RefitWork:
     selected: float = 0.0
     """Bytes of stored weights that are chosen from, each time counted."""
     columns: int = 0
-    """Columns that are visited one by one: calls, however few rows there are."""
+    """Blocks of columns that are visited one by one: calls, however few rows there are."""
 
     def __add__(self, other: RefitWork) -> RefitWork:
         return RefitWork(
@@ -148,7 +151,7 @@ def refit_work(effort: Effort, linears: Sequence[Refitted], room: int, tokens: i
         float32 += 2.0 * JUDGED * rows * width**2 + 2.0 * (2 * sampled + tried) * trials.held * width
         moved = PER_PRODUCT * effort.products + effort.swept
         traffic += (rows + tried) * width * moved + rows * width * JUDGED * PER_PRODUCT
-        columns += width * (chunks + trials.dampings) if effort.swept else 0
+        columns += -(-width // _BLOCK) * (chunks + trials.dampings) if effort.swept else 0
         selected += nbytes * effort.selections * (1 + tried / rows)
     native = solved if effort.native else 0.0
     return RefitWork(passes, float32 + solved - native, native, traffic, selected, columns)

@@ -42,6 +42,10 @@ _LEAST_ROWS = 64
 """Rows of a product in bf16 or float16 on the CPU are a multiple of so many."""
 
 
+class Enough(Exception):  # noqa: N818 - not an error
+    """Raised by what watches a layer: it has seen what it came for, the rest of the layer need not run."""
+
+
 class ReachedExperts(Exception):  # noqa: N818 - not an error
     """A layer's forward has come to its experts, which wait for the other batches of a group."""
 

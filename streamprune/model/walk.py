@@ -25,7 +25,7 @@ from streamprune.model.binding import bound
 from streamprune.model.computing import cache_dtype
 from streamprune.model.feed import Feed
 from streamprune.model.lane import is_out_of_memory
-from streamprune.model.routed import ReachedExperts, Routed, Watch
+from streamprune.model.routed import Enough, ReachedExperts, Routed, Watch
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
 
 
@@ -36,10 +36,6 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     by_keyword: bool
-
-
-class Enough(Exception):  # noqa: N818 -- it is no error
-    """Raised by what watches a layer: it has seen what it came for, the rest of the layer need not run."""
 
 
 _BESIDE = object()

@@ -9,8 +9,10 @@ what should come out is what the dense model makes of its own inputs D, W Dᵀ. 
 
     min over V   ‖W Dᵀ − V Xᵀ‖² + δ Σ_j G_jj (v_j − w_j)²       is reached by       V = W + W E (G + δ diag G)⁻¹
 
-and a refit that comes close to V in the metric G comes close to the dense model's outputs. All of V would trust the
-calibration tokens too much: `aim` goes PULL of the way from W to V.
+and a refit that comes close to V in the metric G comes close to the dense model's outputs. Where the outputs are added
+to the residual stream, they can make up for what that has lost as well: with R the dense stream less the pruned one, as
+it is before the addition, W Dᵀ + Rᵀ takes the place of W Dᵀ, and W E + RᵀX (the `debt`) that of W E. All of V would
+trust the calibration tokens too much: `aim` goes PULL of the way from W to V.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from streamprune.pruning.inverse import Damping, feature_scale, normalised_inverse
 
-PULL = 0.5
+PULL = 0.3
 """How far the weights that a refit aims at go from the dense ones towards those that make up for earlier layers."""
 
 PULL_DAMPING = Damping(0.05)
@@ -38,6 +40,15 @@ class Mapped(NamedTuple):
     """What a matrix in a file brings along: `forget(begin, end)` gives back the memory of rows."""
 
     forget: Callable[[int, int], None]
+
+
+class Debt(NamedTuple):
+    """What a linear that writes into the residual stream is to make up for."""
+
+    sum: Tensor
+    """RᵀX (out, in) float32."""
+    held: Tensor
+    """R of the inputs that were kept out, (held, out) float32."""
 
 
 @dataclass(eq=False)
@@ -59,6 +70,8 @@ class Gram:
     """E (in, in) float32 like `matrix`, of asymmetric calibration; None where X is all there is."""
     held_dense: Tensor | None = None
     """(held, in): what the dense model has in the place of `held`."""
+    debts: dict[str, Debt] = field(default_factory=dict)
+    """By linear, of those that write into the residual stream."""
     diagonal: Tensor = field(init=False)
     """(in,) float32, on the refit's device."""
 
@@ -66,10 +79,10 @@ class Gram:
         self.diagonal = self._diagonal()
         self._pull: Tensor | None = None
 
-    def aim(self, rows: Tensor) -> Tensor:
+    def aim(self, rows: Tensor, name: str = "", which: Tensor | slice = slice(None)) -> Tensor:
         """The weights that a refit of `rows` (n, in) float32 is to come close to: (n, in), `rows` without a drift.
 
-        Raises UnsupportedError, see inverse.py.
+        They are rows `which` of the linear `name`. Raises UnsupportedError, see inverse.py.
         """
         if self.drift is None:
             return rows
@@ -78,7 +91,10 @@ class Gram:
             reciprocal = torch.where(scale > 0, 1 / scale, 0.0)
             inverse = normalised_inverse(self.matrix, PULL_DAMPING, 0.0).matrix
             self._pull = inverse.mul_(PULL * reciprocal).mul_(reciprocal[:, None])
-        return torch.addmm(rows, rows @ self.drift, self._pull)
+        missing = rows @ self.drift
+        if name in self.debts:
+            missing += self.debts[name].sum[which]
+        return torch.addmm(rows, missing, self._pull)
 
     @property
     def device(self) -> torch.device:
@@ -104,15 +120,19 @@ class Gram:
         change = rows @ self.held.to(rows.dtype).T
         return change.square_().sum(1, dtype=torch.float64)
 
-    def held_by_token(self, rows: Tensor, fitted: Tensor | None = None) -> Tensor:
+    def held_by_token(
+        self, rows: Tensor, fitted: Tensor | None = None, name: str = "", which: Tensor | slice = slice(None)
+    ) -> Tensor:
         """The squared outputs of `rows` on each of the inputs that were kept out, (held,) float64; the dense model's,
-        if there are such. With `fitted`, how far its outputs on `held` are from these."""
+        if there are such. With `fitted`, how far its outputs on `held` are from what is wanted; see `aim`."""
         if self.held_dense is None:
             rows = rows if fitted is None else rows - fitted
             return (rows @ self.held.to(rows.dtype).T).square_().sum(0, dtype=torch.float64)
         made = rows @ self.held_dense.to(rows.dtype).T
         if fitted is not None:
             made -= fitted @ self.held.to(fitted.dtype).T
+            if name in self.debts:
+                made += self.debts[name].held[:, which].T
         return made.square_().sum(0, dtype=torch.float64)
 
     def absorb(self) -> None:
@@ -132,6 +152,9 @@ class Gram:
         if self.drift is not None and self.held_dense is not None:
             self.drift.addmm_((self.held_dense.float() - held).T, held)
             self.held_dense, self._pull = self.held_dense[:0], None
+            for name, debt in self.debts.items():
+                debt.sum.addmm_(debt.held.T, held)
+                self.debts[name] = debt._replace(held=debt.held[:0])
         self.tokens += len(held)
         self.held = self.held[:0]
         self.diagonal = self._diagonal()

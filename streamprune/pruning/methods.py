@@ -126,10 +126,11 @@ class Choice(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Some rows of a linear: weight (n, in) float32, and masked, the same with zeros where the recipe's mask prunes."""
+    """Rows `which` of a linear: weight (n, in) float32, and masked, these with zeros where the recipe's mask prunes."""
 
     weight: Tensor
     masked: Tensor
+    which: Tensor | slice = slice(None)
 
 
 def choose(
@@ -145,11 +146,11 @@ def choose(
     if not len(gram.held):
         return dict.fromkeys(samples, Choice(dampings[0], None, None))
     whole = {name: gram.held_by_token(sample.weight).sum() for name, sample in samples.items()}
-    aims = {name: gram.aim(sample.weight) for name, sample in samples.items()}
+    aims = {name: gram.aim(sample.weight, name, sample.which) for name, sample in samples.items()}
 
     def errors(name: str, fitted: Tensor) -> Tensor:
         """Relative errors on stretches of the tokens, whose sum is the error on all."""
-        by_token = gram.held_by_token(samples[name].weight, fitted)
+        by_token = gram.held_by_token(samples[name].weight, fitted, name, samples[name].which)
         return torch.stack([part.sum() for part in by_token.chunk(_STRETCHES)]) / whole[name].clamp_min(_TINY)
 
     tried: dict[str, list[tuple[Damping | None, Tensor]]] = {
