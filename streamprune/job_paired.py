@@ -52,6 +52,9 @@ class PairedPass(Pass):
     placed: dict[str, Tensor]
     """New weights of the linears of the layer at work that have been refitted."""
 
+    _writers: list[str]
+    """Its linears that write into the residual stream, in the order of use."""
+
     @property
     def cache_bytes(self) -> int:
         return 2 * super().cache_bytes
@@ -85,12 +88,9 @@ class PairedPass(Pass):
                 for chunk, states in enumerate(self.activations.read(stage.index)):
                     dense, states = states.chunk(2)
                     pruned_half = False
-                    with outputs_of(self.walk.skeleton, candidates if not chunk else []) as made:
-                        after = run(dense)
+                    self.dense.put(run(dense))
                     if not chunk:
-                        added = after.float() - dense.to(after.device).float()
-                        self._writers = writers_of(added, {n: y for n, y in made.items() if y.shape == added.shape})
-                    self.dense.put(after)
+                        self._writers = self._writers_among(candidates, run, dense[:1])
                     pruned_half = True
                     collector.flow(states, run(states))
                     collector.end_batch()
@@ -104,6 +104,14 @@ class PairedPass(Pass):
         self._calls = {name: collector.tokens(name) for name in collector.groups}
         self._writers = [name for name in collector.groups if name in self._writers]  # in the order of use
         return collector
+
+    def _writers_among(
+        self, names: Collection[str], run: Callable[[Tensor], Tensor], states: Tensor
+    ) -> list[str]:  # fmt: skip
+        with outputs_of(self.walk.skeleton, names) as made:
+            after = run(states)
+        added = after.float() - states.to(after.device).float()
+        return writers_of(added, {name: y for name, y in made.items() if y.shape == added.shape})
 
     def place(self, name: str, weight: Tensor) -> None:
         """From here on the pruned half computes with a linear's new weight, in its stored shape."""

@@ -288,7 +288,7 @@ def check_refit(trial: Trial) -> str:
 
     Experts that see too little keep their values: of them, no error is reported.
     """
-    result = trial.prune("refit", REFIT)
+    result = trial.prune("refit", REFIT | {"propagate": "dense"})
     dense, fitted = trial.weights(trial.whole), trial.weights(trial.load(result.out))
     change, power = dict.fromkeys(dense, 0.0), dict.fromkeys(dense, 0.0)
 
@@ -311,6 +311,8 @@ def check_refit(trial: Trial) -> str:
         assert abs(error - entry["error"]) <= 1e-3 * error + 1e-6, (name, error, entry["error"])
     judged = [entry for name, entry in reported.items() if name not in trial.few]
     assert sum(e["error"] for e in judged) < 0.9 * sum(e["error_mask"] for e in judged)
+    for name, weight in trial.weights(trial.load(trial.prune("default", REFIT).out)).items():
+        assert int((weight != 0).unflatten(1, (-1, 4)).sum(2).max()) == 2 and torch.isfinite(weight).all(), name
     return "yes"
 
 

@@ -34,7 +34,7 @@ from streamprune.pruning.recipes import RECIPES
 
 Models = Callable[..., Path]
 FP8 = torch.float8_e4m3fn
-GIVEN: dict[str, Any] = {"samples": 6, "seqlen": 32, "seed": 3}
+GIVEN: dict[str, Any] = {"samples": 6, "seqlen": 32, "seed": 3, "propagate": "dense"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from streamprune.disk import durable
 from streamprune.errors import ResourceError, UnsupportedError, UsageError
 from streamprune.job import prune
-from streamprune.job_prepare import layout_of, refit_needs
+from streamprune.job_prepare import layout_of, models_at_once, refit_needs
 from streamprune.model import speeds as measuring
 from streamprune.model.budget import Layout, RefitNeeds, estimate
 from streamprune.model.computing import resolve_device
@@ -169,11 +169,14 @@ def test_memory_of_a_refit(
     monkeypatch.setattr("streamprune.job_run.resolve_device", resolve)
     seen: list[tuple[Layout, RefitNeeds, int]] = []
 
-    def stop(spec: Any, skeleton: Any, dtype: Any, device: Any, resolved: Any, writer: Any) -> Layout:
-        layout, needs = layout_of(spec, skeleton, dtype, device, resolved, writer), refit_needs(writer)
+    def stop(
+        spec: Any, skeleton: Any, dtype: Any, device: Any, resolved: Any, writer: Any, propagate: str
+    ) -> Layout:
+        layout = layout_of(spec, skeleton, dtype, device, resolved, writer, propagate)
+        needs = refit_needs(writer, propagate)
         assert needs is not None
         on_device = device.type != "cpu"
-        budget = estimate(skeleton, 24, dtype, on_device=on_device)
+        budget = estimate(skeleton, 24 * models_at_once(propagate), dtype, on_device=on_device)
         budget = budget if on_device else budget.refitting(needs, layout.room)
         seen.append((layout, needs, budget.peak(layout.batch)))
         raise ResourceError("seen enough")
@@ -203,7 +206,7 @@ def test_the_least_memory_is_enough_for_a_refit(
     """Whichever of the two takes more; beside a refit's arrays any batch of this text is small."""
     monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
     monkeypatch.setattr("streamprune.refitting.WORKING_BYTES", working)
-    how: dict[str, Any] = {"samples": 7, "seqlen": 24, "refit": "cg", "only": "mlp"}
+    how: dict[str, Any] = {"samples": 7, "seqlen": 24, "refit": "cg", "only": "mlp", "propagate": "pruned"}
     least = plan(models(), **how).least_ram_bytes
     with pytest.raises(ResourceError):
         prune(models(), tmp_path / "out", sparsity=0.5, calib=text, max_ram=least - 1, **how)

@@ -197,4 +197,4 @@ def check_output(
 def stream(source: Path, out: Path, text: Path, job: dict[str, Any], **more: Any) -> JobResult:
     """Prunes in float32, as `job` and `more` say."""
     given = {"calib": text, "samples": SAMPLES, "seqlen": SEQLEN, "seed": SEED, "dtype": "float32"}
-    return prune(source, out, **{**given, **job, **more})
+    return prune(source, out, **{"propagate": "dense", **given, **job, **more})

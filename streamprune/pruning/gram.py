@@ -26,7 +26,7 @@ from torch import Tensor
 
 from streamprune.pruning.inverse import Damping, feature_scale, normalised_inverse
 
-PULL = 0.3
+PULL = 0.15
 """How far the weights that a refit aims at go from the dense ones towards those that make up for earlier layers."""
 
 PULL_DAMPING = Damping(0.05)
