@@ -48,6 +48,7 @@ from streamprune.model.hollow import HollowLayer
 from streamprune.model.refit_cost import (
     EFFORTS,
     NO_REFIT,
+    TRIED,
     Refitted,
     RefitWork,
     Trials,
@@ -224,7 +225,7 @@ def _refits(
     """What each stage's refit is, in the order of the stages."""
     effort = EFFORTS[refit]
     effort = effort._replace(native=effort.native and dtype == torch.bfloat16)
-    tokens, dampings = samples * seqlen, len(Refit(refit, "auto").dampings)
+    tokens, dampings = samples * seqlen, min(TRIED, len(Refit(refit, "auto").dampings))
     routed = int(tokens * routed_share(skeleton))
     trials = Trials(dampings, HoldOut.of(tokens, seqlen).kept_out(tokens))
     of_expert = functools.partial(

@@ -307,9 +307,18 @@ def test_the_best_on_held_out_inputs_is_chosen(name: str, tokens: int, other: bo
     dampings = [Damping(v) for v in (method.damping, *method.others)]
     found = choose(method, samples, gram, asks, dampings)
     assert found.keys() == samples.keys() and torch.equal(gram.matrix, matrix) and len(gram.held) == 300
+    climbed: list[Damping] = []
+    before = dict.fromkeys(samples, math.inf)
+    for damping in sorted(dampings, key=lambda d: d.value):
+        state = method.prepare(gram, damping).state
+        now = {n: judged(s.weight, method.solve(*s[:2], gram, state, asks[n]), held) for n, s in samples.items()}
+        climbed.append(damping)
+        if all(now[n] >= before[n] for n in samples):
+            break
+        before = now
     for linear, sample in samples.items():
-        strongest_first = sorted(dampings, key=lambda d: -d.value)
-        fits = [method.solve(*sample, gram, method.prepare(gram, d).state, asks[linear]) for d in strongest_first]
+        strongest_first = sorted(climbed, key=lambda d: -d.value)
+        fits = [method.solve(*sample[:2], gram, method.prepare(gram, d).state, asks[linear]) for d in strongest_first]
         tried = [by_stretch(sample.weight, fitted, held) for fitted in (sample.masked, *fits)]
         best = min(tried, key=np.sum)
         more = [errors - best for errors in tried]

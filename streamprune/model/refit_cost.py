@@ -45,6 +45,9 @@ weight that goes changes the 64 behind it in its block on average."""
 _BLOCK = 128
 """Columns that SparseGPT visits in one call, on the CPU."""
 
+TRIED = 2
+"""Dampings that are tried before a stronger one is no better, as a rule."""
+
 JUDGED = 3
 """Products with the Gram for what is in the report: the sum itself, and the errors of the mask and of the refit."""
 

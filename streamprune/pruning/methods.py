@@ -55,7 +55,7 @@ class Method:
     damping: float
     """The published one, or ours."""
     others: tuple[float, ...]
-    """Relative dampings that are tried beside it."""
+    """Stronger ones, relative as well, that may be tried beside it."""
     prepare: Callable[[Gram, Damping], Prepared]
     solve: Callable[[Tensor, Tensor, Gram, Any, Ask], Tensor]
     """(weights to come close to, the dense ones with zeros where the recipe's mask prunes, Gram, state, Ask) -> new
@@ -107,7 +107,7 @@ def _sparsegpt(weight: Tensor, masked: Tensor, gram: Gram, state: Factor, ask: A
 METHODS = {
     "cg": Method(0.05, (0.2, 1.0), _metric, _cg, 0),
     "gradual-cg": Method(0.05, (0.2, 1.0), _metric, _gradual, 0),
-    "obs-admm": Method(0.05, (0.01, 0.2, 1.0), _operator(admm.OBS), _alternating(admm.OBS), 3),
+    "obs-admm": Method(0.05, (0.2, 1.0), _operator(admm.OBS), _alternating(admm.OBS), 3),
     "admm": Method(0.1, (0.4, 1.0), _operator(admm.PUBLISHED), _alternating(admm.PUBLISHED), 3),
     "sparsegpt": Method(0.01, (0.1, 1.0), _sparsegpt_factor, _sparsegpt, 3),
 }
@@ -138,10 +138,11 @@ def choose(
 ) -> dict[str, Choice]:
     """For each of the linears that share an input, how it is refitted: judged by what was kept out of the Gram.
 
-    Of no refit and the dampings, from the strongest down, the first is taken whose error is not above the least one by
-    more than a standard error of their difference, over eight stretches of the tokens (the one-standard-error rule of
-    Breiman et al. 1984: what cannot be told apart is settled in favour of the original weights). Without inputs kept
-    out, or with a single damping, there is nothing to choose but no refit at all where that errs less.
+    Dampings are tried from the weakest up, until a stronger one is better for none of the linears. Of no refit and those
+    that were tried, from the strongest down, the first is taken whose error is not above the least one by more than a
+    standard error of their difference, over eight stretches of the tokens (the one-standard-error rule of Breiman et
+    al. 1984: what cannot be told apart is settled in favour of the original weights). Without inputs kept out, or with
+    a single damping, there is nothing to choose but no refit at all where that errs less.
     """
     if not len(gram.held):
         return dict.fromkeys(samples, Choice(dampings[0], None, None))
@@ -153,15 +154,16 @@ def choose(
         by_token = gram.held_by_token(samples[name].weight, fitted, name, samples[name].which)
         return torch.stack([part.sum() for part in by_token.chunk(_STRETCHES)]) / whole[name].clamp_min(_TINY)
 
-    tried: dict[str, list[tuple[Damping | None, Tensor]]] = {
-        name: [(None, errors(name, sample.masked))] for name, sample in samples.items()
-    }
-    for damping in sorted(dampings, key=lambda d: -d.value):
+    tried: dict[str, list[tuple[Damping | None, Tensor]]] = {name: [] for name in samples}
+    for damping in sorted(dampings, key=lambda d: d.value):
         state = method.prepare(gram, damping).state
         for name, sample in samples.items():
             fitted = method.solve(aims[name], sample.masked, gram, state, asks[name])
             tried[name].append((damping, errors(name, fitted)))
-    return {name: _first_as_good(found) for name, found in tried.items()}
+        if all(len(found) > 1 and found[-1][1].sum() >= found[-2][1].sum() for found in tried.values()):
+            break
+    masks = {name: errors(name, sample.masked) for name, sample in samples.items()}
+    return {name: _first_as_good([(None, masks[name]), *reversed(found)]) for name, found in tried.items()}
 
 
 def _first_as_good(tried: Sequence[tuple[Damping | None, Tensor]]) -> Choice:
