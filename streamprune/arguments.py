@@ -103,6 +103,10 @@ def _eval_options(p: argparse.ArgumentParser) -> None:
         help="also tell how far MODEL's predictions are from those of this model (same tokenizer)",
     )  # fmt: skip
     p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
+    p.add_argument(
+        "--by-window", action="store_true",
+        help="with --json, also the nats per token of each window, to compare models window by window",
+    )  # fmt: skip
     _resource_options(p, with_kernels=False)
 
 

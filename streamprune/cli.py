@@ -195,8 +195,8 @@ def _eval(args: argparse.Namespace) -> int:
     if args.json:
         given = {k: str(v) for k in ("model", "text", "reference") if (v := getattr(args, k)) is not None}
         compares = {"kl", "kl_stderr", "top1_agreement", "reference_perplexity"}
-        fields = dataclasses.asdict(found).items()
-        _print_json(given | {k: v for k, v in fields if args.reference is not None or k not in compares})
+        left_out = (compares if args.reference is None else set()) | (set() if args.by_window else {"window_nll"})
+        _print_json(given | {k: v for k, v in dataclasses.asdict(found).items() if k not in left_out})
     else:
         _say(evaluation_lines(found))
     return 0

@@ -68,10 +68,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Divergence:
-    """What `compare_heads` found: sums over all predicted tokens, in nats, and the KL of each window."""
+    """What `compare_heads` found, in nats."""
 
-    nll: float
+    nll: Tensor
+    """(windows,) float64 on the CPU: −log p of the model, summed over each window's predicted tokens."""
     reference_nll: float
+    """The same of the reference, summed over all of them."""
     agreed: int
     """Positions where both models' most likely token is the same; of equal logits the first counts."""
     kl: Tensor
@@ -196,24 +198,26 @@ def compare_heads(
     """
     seqlen = batches[0].shape[1]  # more positions a model may not have
     step = max(1, min(seqlen, limit // (POSITION_BYTES * max(w.skeleton.vocab_size for w in (reference, model)))))
-    sums = torch.zeros(3, dtype=torch.float64, device=model.device)
-    windows = []
+    sums = torch.zeros(2, dtype=torch.float64, device=model.device)
+    windows, nats = [], []
     with reference.head() as dense_head, model.head() as head:
         for (dense, pruned), ids in zip(states, batches, strict=True):
             before, after = (s[:, :-1].reshape(-1, s.shape[-1]) for s in (dense, pruned))
             wanted = ids[:, 1:].reshape(-1, 1).to(model.device)
-            found = []
+            found, lost = [], []
             for begin in range(0, len(wanted), step):
                 here = slice(begin, begin + step)
                 log_p, top_p = predictions(dense_head(before[here]))
                 log_q, top_q = predictions(head(after[here]))
-                losses = [-log.gather(-1, wanted[here]).double().sum() for log in (log_q, log_p)]
-                sums += torch.stack([*losses, (top_p == top_q).sum().double()])
+                loss, dense_loss = (-log.gather(-1, wanted[here]).double() for log in (log_q, log_p))
+                sums += torch.stack([dense_loss.sum(), (top_p == top_q).sum().double()])
+                lost.append(loss)
                 found.append(divergence(log_p, log_q))
                 del log_p, log_q  # before the next ones are made
             windows.append(torch.cat(found).view(len(ids), -1).mean(1).cpu())
-    nll, reference_nll, agreed = sums.tolist()
-    return Divergence(nll, reference_nll, round(agreed), torch.cat(windows))
+            nats.append(torch.cat(lost).view(len(ids), -1).sum(1).cpu())
+    reference_nll, agreed = sums.tolist()
+    return Divergence(torch.cat(nats), reference_nll, round(agreed), torch.cat(windows))
 
 
 def predictions(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,8 @@ class Evaluation:
     top1_agreement: float | None = None
     """Share of the predicted tokens where both models' most likely token is the same, 0 to 1."""
     reference_perplexity: float | None = None
+    window_nll: tuple[float, ...] = ()
+    """The mean nats of each window, in the order of the text: what a paired comparison of two models needs."""
 
 
 def evaluate(
@@ -110,12 +112,13 @@ def evaluate(
             runs.append(Run(subject, feed, place, layout, keep=keep, is_reference=c is dense))
         if states := disk_bytes(runs, windows.size):
             _check_disk(folder, states + (64 << 20))
-        total, apart = _stream(runs, split_batches(windows, layouts[0].batch), progress)
+        nats, apart = _stream(runs, split_batches(windows, layouts[0].batch), progress)
     tokens = windows.shape[0] * (length - 1)
-    nll = _finite(total / tokens, checkpoint)
+    nll = _finite(float(nats.sum()) / tokens, checkpoint)
     found = Evaluation(
-        _perplexity(nll), nll, tokens, len(windows), length, time.perf_counter() - begun, peak_resident_bytes()
-    )
+        _perplexity(nll), nll, tokens, len(windows), length, time.perf_counter() - begun, peak_resident_bytes(),
+        window_nll=tuple((nats / (length - 1)).tolist()),
+    )  # fmt: skip
     return _compared(found, apart, checkpoint, dense) if apart and dense else found
 
 
@@ -162,8 +165,8 @@ def _compared(found: Evaluation, apart: Divergence, checkpoint: Checkpoint, dens
     )
 
 
-def _stream(runs: list[Run], batches: list[Tensor], progress: ProgressCallback) -> tuple[float, Divergence | None]:
-    """All layers, one model after the other, then the heads; returns nats over all predicted tokens."""
+def _stream(runs: list[Run], batches: list[Tensor], progress: ProgressCallback) -> tuple[Tensor, Divergence | None]:
+    """All layers, one model after the other, then the heads; returns the nats of each window, (windows,) float64."""
     steps = [(run, stage) for run in runs for stage in run.stages[:-1]]
     for done, (run, stage) in enumerate(steps, 1):
         at = time.perf_counter()
@@ -179,37 +182,37 @@ def _stream(runs: list[Run], batches: list[Tensor], progress: ProgressCallback) 
     states = [run.last_states() for run in runs]
     apart = None
     if len(runs) == 1:
-        total = _loss(runs[0].walk, batches, states[0])
+        nats = _loss(runs[0].walk, batches, states[0])
     else:
         walk = runs[1].walk
         pairs = zip(*states, strict=True)
         apart = compare_heads(runs[0].walk, walk, pairs, batches, LOGITS_BYTES[walk.device.type])
-        total = apart.nll
+        nats = apart.nll
     for run in runs:
         run.walk.feed.release(run.stages[-1].tensors)
     give_back_free_memory()
     progress(Progress("head" if len(runs) == 1 else "heads", len(steps) + 1, len(steps) + 1, time.perf_counter() - at))
-    return total, apart
+    return nats, apart
 
 
-def _loss(walk: Walk, batches: list[Tensor], chunks: Iterator[Tensor]) -> float:
-    """Nats over all predicted tokens, from the states after the last layer."""
+def _loss(walk: Walk, batches: list[Tensor], chunks: Iterator[Tensor]) -> Tensor:
+    """Nats of each window (windows,) float64, from the states after the last layer."""
     seqlen = batches[0].shape[1]  # more positions a model may not have
     step = max(1, min(seqlen, LOGITS_BYTES[walk.device.type] // (walk.skeleton.vocab_size * 8)))
-    total = torch.zeros((), dtype=torch.float64, device=walk.device)
+    windows = []
     with walk.head() as head:
         for states, ids in zip(chunks, batches, strict=True):
             flat = states[:, :-1].reshape(-1, walk.skeleton.hidden_size)
             wanted = ids[:, 1:].reshape(-1)
-            for begin in range(0, len(wanted), step):
-                total += _nll(head(flat[begin : begin + step]), wanted[begin : begin + step])
-    return float(total)
+            parts = zip(torch.split(flat, step), torch.split(wanted, step), strict=True)
+            found = [_nll(head(some), ids_of_some) for some, ids_of_some in parts]
+            windows.append(torch.cat(found).view(len(ids), -1).sum(1).cpu())
+    return torch.cat(windows)
 
 
 def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Summed −log p of `wanted` (tokens,) under logits (tokens, vocab), in float32, summed in float64."""
-    loss = torch.nn.functional.cross_entropy(logits.float(), wanted.to(logits.device), reduction="none")
-    return loss.double().sum()
+    """−log p of each of `wanted` (tokens,) under logits (tokens, vocab), computed in float32, (tokens,) float64."""
+    return torch.nn.functional.cross_entropy(logits.float(), wanted.to(logits.device), reduction="none").double()
 
 
 def _check_disk(folder: Path, need: int) -> None:

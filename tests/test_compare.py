@@ -50,7 +50,7 @@ class Stub:
         self.calls.append(words)
         if len(self.calls) == self.interrupt:
             raise KeyboardInterrupt
-        given = dict(pairwise(words))
+        given = dict(pairwise((*words, "")))
         out = Path(words[2]) if words[0] != "eval" else Path(words[1])
         method, amount = self.cell(words, given, out)
         if error := self.fails.get((words[0], method, amount)):
@@ -63,7 +63,7 @@ class Stub:
         if words[0] == "prune":
             refit = f"+{given['--refit']}" if "--refit" in given else ""
             return given["--method"] + refit, given.get("--sparsity") or given["--pattern"]
-        method, _, amount = out.name.rpartition("-")
+        method, _, amount = out.name.rpartition("-")[0].rpartition("-") if out.parent.name == "models" else ("",) * 3
         return method, amount.replace("of", ":")
 
     @staticmethod
@@ -87,6 +87,10 @@ class Stub:
         windows = np.load(given["--text"]).size // 16
         found = {"perplexity": 10 + harm, "nll": math.log(10 + harm), "tokens": 15 * windows, "windows": windows}
         found |= {"seqlen": 16, "seconds": 2.0, "peak_rss_bytes": 400 << 20}
+        if out.name.endswith("-1"):  # seed 1 is a little worse, and window 0 is harder than the others
+            found["perplexity"] += 0.5
+        if "--by-window" in given:
+            found["window_nll"] = [found["nll"] + 0.01 * harm * (w == 0) for w in range(windows)]
         if "--reference" in given:
             found |= {"kl": harm / 10, "kl_stderr": harm / 1000, "top1_agreement": 1 / (1 + harm)}
             found["reference_perplexity"] = 10.0
@@ -108,8 +112,10 @@ class Place:
 
     def run(self, *more: str, methods: str = "swiftprune,wanda", amounts: str = "0.5,2:4") -> int:
         texts = ["--calib", str(self.calib), "--text", str(self.text), "--out", str(self.out)]
-        words = [str(MODEL), *texts, "--seqlen", "16", "--samples", "4", "--methods", methods, "--amounts", amounts]
-        code: int = self.tool.main([*words, *more], self.stub)
+        words = [*texts, "--seqlen", "16", "--samples", "4", "--methods", methods, "--amounts", amounts]
+        models = [word for word in more if Path(word).is_dir()]
+        rest = [word for word in more if word not in models]
+        code: int = self.tool.main([str(MODEL), *models, *words, *rest], self.stub)
         return code
 
     @property
@@ -146,7 +152,7 @@ def tables(markdown: str) -> list[list[list[str]]]:
 
 def test_tables(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert place.run("--kl-windows", "0", methods="swiftprune,wanda+cg,magnitude", amounts="2:4,0.7,0.50,4:8") == 0
-    perplexity, kl, cost = tables(place.markdown)
+    perplexity, kl, cost, apart = tables(place.markdown)
     head = ["", "50 %", "70 %", "2:4", "4:8"]
     assert perplexity == [
         head,
@@ -160,30 +166,34 @@ def test_tables(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert kl[3][1:3] == ["**0.1000** / **50.0 %**", "**0.3000** / **25.0 %**"] and kl[4][2] == "6.000 / 1.6 %"
     assert cost[2:] == [[name, *["7.2 s / 500 MiB"] * 4] for name in ("`swiftprune`", "`wanda+cg` †", "`magnitude`")]
     text = place.markdown
-    assert "gathered once in 33.4 s (600 MiB)" in text and "of all 300 predicted tokens in 20 windows" in text
+    nats = f"{math.log(12 / 11) + 0.01 * (2 - 1) / 20:+.4f} ± {0.01 / 20:.4f}"
+    assert apart[0] == head and apart[2][1] == nats and apart[3][1:] == ["best"] * 4
+    assert "gathered once a seed in 33.4 s (600 MiB)" in text and "of all 300 predicted tokens in 20 windows" in text
     assert "on the whole text: 300 tokens in 20 windows; standard error of KL at most 1.0 % of it" in text
     assert "python tools/compare.py" in text and "cores" in text and "torch" in text and "[1]" not in text
     out, errors = capsys.readouterr()
     assert out == text and sum(": perplexity" in line for line in errors.splitlines()) == 12
-    assert "12/12 magnitude 4:8: perplexity 40.00, 7.2 s" in errors
+    assert "12/12 magnitude 4:8 seed 0: perplexity 40.00, 7.2 s" in errors
 
 
 def test_json_has_every_figure(place: Place) -> None:
-    assert place.run("--seed", "3", "--device", "cpu") == 0
+    assert place.run("--seeds", "3", "--device", "cpu") == 0
     found = place.results
     assert found["dense"] == {
         "perplexity": 10.0, "nll": math.log(10), "tokens": 300, "windows": 20, "seqlen": 16, "seconds": 2.0,
         "peak_rss_bytes": 400 << 20,
     }  # fmt: skip
     job, (run,) = found["job"], found["runs"]
-    assert job["seed"] == 3 and job["samples"] == 4 and job["device"] == "cpu" and job["kl"] == {"windows": 64}
+    assert job["samples"] == 4 and job["device"] == "cpu" and job["kl"] == {"windows": 64}
     assert job["model"]["name"] == "demo_model" and len(job["model"]["sample"]) == 32
     assert job["text"]["name"] == "text.npy" and len(job["calib"]["xxh3_128"]) == 32
     assert {"processor", "ram_bytes", "commit"} <= run["machine"].keys() and job["machine"]["cores"] > 0
     assert run["command"].startswith(f"python tools/compare.py {MODEL} --calib") and run["date"][:2] == "20"
     cell = place.cell("wanda", "2:4")
+    nats = cell.pop("window_nll")
+    assert len(nats) == 20 and nats[1] == math.log(13)
     assert cell.pop("date") and cell == {
-        "method": "wanda", "amount": "2:4", "calibration": "shared", "recipe": "r", "sparsity": 0.5,
+        "method": "wanda", "amount": "2:4", "seed": 3, "calibration": "shared", "recipe": "r", "sparsity": 0.5,
         "startup_seconds": 1.5, "peak_rss_bytes": 500 << 20, "prune_seconds": 7.25, "perplexity": 13.0,
         "nll": math.log(13), "tokens": 300, "windows": 20, "seqlen": 16, "eval_seconds": 2.0,
         "eval_peak_rss_bytes": 400 << 20, "kl": 0.3, "kl_stderr": 0.003, "top1_agreement": 0.25,
@@ -197,7 +207,7 @@ def test_who_calibrates(place: Place, stub: Stub) -> None:
     (calibrate,) = stub.of("calibrate")
     window = ["--calib", str(place.calib), "--samples", "4", "--seed", "0", "--seqlen", "16"]
     assert list(calibrate) == ["calibrate", str(MODEL), calibrate[2], *window, "--device", "cpu"]
-    given = {place.out / "models" / f"{m}-{a}": [] for m in LOSS for a in ("0.5", "2of4")}
+    given = {place.out / "models" / f"{m}-{a}-0": [] for m in LOSS for a in ("0.5", "2of4")}
     given |= {out: ["--stats", calibrate[2]] for out in given if out.name.startswith(("swiftprune-", "wanda-"))}
     given |= {out: window for out in given if "+cg-" in out.name}
     pruned = {Path(words[2]): words for words in stub.of("prune")}
@@ -251,8 +261,35 @@ def test_kl_on_another_text(place: Place, stub: Stub) -> None:
 
 def test_keep(place: Place, stub: Stub) -> None:
     assert place.run("--keep") == 0
-    kept = {f"{method}-{amount}" for method in ("swiftprune", "wanda") for amount in ("0.5", "2of4")}
+    kept = {f"{method}-{amount}-0" for method in ("swiftprune", "wanda") for amount in ("0.5", "2of4")}
     assert {p.name for p in (place.out / "models").iterdir()} == kept and not (place.out / "work").exists()
+
+
+def test_seeds(place: Place, stub: Stub) -> None:
+    """Means and standard deviations; statistics once a seed, what needs no calibration once; seeds can be added."""
+    assert place.run("--seeds", "0", methods="swiftprune,magnitude", amounts="0.5") == 0
+    before = len(stub.of("prune"))
+    assert place.run("--seeds", "0,1", methods="swiftprune,magnitude", amounts="0.5") == 0
+    assert len(stub.of("prune")) == before + 1 and len(stub.of("calibrate")) == 2
+    assert [words[words.index("--seed") + 1] for words in stub.of("calibrate")] == ["0", "1"]
+    perplexity, kl, *_ = tables(place.markdown)
+    assert perplexity[3] == ["`swiftprune`", "**12.25** ± 0.35"] and perplexity[4] == ["`magnitude`", "30.00"]
+    assert kl[2][1] == "**0.2000** ± 0.0000 / **33.3 %** ± 0.0 %"
+    assert "means of seeds 0, 1 ± their standard deviation" in place.markdown
+    assert len(place.results["cells"]) == 3 and place.results["calibration"].keys() == {"0", "1"}
+
+
+def test_several_models(place: Place, stub: Stub, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(MODEL, tmp_path / "other"))
+    assert place.run(str(other), methods="wanda", amounts="0.5") == 0
+    assert {p.name for p in place.out.iterdir()} == {"comparison-demo_model", "comparison-other"}
+    assert {words[1] for words in stub.of("prune")} == {str(MODEL), str(other)}
+
+
+@pytest.mark.parametrize("seeds", ["a", "-1", "0,", "1.5"])
+def test_wrong_seeds(place: Place, seeds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert place.run(f"--seeds={seeds}") == 2
+    assert "--seeds" in capsys.readouterr().err
 
 
 # ---- what it does again, and what not
@@ -299,13 +336,13 @@ def test_a_failing_cell(place: Place, stub: Stub, capsys: pytest.CaptureFixture[
         ("eval", "wanda", "0.5"): "not finite",
     }
     assert place.run("--keep", amounts="0.5,4:8") == 1
-    perplexity, kl, cost = tables(place.markdown)
+    perplexity, kl, cost, _ = tables(place.markdown)
     assert perplexity[3:] == [["`swiftprune`", "**12.00**", "– [1]"], ["`wanda`", "– [2]", "– [1]"]]
     assert kl[3][1:] == ["– [2]", "– [1]"] and cost[3][1:] == ["7.2 s / 500 MiB [2]", "– [1]"]
     assert "[1] in_features 44 is no multiple of 8  \n[2] not finite  \n" in place.markdown
     assert place.cell("wanda", "0.5")["error"] == "not finite" and "perplexity" not in place.cell("wanda", "4:8")
-    assert "wanda 50 %: not finite" in capsys.readouterr().err
-    assert [p.name for p in (place.out / "models").iterdir()] == ["swiftprune-0.5"]
+    assert "wanda 50 % seed 0: not finite" in capsys.readouterr().err
+    assert [p.name for p in (place.out / "models").iterdir()] == ["swiftprune-0.5-0"]
     stub.fails, stub.calls = {}, []
     assert place.run("--keep", amounts="0.5,4:8") == 0 and "[1]" not in place.markdown
     assert len(stub.of("prune")) == 3 and len(place.results["cells"]) == 4
@@ -318,7 +355,7 @@ def test_a_failed_evaluation_keeps_the_perplexity(place: Place, stub: Stub) -> N
 
     stub.eval = evaluate  # type: ignore[method-assign]
     assert place.run("--kl-windows", "3", methods="wanda", amounts="0.5") == 1
-    perplexity, kl, _ = tables(place.markdown)
+    perplexity, kl, *_ = tables(place.markdown)
     assert perplexity[3][1] == "**11.50** [1]" and kl[2][1] == "– [1]"
     assert "[1] eval --reference did not say kl, kl_stderr, top1_agreement, reference_perplexity" in place.markdown
 
@@ -328,12 +365,12 @@ def test_another_comparison_is_refused(place: Place, stub: Stub, capsys: pytest.
     before = place.results
     stub.calls.clear()
     np.save(place.text, np.arange(330) % 98)
-    assert place.run("--seed", "1") == 2
+    assert place.run("--samples", "5") == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert "holds a comparison with another text, seed;" in error and "--restart" in error
+    assert "holds a comparison with another text, samples;" in error and "--restart" in error
     assert stub.calls == [] and place.results == before
-    assert place.run("--seed", "1", "--restart") == 0
-    assert len(stub.of("prune")) == 4 and len(place.results["runs"]) == 1 and place.results["job"]["seed"] == 1
+    assert place.run("--samples", "5", "--restart") == 0
+    assert len(stub.of("prune")) == 4 and len(place.results["runs"]) == 1 and place.results["job"]["samples"] == 5
 
 
 def test_changed_files_of_the_package_are_seen(
@@ -381,7 +418,7 @@ def test_errors_are_one_line(
 
 
 def test_a_dense_model_that_fails_ends_it(place: Place, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
-    stub.fails = {("eval", "", MODEL.name): "no usable tokenizer"}
+    stub.fails = {("eval", "", ""): "no usable tokenizer"}
     assert place.run() == 2 and capsys.readouterr().err == "compare: error: no usable tokenizer\n"
     assert len(stub.calls) == 1
 

@@ -129,6 +129,7 @@ def test_equals_whole_models(models: Models, short: Path, words: np.ndarray, tmp
     assert (found.tokens, found.windows, found.seqlen) == (WINDOWS * (N - 1), WINDOWS, N)
     alone = evaluate(model, short, seqlen=N, work=tmp_path / "work")
     assert alone.nll == pytest.approx(found.nll, rel=1e-6)
+    assert alone.window_nll == pytest.approx(found.window_nll, rel=1e-6) and len(found.window_nll) == WINDOWS
     assert (alone.kl, alone.kl_stderr, alone.top1_agreement, alone.reference_perplexity) == (None,) * 4
 
 

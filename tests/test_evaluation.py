@@ -64,6 +64,8 @@ def test_equals_the_whole_model(models: Models, short: Path, words: np.ndarray, 
     assert found.nll == pytest.approx(nll, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(nll), rel=1e-5)
     assert (found.tokens, found.windows, found.seqlen) == (11 * (N - 1), 11, N)
+    fourth = whole_model(models(kind, dtype="float32"), words[3 * N : 4 * N])
+    assert len(found.window_nll) == 11 and found.window_nll[3] == pytest.approx(fourth, rel=1e-5)
     assert found.seconds > 0 and found.peak_rss_bytes > 1 << 20
 
 

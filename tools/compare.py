@@ -2,12 +2,16 @@
 
     python tools/compare.py tiny-llama --calib c4.txt --text wikitext2.txt --samples 64 --seqlen 512
     python tools/compare.py tiny-llama --calib c4.txt --text wikitext2.txt --methods wanda,wanda+cg --amounts 0.5,2:4
+    python tools/compare.py tiny-llama smollm2 --calib c4.txt --text wikitext2.txt --seeds 0,1,2 --out results
 
 For each cell: perplexity of the text, KL divergence to the dense model and top-1 agreement with it, seconds and peak
-memory of the prune. Written to --out as comparison.json (every figure, the commands, versions, machine, digests),
-comparison.md (the tables, printed at the end as well) and comparison.png (perplexity against sparsity). Both files of
-text are replaced after every cell: the same command goes on where an interrupted one stopped, tries failed cells
-again, and with other --methods or --amounts adds to what is there. Anything else that differs is refused.
+memory of the prune. With several seeds, each is calibrated on other windows, and the tables have means and standard
+deviations; a last table has the difference of each method to the best one, window by window, with standard errors. Of
+several models, each has a folder of its own. Written to --out as comparison.json (every figure, the commands, versions,
+machine, digests), comparison.md (the tables, printed at the end as well) and comparison.png (perplexity against
+sparsity). Both files of text are replaced after every cell: the same command goes on where an interrupted one stopped,
+tries failed cells again, and with other --methods, --amounts or --seeds adds to what is there. Anything else that
+differs is refused.
 
 Every prune and every evaluation is a process of its own. Recipes that only need a mask share statistics that are
 gathered once; those with a refit calibrate themselves. `wanda+cg` means --method wanda --refit cg, and `+fp8` at the
@@ -32,31 +36,46 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import bench_rig  # noqa: E402
 from bench_rig import BenchError, say  # noqa: E402
 from compare_report import markdown, write_plot  # noqa: E402
-from compare_run import INTERRUPTED, Comparison, Runner, now, parse_amounts, parse_methods  # noqa: E402
+from compare_run import (  # noqa: E402
+    INTERRUPTED,
+    Comparison,
+    Runner,
+    cells_of,
+    now,
+    parse_amounts,
+    parse_methods,
+    parse_seeds,
+)
 from compare_state import Results, describe_job  # noqa: E402
 
 AMOUNTS = "0.5,0.6,0.7,2:4,4:8"
 NO_PLOT = "no plot, matplotlib is missing: pip install 'matplotlib>=3.8' and run the same command again"
 
 
-def compare(arguments: argparse.Namespace, command: str, run: Runner) -> int:
-    """Runs a comparison or what is left of it; returns the exit code."""
+def compare(arguments: argparse.Namespace, model_name: str, command: str, run: Runner) -> int:
+    """Runs the comparison of one model or what is left of it; returns the exit code.
+
+    Of several models each has a folder of its own, within --out if that is given.
+    """
     from streamprune.disk import durable
     from streamprune.disk.hub import resolve_model
     from streamprune.disk.lock import Lock
 
+    arguments.model, several = model_name, len(arguments.models) > 1
     methods, amounts = parse_methods(arguments.methods), parse_amounts(arguments.amounts)
+    seeds = parse_seeds(arguments.seeds)
     if arguments.kl_windows < 0:
         raise BenchError(f"--kl-windows {arguments.kl_windows}: a number of windows, or 0 for all")
     model = resolve_model(arguments.model)
-    folder = Path(arguments.out or f"comparison-{model.resolve().name}")
+    own = f"comparison-{model.resolve().name}"
+    folder = Path(arguments.out) / own if arguments.out and several else Path(arguments.out or own)
     if model.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise BenchError(f"--out {folder} lies within MODEL; choose a place outside {model}")
     job = describe_job(arguments)
     durable.make_folder(folder)
     with Lock(folder / ".lock"):
         results = Results(folder, job, markdown, restart=arguments.restart)
-        todo = [(m, a) for m in methods for a in amounts if not results.is_done(m.name, a)]
+        todo = [(m, a, s) for m, a, s in cells_of(methods, amounts, seeds) if not results.is_done(m.name, a, s)]
         if todo:
             results.begin({"command": command, "date": now(), "machine": bench_rig.machine()})
             durable.make_folder(folder / "work")
@@ -85,12 +104,12 @@ def make_parser() -> argparse.ArgumentParser:
     """All options."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a checkpoint's folder, or its name on the hub")
+    add("models", metavar="MODEL", nargs="+", help="a checkpoint's folder, or its name on the hub")
     add("--calib", metavar="FILE", required=True, help="calibration text, as prune takes it")
     add("--text", metavar="FILE", required=True, help="text that perplexity is measured on, as eval takes it")
     add("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
     add("--seqlen", type=int, metavar="N", help="length of all windows (default: min(2048, the model's limit))")
-    add("--seed", type=int, default=0, metavar="N", help="which windows (default: %(default)s)")
+    add("--seeds", default="0", metavar="A,B", help="which windows; of several, mean and spread (default: %(default)s)")
     add("--methods", metavar="A,B", help="recipes, or RECIPE+REFIT such as wanda+cg, +fp8 (default: every recipe)")
     add("--amounts", default=AMOUNTS, metavar="A,B", help="sparsities and patterns (default: %(default)s)")
     add("--out", metavar="FOLDER", help="where results go (default: comparison-MODEL)")
@@ -118,7 +137,8 @@ def main(argv: Sequence[str] | None = None, run: Runner = bench_rig.streamprune)
     words = list(sys.argv[1:] if argv is None else argv)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return compare(make_parser().parse_args(words), shlex.join(["python", "tools/compare.py", *words]), run)
+        arguments, command = make_parser().parse_args(words), shlex.join(["python", "tools/compare.py", *words])
+        return max(compare(arguments, model, command, run) for model in arguments.models)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on", INTERRUPTED)
     except BrokenPipeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,6 +43,35 @@ def amounts_of(results: Results) -> list[str]:
     return sorted(found - set(patterns), key=float) + by_group
 
 
+_MEASURED = ("perplexity", "nll", "kl", "kl_stderr", "top1_agreement", "prune_seconds", "peak_rss_bytes")
+
+
+def over_seeds(results: Results) -> list[Cell]:
+    """A cell for each method and amount: means over seeds, and in `spread` their standard deviations if there are any.
+
+    `window_nll` is the mean of each window; `error` is that of a seed that failed.
+    """
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in results["cells"]:
+        groups.setdefault((cell["method"], cell["amount"]), []).append(cell)
+    found = []
+    for (method, amount), cells in groups.items():
+        joined: dict[str, Any] = {"method": method, "amount": amount, "calibration": cells[0]["calibration"]}
+        joined |= {"seeds": [cell["seed"] for cell in cells], "spread": {}}
+        for key in _MEASURED:
+            values = [cell[key] for cell in cells if cell.get(key) is not None]
+            if values:
+                joined[key] = mean(values)
+            if len(values) > 1:
+                joined["spread"][key] = stdev(values)
+        if all("window_nll" in cell for cell in cells):
+            joined["window_nll"] = [mean(nats) for nats in zip(*(cell["window_nll"] for cell in cells), strict=True)]
+        if errors := [cell["error"] for cell in cells if "error" in cell]:
+            joined["error"] = errors[0]
+        found.append(joined)
+    return found
+
+
 def methods_of(results: Results) -> list[str]:
     """In the order in which they came."""
     return list(dict.fromkeys(cell["method"] for cell in results["cells"]))
@@ -51,7 +81,7 @@ def methods_of(results: Results) -> list[str]:
 
 
 def markdown(results: Results) -> str:
-    """The whole report: what was compared, three tables, what failed, how to run it again."""
+    """The whole report: what was compared, the tables, what failed, how to run it again."""
     notes: list[str] = []
     for cell in results["cells"]:
         if "error" in cell and cell["error"] not in notes:
@@ -63,6 +93,7 @@ def markdown(results: Results) -> str:
             _section(_about_kl(results), results, notes, {"kl": _kl, "top1_agreement": _share}),
             _section(_about_cost(results), results, notes, {"prune_seconds": _seconds, "peak_rss_bytes": _memory}),
         ]
+        parts += [_differences(results)] if any("window_nll" in cell for cell in results["cells"]) else []
     parts += ["\n".join(f"[{n}] {note}  " for n, note in enumerate(notes, 1))] if notes else []
     if changed := [f"{c['method']} {amount_label(c['amount'])}" for c in results["cells"] if c.get("source_changed")]:
         parts.append(f"The package's files were changed before these were finished: {', '.join(changed)}.")
@@ -73,9 +104,10 @@ def _section(
     about: str, results: Results, notes: Sequence[str], shown: Mapping[str, Callable[[float], str]], dense: bool = False
 ) -> str:
     """A table under a sentence: methods down, amounts across, in each cell the figures of `shown`."""
-    amounts, cells = amounts_of(results), {(c["method"], c["amount"]): c for c in results["cells"]}
+    joined = over_seeds(results)
+    amounts, cells = amounts_of(results), {(c["method"], c["amount"]): c for c in joined}
     best = {
-        (key, amount): _best([c[key] for c in results["cells"] if c["amount"] == amount and key in c], key, form)
+        (key, amount): _best([c[key] for c in joined if c["amount"] == amount and key in c], key, form)
         for key, form in shown.items()
         for amount in amounts
     }
@@ -89,6 +121,9 @@ def _section(
             return MISSING + note
         words = [form(cell[key]) if key in cell else MISSING for key, form in shown.items()]
         marked = [f"**{w}**" if w == best[key, amount] else w for w, key in zip(words, shown, strict=True)]
+        for i, (key, form) in enumerate(shown.items()):
+            if key in cell["spread"] and key not in ("prune_seconds", "peak_rss_bytes"):
+                marked[i] += f" ± {form(cell['spread'][key])}"
         return " / ".join(marked) + note
 
     lines = [["", *map(amount_label, amounts)], ["---", *["---:"] * len(amounts)]]
@@ -96,6 +131,31 @@ def _section(
         lines.append(["dense", *[number(results["dense"]["perplexity"])] * len(amounts)])
     own = {c["method"] for c in results["cells"] if c["calibration"] == "own"} if "prune_seconds" in shown else ()
     lines += [[f"`{m}`{' †' * (m in own)}", *(text(m, a) for a in amounts)] for m in methods_of(results)]
+    return about + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _differences(results: Results) -> str:
+    """How many nats each method loses to the best of its column, with standard errors over the text's windows."""
+    joined = [cell for cell in over_seeds(results) if "window_nll" in cell]
+    amounts = [amount for amount in amounts_of(results) if any(cell["amount"] == amount for cell in joined)]
+    best = {a: min((c for c in joined if c["amount"] == a), key=lambda c: c["nll"]) for a in amounts}
+
+    def text(method: str, amount: str) -> str:
+        cell = next((c for c in joined if (c["method"], c["amount"]) == (method, amount)), None)
+        if cell is None:
+            return ""
+        if cell is best[amount]:
+            return "best"
+        apart = [a - b for a, b in zip(cell["window_nll"], best[amount]["window_nll"], strict=True)]
+        error = f" ± {stdev(apart) / math.sqrt(len(apart)):.4f}" if len(apart) > 1 else ""
+        return f"{mean(apart):+.4f}{error}"
+
+    lines = [["", *map(amount_label, amounts)], ["---", *["---:"] * len(amounts)]]
+    lines += [[f"`{method}`", *(text(method, amount) for amount in amounts)] for method in methods_of(results)]
+    about = (
+        "**Nats per token lost to the best method of the column**, window by window of the same text (means over "
+        "seeds), ± the standard error of their mean. What is below two standard errors may be noise."
+    )
     return about + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -131,9 +191,16 @@ def _setting(results: Results) -> str:
     length = job["seqlen"] or (dense or {}).get("seqlen", "default")
     computed = "".join(f", `--{key} {job[key]}`" for key in ("device", "dtype") if job[key])
     return (
-        f"Calibrated on {job['samples']} × {length} tokens of {_text(job['calib'])}, seed {job['seed']}; "
+        f"Calibrated on {job['samples']} × {length} tokens of {_text(job['calib'])}, {_seeds(results)}; "
         f"perplexity of {_text(job['text'])} in windows of {length} tokens{computed}."
     )
+
+
+def _seeds(results: Results) -> str:
+    seeds = sorted({cell["seed"] for cell in results["cells"]})
+    if len(seeds) < 2:
+        return f"seed {seeds[0] if seeds else 0}"
+    return f"means of seeds {', '.join(map(str, seeds))} ± their standard deviation"
 
 
 def _about_perplexity(results: Results) -> str:
@@ -159,9 +226,10 @@ def _about_cost(results: Results) -> str:
     shared = results["calibration"]
     found = "**Seconds of the prune / its peak memory**, start of the program not counted."
     if shared:
+        seconds, peak = (mean(of[key] for of in shared.values()) for key in ("seconds", "peak_rss_bytes"))
         found += (
-            f" Mask-only methods use statistics that were gathered once in {_seconds(shared['seconds'])} "
-            f"({_memory(shared['peak_rss_bytes'])}), not counted here either."
+            f" Mask-only methods use statistics that were gathered once a seed in {_seconds(seconds)} "
+            f"({_memory(peak)}), not counted here either."
         )
     own = any(cell["calibration"] == "own" for cell in results["cells"])
     return found + (" †: with a calibration of its own." if own else "")
@@ -200,7 +268,7 @@ def write_plot(results: Results, path: Path) -> bool:
         return False
     from streamprune.disk import durable
 
-    found = [cell for cell in results["cells"] if "perplexity" in cell]
+    found = [cell for cell in over_seeds(results) if "perplexity" in cell]
     if not found:
         return True
     amounts = [a for a in amounts_of(results) if any(cell["amount"] == a for cell in found)]

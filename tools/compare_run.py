@@ -35,6 +35,10 @@ class Method:
     calibration: str
 
 
+Todo = tuple[Method, str, int]
+"""A cell to fill: method, amount, seed."""
+
+
 def parse_methods(text: str | None) -> list[Method]:
     """What --methods names, all recipes without it. Raises BenchError for a recipe or refit that is not there."""
     from streamprune.errors import UsageError
@@ -75,6 +79,27 @@ def parse_amounts(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def parse_seeds(text: str) -> list[int]:
+    """What --seeds names. Raises BenchError for what is no number, or negative."""
+    found = []
+    for word in text.split(","):
+        if not (word.strip().isascii() and word.strip().isdigit()):
+            raise BenchError(f"--seeds {word}: write whole numbers, such as 0,1,2")
+        found.append(int(word))
+    return list(dict.fromkeys(found))
+
+
+def cells_of(methods: Sequence[Method], amounts: Sequence[str], seeds: Sequence[int]) -> list[Todo]:
+    """All cells, seed after seed; a method that needs no calibration has one seed only."""
+    return [
+        (method, amount, seed)
+        for seed in seeds
+        for method in methods
+        for amount in amounts
+        if method.calibration != "none" or seed == seeds[0]
+    ]
+
+
 class Comparison:
     """One comparison under way: `run` starts streamprune, `results` keeps what is found."""
 
@@ -83,55 +108,62 @@ class Comparison:
         self.model = arguments.model
         self.work, self.models = results.folder / "work", results.folder / "models"
         self.resources = [w for flag in FORWARDED if (given := getattr(arguments, flag)) for w in (_flag(flag), given)]
-        self.calibration = ["--calib", arguments.calib, "--samples", str(arguments.samples)]
-        self.calibration += ["--seed", str(arguments.seed), *self.length]
+
+    def calibration(self, seed: int) -> list[str]:
+        """What a command that calibrates is given."""
+        drawn = ["--samples", str(self.arguments.samples), "--seed", str(seed)]
+        return ["--calib", self.arguments.calib, *drawn, *self.length]
 
     @property
     def length(self) -> list[str]:
         return ["--seqlen", str(self.arguments.seqlen)] if self.arguments.seqlen is not None else []
 
-    def fill(self, todo: Sequence[tuple[Method, str]]) -> None:
+    def fill(self, todo: Sequence[Todo]) -> None:
         """Fills these cells, one after the other; a cell that fails is recorded, too."""
         if self.results.dense is None:
             say("dense model")
             self.results.keep_dense(self.evaluate(self.model, self.arguments.text))
-        for position, (method, amount) in enumerate(todo, 1):
-            say(f"{position}/{len(todo)} {method.name} {amount_label(amount)}")
+        for position, (method, amount, seed) in enumerate(todo, 1):
+            name = f"{position}/{len(todo)} {method.name} {amount_label(amount)} seed {seed}"
+            say(name)
             if method.calibration == "shared":
-                self.gather()
-            cell = self.cell(method, amount)
+                self.gather(seed)
+            cell = self.cell(method, amount, seed)
             if source_digest() != self.results.value["job"]["versions"]["source"]:
                 cell["source_changed"] = True
             self.results.keep(cell)
             say("")
             found = cell.get("error") or f"perplexity {number(cell['perplexity'])}, {cell['prune_seconds']:.1f} s"
-            print(f"compare: {position}/{len(todo)} {method.name} {amount_label(amount)}: {found}", file=sys.stderr)
+            print(f"compare: {name}: {found}", file=sys.stderr)
 
-    @property
-    def stats(self) -> Path:
-        return self.work / "statistics.safetensors"
+    def stats(self, seed: int) -> Path:
+        """Where the statistics of a seed's windows are."""
+        return self.work / f"statistics-{seed}.safetensors"
 
-    def gather(self) -> None:
-        """Statistics for all recipes that only need a mask, once."""
+    def gather(self, seed: int) -> None:
+        """Statistics for all recipes that only need a mask, once a seed."""
         from streamprune.disk import durable
 
-        if self.results.calibration is not None and self.stats.is_file():
+        stats = self.stats(seed)
+        if str(seed) in self.results.calibration and stats.is_file():
             return
-        durable.remove(self.stats)  # finished, but what it took was not recorded
-        found = self.streamprune("calibrate", self.model, str(self.stats), *self.calibration, *self.resources)
-        self.results.keep_calibration({"seconds": found["seconds"], "peak_rss_bytes": found["peak_rss_bytes"]})
+        durable.remove(stats)  # finished, but what it took was not recorded
+        found = self.streamprune("calibrate", self.model, str(stats), *self.calibration(seed), *self.resources)
+        self.results.keep_calibration(seed, {key: found[key] for key in ("seconds", "peak_rss_bytes")})
 
-    def cell(self, method: Method, amount: str) -> Cell:
+    def cell(self, method: Method, amount: str, seed: int) -> Cell:
         """Prunes, evaluates, removes the pruned model. A failure's one line becomes `error`, with what was found."""
         from streamprune.disk import durable, journal
         from streamprune.disk.state import REPORT, partial_of
 
-        out = self.models / f"{method.name}-{amount_name(amount)}"
-        cell: Cell = {"method": method.name, "amount": amount, "calibration": method.calibration}
+        out = self.models / f"{method.name}-{amount_name(amount)}-{seed}"
+        cell: Cell = {"method": method.name, "amount": amount, "seed": seed, "calibration": method.calibration}
         given = ["--method", method.recipe, *(["--refit", method.refit] if method.refit else [])]
         given += ["--quantize", method.quantize] if method.quantize else []
         given += ["--pattern" if ":" in amount else "--sparsity", amount]
-        given += {"none": [], "shared": ["--stats", str(self.stats)], "own": self.calibration}[method.calibration]
+        given += {
+            "none": [], "shared": ["--stats", str(self.stats(seed))], "own": self.calibration(seed),
+        }[method.calibration]  # fmt: skip
         durable.make_folder(self.models)
         try:
             self.streamprune("prune", self.model, str(out), *given, *self.resources)
@@ -150,8 +182,8 @@ class Comparison:
         """Adds perplexity of the whole text to a cell, and what only a comparison with the dense model tells."""
         text = self.reference_text()
         beside = ["--reference", self.model]
-        whole = self.evaluate(str(out), self.arguments.text, *(beside if text is None else []))
-        cell |= {key: whole[key] for key in ("perplexity", "nll", "tokens", "windows", "seqlen")}
+        whole = self.evaluate(str(out), self.arguments.text, "--by-window", *(beside if text is None else []))
+        cell |= {key: whole[key] for key in ("perplexity", "nll", "tokens", "windows", "seqlen", "window_nll")}
         cell |= {"eval_seconds": whole["seconds"], "eval_peak_rss_bytes": whole["peak_rss_bytes"]}
         found = whole if text is None else self.evaluate(str(out), str(text), *beside)
         if missing := [key for key in BESIDE if key not in found]:

@@ -16,7 +16,7 @@ from streamprune.disk import durable, journal
 from streamprune.errors import CorruptStateError
 
 FILES = ("comparison.json", "comparison.md", "comparison.png")
-_JOB_OPTIONS = ("samples", "seqlen", "seed", "device", "dtype", "max_ram", "max_vram")
+_JOB_OPTIONS = ("samples", "seqlen", "device", "dtype", "max_ram", "max_vram")
 
 Cell = dict[str, Any]
 
@@ -75,7 +75,7 @@ class Results:
         self, folder: Path, job: dict[str, Any], markdown: Callable[[dict[str, Any]], str], *, restart: bool
     ) -> None:
         self.folder, self._markdown = folder, markdown
-        self.value: dict[str, Any] = {"job": job, "runs": [], "dense": None, "calibration": None, "cells": []}
+        self.value: dict[str, Any] = {"job": job, "runs": [], "dense": None, "calibration": {}, "cells": []}
         ours = folder / FILES[0]
         if restart and ours.exists():
             self._clear()
@@ -109,15 +109,14 @@ class Results:
         return found
 
     @property
-    def calibration(self) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = self.value["calibration"]
+    def calibration(self) -> dict[str, Any]:
+        """What the shared statistics of each seed took, by the seed as text."""
+        found: dict[str, Any] = self.value["calibration"]
         return found
 
-    def is_done(self, method: str, amount: str) -> bool:
+    def is_done(self, method: str, amount: str, seed: int) -> bool:
         """Whether a cell is there and did not fail."""
-        return any(
-            (cell["method"], cell["amount"]) == (method, amount) and "error" not in cell for cell in self.value["cells"]
-        )
+        return any(_key(cell) == (method, amount, seed) and "error" not in cell for cell in self.value["cells"])
 
     def begin(self, run: dict[str, Any]) -> None:
         """Records that a command was started."""
@@ -129,17 +128,16 @@ class Results:
         self.value["dense"] = {key: found[key] for key in found if key not in ("model", "text")}
         self.save()
 
-    def keep_calibration(self, found: dict[str, Any]) -> None:
-        """Records what the shared statistics took."""
-        self.value["calibration"] = found
+    def keep_calibration(self, seed: int, found: dict[str, Any]) -> None:
+        """Records what the shared statistics of a seed took."""
+        self.value["calibration"][str(seed)] = found
         self.save()
 
     def keep(self, cell: Cell) -> None:
         """Records a cell, in the place of a failed one if there is one."""
-        key = (cell["method"], cell["amount"])
         cells = self.value["cells"]
         for position, other in enumerate(cells):
-            if (other["method"], other["amount"]) == key:
+            if _key(other) == _key(cell):
                 cells[position] = cell
                 break
         else:
@@ -150,3 +148,7 @@ class Results:
         """Replaces both files."""
         journal.write_json(self.folder / FILES[0], "comparison", self.value)
         durable.replace_file(self.folder / FILES[1], (self._markdown(self.value) + "\n").encode())
+
+
+def _key(cell: Cell) -> tuple[str, str, int]:
+    return cell["method"], cell["amount"], cell["seed"]

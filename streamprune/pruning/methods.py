@@ -139,10 +139,10 @@ def choose(
     """For each of the linears that share an input, how it is refitted: judged by what was kept out of the Gram.
 
     Dampings are tried from the weakest up, until a stronger one is better for none of the linears. Of no refit and
-    those that were tried, from the strongest down, the first is taken whose error is not above the least one by more than a
-    standard error of their difference, over eight stretches of the tokens (the one-standard-error rule of Breiman et
-    al. 1984: what cannot be told apart is settled in favour of the original weights). Without inputs kept out, or with
-    a single damping, there is nothing to choose but no refit at all where that errs less.
+    those that were tried, from the strongest down, the first is taken whose error is not above the least one by more
+    than a standard error of their difference, over eight stretches of the tokens (the one-standard-error rule of
+    Breiman et al. 1984: what cannot be told apart is settled in favour of the original weights). Without inputs kept
+    out, or with a single damping, there is nothing to choose but no refit at all where that errs less.
     """
     if not len(gram.held):
         return dict.fromkeys(samples, Choice(dampings[0], None, None))
