@@ -51,14 +51,14 @@ def allocate(kind: str, writer: StageWriter, given: StatisticsFile, sparsity: fl
     levels = levels_around(sparsity)
     curves: dict[str, Curve] = {}
     for stage, linears in _layers(writer):
-        after, added = given.energies.get(stage.prefix, (0.0, 0.0))
-        if not after > 0:
+        tokens, update = given.updates.get(stage.prefix, (0.0, 0.0))
+        if not tokens > 0:
             raise UsageError(f"{given.path} does not say what {stage.prefix} adds; make it again with `calibrate`")
         errors = [0.0] * len(levels)
         for name, width in linears.items():
             ref = writer.skeleton.sources[f"{name}.weight"]
             found = _errors(writer, ref, name, _power(given, name, width), levels)
-            errors = [a + b * min(1.0, added / after) for a, b in zip(errors, found, strict=True)]
+            errors = [a + b * update / tokens for a, b in zip(errors, found, strict=True)]
         curves[stage.prefix] = Curve(_weights(writer, linears), levels, errors)
     return _by_linear(writer, by_error(curves, sparsity))
 

@@ -261,7 +261,7 @@ class Run:
                 grams.leave_out(fallen)
         path = self.state.layer_stats(stage.index)
         record["statistics"] = write_statistics(
-            path, found.items(), collector.groups, {}, {}, {stage.prefix: collector.energy}
+            path, found.items(), collector.groups, {}, {}, {stage.prefix: collector.update}
         )  # fmt: skip
         return {name: found[leader] for name, leader in collector.groups.items()}
 

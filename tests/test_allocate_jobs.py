@@ -15,6 +15,7 @@ from safetensors import safe_open
 from streamprune.cli import main
 from streamprune.errors import StateError, UsageError
 from streamprune.job import calibrate, prune
+from streamprune.model.statistics import Collector, StatisticsFile
 
 GIVEN: dict[str, Any] = {"samples": 4, "seqlen": 32, "dtype": "float32"}
 
@@ -87,26 +88,22 @@ def test_only_what_is_pruned_shares(models: Callable[..., Path], text: Path, tmp
     )
 
 
-def test_statistics_without_energies_are_refused(
+def test_statistics_without_updates_are_refused(
     models: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `calibrate` wrote them before layers' energies were gathered."""
-    from streamprune.model.statistics import Collector
-
+    """As `calibrate` wrote them before it looked at what layers add."""
     source = models("llama", 2)
-    monkeypatch.setattr(Collector, "energy", (0.0, 0.0))
+    monkeypatch.setattr(Collector, "update", (0.0, 0.0))
     calibrate(source, tmp_path / "s", calib=text, **GIVEN)
     with pytest.raises(UsageError, match=r"does not say what .*calibrate"):
         prune(source, tmp_path / "out", sparsity=0.5, allocate="error", stats=tmp_path / "s", dtype="float32")
     assert prune(source, tmp_path / "out", sparsity=0.5, allocate="owl", stats=tmp_path / "s", dtype="float32")
 
 
-def test_energies_are_those_of_the_states(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+def test_updates_are_those_of_the_states(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from streamprune.model.calibration import draw_windows
-    from streamprune.model.statistics import StatisticsFile
-
     source = models("llama", 2)
     calibrate(source, tmp_path / "s", calib=text, **GIVEN)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -117,10 +114,27 @@ def test_energies_are_those_of_the_states(models: Callable[..., Path], text: Pat
     model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
     with torch.no_grad():
         model(ids)
-    found = StatisticsFile(tmp_path / "s").energies
+    found = StatisticsFile(tmp_path / "s").updates
     for i, (before, after) in enumerate(pairwise(seen)):
-        wanted = (float(after.square().sum()), float((after - before).square().sum()))
+        parts = (after - before).square().sum(-1) / after.square().sum(-1)
+        wanted = (parts.numel(), float(parts.sum()))
         assert found[f"model.layers.{i}"] == pytest.approx(wanted, rel=2e-2), "the cache rounds states to bf16"
+
+
+def test_a_massive_activation_does_not_own_an_update() -> None:
+    """One token a thousand times the others, which a layer does not touch, changes little."""
+    collector = Collector(lambda *_: None)
+    states = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
+    after = states + 0.5 * torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(1))
+    collector.flow(states, after)
+    tokens, plain = collector.update
+    states[0, 0], after[0, 0] = 1e3, 1e3
+    massive = Collector(lambda *_: None)
+    massive.flow(states, after)
+    assert tokens == massive.update[0] == 100 and massive.update[1] == pytest.approx(plain, rel=0.05)
+    nothing = Collector(lambda *_: None)
+    nothing.flow(torch.zeros(1, 3, 8), torch.zeros(1, 3, 8))
+    assert nothing.update == (3, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ once. In the file, each set has three tensors named after the first linear of it
     NAME.tokens  I64 ()      NAME.sum  F64 (in,)      NAME.sumsq  F64 (in,)
 
 and the metadata holds `format`, `version`, `digest` (xxh3_128 of the tensors' bytes), `groups` (linear -> NAME),
-`energies` (layer -> sums of the squares of the states after it, and of what it added to them), `model` (what the
+`updates` (layer -> number of tokens, and the sum over them of how much of the state after the layer is what the layer
+added: ‖h_out − h_in‖² / ‖h_out‖², token by token, so that no massive activation owns it), `model` (what the
 statistics belong to) and `calibration` (which tokens), the last four as JSON.
 """
 
@@ -39,7 +40,8 @@ class Collector:
         self._accumulate = accumulate
         self._sums: dict[str, tuple[int, Tensor, Tensor]] = {}
         self._last: tuple[Tensor, str] | None = None
-        self._energy: list[Tensor | float] = [0.0, 0.0]
+        self._update: Tensor | float = 0.0
+        self._states = 0
 
     def watch(self, name: str, x: Tensor) -> None:
         """Adds x (…, in), unless it is the tensor that the linear before was fed."""
@@ -63,17 +65,18 @@ class Collector:
     def flow(self, before: Tensor, after: Tensor) -> None:
         """Adds what the layer made of its states (batch, seqlen, hidden)."""
         now = after.detach().float()
-        for i, states in enumerate((now, now - before.to(now))):
-            self._energy[i] += torch.linalg.vector_norm(states, dim=-1).double().square().sum()
+        whole, added = (torch.linalg.vector_norm(states, dim=-1).double() for states in (now, now - before.to(now)))
+        self._update += torch.where(whole > 0, added / whole, 0.0).square().sum()
+        self._states += whole.numel()
 
     def tokens(self, name: str) -> int:
         """How many inputs of a linear there were."""
         return self._sums[self.groups[name]][0]
 
     @property
-    def energy(self) -> tuple[float, float]:
-        """Sums over all tokens of the squares of the states after the layer, and of what it added to them."""
-        return float(self._energy[0]), float(self._energy[1])
+    def update(self) -> tuple[float, float]:
+        """Tokens, and the sum over them of how much of their state the layer made; see the file's docstring."""
+        return float(self._states), float(self._update)
 
     def finish(self) -> dict[str, InputStats]:
         """The statistics of each group. Raises CheckpointError when an activation was NaN or infinite."""
@@ -95,7 +98,7 @@ def write_statistics(
     groups: Mapping[str, str],
     model: Mapping[str, str],
     calibration: Mapping[str, Any],
-    energies: Mapping[str, Sequence[float]] | None = None,
+    updates: Mapping[str, Sequence[float]] | None = None,
 ) -> str:
     """Writes a statistics file, atomically and durably; returns its xxh3_128."""
     parts: dict[str, Tensor] = {}
@@ -119,7 +122,7 @@ def write_statistics(
             ("groups", groups),
             ("model", model),
             ("calibration", calibration),
-            ("energies", energies or {}),
+            ("updates", updates or {}),
         )
     }
     return write_shard(path, refs, content, metadata).digest
@@ -165,13 +168,13 @@ def merge_statistics(
 ) -> str:
     """Joins the layers' files into one; returns its xxh3_128. Raises as StatisticsFile does."""
     groups: dict[str, str] = {}
-    energies: dict[str, Sequence[float]] = {}
+    updates: dict[str, Sequence[float]] = {}
     stats: dict[str, InputStats] = {}
     for part in parts:
         file = StatisticsFile(part)
         groups |= file.groups
-        energies |= file.energies
+        updates |= file.updates
         for linear, leader in file.groups.items():  # a leader need not be a linear: experts may go by a common sum
             if leader not in stats:
                 stats[leader] = file.load(linear, file.refs[f"{leader}.sum"].shape[0])
-    return write_statistics(path, stats.items(), groups, model, calibration, energies)
+    return write_statistics(path, stats.items(), groups, model, calibration, updates)

@@ -15,7 +15,7 @@ FORMAT, VERSION = "streamprune-statistics", "1"
 
 
 class StatisticsHeader:
-    """The checked header: groups, energies, model and calibration as in statistics.py, and where the tensors are."""
+    """The checked header: groups, updates, model and calibration as in statistics.py, and where the tensors are."""
 
     def __init__(self, path: Path) -> None:
         """Raises UsageError when there is no such file, CorruptStateError when it is damaged or unknown."""
@@ -41,8 +41,8 @@ class StatisticsHeader:
             self.groups: dict[str, str] = json.loads(self.metadata["groups"])
             self.model: dict[str, str] = json.loads(self.metadata["model"])
             self.calibration: dict[str, Any] = json.loads(self.metadata["calibration"])
-            self.energies: dict[str, list[float]] = json.loads(self.metadata.get("energies", "{}"))
-            parts = (self.groups, self.model, self.calibration, self.energies)
+            self.updates: dict[str, list[float]] = json.loads(self.metadata.get("updates", "{}"))
+            parts = (self.groups, self.model, self.calibration, self.updates)
             if not all(isinstance(part, dict) for part in parts):
                 raise ValueError("not objects")
         except (KeyError, ValueError) as e:

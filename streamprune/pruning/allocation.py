@@ -3,8 +3,9 @@
     uniform  all the same
     owl      by layer: the more outliers a layer's weights have, the less of it is pruned (OWL, arXiv 2310.05175)
     error    by layer: the sum over layers of what pruning does to the residual stream is smallest (ours). Foretold
-             as the relative errors of the layer's linears (the share of w²a that goes) times the part that the layer
-             adds to the stream, ‖h_out − h_in‖² / ‖h_out‖². Without that factor it is worse than uniform.
+             as the relative errors of the layer's linears (the share of w²a that goes) times the part of the stream
+             that the layer makes, the mean over tokens of ‖h_out − h_in‖² / ‖h_out‖². Of sums over tokens instead of
+             each token's own part, a few massive activations would own both, and it would do harm.
 
 A row of a linear still prunes the same number of weights as every other. Patterns N:M fix the sparsity of each linear,
 so there is nothing to allocate.
