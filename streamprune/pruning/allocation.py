@@ -24,7 +24,11 @@ SPREAD = 0.08
 """Half of how far apart the sparsities of two layers may be. OWL's λ."""
 
 REACH = 0.2
-"""How far from the asked sparsity a linear may be, of `by_error`."""
+"""How far from the asked sparsity a linear may be, of `by_error`: at 60 % and more."""
+
+LITTLE = 0.4
+"""Below 60 %, it may be as far as the asked sparsity is from this, 0.05 at least: where little is lost, errors foretell
+little."""
 
 STEPS = 9
 """Sparsities at which the error of a linear is looked at."""
@@ -40,8 +44,9 @@ class Curve:
 
 
 def levels_around(sparsity: float) -> list[float]:
-    """STEPS sparsities from REACH below the asked one to REACH above, within 0 and 0.98."""
-    low, high = max(0.0, sparsity - REACH), min(max(0.98, sparsity), sparsity + REACH)
+    """STEPS sparsities from as far below the asked one as REACH and LITTLE allow to as far above, within 0 and 0.98."""
+    reach = min(REACH, max(0.05, sparsity - LITTLE))
+    low, high = max(0.0, sparsity - reach), min(max(0.98, sparsity), sparsity + reach)
     return [low + (high - low) * i / (STEPS - 1) for i in range(STEPS)]
 
 
