@@ -18,7 +18,7 @@ from test_sparsegpt import normal
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, ResourceError, UsageError
-from streamprune.model import grams as grams_module
+from streamprune.model import gram_sums as grams_module
 from streamprune.model.budget import Budget, RefitNeeds, _room, layout_for
 from streamprune.model.feed import Feed
 from streamprune.model.gram_sums import MOST_HELD, GramCollector, HoldOut
@@ -329,7 +329,7 @@ def test_a_refit_lets_go_before_another_gram_is_gathered(tmp_path: Path, name: s
         gram = weakref.ref(gathering.grams.take(linear).matrix)
         if not any(r() is gram() for r in seen):
             seen.append(gram)
-        fitted = work.rows(linear, *sample(linear), outcome)
+        fitted = work.rows(linear, 0, *sample(linear)[:2], outcome)
         assert fitted.shape == (6, 12) and outcome.refit <= outcome.mask < outcome.whole
         work.done(linear)
     assert left == [0, 0, 0]
@@ -352,7 +352,7 @@ def test_rows_as_they_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     work = LayerRefit(Refit("cg", "1.0"), lambda linear: Amount(0.5), gathering.grams, lambda *args: masked != 0, None)
     outcome = Outcome(Choice(Damping(1.0), None, None), Damping(1.0))
     gathering.grams.take("q").absorb()
-    found = work.rows("q", weight, masked, outcome)
+    found = work.rows("q", 0, weight, masked, outcome)
     assert found.dtype == dtype and torch.equal(found[1:5], masked[1:5])
     assert torch.equal(found[0], masked[0] if dtype == torch.float16 else fitted[0].to(dtype))
     assert not bool(torch.signbit(found[found == 0]).any())

@@ -183,6 +183,8 @@ def test_memory_of_a_refit(
 
     monkeypatch.setattr("streamprune.job_run.layout_of", stop)
     both = {"samples": 7, "seqlen": 24, **how, **more}
+    if "device" in more:  # so that all but the refit is as without one
+        both["propagate"] = "pruned"
     with pytest.raises(ResourceError, match="seen enough"):
         prune(models(), tmp_path / "out", sparsity=0.5, calib=text, **both)
     found = plan(models(), speeds=EVEN, **both)

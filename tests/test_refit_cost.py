@@ -102,7 +102,7 @@ def test_refit_work() -> None:
     assert found.float32 == pytest.approx(grams + 4 * inverse + judged + 20 * (512 + 3 * 64) * product)
     assert (found.passes, found.native, found.selected) == (0, 0, one.nbytes * 15 * (1 + 3 * 64 / 512))
     assert found.columns == 0
-    assert refit_work(EFFORTS["sparsegpt"], [one], 1 << 30, 10_000, Trials(3, 1000)).columns == 1024 * (2 + 3)
+    assert refit_work(EFFORTS["sparsegpt"], [one], 1 << 30, 10_000, Trials(3, 1000)).columns == 8 * (2 + 3)
     assert triangle(512) == 1 and triangle(8192) == 9 / 16
     works = {n: refit_work(e, LINEARS, 1 << 30, 10_000, Trials(3, 1000)) for n, e in EFFORTS.items()}
     assert works["obs-admm"].native > 0 == works["gradual-cg"].native
