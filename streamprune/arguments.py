@@ -85,8 +85,8 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--save-stats", metavar="FILE", help="also keep the statistics for later --stats")
     p.add_argument("--propagate", choices=("dense", "pruned", "asymmetric"),
                    help="which layer's outputs the next layer is calibrated on: the dense one's (default without a "
-                        "refit), the pruned one's (default of admm and sparsegpt), or both, so that new values also "
-                        "make up for earlier layers (default of other refits)")  # fmt: skip
+                        "refit), the pruned one's (default of sparsegpt), or both, so that new values also make up "
+                        "for earlier layers (default of other refits)")  # fmt: skip
     _resource_options(p)
 
 

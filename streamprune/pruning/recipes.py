@@ -55,7 +55,7 @@ class Recipe:
         """Whose outputs the next layer is calibrated on by default; "auto" is asymmetric where the model allows it."""
         if self.refit is None:
             return "dense"
-        return "pruned" if self.refit in ("admm", "sparsegpt") else "auto"
+        return "pruned" if self.refit == "sparsegpt" else "auto"
 
 
 def check_propagate(recipe: Recipe, propagate: str | None) -> str:
