@@ -61,9 +61,7 @@ class PairedPass(Pass):
 
     def embed(self, persist: bool) -> None:
         """As Pass.embed; both models' states are the same here."""
-        stages = self.walk.skeleton.stages
-        for stage in (stages[0], stages[-1]):
-            check_weights(self.walk.feed, self.walk.skeleton, stage)
+        self.check_outside()
 
         def attempt() -> None:
             with self.activations.write(0, persist=persist) as put:
@@ -108,6 +106,7 @@ class PairedPass(Pass):
     def _writers_among(
         self, names: Collection[str], run: Callable[[Tensor], Tensor], states: Tensor
     ) -> list[str]:  # fmt: skip
+        """Of linears of the dense layer, those that write into the residual stream; seen on a few states."""
         with outputs_of(self.walk.skeleton, names) as made:
             after = run(states)
         added = after.float() - states.to(after.device).float()

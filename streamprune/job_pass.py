@@ -83,10 +83,14 @@ class Pass:
 
     def embed(self, persist: bool) -> None:
         """Tokens to the states before layer 0. The head's weights are looked at as well: a bad one is found early."""
+        self.check_outside()
+        retry_smaller(self.walk, lambda: embed_pass(self.walk, self._batches, self.activations, persist=persist))
+
+    def check_outside(self) -> None:
+        """Looks at the weights outside the layers. Raises CheckpointError for NaN and Inf."""
         stages = self.walk.skeleton.stages
         for stage in (stages[0], stages[-1]):
             check_weights(self.walk.feed, self.walk.skeleton, stage)
-        retry_smaller(self.walk, lambda: embed_pass(self.walk, self._batches, self.activations, persist=persist))
 
     def layer(self, stage: Stage, write: bool, persist: bool, grams: LayerGrams | None = None) -> Collector:
         """One layer: its outputs, if `write`, and the statistics of its linears' inputs; Grams if there is room.
