@@ -97,7 +97,9 @@ def _calibrate_options(p: argparse.ArgumentParser) -> None:
 
 
 def _eval_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--text", metavar="FILE", required=True, help="text (.txt, .gz) or token ids (.npy)")
+    p.add_argument("--text", metavar="FILE", required=True, help="text, as prune's --calib")
+    _text_options(p)
+    p.add_argument("--windows", type=int, metavar="N", help="only the text's first N windows (default: all)")
     p.add_argument(
         "--reference", metavar="DENSE",
         help="also tell how far MODEL's predictions are from those of this model (same tokenizer)",
@@ -117,6 +119,7 @@ def _plan_options(p: argparse.ArgumentParser) -> None:
     _filter_options(p)
     p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
+    _bos_option(p)
     p.add_argument("--stats", metavar="FILE", help="plan for a run with these statistics, without calibration")
     p.add_argument("--propagate", choices=("dense", "pruned", "asymmetric"), help="as for prune")
     _device_options(p)
@@ -187,8 +190,9 @@ def _filter_options(p: argparse.ArgumentParser) -> None:
 
 def _calibration_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--calib", metavar="FILE",
-                   help='calibration text: .txt, .jsonl with "text", .gz of either, or .npy of token ids '
-                        "(default: a built-in text)")  # fmt: skip
+                   help="calibration text: plain, JSON records or Parquet, packed or not, a folder or pattern of them, "
+                        "or .npy of token ids (default: a built-in text)")  # fmt: skip
+    _text_options(p)
     p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="which windows (default: %(default)s)")
@@ -202,6 +206,18 @@ def _calibration_options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="an expert that sees fewer goes by what all of its layer see (default: %(default)s)",
     )
+
+
+def _text_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--text-field", default="text", metavar="NAME",
+                   help="what is read of records: a string, or messages that go through the tokenizer's chat template "
+                        "(default: %(default)s)")  # fmt: skip
+    _bos_option(p)
+
+
+def _bos_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--bos", default="auto", choices=("auto", "always", "never"),
+                   help="begin each window with the BOS token (default: if the tokenizer does by itself)")  # fmt: skip
 
 
 def _device_options(p: argparse.ArgumentParser) -> None:

@@ -110,10 +110,8 @@ def _resources(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _calibration(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        k: getattr(args, k)
-        for k in ("calib", "samples", "seqlen", "seed", "expert_stats", "expert_tokens", "restart", "backend")
-    }
+    own = ("calib", "text_field", "bos", "samples", "seqlen", "seed", "expert_stats", "expert_tokens")
+    return {k: getattr(args, k) for k in (*own, "restart", "backend")}
 
 
 def _print_json(value: object) -> None:
@@ -190,8 +188,9 @@ def _eval(args: argparse.Namespace) -> int:
 
     with show_progress("eval", args.quiet) as progress:
         found = evaluate(
-            args.model, args.text, reference=args.reference, seqlen=args.seqlen, **_resources(args), progress=progress
-        )
+            args.model, args.text, reference=args.reference, seqlen=args.seqlen, windows=args.windows,
+            text_field=args.text_field, bos=args.bos, **_resources(args), progress=progress,
+        )  # fmt: skip
     if args.json:
         given = {k: str(v) for k in ("model", "text", "reference") if (v := getattr(args, k)) is not None}
         compares = {"kl", "kl_stderr", "top1_agreement", "reference_perplexity"}
@@ -225,7 +224,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     found = plan(
         args.model, method=args.method, refit=args.refit, quantize=args.quantize, only=args.only,
-        skip=args.skip, samples=args.samples, seqlen=args.seqlen, with_stats=args.stats is not None,
+        skip=args.skip, samples=args.samples, seqlen=args.seqlen, bos=args.bos, with_stats=args.stats is not None,
         propagate=args.propagate, device=args.device, dtype=args.dtype,
         max_vram=parse_bytes(args.max_vram) if args.max_vram else None,
         trust_remote_code=args.trust_remote_code,

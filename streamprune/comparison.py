@@ -10,7 +10,7 @@ with log-softmax in float32 and sums in float64. Where p_dense(v) is zero its te
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.float_quantized import read_scheme
 from streamprune.disk.hub import resolve_model
+from streamprune.disk.scratch import ScratchTokens
 from streamprune.errors import ResourceError, UsageError
 from streamprune.model.budget import (
     CONTEXT,
@@ -35,7 +36,7 @@ from streamprune.model.budget import (
     lay_out,
     memory_of,
 )
-from streamprune.model.calibration import Tokens, cut_windows, tokens_digest
+from streamprune.model.calibration import Source, Windows, cut_windows, tokens_digest
 from streamprune.model.computing import cache_dtype
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.texts import check_seqlen
@@ -92,9 +93,12 @@ def open_reference(reference: str | Path, seqlen: int) -> Checkpoint:
 
 
 def check_reference(
-    checkpoint: Checkpoint, reference: Subject, model: Subject, text: Path, windows: Tokens, *, trust_remote_code: bool
+    checkpoint: Checkpoint, reference: Subject, model: Subject, source: Source, windows: Windows, folder: Path
 ) -> None:
-    """Raises UsageError unless the reference has the model's vocabulary and makes the same `windows` of the text."""
+    """Raises UsageError unless the reference has the model's vocabulary and makes the same `windows` of the text.
+
+    `source` is where the model's come from, `folder` where the reference's go meanwhile.
+    """
     theirs, ours = reference.skeleton.vocab_size, model.skeleton.vocab_size
     if theirs != ours:
         raise UsageError(
@@ -102,13 +106,14 @@ def check_reference(
             "only models of one vocabulary can be compared"
         )
     try:
-        made = cut_windows(text, checkpoint.path, theirs, windows.shape[1], trust_remote_code=trust_remote_code)
-        same = made.shape == windows.shape and tokens_digest(made) == tokens_digest(windows)
+        with ScratchTokens(folder) as ids:
+            made = cut_windows(replace(source, model=checkpoint.path), windows.seqlen, ids, len(windows))
+            same = made.shape == windows.shape and tokens_digest(made) == tokens_digest(windows)
     except UsageError:  # too few tokens, where the model's tokenizer gives enough
         same = False
     if not same:
         raise UsageError(
-            f"--reference {checkpoint.path}: its tokenizer cuts {text} into other tokens than the model's; "
+            f"--reference {checkpoint.path}: its tokenizer cuts {source.text.path} into other tokens than the model's; "
             "only models of one tokenizer can be compared"
         )
 
@@ -189,7 +194,7 @@ def fit_two(
 
 
 def compare_heads(
-    reference: Walk, model: Walk, states: Iterable[tuple[Tensor, Tensor]], batches: list[Tensor], limit: int
+    reference: Walk, model: Walk, states: Iterable[tuple[Tensor, Tensor]], batches: Sequence[Tensor], limit: int
 ) -> Divergence:
     """Both heads on the same positions, few enough for `limit` bytes of logits and what is made of them.
 

@@ -1,9 +1,9 @@
 """`evaluate`: perplexity of a model that may be far larger than memory, layer by layer as prune does it.
 
-The whole text is tokenised without special tokens and cut into windows of N tokens without overlap, the rest
-dropped; in each window the N − 1 tokens after the first are predicted. Perplexity is exp of the mean negative
-log-likelihood of all of them. The head works on a few positions at a time, so that logits stay within
-LOGITS_BYTES however large the vocabulary.
+The whole text is cut into windows of N tokens without overlap, the rest dropped; in each window the N − 1 tokens after
+the first are predicted, and the first one, too, where the model's tokenizer puts a BOS token before a text
+(model/calibration.py). Perplexity is exp of the mean negative log-likelihood of all of them. The head works on a few
+positions at a time, so that logits stay within LOGITS_BYTES however large the vocabulary.
 
 With a reference, its layers have their turn first; then the model's; then both heads work on the same positions.
 """
@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,16 +30,17 @@ from streamprune.disk.float_quantized import read_scheme
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.lock import Lock
 from streamprune.disk.mapping import ShardMaps
+from streamprune.disk.scratch import ScratchTokens
 from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
 from streamprune.evaluation_pass import Run, disk_bytes
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.model.budget import Layout, layout_for
-from streamprune.model.calibration import Tokens, cut_windows
+from streamprune.model.calibration import Source, cut_windows
 from streamprune.model.computing import compute_dtype, resolve_device
 from streamprune.model.feed import Feed
-from streamprune.model.passes import out_of_memory_named, split_batches
+from streamprune.model.passes import Batches, out_of_memory_named
 from streamprune.model.skeleton import build_skeleton, stored_dtype
-from streamprune.model.texts import check_seqlen, default_seqlen
+from streamprune.model.texts import Text, check_bos, check_seqlen, default_seqlen
 from streamprune.model.walk import Walk
 from streamprune.spec import Progress, ProgressCallback, format_bytes, no_progress
 
@@ -68,56 +69,67 @@ class Evaluation:
     top1_agreement: float | None = None
     """Share of the predicted tokens where both models' most likely token is the same, 0 to 1."""
     reference_perplexity: float | None = None
+    bos: bool = False
+    """Whether windows began with a BOS token, so that the first token after it is predicted, too."""
+    replaced: int = 0
+    """Bytes of the text that were no characters, and became U+FFFD."""
     window_nll: tuple[float, ...] = ()
     """The mean nats of each window, in the order of the text: what a paired comparison of two models needs."""
 
 
 def evaluate(
     model: str | Path, text: str | Path, *, reference: str | Path | None = None, seqlen: int | None = None,
+    windows: int | None = None, text_field: str = "text", bos: str = "auto",
     device: str = "auto", dtype: str = "auto", max_ram: int | None = None, max_vram: int | None = None,
     work: str | Path | None = None, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
 ) -> Evaluation:  # fmt: skip
     """Perplexity of `model` on the file `text` in windows of `seqlen` tokens (default min(2048, model's limit)).
 
     With `reference`, a model of the same tokenizer, also how far the predictions are from its own: see Evaluation.
+    `windows` takes only so many, from the text's beginning. `text` is also a folder or pattern of files; of records
+    (JSON, Parquet) `text_field` is read. `bos` says whether windows begin with a BOS token (calibration.Source).
     Activations are kept in a folder of their own below `work` (default: the user's cache folder) and removed at
     the end. `max_ram` and `max_vram` (of a GPU) are in bytes. Raises the errors of streamprune.errors.
     """
     begun = time.perf_counter()
     checkpoint = open_checkpoint(resolve_model(str(model)))
     read_scheme(checkpoint)
-    path, length = Path(text), seqlen if seqlen is not None else default_seqlen(checkpoint.config)
-    if not path.is_file():
-        raise UsageError(f"--text {path}: no such file")
+    named, length = Text(Path(text), text_field, "--text"), seqlen or default_seqlen(checkpoint.config)
+    named.files()
+    check_bos(bos)
+    if windows is not None and windows < 1:
+        raise UsageError("--windows must be at least 1")
     check_seqlen(length, checkpoint.config)
     dense = open_reference(reference, length) if reference is not None else None
     target = resolve_device(device)
     checkpoints = [dense, checkpoint] if dense else [checkpoint]
     subjects = [_subject(c, dtype, target, trust_remote_code) for c in checkpoints]
     vocabulary = subjects[-1].skeleton.vocab_size
-    windows = cut_windows(path, checkpoint.path, vocabulary, length, trust_remote_code=trust_remote_code)
-    if dense:
-        check_reference(dense, subjects[0], subjects[1], path, windows, trust_remote_code=trust_remote_code)
-    layouts, keep = _lay_out(subjects, windows, target, max_ram, max_vram)
+    source = Source(named, checkpoint.path, checkpoint.config, vocabulary, bos, trust_remote_code)
     with (
         _scratch(Path(work) if work is not None else _default_work()) as folder,
+        ScratchTokens(folder) as ids,
         ExitStack() as stack,
         out_of_memory_named(target),
     ):
+        cut = cut_windows(source, length, ids, windows)
+        if dense:
+            check_reference(dense, subjects[0], subjects[1], source, cut, folder)
+        layouts, keep = _lay_out(subjects, cut.shape, target, max_ram, max_vram)
         runs = []
         for c, subject, layout in zip(checkpoints, subjects, layouts, strict=True):
             feed = stack.enter_context(Feed(stack.enter_context(ShardMaps(c)), target))
             place = folder / "reference" if c is dense else folder
             durable.make_folder(place)
             runs.append(Run(subject, feed, place, layout, keep=keep, is_reference=c is dense))
-        if states := disk_bytes(runs, windows.size):
+        if states := disk_bytes(runs, cut.size):
             _check_disk(folder, states + (64 << 20))
-        nats, apart = _stream(runs, split_batches(windows, layouts[0].batch), progress)
-    tokens = windows.shape[0] * (length - 1)
+        nats, apart = _stream(runs, Batches(cut, layouts[0].batch), progress)
+    tokens = len(cut) * (cut.shape[1] - 1)
     nll = _finite(float(nats.sum()) / tokens, checkpoint)
     found = Evaluation(
-        _perplexity(nll), nll, tokens, len(windows), length, time.perf_counter() - begun, peak_resident_bytes(),
-        window_nll=tuple((nats / (length - 1)).tolist()),
+        _perplexity(nll), nll, tokens, len(cut), length, time.perf_counter() - begun, peak_resident_bytes(),
+        bos=cut.has_bos, replaced=named.tally.replaced, window_nll=tuple((nats / (cut.shape[1] - 1)).tolist()),
     )  # fmt: skip
     return _compared(found, apart, checkpoint, dense) if apart and dense else found
 
@@ -128,10 +140,10 @@ def _subject(checkpoint: Checkpoint, dtype: str, target: torch.device, trust_rem
 
 
 def _lay_out(
-    subjects: list[Subject], windows: Tokens, target: torch.device, max_ram: int | None, max_vram: int | None
+    subjects: list[Subject], shape: tuple[int, int], target: torch.device, max_ram: int | None, max_vram: int | None
 ) -> tuple[list[Layout], bool]:
-    """Each model's layout, and whether resident states stay on the device after the last layer."""
-    samples, length = windows.shape
+    """Each model's layout for windows of `shape`; and whether resident states stay on the device after the layers."""
+    samples, length = shape
     if len(subjects) == 1:
         one = subjects[0]
         return [layout_for(one.skeleton, length, samples, one.dtype, target, max_ram, max_vram, head=True)], True
@@ -165,7 +177,7 @@ def _compared(found: Evaluation, apart: Divergence, checkpoint: Checkpoint, dens
     )
 
 
-def _stream(runs: list[Run], batches: list[Tensor], progress: ProgressCallback) -> tuple[Tensor, Divergence | None]:
+def _stream(runs: list[Run], batches: Sequence[Tensor], progress: ProgressCallback) -> tuple[Tensor, Divergence | None]:
     """All layers, one model after the other, then the heads; returns the nats of each window, (windows,) float64."""
     steps = [(run, stage) for run in runs for stage in run.stages[:-1]]
     for done, (run, stage) in enumerate(steps, 1):
@@ -195,7 +207,7 @@ def _stream(runs: list[Run], batches: list[Tensor], progress: ProgressCallback) 
     return nats, apart
 
 
-def _loss(walk: Walk, batches: list[Tensor], chunks: Iterator[Tensor]) -> Tensor:
+def _loss(walk: Walk, batches: Sequence[Tensor], chunks: Iterator[Tensor]) -> Tensor:
     """Nats of each window (windows,) float64, from the states after the last layer."""
     seqlen = batches[0].shape[1]  # more positions a model may not have
     step = max(1, min(seqlen, LOGITS_BYTES[walk.device.type] // (walk.skeleton.vocab_size * 8)))

@@ -55,7 +55,7 @@ class Run:
                 raise
             raise CheckpointError(f"the reference's {e}") from e
 
-    def do(self, stage: Stage, batches: list[Tensor], *, last: bool) -> None:
+    def do(self, stage: Stage, batches: Sequence[Tensor], *, last: bool) -> None:
         """Embeds `batches`, or runs one layer; of the `last` model, the head comes near beside its last layer."""
         walk, resident, activations = self.walk, self.layout.resident, self._activations
         stages = self.stages if last else self.stages[:-1]

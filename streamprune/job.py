@@ -67,7 +67,7 @@ def prune(
     refit: str | None = None, damping: str | float | None = None, allocate: str = "uniform",
     quantize: str | None = None, fp8_scale: str | None = None, fp8_rounding: str | None = None,
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
-    expert_stats: str = "weighted", expert_tokens: int = 64,
+    text_field: str = "text", bos: str = "auto", expert_stats: str = "weighted", expert_tokens: int = 64,
     stats: str | Path | None = None, save_stats: str | Path | None = None,
     only: str | None = None, skip: str | None = None, propagate: str | None = None,
     device: str = "auto", dtype: str = "auto", backend: str = "auto",
@@ -85,7 +85,9 @@ def prune(
     "asymmetric", both: it aims at what the dense model makes of its own inputs (pruning/gram.py); None is the recipe's
     own choice (recipes.Recipe.propagate). Statistics
     come from `samples` windows of `seqlen` tokens of `calib` (default: a built-in text; default length
-    min(2048, the model's limit)), or from the file `stats`. Tokens count for an expert as the routing weights them, or
+    min(2048, the model's limit)), or from the file `stats`. `calib` is a file, a folder or a pattern of files, of whose
+    records (JSON, Parquet) `text_field` is read; `bos` says whether windows begin with a BOS token ("auto": where the
+    tokenizer adds one by itself, "always", "never"). Tokens count for an expert as the routing weights them, or
     with `expert_stats` = "routed" all alike; one that sees fewer than `expert_tokens` goes by what all see. `backend`
     chooses the kernels that prune: Numba on the CPU, Torch elsewhere, unless it says "numba" or "torch". `max_ram` and
     `max_vram` (of a GPU) are in bytes. Running the same job again resumes it, or finds it done. Raises the errors of
@@ -116,7 +118,7 @@ def prune(
         or allocate != "uniform"
     )  # fmt: skip
     known = Path(stats) if stats is not None else statistics_of(Path(out)) if allocate != "uniform" else None
-    calibration = _describe_calibration(checkpoint, calib, samples, seqlen, seed)
+    calibration = _describe_calibration(checkpoint, calib, samples, seqlen, seed, text_field, bos)
     spec = JobSpec(
         verb="prune", model=checkpoint.fingerprint(), recipe=recipe, sparsity=sparsity, pattern=pattern,
         only=only, skip=skip, propagate=propagation, calibration=calibration if needs_pass else None,
@@ -134,7 +136,7 @@ def prune(
 def calibrate(
     model: str | Path, out: str | Path, *,
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
-    expert_stats: str = "weighted", expert_tokens: int = 64,
+    text_field: str = "text", bos: str = "auto", expert_stats: str = "weighted", expert_tokens: int = 64,
     device: str = "auto", dtype: str = "auto", backend: str = "auto",
     max_ram: int | None = None, max_vram: int | None = None, work: str | Path | None = None,
     restart: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
@@ -148,7 +150,7 @@ def calibrate(
     spec = JobSpec(
         verb="calibrate", model=checkpoint.fingerprint(), recipe=None, sparsity=None, pattern=None,
         only=None, skip=None, propagate="dense",
-        calibration=_describe_calibration(checkpoint, calib, samples, seqlen, seed),
+        calibration=_describe_calibration(checkpoint, calib, samples, seqlen, seed, text_field, bos),
         stats=None, device=device, dtype=dtype, backend=backend, damping=None,
         expert_stats=expert_stats, expert_tokens=expert_tokens, source=checkpoint.path, out=Path(out),
         max_ram=max_ram, max_vram=max_vram, work=Path(work) if work is not None else None,
@@ -186,20 +188,20 @@ def _check_amount(sparsity: float | None, pattern: str | None) -> None:
 
 
 def _describe_calibration(
-    checkpoint: Checkpoint, calib: str | Path | None, samples: int, seqlen: int | None, seed: int
-) -> Calibration:
-    from streamprune.model.texts import check_seqlen, default_seqlen, text_digest
+    checkpoint: Checkpoint, calib: str | Path | None, samples: int, seqlen: int | None, seed: int, text_field: str,
+    bos: str,
+) -> Calibration:  # fmt: skip
+    from streamprune.model.texts import Text, check_bos, check_seqlen, default_seqlen
 
-    path = Path(calib) if calib is not None else None
-    if path is not None and not path.is_file():
-        raise UsageError(f"--calib {path}: no such file")
+    text = Text(Path(calib) if calib is not None else None, text_field)
+    check_bos(bos)
     if samples * (seqlen or 2048) > MOST_TOKENS:
         raise UsageError(f"--samples {samples} is more than memory should hold; {MOST_TOKENS} tokens are the limit")
     if samples < 1 or seed < 0:
         raise UsageError("--samples must be at least 1, --seed not negative")
     length = seqlen if seqlen is not None else default_seqlen(checkpoint.config)
     check_seqlen(length, checkpoint.config)
-    return Calibration(path, text_digest(path), samples, length, seed)
+    return Calibration(text.path, text.digest(), samples, length, seed, text_field, bos)
 
 
 def _stats_digest(path: Path) -> str:

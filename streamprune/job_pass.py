@@ -20,13 +20,13 @@ from streamprune.model.feed import Feed
 from streamprune.model.gram_sums import GramCollector
 from streamprune.model.grams import LayerGrams
 from streamprune.model.passes import (
+    Batches,
     Watcher,
     check_weights,
     embed_pass,
     layer_pass,
     retry_smaller,
     routed_to,
-    split_batches,
 )
 from streamprune.model.routed import Kept, Routed
 from streamprune.model.skeleton import Stage
@@ -47,7 +47,7 @@ class Pass:
         self, walk: Walk, windows: Tokens, batch: int, activations: Activations, accumulate: Accumulate
     ) -> None:
         self.walk, self.windows, self.activations = walk, windows, activations
-        self._batches = split_batches(windows, batch)
+        self._batches = Batches(windows, batch)
         self._accumulate = accumulate
         self._routed: Routed | None = None
         """What went to the experts of the last layer, where they are refitted."""

@@ -20,7 +20,7 @@ from streamprune.errors import CorruptStateError, ResourceError, UnsupportedErro
 from streamprune.job_paired import PairedPass
 from streamprune.job_pass import Pass
 from streamprune.model.budget import Layout, RefitNeeds, estimate, layout_for, waiting_bytes
-from streamprune.model.calibration import Tokens, draw_windows, tokens_digest
+from streamprune.model.calibration import Opened, Source, Tokens, draw_windows, tokens_digest
 from streamprune.model.computing import cache_dtype
 from streamprune.model.cost import linear_shape
 from streamprune.model.feed import Feed
@@ -28,6 +28,7 @@ from streamprune.model.gram_sums import MOST_HELD, HoldOut
 from streamprune.model.grams import LayerGrams, gram_bytes, largest_at_once
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.statistics import StatisticsFile
+from streamprune.model.texts import Text
 from streamprune.pruning.selection import Amount, parse_pattern
 from streamprune.quantising import Quantisation, check_codable
 from streamprune.refitting import Refit, needs_of
@@ -158,11 +159,14 @@ def open_given(
 
 def layout_of(
     spec: JobSpec, skeleton: Skeleton, dtype: torch.dtype, device: torch.device, resolved: Mapping[str, Any],
-    writer: StageWriter | None, propagate: str,
+    writer: StageWriter | None, propagate: str, shape: tuple[int, int],
 ) -> Layout:  # fmt: skip
-    """How the job lies in memory: with batches as recorded when it began, or as memory allows. Raises ResourceError."""
-    c = calibration_for_pass(spec)
-    seqlen, samples = (c.seqlen * models_at_once(propagate), c.samples) if c else (1, 0)
+    """How the job lies in memory: with batches as recorded when it began, or as memory allows. Raises ResourceError.
+
+    `shape` is (windows, tokens of each), without calibration (0, 1).
+    """
+    samples, length = shape
+    seqlen = length * models_at_once(propagate)
     needs = refit_needs(writer, propagate)
     layout = layout_for(skeleton, seqlen, samples, dtype, device, spec.max_ram, spec.max_vram, refit=needs)
     if not samples or not resolved:
@@ -186,24 +190,36 @@ def models_at_once(propagate: str) -> int:
     return 2 if propagate == "asymmetric" else 1
 
 
-def windows_of(spec: JobSpec, skeleton: Skeleton, kept: Path, resolved: Mapping[str, Any]) -> Tokens | None:
-    """Calibration windows (samples, seqlen): those kept when the job began, or drawn now; None without calibration.
-
-    Raises CorruptStateError when the kept ones are damaged, and what draw_windows raises.
-    """
+def open_text(spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton) -> Opened | None:
+    """The text that calibration windows are drawn from; None without calibration. Raises as Source.open."""
     c = calibration_for_pass(spec)
     if c is None:
         return None
-    if not resolved:
-        return draw_windows(
-            c.path, spec.source, skeleton.vocab_size, c.samples, c.seqlen, c.seed,
-            trust_remote_code=spec.trust_remote_code,
-        )  # fmt: skip
+    text, trust = Text(c.path, c.text_field), spec.trust_remote_code
+    source = Source(text, spec.source, checkpoint.config, skeleton.vocab_size, c.bos, trust)
+    return source.open(c.seqlen, c.samples)
+
+
+def windows_from(spec: JobSpec, opened: Opened) -> tuple[Tokens, dict[str, Any]]:
+    """Calibration windows (samples, tokens) drawn from a text, and what reports say of them. Raises as draw_windows."""
+    folder = spec.work if spec.work is not None and spec.work.is_dir() else spec.out.absolute().parent
+    windows = draw_windows(opened, spec.calibration.seed if spec.calibration else 0, folder)
+    replaced = opened.source.text.tally.replaced
+    return windows, {"bos": opened.bos is not None, **({"replaced": replaced} if replaced else {})}
+
+
+def kept_windows(spec: JobSpec, kept: Path, digest: str) -> Tokens | None:
+    """Calibration windows (samples, tokens) as they were kept when the job began; None without calibration.
+
+    Raises CorruptStateError when they are damaged, not those of `digest`.
+    """
+    if calibration_for_pass(spec) is None:
+        return None
     try:
         windows: Tokens = np.load(kept, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise CorruptStateError(f"{kept} cannot be read ({e}); start again with --restart") from e
-    if tokens_digest(windows) != resolved["tokens"]:
+    if tokens_digest(windows) != digest:
         raise CorruptStateError(f"{kept} is damaged; start again with --restart")
     return windows
 

@@ -44,13 +44,15 @@ from streamprune.job_pass import Pass
 from streamprune.job_prepare import (
     check_disk,
     clear_rubbish,
+    kept_windows,
     layer_grams,
     layout_of,
     make_writer,
     open_given,
+    open_text,
     propagated,
     scratch_bytes,
-    windows_of,
+    windows_from,
 )
 from streamprune.kernels import cpu, torch_ops
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
@@ -67,10 +69,6 @@ from streamprune.model.walk import Walk
 from streamprune.pruning.stats import InputStats
 from streamprune.report import build_report
 from streamprune.spec import JobSpec, Progress, ProgressCallback
-
-
-def _call(work: Callable[[], None]) -> None:
-    work()
 
 
 class Run:
@@ -99,15 +97,14 @@ class Run:
         known = open_given(spec, checkpoint, self.skeleton, self.writer)
         shares = share_out(spec, self.writer, known, resolved)
         self.propagate = propagated(spec.propagate, self.skeleton)
-        self.layout = layout_of(spec, self.skeleton, self.dtype, self.device, resolved, self.writer, self.propagate)
         self.records = journal.read(self.state.journal) if self.begun else []
-        windows = windows_of(spec, self.skeleton, self.state.tokens, resolved)
+        windows, met = self._windows(resolved)
         batch = int(resolved.get("batch", self.layout.batch))
         self.forward = None if windows is None else self._make_pass(windows, batch)
         self.given = known if windows is None else None
         self.resolved = resolved or {
             "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "batch": batch,
-            "tokens": tokens_digest(windows) if windows is not None else None,
+            "tokens": tokens_digest(windows) if windows is not None else None, **met,
             **({"gram_room": self.layout.room} if spec.recipe and spec.recipe.needs_gram else {}),
             **({"group": self.layout.group} if self.skeleton.experts else {}),
             **({"allocation": shares} if shares else {}),
@@ -116,6 +113,17 @@ class Run:
         self._since = time.perf_counter()
         self.spent = 0.0
         """Seconds of work that was done for this job before it, see job.py."""
+
+    def _windows(self, resolved: dict[str, Any]) -> tuple[Tokens | None, dict[str, Any]]:
+        """Calibration windows, and what is to be remembered of them; lays the job out before a text is read."""
+        begun, spec, skeleton = time.perf_counter(), self.spec, self.skeleton
+        opened = None if resolved else open_text(spec, self.checkpoint, skeleton)
+        kept = kept_windows(spec, self.state.tokens, resolved["tokens"]) if resolved else None
+        shape = opened.shape if opened else kept.shape if kept is not None else (0, 1)
+        self.layout = layout_of(spec, skeleton, self.dtype, self.device, resolved, self.writer, self.propagate, shape)
+        found = windows_from(spec, opened) if opened else (kept, {})
+        self._reading = time.perf_counter() - begun
+        return found
 
     def _make_pass(self, windows: Tokens, batch: int) -> Pass:
         walk = Walk(self.skeleton, self.feed, self.dtype)
@@ -155,12 +163,12 @@ class Run:
         if self.writer is None:
             stages = stages[:-1]  # statistics alone need no head
         done = len(self.records)
-        self._since = begun
+        self._since = begun - self._reading  # the first stage's seconds are with those that its tokens took
         if self.forward is not None and 0 < done <= len(self.skeleton.layer_stages):
             with out_of_memory_named(self.device):
                 self.forward.catch_up(self._newest_cache(), done, None if self.propagate == "dense" else self._shard)
         try:
-            with out_of_memory_named(self.device), Behind[Callable[[], None]](_call, 1) as commits:
+            with out_of_memory_named(self.device), Behind[Callable[[], None]](lambda work: work(), 1) as commits:
                 for position in range(done, len(stages)):
                     self._stage(position, stages, commits)
         finally:

@@ -22,14 +22,7 @@ from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quan
 from streamprune.disk.hub import resolve_model
 from streamprune.errors import UsageError
 from streamprune.job_prepare import SLACK_BYTES, beside_grams, models_at_once, propagated, scratch_bytes
-from streamprune.model.budget import (
-    Budget,
-    Layout,
-    RefitNeeds,
-    estimate,
-    layout_for,
-    memory_of,
-)
+from streamprune.model.budget import Budget, Layout, RefitNeeds, estimate, layout_for, memory_of
 from streamprune.model.computing import cache_dtype, compute_dtype, resolve_device
 from streamprune.model.cost import (
     PAIRED_FORWARDS,
@@ -54,11 +47,12 @@ from streamprune.model.refit_cost import (
     Trials,
     expert_work,
     refit_work,
-)
+)  # fmt: skip
 from streamprune.model.skeleton import Skeleton, Stage, build_skeleton, stored_dtype
 from streamprune.model.speeds import measure
 from streamprune.model.statistics import Collector
-from streamprune.model.texts import check_seqlen, default_seqlen
+from streamprune.model.texts import check_bos, check_seqlen, default_seqlen, positions
+from streamprune.model.tokens import has_bos
 from streamprune.pruning.recipes import Recipe, check_propagate, make_recipe
 from streamprune.quantising import check_codable, coded
 from streamprune.refitting import Refit, chunk_rows, needs_of, sampled
@@ -115,13 +109,14 @@ class Plan:
 
 def plan(
     model: str | Path, *, method: str = "swiftprune", refit: str | None = None, quantize: str | None = None,
-    samples: int = 128, seqlen: int | None = None, with_stats: bool = False, propagate: str | None = None,
-    only: str | None = None, skip: str | None = None, device: str = "auto", dtype: str = "auto",
-    max_vram: int | None = None, trust_remote_code: bool = False, speeds: Speeds | None = None,
+    samples: int = 128, seqlen: int | None = None, bos: str = "auto", with_stats: bool = False,
+    propagate: str | None = None, only: str | None = None, skip: str | None = None,
+    device: str = "auto", dtype: str = "auto", max_vram: int | None = None, trust_remote_code: bool = False,
+    speeds: Speeds | None = None,
 ) -> Plan:  # fmt: skip
     """Plans a prune of `model` calibrated on `samples` windows of `seqlen` tokens, or `with_stats` from a file.
 
-    `method`, `refit` and `quantize` choose the recipe, as for prune. `max_vram` (of a GPU) is in bytes. `speeds` take
+    `method`, `refit`, `quantize` and `bos` are as for prune. `max_vram` (of a GPU) is in bytes. `speeds` take
     the place of measuring. Raises the errors of streamprune.errors; up to 64 MiB of weights are read to time the disk.
     """
     recipe = _recipe(method, refit, quantize, with_stats)
@@ -132,6 +127,7 @@ def plan(
     if samples < 1:
         raise UsageError("--samples must be at least 1")
     check_seqlen(length, checkpoint.config)
+    check_bos(bos)
     target = resolve_device(device)
     compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
     skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)
@@ -142,6 +138,7 @@ def plan(
         check_codable(chosen, skeleton)
         saved = sum(ref.nbytes - sum(new.nbytes for new in coded(ref)) for ref in chosen.values())
     windows = samples if _has_pass(recipe, with_stats, propagation) else 0
+    length = positions(length, windows > 0 and has_bos(checkpoint.path, bos, trust_remote_code), checkpoint.config)
     on_device = target.type != "cpu"
     needs = _needs(recipe, skeleton, chosen, propagation)
     models = models_at_once(propagation)

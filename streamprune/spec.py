@@ -1,7 +1,7 @@
 """What a job is. Two runs belong to the same job when all their fixed fields are equal.
 
     fixed        verb, model, score, selector, refit, damping, quantize, fp8_scale, fp8_rounding, sparsity, allocate,
-                 pattern, only, skip, propagate, calib, samples, seqlen, seed, expert_stats, expert_tokens, stats,
+                 pattern, only, skip, propagate, calib, samples, seqlen, seed, bos, expert_stats, expert_tokens, stats,
                  device, dtype, backend
     changeable   max_ram, max_vram, save_stats, work (only before anything has been cached there)
 
@@ -49,10 +49,14 @@ class Calibration:
     path: Path | None
     """The text; None is the built-in one."""
     digest: str
-    """xxh3_128 of the file's bytes."""
+    """xxh3_128 of what its tokens come from (model/texts.py)."""
     samples: int
     seqlen: int
     seed: int
+    text_field: str = "text"
+    """What is read of a text that is records; it is part of the digest."""
+    bos: str = "auto"
+    """Whether windows begin with a BOS token (model/calibration.py)."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,14 @@ class JobSpec:
                 flat["refit"] = value.refit if value else None
                 flat["quantize"] = value.quantize if value else None
             elif f.name == "calibration":
-                flat |= {"calib": None, "samples": None, "seqlen": None, "seed": None}
+                flat |= dict.fromkeys(("calib", "samples", "seqlen", "seed", "bos"))
                 if value:
                     flat |= {
                         "calib": value.digest,
                         "samples": value.samples,
                         "seqlen": value.seqlen,
                         "seed": value.seed,
+                        "bos": value.bos,
                     }
             else:
                 flat[f.name] = value

@@ -102,12 +102,12 @@ def test_statistics_without_updates_are_refused(
 
 def test_updates_are_those_of_the_states(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
+    from windows import drawn
 
-    from streamprune.model.calibration import draw_windows
     source = models("llama", 2)
     calibrate(source, tmp_path / "s", calib=text, **GIVEN)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    ids = torch.from_numpy(draw_windows(text, source, 199, 4, 32, 0))
+    ids = torch.from_numpy(drawn(text, source, 199, 4, 32, 0))
     seen: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from refusals import refused
+from windows import cut, drawn
 
 from streamprune.errors import CheckpointError, UsageError
 from streamprune.job import prune
-from streamprune.model.calibration import STREAM_WINDOWS, cut_windows, draw_windows, tokens_digest
-from streamprune.model.texts import check_seqlen, default_seqlen, open_text, text_digest, text_pieces
+from streamprune.model.calibration import STREAM_WINDOWS, tokens_digest
+from streamprune.model.texts import Text, check_seqlen, default_seqlen
 
 VOCAB = 199
 Models = Callable[..., Path]
@@ -50,7 +51,7 @@ FORMATS = ["a.txt", "a.txt.gz", "a.unknown", "a.jsonl", "a.jsonl.gz", "flat.npy"
 
 
 def draw(path: Path | None, model: Path, samples: int = 7, seqlen: int = 30, seed: int = 0) -> np.ndarray:
-    return draw_windows(path, model, VOCAB, samples, seqlen, seed)
+    return drawn(path, model, VOCAB, samples, seqlen, seed)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -72,7 +73,7 @@ def test_windows_are_spread_over_the_text(models: Models, tmp_path: Path) -> Non
     """Token i of the text is i, so that a window's first token tells where it begins."""
     np.save(tmp_path / "ids.npy", np.arange(190))
     for seed in range(20):
-        starts = draw_windows(tmp_path / "ids.npy", models(), VOCAB, 9, 11, seed)[:, 0]
+        starts = drawn(tmp_path / "ids.npy", models(), VOCAB, 9, 11, seed)[:, 0]
         assert [int(start) // 20 for start in starts] == list(range(9))
 
 
@@ -106,47 +107,34 @@ def test_only_as_much_as_needed_is_read(
 
 
 def test_built_in_text(models: Models) -> None:
-    text = "".join(text_pieces(None))
+    text = read(None)
     assert len(text) > 100_000 and text.count("\n") > 100
     windows = draw(None, models(), samples=4, seqlen=50)
     assert windows.shape == (4, 50)
-    assert text_digest(None) == text_digest(None)
+    assert Text(None).digest() == Text(None).digest()
 
 
-def test_pieces_are_whole_lines(tmp_path: Path) -> None:
-    text = "".join(f"line {i} " + "é" * (i % 90) + "\n" for i in range(4000))
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    pieces = list(text_pieces(tmp_path / "a.txt"))
-    assert len(pieces) > 1 and "".join(pieces) == text
-    assert all(piece.endswith("\n") for piece in pieces)
+def read(path: Path | None, text_field: str = "text") -> str:
+    """The characters of a text."""
+    return "".join(piece.text for piece in Text(path, text_field).pieces(str))
 
 
 def test_digests(files: dict[str, Path], tmp_path: Path) -> None:
     """A packed text is the text; other bytes are another text."""
-    assert text_digest(files["a.txt"]) == text_digest(files["a.txt.gz"])
-    assert text_digest(files["a.txt"]) != text_digest(files["a.jsonl"])
-    with open_text(files["a.txt.gz"]) as f:
-        assert f.read() == files["a.txt"].read_bytes()
+    assert Text(files["a.txt"]).digest() == Text(files["a.txt.gz"]).digest()
+    assert Text(files["a.txt"]).digest() != Text(files["a.jsonl"]).digest()
+    assert read(files["a.txt.gz"]) == files["a.txt"].read_text()
     windows = np.arange(6).reshape(2, 3)
     assert tokens_digest(windows) == tokens_digest(windows.astype(np.int32))
     assert tokens_digest(windows) != tokens_digest(windows.T)
 
 
 def test_evaluation_windows(models: Models, files: dict[str, Path], ids: np.ndarray) -> None:
-    for name in ("a.txt", "a.txt.gz", "flat.npy", "rows.npy", "long.npy"):
-        windows = cut_windows(files[name], models(), VOCAB, 64)
+    for name in FORMATS:
+        windows = cut(files[name], models(), VOCAB, 64)
         assert windows.shape == (31, 64)
         assert (windows.reshape(-1) == ids[: 31 * 64]).all()
         assert windows.flags.writeable, "torch warns about arrays that cannot be written"
-
-
-@pytest.mark.parametrize("data", [b"w1 w2\nw3 \xff\n", b"\xfe\xff\x00w"])
-def test_not_utf8(models: Models, tmp_path: Path, data: bytes) -> None:
-    for name, content in (("a.txt", data), ("a.txt.gz", gzip.compress(data))):
-        (tmp_path / name).write_bytes(content)
-        line = data[: data.index(b"\xff")].count(b"\n") + 1
-        refused(UsageError, lambda n=name: draw(tmp_path / n, models()), name, f"line {line} is not UTF-8")  # type: ignore[misc]
-        refused(UsageError, lambda n=name: cut_windows(tmp_path / n, models(), VOCAB, 2), name, "UTF-8")  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -175,15 +163,15 @@ def test_empty_texts(models: Models, tmp_path: Path, seqlen: int) -> None:
         refused(UsageError, lambda n=name: draw(tmp_path / n, models(), seqlen=seqlen), name, "0 tokens")  # type: ignore[misc]
     np.save(tmp_path / "a.npy", np.zeros((0, 5), np.int64))
     refused(UsageError, lambda: draw(tmp_path / "a.npy", models(), seqlen=seqlen), "0 tokens")
-    refused(UsageError, lambda: cut_windows(tmp_path / "a.npy", models(), VOCAB, seqlen), "0 tokens")
+    refused(UsageError, lambda: cut(tmp_path / "a.npy", models(), VOCAB, seqlen), "0 tokens")
 
 
 def test_torn_gzip(models: Models, tmp_path: Path, files: dict[str, Path]) -> None:
     whole = files["a.txt.gz"].read_bytes()
-    for name, data in (("cut.txt.gz", whole[:-30]), ("plain.txt.gz", b"w1 w2"), ("wrong.txt.gz", whole[:40] + whole)):
+    for name, data in (("cut.txt.gz", whole[:-30]), ("wrong.txt.gz", whole[:40] + whole)):
         (tmp_path / name).write_bytes(data)
         refused(UsageError, lambda n=name: draw(tmp_path / n, models()), name)  # type: ignore[misc]
-        refused(UsageError, lambda n=name: text_digest(tmp_path / n), name)  # type: ignore[misc]
+        refused(UsageError, lambda n=name: Text(tmp_path / n).digest(), name)  # type: ignore[misc]
 
 
 def _npy(folder: Path, what: str) -> Path:
@@ -218,7 +206,7 @@ def _npy(folder: Path, what: str) -> Path:
 def test_bad_arrays(models: Models, tmp_path: Path, what: str) -> None:
     path = _npy(tmp_path, what)
     refused(UsageError, lambda: draw(path, models()), "ids.npy")
-    refused(UsageError, lambda: cut_windows(path, models(), VOCAB, 5), "ids.npy")
+    refused(UsageError, lambda: cut(path, models(), VOCAB, 5), "ids.npy")
 
 
 @pytest.mark.parametrize(("ids", "named"), [([5, 199, 7], "199"), ([5, -1, 7], "-1"), ([5, 2**40, 7], str(2**40))])
@@ -227,14 +215,14 @@ def test_ids_beyond_the_vocabulary(models: Models, tmp_path: Path, ids: list[int
     np.save(tmp_path / "ids.npy", np.array(ids * 10))
     for call in (
         lambda: draw(tmp_path / "ids.npy", models(), seqlen=20),
-        lambda: cut_windows(tmp_path / "ids.npy", models(), VOCAB, 20),
+        lambda: cut(tmp_path / "ids.npy", models(), VOCAB, 20),
     ):
         assert "belongs to another" not in refused(UsageError, call, "ids.npy", f"token id {named}", "199")
 
 
 def test_another_models_tokenizer(models: Models, files: dict[str, Path]) -> None:
     def call() -> object:
-        return draw_windows(files["a.txt"], models(), 100, 5, 20, 0)
+        return drawn(files["a.txt"], models(), 100, 5, 20, 0)
 
     refused(CheckpointError, call, "token id 198", "vocabulary has 100", "tokenizer")
 

@@ -267,7 +267,7 @@ def test_refusals(models: Models, short: Path, tmp_path: Path) -> None:
         with pytest.raises(error, match=match) as caught:
             evaluate(model, more.pop("text", short), reference=reference, work=work, **{"seqlen": N, **more})
         assert len(str(caught.value).splitlines()) == 1 and str(reference) in str(caught.value)
-        assert not work.exists()
+        assert not work.exists() or not list(work.iterdir())
 
     wide = small_model(tmp_path / "wide", vocab_size=203)
     refused(UsageError, "vocabulary has 203 tokens, the model's has 199", wide)

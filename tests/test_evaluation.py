@@ -215,9 +215,11 @@ def test_refusals(models: Models, short: Path, tmp_path: Path) -> None:
         evaluate(model, tmp_path / "few.txt", seqlen=N, work=work)
     with pytest.raises(UsageError, match="64 tokens"):
         evaluate(model, short, seqlen=65, work=work)
-    (tmp_path / "latin.txt").write_bytes(b"w1 w2 \xff w3")
-    with pytest.raises(UsageError, match="byte 6 is not UTF-8"):
-        evaluate(model, tmp_path / "latin.txt", seqlen=2, work=work)
+    (tmp_path / "picture.txt").write_bytes(b"w1 \xff\xfe\xfd w3")
+    with pytest.raises(UsageError, match=r"picture\.txt: is no text"):
+        evaluate(model, tmp_path / "picture.txt", seqlen=2, work=work)
+    with pytest.raises(UsageError, match="--windows"):
+        evaluate(model, short, seqlen=N, windows=0, work=work)
     with pytest.raises(UsageError, match="device"):
         evaluate(model, short, seqlen=N, work=work, device="nonsense")
     assert not work.exists() or not list(work.iterdir())

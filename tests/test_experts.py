@@ -32,6 +32,7 @@ from whole_model import (
     stream,
     windows_of,
 )  # fmt: skip
+from windows import cut
 
 from streamprune.cli import main
 from streamprune.disk.checkpoint import open_checkpoint
@@ -44,7 +45,6 @@ from streamprune.job_pass import Pass
 from streamprune.job_prepare import layout_of
 from streamprune.model.binding import _ExpertWeights
 from streamprune.model.budget import EXPERT_TOKENS, GROUP_BYTES, Budget, Layout, estimate, group_of, waiting_bytes
-from streamprune.model.calibration import cut_windows
 from streamprune.model.experts import check_experts, is_experts
 from streamprune.model.feed import Feed
 from streamprune.model.routed import Routed, padded_rows
@@ -99,7 +99,7 @@ def held(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def whole_perplexity(folder: Path, text: Path, whole: Any = None) -> float:
     """Of the whole model in memory, loaded from a folder unless given."""
-    windows = torch.from_numpy(cut_windows(text, folder, VOCAB, 32))
+    windows = torch.from_numpy(cut(text, folder, VOCAB, 32))
     return perplexity(in_memory(folder) if whole is None else whole, windows)
 
 

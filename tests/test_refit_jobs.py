@@ -27,6 +27,7 @@ from test_device_path import LAYOUTS, LateLane, weights_of
 from test_grams import flags
 from transformers import AutoModelForCausalLM
 from whole_model import in_memory, linears_of, round_states, stored, weight_of
+from windows import drawn
 
 from streamprune.cli import main
 from streamprune.disk.scratch import ScratchMatrix
@@ -34,7 +35,6 @@ from streamprune.errors import StreampruneError, UsageError
 from streamprune.job import JobResult, calibrate, prune
 from streamprune.job_pass import Pass
 from streamprune.model.budget import Layout
-from streamprune.model.calibration import draw_windows
 from streamprune.model.feed import Feed
 from streamprune.model.gram_sums import HoldOut
 from streamprune.model.grams import LayerGrams
@@ -109,7 +109,7 @@ def collect(source: Path, model: torch.nn.Module, kind: str, text: Path, only: s
         if name.startswith(only)
     ]
     with torch.no_grad():
-        for batch in torch.from_numpy(draw_windows(text, source, VOCAB, SAMPLES, SEQLEN, SEED)).split(BATCH):
+        for batch in torch.from_numpy(drawn(text, source, VOCAB, SAMPLES, SEQLEN, SEED)).split(BATCH):
             model(input_ids=batch, use_cache=False)
     for each in hooks:
         each.remove()

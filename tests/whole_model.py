@@ -18,10 +18,10 @@ import torch
 from families import FAMILIES, VOCAB, whole_class
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
+from windows import drawn
 
 from streamprune.job import JobResult, prune
 from streamprune.kernels import EWMA_ALPHA
-from streamprune.model.calibration import draw_windows
 from streamprune.model.statistics import StatisticsFile
 
 SAMPLES, SEQLEN, SEED, BATCH = 5, 24, 3, 2
@@ -55,7 +55,7 @@ def in_memory(folder: Path, kind: str = "llama", dtype: torch.dtype | str = torc
 
 
 def windows_of(folder: Path, text: Path, seed: int = SEED) -> torch.Tensor:
-    return torch.from_numpy(draw_windows(text, folder, VOCAB, SAMPLES, SEQLEN, seed))
+    return torch.from_numpy(drawn(text, folder, VOCAB, SAMPLES, SEQLEN, seed))
 
 
 def round_states(model: torch.nn.Module, kind: str, dtype: torch.dtype) -> None:

@@ -180,42 +180,23 @@ class Comparison:
 
     def figures(self, out: Path, cell: Cell) -> None:
         """Adds perplexity of the whole text to a cell, and what only a comparison with the dense model tells."""
-        text = self.reference_text()
+        other, few = self.arguments.reference_text, self._few()
+        text = other or self.arguments.text
         beside = ["--reference", self.model]
-        whole = self.evaluate(str(out), self.arguments.text, "--by-window", *(beside if text is None else []))
+        whole = self.evaluate(str(out), self.arguments.text, "--by-window", *([] if other or few else beside))
         cell |= {key: whole[key] for key in ("perplexity", "nll", "tokens", "windows", "seqlen", "window_nll")}
         cell |= {"eval_seconds": whole["seconds"], "eval_peak_rss_bytes": whole["peak_rss_bytes"]}
-        found = whole if text is None else self.evaluate(str(out), str(text), *beside)
+        found = self.evaluate(str(out), text, *few, *beside) if other or few else whole
         if missing := [key for key in BESIDE if key not in found]:
             raise BenchError(f"eval --reference did not say {', '.join(missing)}")
         cell |= {key: found[key] for key in BESIDE} | {"kl_tokens": found["tokens"], "kl_windows": found["windows"]}
 
-    def reference_text(self) -> Path | None:
-        """What KL is measured on: None for the whole text, a file of its first windows' token ids, or another text."""
-        if self.arguments.reference_text is not None:
-            return Path(self.arguments.reference_text)
+    def _few(self) -> list[str]:
+        """What keeps the comparison with the dense model to the text's first windows."""
         assert self.results.dense is not None
         windows, wanted = self.results.dense["windows"], self.arguments.kl_windows
-        if wanted == 0 or wanted >= windows:
-            return None
-        path = self.work / f"first-{wanted}-windows.npy"
-        if not path.exists():
-            self._cut(path, wanted, self.results.dense["seqlen"])
-        return path
-
-    def _cut(self, path: Path, windows: int, seqlen: int) -> None:
-        import io
-
-        import numpy as np
-
-        from streamprune.disk import durable
-        from streamprune.disk.hub import resolve_model
-        from streamprune.model.calibration import cut_windows
-
-        first = cut_windows(Path(self.arguments.text), resolve_model(self.model), 1 << 62, seqlen)[:windows]
-        packed = io.BytesIO()
-        np.save(packed, first)
-        durable.replace_file(path, packed.getvalue())
+        few = self.arguments.reference_text is None and 0 < wanted < windows
+        return ["--windows", str(wanted)] if few else []
 
     def evaluate(self, model: str, text: str, *more: str) -> dict[str, Any]:
         """What eval says of a model."""

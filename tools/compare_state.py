@@ -28,10 +28,10 @@ def describe_job(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     from streamprune.disk.checkpoint import open_checkpoint
     from streamprune.disk.hub import resolve_model
-    from streamprune.model.texts import text_digest
+    from streamprune.model.texts import Text
 
     def text(given: str) -> dict[str, str]:
-        return {"name": Path(given).name, "xxh3_128": text_digest(Path(given))}
+        return {"name": Path(given).name, "xxh3_128": Text(Path(given)).digest()}
 
     checkpoint = open_checkpoint(resolve_model(arguments.model))
     other = arguments.reference_text

@@ -1,7 +1,7 @@
-"""A matrix that may be larger than memory, in a file without a name: gone when it is closed, or when its process dies.
+"""What may be larger than memory, in a file without a name: gone when it is closed, or when its process dies.
 
-The only change to a disk outside of durable.py; nothing of it is ever seen, so nothing has to be made durable. The
-file's blocks are reserved when it is made: a disk that fills up later cannot end the process while it writes.
+The only change to a disk outside of durable.py; nothing of it is ever seen, so nothing has to be made durable. A
+matrix's blocks are reserved when it is made: a disk that fills up later cannot end the process while it writes.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ import mmap
 import os
 import tempfile
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from streamprune.disk.durable import disk_errors
 
@@ -42,3 +46,48 @@ class ScratchMatrix:
             stop = len(self._map)
         if start < stop and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+class ScratchTokens:
+    """Token ids (uint32): first all are appended, block by block, then they are read in any order; len() counts them.
+
+    A context manager.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        with disk_errors(folder):
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed at the end)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, ids: NDArray[np.uint32]) -> None:
+        """Raises ResourceError when the disk is full."""
+        with disk_errors(self._folder):
+            rest = memoryview(ids.tobytes())
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        self._count += ids.size
+
+    def read(self, begin: int, end: int) -> NDArray[np.uint32]:
+        """The ids from `begin` to `end`, as a new array."""
+        size = np.dtype(np.uint32).itemsize
+        with disk_errors(self._folder):
+            self._file.seek(begin * size)
+            parts = []
+            left = (end - begin) * size
+            while left > 0:
+                parts.append(self._file.read(left))
+                left -= len(parts[-1])
+                if not parts[-1]:
+                    raise IndexError(f"ids {begin} to {end} of {self._count}")
+        return np.frombuffer(b"".join(parts), np.uint32)

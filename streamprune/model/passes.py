@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from streamprune.disk.header import TensorRef
 from streamprune.errors import ResourceError
 from streamprune.model.activations import Activations
-from streamprune.model.calibration import Tokens
+from streamprune.model.calibration import Tokens, Windows
 from streamprune.model.feed import Feed
 from streamprune.model.finite import finite_rows
 from streamprune.model.lane import is_out_of_memory
@@ -35,13 +36,29 @@ class Watcher(Protocol):
     def end_batch(self) -> None: ...
 
 
-def split_batches(windows: Tokens, batch: int) -> list[Tensor]:
-    """Windows (samples, seqlen) as batches (≤ batch, seqlen) int64."""
-    ids = torch.from_numpy(windows)
-    return [ids[begin : begin + batch] for begin in range(0, len(ids), batch)]
+class Batches(Sequence[Tensor]):
+    """Windows (samples, seqlen) as batches (≤ `batch`, seqlen) int64, each read when it is asked for."""
+
+    def __init__(self, windows: Tokens | Windows, batch: int) -> None:
+        self._windows, self._batch = windows, batch
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._windows) / self._batch)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        begin = range(len(self))[index] * self._batch
+        return torch.from_numpy(self._windows[begin : begin + self._batch])
 
 
-def embed_pass(walk: Walk, batches: list[Tensor], activations: Activations, *, persist: bool = True) -> None:
+def embed_pass(walk: Walk, batches: Sequence[Tensor], activations: Activations, *, persist: bool = True) -> None:
     """Token ids to the states before layer 0."""
     with activations.write(0, persist=persist) as put:
         for states in walk.embed(batches):

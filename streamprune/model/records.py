@@ -1,0 +1,131 @@
+"""Texts that are JSON records or Parquet tables: the text of each record, one record in memory at a time.
+
+A record's text is one of its fields, a string; or a list of messages ({"role": …, "content": …}), which the tokenizer's
+chat template writes out. Imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from streamprune.errors import UsageError
+from streamprune.model.text_files import Tally
+
+Render = Callable[[list[dict[str, Any]]], str]
+"""Messages to text."""
+
+MOST_CHARACTERS = 256 << 20
+"""Of one record: it is parsed as a whole."""
+
+_BETWEEN = re.compile(r"[\s,\[\]]*")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def texts_of_lines(blocks: Iterator[str], path: Path, field: str, tally: Tally, render: Render) -> Iterator[str]:
+    """The text of each line that holds one JSON object; empty lines are passed over. Raises UsageError for others."""
+    for number, line in enumerate(_lines(blocks, path), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            why = f'is not a JSON record with a "{field}" string'
+            raise UsageError(f"{path}: line {number} {why}; all lines are records, or none is") from e
+        yield text_of(value, f"{path}: line {number}", field, tally, render)
+
+
+def _lines(blocks: Iterator[str], path: Path) -> Iterator[str]:
+    parts: list[str] = []
+    size = 0
+    for block in blocks:
+        first, *rest = block.split("\n")
+        parts.append(first)
+        size += len(first)
+        if size > MOST_CHARACTERS:
+            raise UsageError(f"{path}: a record is longer than {MOST_CHARACTERS >> 20} MiB; make several of it")
+        for line in rest:
+            yield "".join(parts)
+            parts, size = [line], len(line)
+    yield "".join(parts)
+
+
+def texts_of_values(blocks: Iterator[str], path: Path, field: str, tally: Tally, render: Render) -> Iterator[str]:
+    """The text of each object of a JSON array, or of objects one after the other, over any number of lines.
+
+    Raises UsageError for anything else.
+    """
+    decoder = json.JSONDecoder()
+    held, number, open_arrays = "", 0, 0
+    wanted = 0  # characters that the next attempt needs: each failed one doubles them
+    ended = False
+    while True:
+        between = _BETWEEN.match(held).group()  # type: ignore[union-attr]  # it matches nothing, too
+        open_arrays += between.count("[") - between.count("]")
+        held = held[len(between) :]
+        if held and not held.startswith("{"):
+            raise UsageError(f"{path}: record {number + 1} is no JSON object")
+        if held and (ended or len(held) >= wanted):
+            try:
+                value, end = decoder.raw_decode(held)
+            except (ValueError, RecursionError) as e:
+                if ended or len(held) > MOST_CHARACTERS:
+                    raise UsageError(f"{path}: record {number + 1} is no JSON object ({e})") from e
+                wanted = 2 * len(held)
+            else:
+                number, held, wanted = number + 1, held[end:], 0
+                yield text_of(value, f"{path}: record {number}", field, tally, render)
+                continue
+        elif ended:
+            if open_arrays:
+                raise UsageError(f"{path}: ends within the array after record {number}; the file is not whole")
+            return
+        parts = [held]
+        while not ended and sum(map(len, parts)) <= max(wanted, len(held)):
+            block = next(blocks, None)
+            ended = block is None
+            parts.append(block or "")
+        held = "".join(parts)
+
+
+def texts_of_table(path: Path, field: str, tally: Tally, render: Render) -> Iterator[str]:
+    """The text of each row of a Parquet file's column. Raises UsageError without pyarrow, or without that column."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UsageError(f"{path}: Parquet takes one more package: pip install pyarrow") from None
+    try:
+        with parquet.ParquetFile(path) as table:
+            if field not in table.schema_arrow.names:
+                names = ", ".join(table.schema_arrow.names)
+                raise UsageError(f"{path}: has no column {field}, but {names}; choose with --text-field")
+            for batch in table.iter_batches(batch_size=64, columns=[field]):
+                for number, value in enumerate(batch.column(0).to_pylist(), 1):
+                    yield text_of({field: value}, f"{path}: row {number}", field, tally, render)
+    except (ArrowException, OSError) as e:
+        raise UsageError(f"{path}: cannot be read as a Parquet file ({e}); name another file") from e
+
+
+def text_of(record: object, where: str, field: str, tally: Tally, render: Render) -> str:
+    """The text of one record. Raises UsageError, beginning with `where`, where its `field` is no text."""
+    if not isinstance(record, dict):
+        raise UsageError(f'{where} is not a JSON record with a "{field}" string')
+    if field not in record:
+        names = ", ".join(list(map(str, record))[:8]) or "nothing"
+        raise UsageError(f'{where} is not a JSON record with a "{field}" string: it has {names}; see --text-field')
+    value = record[field]
+    if isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value):
+        value = render(value)
+    if not isinstance(value, str):
+        raise UsageError(
+            f'{where} is not a JSON record with a "{field}" string, or a list of messages with role and content'
+        )
+    if _SURROGATE.search(value):
+        mended = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        tally.replaced += mended.count("\ufffd") - value.count("\ufffd")
+        value = mended
+    tally.characters += len(value)
+    return value

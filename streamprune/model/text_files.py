@@ -1,0 +1,159 @@
+"""The files of a text: which they are, what they hold, and their characters in blocks of bounded size.
+
+What a file is depends on its content: packed ones (gzip, bzip2, xz, Zstandard) are unpacked, whatever their names say;
+a byte order mark tells UTF-8, UTF-16 and UTF-32 apart, and without one it is UTF-8; CRLF counts as LF. Bytes that are
+no characters become U+FFFD and are counted; a file that is mostly such bytes is refused. Imports neither torch nor
+numpy.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import contextlib
+import glob
+import gzip
+import importlib.resources
+import io
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from streamprune.errors import UsageError
+
+BLOCK = 1 << 16
+"""Characters, or bytes, that are read at once."""
+
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
+RECORDS = (".json", ".jsonl", ".ndjson")
+_TEXTS = (*RECORDS, ".txt", ".text", ".md", ".parquet")
+_MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
+          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
+_KEY = r'\{\s*"(?:[^"\\]|\\.)*"\s*:'
+_OBJECT, _ARRAY = re.compile(rf"\s*{_KEY}"), re.compile(rf"\s*\[\s*{_KEY}")
+_MOST_STRANGE = 8  # one character in so many may be none
+
+
+@dataclass
+class Tally:
+    """What was met while a text was read."""
+
+    characters: int = 0
+    replaced: int = 0
+    """Bytes, and halves of surrogate pairs, that became U+FFFD."""
+
+
+def find_files(path: Path | None, flag: str) -> list[Path | None]:
+    """The files that a text is: one; of a folder those with a text's name, sorted; or what a pattern matches.
+
+    None is the built-in text. Raises UsageError, naming `flag`, where there is none.
+    """
+    if path is None or path.is_file():
+        return [path]
+    if path.is_dir():
+        found = [p for p in sorted(path.iterdir()) if p.is_file() and _bare(p.name).endswith(_TEXTS)]
+        if not found:
+            raise UsageError(f"{flag} {path}: the folder holds no texts ({', '.join(_TEXTS)}, or packed)")
+        return list(found)
+    if path.exists():
+        raise UsageError(f"{flag} {path}: is no regular file, and a text is read more than once; save it as a file")
+    matched = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207
+    if not matched:
+        raise UsageError(f"{flag} {path}: no such file")
+    return list(matched)
+
+
+def _bare(name: str) -> str:
+    """A file's name in lower case, without what says that it is packed."""
+    name = name.lower()
+    for suffix in _PACKED:
+        name = name.removesuffix(suffix)
+    return name
+
+
+@contextlib.contextmanager
+def open_bytes(path: Path | None) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked; None is the built-in text. Raises UsageError when it cannot be read."""
+    try:
+        with contextlib.ExitStack() as stack:
+            if path is None:
+                source = importlib.resources.files("streamprune") / "text" / "calibration.txt.gz"
+                raw = stack.enter_context(source.open("rb"))
+            else:
+                raw = stack.enter_context(path.open("rb"))
+            begin = raw.read(6)
+            raw.seek(0)
+            yield stack.enter_context(_unpacked(raw, begin, path))
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as e:
+        raise UsageError(f"{path}: cannot be read as text ({e}); name another file") from e
+
+
+def _unpacked(raw: IO[bytes], begin: bytes, path: Path | None) -> Any:
+    if begin.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=raw)
+    if begin.startswith(b"BZh"):
+        return bz2.BZ2File(raw)
+    if begin.startswith(b"\xfd7zXZ\x00"):
+        return lzma.LZMAFile(raw)
+    if begin.startswith(b"\x28\xb5\x2f\xfd"):
+        try:
+            import zstandard
+        except ImportError:
+            raise UsageError(f"{path}: Zstandard takes one more package: pip install zstandard") from None
+        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+    return raw
+
+
+def kind_of(path: Path | None) -> str:
+    """What a file holds: "ids", "parquet", "lines" (a JSON object on each), "values" (any other JSON), or "text".
+
+    Raises UsageError when it cannot be read, or when it is neither text nor records throughout its beginning.
+    """
+    if path is None:
+        return "text"
+    with open_bytes(path) as f:
+        begin = f.read(BLOCK)
+    if path.suffix.lower() == ".npy" or begin.startswith(b"\x93NUMPY"):
+        return "ids"
+    if begin.startswith(b"PAR1"):
+        return "parquet"
+    named = _bare(path.name).endswith(RECORDS)
+    head = next(iter(blocks(io.BytesIO(begin), path, Tally())), "")
+    if _ARRAY.match(head) or (named and head.lstrip().startswith("[")):
+        return "values"
+    lines = [line for line in head.split("\n") if line.strip()]
+    if lines and _OBJECT.match(lines[0]):
+        return "lines" if len(lines) == 1 or lines[0].rstrip().endswith("}") else "values"
+    if named:
+        return "values" if head.lstrip().startswith("{") else "lines"
+    records = sum(_OBJECT.match(line) is not None for line in lines)
+    if records > len(lines) // 2:
+        raise UsageError(f"{path}: most lines are JSON records, line 1 is none; remove what is not, or name a text")
+    return "text"
+
+
+def blocks(f: IO[bytes], path: Path | None, tally: Tally) -> Iterator[str]:
+    """The characters of a file, in blocks of at most BLOCK. Raises UsageError where most of it is no text."""
+    begin = f.read(BLOCK)
+    encoding = next((name for mark, name in _MARKS if begin.startswith(mark)), "utf-8")
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)("replace"), translate=True)
+    raw, before, strange = begin, b"", 0
+    while True:
+        text = decoder.decode(raw, final=not raw)
+        genuine = (before + raw).count(b"\xef\xbf\xbd") if encoding.startswith("utf-8") else 0
+        replaced = max(text.count("\ufffd") - genuine, 0)
+        before = (before + raw)[-2:]
+        tally.characters += len(text)
+        tally.replaced += replaced
+        strange += replaced + text.count("\0")
+        if strange * _MOST_STRANGE > tally.characters:
+            raise UsageError(f"{path}: is no text (most bytes are no UTF-8 characters); name another file")
+        if text:
+            yield text
+        if not raw:
+            return
+        raw = f.read(BLOCK)
