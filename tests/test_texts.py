@@ -81,6 +81,46 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(UsageError, lambda: read(path), "a.parquet", "pip install pyarrow")
 
 
+def test_arrow(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"n": list(range(len(TEXTS))), "text": TEXTS})
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    for name, opened in (("a.arrow", pyarrow.ipc.new_stream), ("b.arrow", pyarrow.ipc.new_file)):
+        with opened(str(folder / name), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+        assert read(folder / name) == WANTED
+    (folder / "state.json").write_text('{"_data_files": []}')
+    (folder / "dataset_info.json").write_text('{"features": {}}')
+    assert read(folder) == 2 * WANTED
+    refused(UsageError, lambda: read(folder / "a.arrow", "body"), "no column body", "n, text")
+
+
+def test_separated_values(tmp_path: Path) -> None:
+    quoted = [f'{n},"{t}",x' for n, t in enumerate(TEXTS)]
+    (tmp_path / "a.csv").write_text("\n".join(["id,text,more", *quoted]) + "\n")
+    (tmp_path / "a.TSV.gz").write_bytes(gzip.compress(b"id\ttext\n1\tw1 w2\n2\t\n"))
+    assert read(tmp_path / "a.csv") == WANTED
+    assert read(tmp_path / "a.TSV.gz") == "w1 w2\n\n"
+    refused(UsageError, lambda: read(tmp_path / "a.csv", "body"), "no column body", "id, text, more")
+
+
+@pytest.mark.parametrize(
+    ("begin", "named"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4000\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html><body>503</body></html>" + b" w1" * 999, "HTML page"),
+        (b"\x40\0\0\0\0\0\0\0" + b'{"model.weight":{}}' * 99, "NUL bytes"),
+    ],
+)
+def test_what_stands_in_for_a_text(tmp_path: Path, begin: bytes, named: str) -> None:
+    for name in ("a.txt", "a.jsonl", "a.csv"):
+        (tmp_path / name).write_bytes(begin)
+        refused(UsageError, lambda n=name: read(tmp_path / n), name, named)  # type: ignore[misc]
+    (tmp_path / "page.html").write_bytes(b"<html>w1</html>")
+    assert read(tmp_path / "page.html") == "<html>w1</html>"
+
+
 def test_fields(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"content": "w1", "text": "w2"}\n')

@@ -1,4 +1,4 @@
-"""Texts that are JSON records or Parquet tables: the text of each record, one record in memory at a time.
+"""Texts that are records (JSON, comma- or tab-separated, Parquet, Arrow): the text of each, one in memory at a time.
 
 A record's text is one of its fields, a string; or a list of messages ({"role": …, "content": …}), which the tokenizer's
 chat template writes out. Imports neither torch nor numpy.
@@ -6,6 +6,7 @@ chat template writes out. Imports neither torch nor numpy.
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -91,22 +92,65 @@ def texts_of_values(blocks: Iterator[str], path: Path, field: str, tally: Tally,
         held = "".join(parts)
 
 
+def texts_of_rows(blocks: Iterator[str], path: Path, field: str, tally: Tally, render: Render) -> Iterator[str]:
+    """The text of each row after the first one, which names the columns. Raises UsageError without that column."""
+    csv.field_size_limit(MOST_CHARACTERS)
+    lines = (line + "\n" for line in _lines(blocks, path))
+    try:
+        rows = csv.DictReader(lines, delimiter="\t" if ".tsv" in path.name.lower() else ",")
+        names = rows.fieldnames or []
+        if field not in names:
+            raise UsageError(f"{path}: has no column {field}, but {', '.join(names)}; choose with --text-field")
+        for number, row in enumerate(rows, 1):
+            yield text_of({field: row[field] or ""}, f"{path}: row {number}", field, tally, render)
+    except csv.Error as e:
+        raise UsageError(f"{path}: cannot be read as separated values ({e}); name another file") from e
+
+
 def texts_of_table(path: Path, field: str, tally: Tally, render: Render) -> Iterator[str]:
-    """The text of each row of a Parquet file's column. Raises UsageError without pyarrow, or without that column."""
+    """The text of each row of a Parquet or Arrow file. Raises UsageError without pyarrow, or without that column."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException
     except ImportError:
-        raise UsageError(f"{path}: Parquet takes one more package: pip install pyarrow") from None
+        raise UsageError(f"{path}: Parquet and Arrow take one more package: pip install pyarrow") from None
     try:
-        with parquet.ParquetFile(path) as table:
-            if field not in table.schema_arrow.names:
-                names = ", ".join(table.schema_arrow.names)
-                raise UsageError(f"{path}: has no column {field}, but {names}; choose with --text-field")
-            for batch in table.iter_batches(batch_size=64, columns=[field]):
-                for number, value in enumerate(batch.column(0).to_pylist(), 1):
-                    yield text_of({field: value}, f"{path}: row {number}", field, tally, render)
+        number = 0
+        for batch in _batches(path, field):
+            for value in batch.column(batch.schema.names.index(field)).to_pylist():
+                number += 1
+                yield text_of({field: value}, f"{path}: row {number}", field, tally, render)
     except (ArrowException, OSError) as e:
-        raise UsageError(f"{path}: cannot be read as a Parquet file ({e}); name another file") from e
+        raise UsageError(f"{path}: cannot be read as a Parquet or Arrow file ({e}); name another file") from e
+
+
+def _batches(path: Path, field: str) -> Iterator[Any]:
+    import pyarrow
+    from pyarrow import parquet
+
+    def check(names: list[str]) -> None:
+        if field not in names:
+            raise UsageError(f"{path}: has no column {field}, but {', '.join(names)}; choose with --text-field")
+
+    with path.open("rb") as f:
+        begin = f.read(6)
+    if begin.startswith(b"PAR1"):
+        with parquet.ParquetFile(path) as table:
+            check(table.schema_arrow.names)
+            yield from table.iter_batches(batch_size=64, columns=[field])
+        return
+    with pyarrow.memory_map(str(path)) as source:
+        if begin == b"ARROW1":
+            reader = pyarrow.ipc.open_file(source)
+            check(reader.schema.names)
+            yield from (part for i in range(reader.num_record_batches) for part in _small(reader.get_batch(i)))
+        else:
+            with pyarrow.ipc.open_stream(source) as stream:
+                check(stream.schema.names)
+                yield from (part for batch in stream for part in _small(batch))
+
+
+def _small(batch: Any) -> Iterator[Any]:
+    return (batch.slice(at, 64) for at in range(0, batch.num_rows, 64))
 
 
 def text_of(record: object, where: str, field: str, tally: Tally, render: Render) -> str:

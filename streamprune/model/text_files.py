@@ -30,7 +30,9 @@ BLOCK = 1 << 16
 
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 RECORDS = (".json", ".jsonl", ".ndjson")
-_TEXTS = (*RECORDS, ".txt", ".text", ".md", ".parquet")
+_DELIMITED = (".csv", ".tsv")
+_TEXTS = (*RECORDS, *_DELIMITED, ".txt", ".text", ".parquet", ".arrow")
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")  # of a saved dataset, beside its tables
 _MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
           (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
 _KEY = r'\{\s*"(?:[^"\\]|\\.)*"\s*:'
@@ -55,7 +57,8 @@ def find_files(path: Path | None, flag: str) -> list[Path | None]:
     if path is None or path.is_file():
         return [path]
     if path.is_dir():
-        found = [p for p in sorted(path.iterdir()) if p.is_file() and _bare(p.name).endswith(_TEXTS)]
+        named = (p for p in sorted(path.iterdir()) if p.name not in _ABOUT and _bare(p.name).endswith(_TEXTS))
+        found = [p for p in named if p.is_file()]
         if not found:
             raise UsageError(f"{flag} {path}: the folder holds no texts ({', '.join(_TEXTS)}, or packed)")
         return list(found)
@@ -109,9 +112,10 @@ def _unpacked(raw: IO[bytes], begin: bytes, path: Path | None) -> Any:
 
 
 def kind_of(path: Path | None) -> str:
-    """What a file holds: "ids", "parquet", "lines" (a JSON object on each), "values" (any other JSON), or "text".
+    """What a file holds: "ids", "parquet", "arrow", "rows" (comma- or tab-separated), "lines" (a JSON object on each),
+    "values" (any other JSON), or "text".
 
-    Raises UsageError when it cannot be read, or when it is neither text nor records throughout its beginning.
+    Raises UsageError when it cannot be read, or when its beginning is none of these throughout.
     """
     if path is None:
         return "text"
@@ -121,6 +125,11 @@ def kind_of(path: Path | None) -> str:
         return "ids"
     if begin.startswith(b"PAR1"):
         return "parquet"
+    if begin.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow"
+    _refuse_stand_ins(path, begin)
+    if _bare(path.name).endswith(_DELIMITED):
+        return "rows"
     named = _bare(path.name).endswith(RECORDS)
     head = next(iter(blocks(io.BytesIO(begin), path, Tally())), "")
     if _ARRAY.match(head) or (named and head.lstrip().startswith("[")):
@@ -134,6 +143,18 @@ def kind_of(path: Path | None) -> str:
     if records > len(lines) // 2:
         raise UsageError(f"{path}: most lines are JSON records, line 1 is none; remove what is not, or name a text")
     return "text"
+
+
+def _refuse_stand_ins(path: Path, begin: bytes) -> None:
+    """Raises UsageError for what a download leaves in a text's place, and for binary files that begin with text."""
+    if begin.startswith(b"version https://git-lfs"):
+        raise UsageError(f"{path}: is a pointer of git-lfs, not the text; run `git lfs pull`")
+    if begin.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")) and not _bare(path.name).endswith(
+        (".html", ".htm")
+    ):
+        raise UsageError(f"{path}: is an HTML page, not the text; download the file itself")
+    if b"\0" in begin[:512] and not begin.startswith(tuple(mark for mark, _ in _MARKS)):
+        raise UsageError(f"{path}: is no text (it begins with NUL bytes); name another file")
 
 
 def blocks(f: IO[bytes], path: Path | None, tally: Tally) -> Iterator[str]:

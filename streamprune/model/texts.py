@@ -1,8 +1,7 @@
 """A text as the user names it: its digest, and its characters in pieces of bounded size.
 
-A text is a file, a folder or a pattern of files, or the one that is built in. Each file is plain text, or records:
-JSON (an object a line, or an array) and Parquet, of which one field is read (text_files.py, records.py). Torch and
-numpy are not needed yet.
+A text is a file, a folder or a pattern of files, or the one that is built in. Each file is plain text, or records, of
+which one field is read (text_files.py, records.py). Torch and numpy are not needed yet.
 """
 
 from __future__ import annotations
@@ -15,8 +14,10 @@ from typing import Any, NamedTuple
 import xxhash
 
 from streamprune.errors import UsageError
-from streamprune.model.records import Render, texts_of_lines, texts_of_table, texts_of_values
+from streamprune.model.records import Render, texts_of_lines, texts_of_rows, texts_of_table, texts_of_values
 from streamprune.model.text_files import BLOCK, Tally, blocks, find_files, kind_of, open_bytes
+
+_READ = {"lines": texts_of_lines, "values": texts_of_values, "rows": texts_of_rows}
 
 
 class Piece(NamedTuple):
@@ -74,7 +75,7 @@ class Text:
         """Its characters; `render` writes out a record's messages. Raises UsageError where it cannot be read."""
         for path in self.files():
             kind = kind_of(path)
-            if kind == "parquet" and path is not None:
+            if kind in ("parquet", "arrow") and path is not None:
                 yield from _in_pieces(texts_of_table(path, self.text_field, self.tally, render))
                 continue
             with open_bytes(path) as f:
@@ -83,7 +84,7 @@ class Text:
                         yield Piece(block, False)
                     yield Piece("", True)
                 else:
-                    read = texts_of_lines if kind == "lines" else texts_of_values
+                    read = _READ[kind]
                     seen = Tally()  # of the whole file, of which the field is a part
                     yield from _in_pieces(read(blocks(f, path, seen), path, self.text_field, self.tally, render))
                     self.tally.replaced += seen.replaced
