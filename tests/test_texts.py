@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from refusals import refused
 from test_calibration import read
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
+from whole_model import in_memory, perplexity
 from windows import cut, drawn
 
 from streamprune.errors import UsageError
@@ -355,9 +357,10 @@ def test_ids_get_a_bos_only_when_asked(models: Models, tmp_path: Path) -> None:
     assert cut(tmp_path / "ids.npy", adds, 199, 9, bos="always").shape == (21, 10)
 
 
-def test_bos_in_jobs(models: Models, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_bos_in_jobs(models: Models, text: Path, tmp_path: Path, kind: str) -> None:
     """Both verbs say whether windows began with BOS, each mode is a job of its own, and predictions are one more."""
-    adds = _with_bos(models(), tmp_path / "adds", adds=True)
+    adds = _with_bos(models(kind), tmp_path / "adds", adds=True)
     job: dict[str, Any] = {"sparsity": 0.5, "calib": text, "samples": 2, "seqlen": 16}
     report = prune(adds, tmp_path / "out", **job).report
     assert report["calibration"]["bos"] is True and report["job"]["bos"] == "auto"
@@ -369,6 +372,9 @@ def test_bos_in_jobs(models: Models, text: Path, tmp_path: Path) -> None:
     found, without = (evaluate(adds, text, seqlen=16, bos=mode, work=tmp_path) for mode in ("auto", "never"))
     assert found.bos and found.tokens == 16 * found.windows and found.perplexity != without.perplexity
     assert not without.bos and without.tokens == 15 * without.windows
+    ids = np.insert(cut(text, adds, 199, 16, bos="never"), 0, 0, axis=1)
+    whole = perplexity(in_memory(adds), torch.from_numpy(ids))
+    assert found.perplexity == pytest.approx(whole, rel=0.02)  # of the whole model in memory, whose dtype may differ
     compared = evaluate(adds, text, reference=adds, seqlen=16, windows=5, work=tmp_path)
     assert compared.kl == pytest.approx(0, abs=1e-9) and compared.windows == 5 and compared.tokens == 80
     flops = [plan(adds, samples=4, seqlen=16, bos=mode, device="cpu").flops for mode in ("auto", "never", "always")]

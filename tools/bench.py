@@ -6,6 +6,7 @@
     python tools/bench.py calibration --preset 1b            calibration against a bare forward of the same layer
     python tools/bench.py memory                             peak memory against layers, --max-ram, --max-vram
     python tools/bench.py end-to-end --preset 1b --layers 4  the whole prune, and what plan said
+    python tools/bench.py peers --peer peer/bin/python       the same prune by llm-compressor
     python tools/bench.py all --quick                        each of them on small shapes, in a minute or two
 
 Every figure is the median of several runs, with the least and greatest, and a ratio to a baseline that was measured
@@ -81,7 +82,10 @@ COMMANDS = {
         ("--layers", "3", "--samples", "4"),
         _QUICK,
     ),
+    "peers": Command("bench_peers", "peers", "add_options", "the same prune by llm-compressor, if it is installed", 3),
 }  # fmt: skip
+APART = {"peers"}
+"""Not among `all`: they need what is not part of the project."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -127,7 +131,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
         for row in getattr(import_module(command.module), command.measure)(arguments):
             yield {"benchmark": arguments.command} | row
         return
-    for name, command in COMMANDS.items():
+    for name, command in ((n, c) for n, c in COMMANDS.items() if n not in APART):
         given = [*(command.quick if arguments.quick else command.small), "--device", arguments.device]
         given += ["--repeat", str(arguments.repeat)] if arguments.repeat is not None else []
         given += ["--work", arguments.work] if arguments.work else []

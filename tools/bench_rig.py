@@ -132,13 +132,13 @@ class Ran:
         return found
 
 
-def run(*command: str) -> Ran:
-    """Runs Python with these arguments to its end, this tree's streamprune first in its path."""
+def run(*command: str, python: str = sys.executable) -> Ran:
+    """Runs `python` with these arguments to its end, this tree's streamprune first in its path."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         begun = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, *command], stdout=out, stderr=errors, env=os.environ | {"PYTHONPATH": path}
+            [python, *command], stdout=out, stderr=errors, env=os.environ | {"PYTHONPATH": path}
         )
         peaks: list[int] = []
         watcher = threading.Thread(target=_watch, args=(process.pid, peaks), daemon=True)
