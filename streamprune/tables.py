@@ -34,10 +34,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def evaluation_lines(found: Evaluation) -> str:
     """Perplexity; with a reference a second line, how far the predictions are from its own."""
+    windows = f"{found.windows} windows of {found.seqlen}{' after a BOS token' if found.bos else ''}"
     perplexity = (
-        f"perplexity {found.perplexity:.3f}  ({found.tokens} tokens in {found.windows} windows of {found.seqlen}, "
+        f"perplexity {found.perplexity:.3f}  ({found.tokens} tokens in {windows}, "
         f"{found.seconds:.1f} s, peak {format_bytes(found.peak_rss_bytes)})"
     )
+    if found.replaced:
+        perplexity += f"\n{found.replaced} bytes of the text were no characters and became U+FFFD"
     if found.kl is None or found.top1_agreement is None:
         return perplexity
     error = f" ± {found.kl_stderr:.2g}" if found.kl_stderr is not None else ""
