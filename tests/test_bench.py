@@ -303,6 +303,25 @@ def test_kernels_of_a_gpu(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
 # ---- all of them, and how results look
 
 
+def test_peers(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another program, here one that copies the model, is given the windows that ours calibrates on."""
+    peer = tmp_path / "python"
+    peer.write_text(
+        f"#!{sys.executable}\nimport json, shutil, sys\nimport numpy as np\njob = json.loads(sys.argv[2])\n"
+        "assert np.load(job['ids']).shape == (4, 32) and job['method'] in ('wanda', 'sparsegpt')\n"
+        "shutil.copytree(job['model'], job['out'])\n"
+    )
+    peer.chmod(0o755)
+    words = ["peers", "--samples", "4", "--seqlen", "32", "--repeat", "1", "--json", "--work", str(tmp_path)]
+    assert tool.main([*words, "--peer", str(peer), "--methods", "wanda,obs-admm"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row["case"] for row in rows] == ["wanda", "obs-admm, beside sparsegpt"] * 2
+    assert [row["unit"] for row in rows] == ["s", "s", "MiB", "MiB"]
+    assert all(row["ratio"] > 0 for row in rows)
+    for wrong in (["--peer", "nowhere"], ["--peer", str(peer), "--methods", "magic"]):
+        assert tool.main([*words, *wrong]) == 2
+
+
 def test_all_runs_the_five(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every subcommand gets its small or quick shape, and the options that are common to all."""
     seen: dict[str, Any] = {}
@@ -319,10 +338,11 @@ def test_all_runs_the_five(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     for words in (["all"], ["all", "--quick"], ["all", "--repeat", "4", "--work", "/w", "--device", "cpu"]):
         seen.clear()
         rows = list(tool.measure(tool.make_parser("all").parse_args(words)))
-        assert [row["benchmark"] for row in rows] == [row["case"] for row in rows] == list(tool.COMMANDS)
+        alone = [name for name in tool.COMMANDS if name not in tool.APART]
+        assert [row["benchmark"] for row in rows] == [row["case"] for row in rows] == alone
         if "--repeat" in words:
             assert {(a.repeat, a.work, a.device) for a in seen.values()} == {(4, "/w", "cpu")}
-    assert list(tool.COMMANDS) == ["kernels", "refits", "stats", "calibration", "memory", "end-to-end"]
+    assert list(tool.COMMANDS) == ["kernels", "refits", "stats", "calibration", "memory", "end-to-end", "peers"]
 
 
 def test_tables(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,9 +53,10 @@ def peers(arguments: argparse.Namespace) -> Iterator[Row]:
     on = f"{model.resolve().name}, 2:4, {arguments.samples} windows of {arguments.seqlen} tokens"
     for unit in ("s", "MiB"):
         for method in methods:
-            baseline = f"llm-compressor {PEERS[method]}"
-            yield figure(f"{method} ({unit})", runs[f"{method} {unit}"], baseline, runs[f"{baseline} {unit}"],
-                         unit=unit, on=f"{on}, {unit}")  # fmt: skip
+            other, base = PEERS[method], runs[f"llm-compressor {PEERS[method]} {unit}"]
+            case = method if method == other else f"{method}, beside {other}"
+            runs_of = runs[f"{method} {unit}"]
+            yield figure(case, runs_of, "llm-compressor", base, unit=unit, on=f"{on}, {unit}")
 
 
 def _write_windows(arguments: argparse.Namespace, model: Path, path: Path) -> None:
