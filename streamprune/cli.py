@@ -6,32 +6,36 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from streamprune import interrupts
 from streamprune.arguments import Handler, make_parser
+from streamprune.console import aside, speaks_unicode
 from streamprune.errors import INTERRUPTED, ResourceError, StreampruneError
 
 if TYPE_CHECKING:
     from streamprune.packing import PackResult
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
+def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
+    """Runs one command; returns its exit code. A `program` of its own may be ended by signals: see interrupts.py."""
     args = argparse.Namespace(command="", debug=False)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        args = _parsed(argv)
-        handler: Handler = args.handler
-        return handler(args)
-    except StreampruneError as e:
-        return _fail(args, e, str(e), e.exit_code)
+        with interrupts.listening(program):
+            try:
+                args = _parsed(argv)
+                handler: Handler = args.handler
+                return handler(args)
+            except Exception as e:
+                if interrupts.was_interrupted():  # which some library has made another error of
+                    raise KeyboardInterrupt from e
+                return _refused(args, e)
     except KeyboardInterrupt as e:
         resumes = args.command in ("prune", "calibrate", "pack", "unpack")
         return _fail(
@@ -40,14 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "interrupted" + ("; run the same command again to resume" if resumes else ""),
             INTERRUPTED,
         )
-    except BrokenPipeError:
+
+
+def _refused(args: argparse.Namespace, error: Exception) -> int:
+    if isinstance(error, StreampruneError):
+        return _fail(args, error, str(error), error.exit_code)
+    if isinstance(error, BrokenPipeError):
         _forget_output()
         return 1
-    except Exception as e:  # noqa: BLE001 - the last resort: one line, never a traceback
-        what = " ".join(str(e).split())[:300]
-        return _fail(args, e, f"unexpected {type(e).__name__}: {what}; run again with --debug for the place", 1)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    what = " ".join(str(error).split())[:300]
+    return _fail(args, error, f"unexpected {type(error).__name__}: {what}; run again with --debug for the place", 1)
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -82,20 +88,24 @@ def _say(text: str) -> None:
         print(text)
 
 
+def _sum_up(text: str) -> None:
+    """What has become of a job that is done: whether somebody reads it is no matter of its exit code."""
+    try:
+        _say(text)
+    except BrokenPipeError:
+        _forget_output()
+
+
 def _forget_output() -> None:
     """What is still to be written is dropped, or the interpreter would try again at its end."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def _fail(args: argparse.Namespace, error: BaseException, message: str, code: int) -> int:
     if args.debug:
-        traceback.print_exception(error)
-    print(f"streamprune: error: {' '.join(message.split())}", file=sys.stderr)
+        aside("".join(traceback.format_exception(error)).rstrip())
+    aside(f"streamprune: error: {' '.join(message.split())}")
     return code
 
 
@@ -117,7 +127,8 @@ def _calibration(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_json(value: object) -> None:
-    _say(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    _say(text if speaks_unicode(text) else json.dumps(value, indent=2))
 
 
 def _prune(args: argparse.Namespace) -> int:
@@ -157,7 +168,7 @@ def _prune(args: argparse.Namespace) -> int:
         share = f"{result.recipe}, {100 * (result.sparsity or 0):.2f} % of the weights in pruned linears"
         if result.status == "done":
             share += f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
-        _say(f"{result.out}: {result.status} ({share})")
+        _sum_up(f"{result.out}: {result.status} ({share})")
     return 0
 
 
@@ -177,7 +188,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         cost = (
             f" ({result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)})" if result.status == "done" else ""
         )
-        _say(f"{result.out}: {result.status}{cost}")
+        _sum_up(f"{result.out}: {result.status}{cost}")
     return 0
 
 
@@ -214,7 +225,7 @@ def _inspect(args: argparse.Namespace) -> int:
     elif not args.quiet:
         _say(inspection_table(found))
     for failure in found.failures[:10]:
-        print(f"streamprune: {failure}", file=sys.stderr)
+        aside(f"streamprune: {failure}")
     return 0 if found.ok is not False else 2
 
 
@@ -268,9 +279,9 @@ def _print_packed(args: argparse.Namespace, result: PackResult) -> int:
         share = 100 * result.bytes_after / result.bytes_before
         sizes = f"{format_bytes(result.bytes_before)} to {format_bytes(result.bytes_after)}, {share:.2f} %"
         cost = f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
-        _say(f"{result.out}: {result.status} ({result.layout}, {sizes}{cost if result.status == 'done' else ''})")
+        _sum_up(f"{result.out}: {result.status} ({result.layout}, {sizes}{cost if result.status == 'done' else ''})")
         if result.left_out:
-            _say(f"not packed, for no loader of the model reads them: {', '.join(result.left_out)}")
+            _sum_up(f"not packed, for no loader of the model reads them: {', '.join(result.left_out)}")
     return 0
 
 

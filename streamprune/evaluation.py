@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from streamprune import interrupts
 from streamprune.comparison import Divergence, Subject, check_reference, compare_heads, lay_out_two, open_reference
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
@@ -100,6 +101,7 @@ def evaluate(
         check_reference(dense, subjects[0], subjects[1], path, windows, trust_remote_code=trust_remote_code)
     layouts, keep = _lay_out(subjects, windows, target, max_ram, max_vram)
     with (
+        interrupts.work(),
         _scratch(Path(work) if work is not None else _default_work()) as folder,
         ExitStack() as stack,
         out_of_memory_named(target),
@@ -169,6 +171,7 @@ def _stream(runs: list[Run], batches: list[Tensor], progress: ProgressCallback) 
     """All layers, one model after the other, then the heads; returns the nats of each window, (windows,) float64."""
     steps = [(run, stage) for run in runs for stage in run.stages[:-1]]
     for done, (run, stage) in enumerate(steps, 1):
+        interrupts.check()
         at = time.perf_counter()
         run.do(stage, batches, last=run is runs[-1])
         if stage is run.stages[-2] and len(runs) > 1:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamprune import interrupts
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
 from streamprune.disk.hub import resolve_model
@@ -233,7 +234,8 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
             before = _carry_out(replace(_calibration_for(spec), out=spec.stats_path), checkpoint, progress).seconds
         from streamprune.job_run import Run
 
-        with Run(spec, checkpoint, unfinished, progress) as run:
+        prepared = Run(spec, checkpoint, unfinished, progress)
+        with interrupts.work(), prepared as run:
             run.spent = before
             report = _discard_on_bad_input(run, lambda: run.work(time.perf_counter() - begun))
         _drop_own_statistics(spec)

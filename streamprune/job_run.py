@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from streamprune import interrupts
 from streamprune.allocating import share_out
 from streamprune.disk import durable, journal
 from streamprune.disk.behind import Behind
@@ -162,6 +163,7 @@ class Run:
         try:
             with out_of_memory_named(self.device), Behind[Callable[[], None]](_call, 1) as commits:
                 for position in range(done, len(stages)):
+                    interrupts.check()
                     self._stage(position, stages, commits)
         finally:
             for file in self._uncommitted:

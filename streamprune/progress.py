@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from streamprune.console import aside
 from streamprune.spec import Progress, ProgressCallback, no_progress
 
 
@@ -14,7 +15,7 @@ def show_progress(title: str, quiet: bool) -> Iterator[ProgressCallback]:
     """A callback that shows steps as they finish."""
     if quiet:
         yield no_progress
-    elif sys.stderr.isatty():
+    elif sys.stderr is not None and sys.stderr.isatty():
         from tqdm import tqdm
 
         with tqdm(desc=title, unit="stage", dynamic_ncols=True, leave=False) as bar:
@@ -28,10 +29,6 @@ def show_progress(title: str, quiet: bool) -> Iterator[ProgressCallback]:
     else:
 
         def line(step: Progress) -> None:
-            print(
-                f"{title}: {step.done}/{step.total} {step.name} {step.seconds:.1f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            aside(f"{title}: {step.done}/{step.total} {step.name} {step.seconds:.1f} s")
 
         yield line

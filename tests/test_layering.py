@@ -18,7 +18,7 @@ FILES = {
 # From the bottom up; a module may import what stands above it in this table, and its own folder's modules as
 # far as no circle arises. A name is a module, or a folder for those of its modules that are not named.
 ORDER: list[set[str]] = [
-    {"errors"},
+    {"errors", "interrupts", "console"},
     {"memory"},
     {"pruning.recipes", "pruning.patterns"},
     {"spec"},
@@ -45,6 +45,7 @@ WITHIN_A_LEVEL = {
     ("cli", "tables"),
 }
 NO_TORCH = ["errors", "memory", "pruning.recipes", "spec", "job", "cli", "__main__", "progress", "report"]
+NO_TORCH += ["interrupts", "console"]
 NO_TORCH += ["disk.durable", "disk.header", "disk.checkpoint", "disk.hub", "disk.journal", "disk.state", "disk.shards"]
 NO_TORCH += ["disk.lock", "model.texts", "disk.direct", "disk.linears", "disk.packed", "packing", "packing.files"]
 

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamprune import interrupts
 from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.hub import resolve_model
@@ -212,7 +213,7 @@ def _run(
 
     state = unfinished[0] if unfinished is not None else new_state(spec)
     try:
-        with ShardMaps(checkpoint) as maps:
+        with interrupts.work(), ShardMaps(checkpoint) as maps:
             work = make_work(checkpoint, maps, spec.layout, originals)
             if unfinished is None:
                 resolved = work.prepare(state)
@@ -244,6 +245,7 @@ def _shards(state: JobState, checkpoint: Checkpoint, work: Work, progress: Progr
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
             raise CorruptStateError(f"{path} is missing or damaged; start again with --restart")
     for number in range(len(records), len(checkpoint.shards)):
+        interrupts.check()
         since = time.perf_counter()
         shard = checkpoint.shards[number]
         name = work.name_of(shard)
