@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from streamprune import interrupts
 from streamprune.arguments import Handler, make_parser
 from streamprune.console import aside, speaks_unicode
+from streamprune.disk.places import settle_hub_caches
 from streamprune.errors import INTERRUPTED, ResourceError, StreampruneError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
     try:
         with interrupts.listening(program):
             try:
+                settle_hub_caches(os.environ)
                 args = _parsed(argv)
                 handler: Handler = args.handler
                 return handler(args)

@@ -31,6 +31,7 @@ from streamprune.disk.float_quantized import read_scheme
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.lock import Lock
 from streamprune.disk.mapping import ShardMaps
+from streamprune.disk.places import cache_folder
 from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
 from streamprune.evaluation_pass import Run, disk_bytes
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
@@ -102,7 +103,7 @@ def evaluate(
     layouts, keep = _lay_out(subjects, windows, target, max_ram, max_vram)
     with (
         interrupts.work(),
-        _scratch(Path(work) if work is not None else _default_work()) as folder,
+        _scratch(Path(work) if work is not None else cache_folder()) as folder,
         ExitStack() as stack,
         out_of_memory_named(target),
     ):
@@ -225,10 +226,6 @@ def _check_disk(folder: Path, need: int) -> None:
             f"{folder.parent} has {format_bytes(free)} free, evaluation needs {format_bytes(need)} for activations; "
             "free some or name another folder with --work"
         )
-
-
-def _default_work() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamprune"
 
 
 @contextmanager
