@@ -27,6 +27,7 @@ from streamprune import interrupts
 from streamprune.comparison import Divergence, Subject, check_reference, compare_heads, lay_out_two, open_reference
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
+from streamprune.disk.claims import check_claims
 from streamprune.disk.float_quantized import read_scheme
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.lock import Lock
@@ -88,6 +89,7 @@ def evaluate(
     begun = time.perf_counter()
     checkpoint = open_checkpoint(resolve_model(str(model)))
     read_scheme(checkpoint)
+    check_claims(checkpoint)
     path, length = Path(text), seqlen if seqlen is not None else default_seqlen(checkpoint.config)
     if not path.is_file():
         raise UsageError(f"--text {path}: no such file")

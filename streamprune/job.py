@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from streamprune import interrupts
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
+from streamprune.disk.claims import check_claims
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.lock import Lock
 from streamprune.disk.packed import is_packed
@@ -170,6 +171,7 @@ def _check_choices(backend: str, expert_stats: str, expert_tokens: int) -> None:
 def _open_model(model: str | Path) -> Checkpoint:
     checkpoint = open_checkpoint(resolve_model(str(model)))
     refuse_quantised(checkpoint)
+    check_claims(checkpoint)
     if is_packed(checkpoint):
         raise UnsupportedError(f"{checkpoint.path}: the weights are packed; make them plain with `unpack`")
     return checkpoint
