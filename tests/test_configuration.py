@@ -106,7 +106,7 @@ def test_an_allocators_message_is_not_passed_on(models: Models, tmp_path: Path) 
 @pytest.mark.parametrize("kind", [*DENSE, *OTHERS, *SEEING])
 def test_what_every_architecture_claims_is_true(kind: str) -> None:
     """By the shapes of its model, whatever the names in its configuration mean."""
-    config = tiny_config(kind)
+    config = tiny_config(kind, 2)
     with torch.device("meta"):
         model = whole_class(kind).from_config(config)
     refs = {n: TensorRef(n, "s", "F32", tuple(p.shape), 0, 4 * p.numel()) for n, p in model.named_parameters()}
