@@ -98,6 +98,11 @@ def _sum_up(text: str) -> None:
         _forget_output()
 
 
+def _tell_notes(args: argparse.Namespace, notes: Sequence[str]) -> None:
+    for note in () if args.quiet else notes:
+        aside(f"streamprune: note: {' '.join(note.split())}")
+
+
 def _forget_output() -> None:
     """What is still to be written is dropped, or the interpreter would try again at its end."""
     with contextlib.suppress(OSError):
@@ -158,7 +163,7 @@ def _prune(args: argparse.Namespace) -> int:
     )
     with show_progress("prune", args.quiet) as progress:
         result = prune(
-            args.model, args.out, **{k: getattr(args, k) for k in own},
+            args.model, args.out, follow_links=args.follow_links, **{k: getattr(args, k) for k in own},
             **_calibration(args), **_resources(args), progress=progress,
         )  # fmt: skip
     if args.json:
@@ -171,6 +176,7 @@ def _prune(args: argparse.Namespace) -> int:
         if result.status == "done":
             share += f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
         _sum_up(f"{result.out}: {result.status} ({share})")
+    _tell_notes(args, result.notes)
     return 0
 
 
@@ -191,6 +197,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             f" ({result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)})" if result.status == "done" else ""
         )
         _sum_up(f"{result.out}: {result.status}{cost}")
+    _tell_notes(args, result.notes)
     return 0
 
 
@@ -255,7 +262,10 @@ def _pack(args: argparse.Namespace) -> int:
     from streamprune.progress import show_progress
 
     with show_progress("pack", args.quiet) as progress:
-        result = pack(args.model, args.out, layout=args.layout, restart=args.restart, progress=progress)
+        result = pack(
+            args.model, args.out, layout=args.layout, follow_links=args.follow_links, restart=args.restart,
+            progress=progress,
+        )  # fmt: skip
     return _print_packed(args, result)
 
 
@@ -284,6 +294,7 @@ def _print_packed(args: argparse.Namespace, result: PackResult) -> int:
         _sum_up(f"{result.out}: {result.status} ({result.layout}, {sizes}{cost if result.status == 'done' else ''})")
         if result.left_out:
             _sum_up(f"not packed, for no loader of the model reads them: {', '.join(result.left_out)}")
+    _tell_notes(args, result.notes)
     return 0
 
 

@@ -66,7 +66,7 @@ from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
 from streamprune.model.statistics import write_statistics
 from streamprune.model.walk import Walk
 from streamprune.pruning.stats import InputStats
-from streamprune.report import build_report
+from streamprune.report import build_report, source_of
 from streamprune.spec import JobSpec, Progress, ProgressCallback
 
 
@@ -87,6 +87,7 @@ class Run:
         self.spec, self.checkpoint, self.progress = spec, checkpoint, progress
         self.state = unfinished[0] if unfinished else new_state(spec)
         self.begun = unfinished is not None
+        self.content = str((unfinished and unfinished[1].get("content")) or checkpoint.content())
         resolved: dict[str, Any] = unfinished[1]["resolved"] if unfinished else {}
         self.maps = ShardMaps(checkpoint)
         self.device = resolve_device(resolved.get("device", spec.device))
@@ -190,7 +191,8 @@ class Run:
             buffer = io.BytesIO()
             np.save(buffer, self.forward.windows, allow_pickle=False)
             tokens = buffer.getbuffer()
-        self.state.create({"job": self.spec.fixed(), "resolved": self.resolved, "started": started}, tokens)
+        job = {"job": self.spec.fixed(), "content": self.content}
+        self.state.create({**job, "resolved": self.resolved, "started": started}, tokens)
 
     def _newest_cache(self) -> int:
         """The number of the last cache that is durable, -1 if there is none: record n is of the stage that makes it."""
@@ -321,6 +323,7 @@ class Run:
         files = [] if self.writer is None else write_files(self.state, self.checkpoint, self.writer, self.records)
         report = build_report(
             self.spec, self.resolved, calibration, self.records, files,
+            source_of(self.checkpoint, self.content, self.writer is not None),
             seconds=self.spent + sum(r["seconds"] for r in self.records) + time.perf_counter() - since,
             startup=self.startup,
             peak=max(peak_resident_bytes(), *(r["peak"] for r in self.records)),

@@ -1,4 +1,4 @@
-"""What config.json claims, held against the headers: before a model of a billion layers is built.
+"""What a folder claims to hold, against its headers: before a model of a billion layers is built.
 
 Only what no checkpoint can have is refused here, in no time; what is merely wrong is found, by name, when tensors are
 matched with the model. Sections (`text_config`) are held to the same; those that lack a size say nothing of it.
@@ -11,7 +11,7 @@ from typing import Any
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.header import show
-from streamprune.errors import CheckpointError
+from streamprune.errors import CheckpointError, UnsupportedError
 
 _LAYERS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "num_mtp_layers", "num_nextn_predict_layers",
@@ -26,8 +26,27 @@ _HARMLESS = 1 << 10, 1 << 24, 1 << 16
 """Layers, sizes, experts that are built in no time; configurations hold stale ones, too, which no part uses."""
 
 
+def refuse_adapter(checkpoint: Checkpoint) -> None:
+    """Refuses full weights with an adapter beside them, for they are not what is run.
+
+    Raises:
+        UnsupportedError: there is an adapter_config.json.
+    """
+    path = checkpoint.path / "adapter_config.json"
+    if path.exists():
+        raise UnsupportedError(
+            f"{path}: an adapter beside full weights; transformers would load the adapter and its base, which is "
+            "another model than these weights: merge it (peft's merge_and_unload) and pass what that saves, or move "
+            "the adapter's files away to use these weights alone"
+        )
+
+
 def check_claims(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for layers and experts by the thousand and axes by the million that no tensor has."""
+    """Raises CheckpointError for layers and experts by the thousand and axes by the million that no tensor has.
+
+    And as refuse_adapter, which says the same of the folder.
+    """
+    refuse_adapter(checkpoint)
     tensors = len(checkpoint.tensors)
     axis = max((size for ref in checkpoint.tensors.values() for size in ref.shape), default=0)
     layers, sizes, experts = map(max, _HARMLESS, (tensors, axis, max(tensors, axis)))

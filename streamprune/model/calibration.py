@@ -11,6 +11,7 @@ Evaluation tokenises the whole file in one piece, cuts it into windows without o
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.errors import CheckpointError, UsageError
 from streamprune.model.texts import open_text, text_pieces
 
@@ -34,12 +36,29 @@ def load_tokenizer(model: Path, trust_remote_code: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as e:
+        open_checkpoint(model).side_files()  # names a pointer in place of a file
+        lacking = [name for name, module in _SENTENCEPIECE.items() if not _is_installed(module)]
+        if lacking and not (model / "tokenizer.json").exists() and any(model.glob("*.model")):
+            raise CheckpointError(
+                f"{model}: its tokenizer takes the packages sentencepiece and protobuf, and {' and '.join(lacking)} is "
+                "not here: pip install 'streamprune[tokenizers]', or pass token ids with --calib FILE.npy"
+            ) from e
         why = " ".join(str(e).split())[:200]
         raise CheckpointError(
             f"{model}: no usable tokenizer ({why}); add its files, or pass token ids with --calib FILE.npy"
         ) from e
     tokenizer.model_max_length = 1 << 40  # windows are cut here; no warning about long texts
     return tokenizer
+
+
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor what it is a part of
+        return False
 
 
 def _encode(tokenizer: Any, text: str) -> Tokens:
