@@ -211,6 +211,12 @@ def _calibration_options(p: argparse.ArgumentParser) -> None:
     )
 
 
+    p.add_argument(
+        "--allow-zeros", action="store_true",
+        help="go on where a linear, or a long stretch of its rows, is all zeros, as in a broken download",
+    )  # fmt: skip
+
+
 def _device_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
     p.add_argument("--max-vram", metavar="SIZE", help="memory of the GPU to stay within (default: what is free there)")

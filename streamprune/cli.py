@@ -127,10 +127,8 @@ def _resources(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _calibration(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        k: getattr(args, k)
-        for k in ("calib", "samples", "seqlen", "seed", "expert_stats", "expert_tokens", "restart", "backend")
-    }
+    own = ("calib", "samples", "seqlen", "seed", "expert_stats", "expert_tokens", "restart", "backend", "allow_zeros")
+    return {k: getattr(args, k) for k in own}
 
 
 def _print_json(value: object) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
 _ASCII = {
@@ -62,6 +62,16 @@ def steady_streams() -> None:
                 stream.reconfigure(errors=_ERRORS)
     error = sys.stderr if sys.stderr is not None else os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.stderr = cast(TextIO, _Droppable(error))
+
+
+@contextlib.contextmanager
+def stdout_kept_clean() -> Iterator[None]:
+    """Within it, what anybody prints goes to stderr: code that comes with a checkpoint, and libraries."""
+    if sys.stderr is None:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:

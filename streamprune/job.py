@@ -78,7 +78,7 @@ def prune(
     only: str | None = None, skip: str | None = None, propagate: str | None = None,
     device: str = "auto", dtype: str = "auto", backend: str = "auto",
     max_ram: int | None = None, max_vram: int | None = None, work: str | Path | None = None,
-    follow_links: bool = False, restart: bool = False, trust_remote_code: bool = False,
+    follow_links: bool = False, allow_zeros: bool = False, restart: bool = False, trust_remote_code: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> JobResult:  # fmt: skip
     """Prunes the checkpoint `model` (a folder or a hub name) into the folder `out`.
@@ -95,7 +95,8 @@ def prune(
     min(2048, the model's limit)), or from the file `stats`. Tokens count for an expert as the routing weights them, or
     with `expert_stats` = "routed" all alike; one that sees fewer than `expert_tokens` goes by what all see. `backend`
     chooses the kernels that prune: Numba on the CPU, Torch elsewhere, unless it says "numba" or "torch". `max_ram` and
-    `max_vram` (of a GPU) are in bytes. `follow_links` carries side files that are links out of the checkpoint.
+    `max_vram` (of a GPU) are in bytes. `follow_links` carries side files that are links out of the checkpoint;
+    `allow_zeros` prunes linears that hold nothing but zeros, too (model/zeros.py).
     Running the same job again resumes it, or finds it done. Raises the errors of streamprune.errors.
     """
     recipe = make_recipe(method, score, selector, refit, quantize)
@@ -134,7 +135,7 @@ def prune(
         source=checkpoint.path, out=Path(out), stats_path=known,
         max_ram=max_ram, max_vram=max_vram, save_stats=Path(save_stats) if save_stats is not None else None,
         work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
-        content=checkpoint.content,
+        content=checkpoint.content, allow_zeros=allow_zeros,
     )  # fmt: skip
     return _carry_out(spec, checkpoint, progress)
 
@@ -145,7 +146,8 @@ def calibrate(
     expert_stats: str = "weighted", expert_tokens: int = 64,
     device: str = "auto", dtype: str = "auto", backend: str = "auto",
     max_ram: int | None = None, max_vram: int | None = None, work: str | Path | None = None,
-    restart: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
+    allow_zeros: bool = False, restart: bool = False, trust_remote_code: bool = False,
+    progress: ProgressCallback = no_progress,
 ) -> JobResult:  # fmt: skip
     """Gathers the statistics of every linear's input into the file `out`, for `prune(..., stats=out)`.
 
@@ -160,7 +162,7 @@ def calibrate(
         stats=None, device=device, dtype=dtype, backend=backend, damping=None,
         expert_stats=expert_stats, expert_tokens=expert_tokens, source=checkpoint.path, out=Path(out),
         max_ram=max_ram, max_vram=max_vram, work=Path(work) if work is not None else None,
-        restart=restart, trust_remote_code=trust_remote_code, content=checkpoint.content,
+        restart=restart, trust_remote_code=trust_remote_code, content=checkpoint.content, allow_zeros=allow_zeros,
     )  # fmt: skip
     return _carry_out(spec, checkpoint, progress)
 

@@ -32,7 +32,8 @@ from streamprune.pruning.selection import Amount, parse_pattern
 from streamprune.quantising import Quantisation, check_codable
 from streamprune.refitting import Refit, needs_of
 from streamprune.spec import Calibration, JobSpec, compile_filter, format_bytes
-from streamprune.stage_writer import StageWriter, Target
+from streamprune.stage_writer import StageWriter
+from streamprune.target import Target
 
 SLACK_BYTES = 64 << 20
 """Disk for everything besides weights and activations."""
@@ -60,7 +61,7 @@ def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> 
     if quantisation is not None:
         check_codable(chosen, skeleton)
     check_widths(amount.pattern, chosen, skeleton)
-    return StageWriter(skeleton, feed, target, frozenset(chosen))
+    return StageWriter(skeleton, feed, target, frozenset(chosen), allow_zeros=spec.allow_zeros)
 
 
 def propagated(propagate: str, skeleton: Skeleton) -> str:

@@ -65,6 +65,7 @@ from streamprune.model.passes import out_of_memory_named
 from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
 from streamprune.model.statistics import write_statistics
 from streamprune.model.walk import Walk
+from streamprune.model.zeros import refuse_empty
 from streamprune.pruning.stats import InputStats
 from streamprune.report import build_report, source_of
 from streamprune.spec import JobSpec, Progress, ProgressCallback
@@ -151,6 +152,8 @@ class Run:
         self.startup, begun = startup, time.perf_counter()
         self._check_disk()
         if not self.begun:
+            if not self.spec.allow_zeros:
+                refuse_empty(self.maps, [ref for stage in self.skeleton.stages for ref in stage.linears.values()])
             self._create()
         clear_rubbish(self.state, self._newest_cache(), self.records)
         stages = self.skeleton.stages

@@ -97,6 +97,8 @@ class JobSpec:
     expert_tokens: int = 64
     """An expert that sees fewer tokens goes by what all experts of its layer see."""
     restart: bool = field(default=False, metadata=_CHANGEABLE)
+    allow_zeros: bool = field(default=False, metadata=_CHANGEABLE)
+    """Whether linears may hold nothing but zeros (model/zeros.py)."""
     content: Callable[[], str] | None = field(default=None, metadata=_CHANGEABLE, compare=False)
     """What tells whether the checkpoint is the same where only times differ (Checkpoint.content)."""
     notes: list[str] = field(default_factory=list, metadata=_CHANGEABLE, compare=False)

@@ -196,3 +196,24 @@ def test_unfinished_work_goes_on(source: Path, text: Path, tmp_path: Path, work:
     prune(source, tmp_path / "plain", calib=text, **HOW)
     for path in (tmp_path / "plain").glob("*.safetensors"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+# ---- names of wrappers
+
+
+@pytest.mark.parametrize(
+    ("prefix", "whose"),
+    [("_orig_mod.", "torch.compile"), ("module.", "DistributedDataParallel"), ("base_model.model.", "peft"),
+     ("module._orig_mod.", "torch.compile")],
+)  # fmt: skip
+def test_weights_saved_with_their_wrapper(source: Path, tmp_path: Path, prefix: str, whose: str) -> None:
+    tensors = load_file(source / "model.safetensors")
+    save_file({prefix + n: t for n, t in tensors.items()}, source / "model.safetensors", metadata={"format": "pt"})
+    refused(CheckpointError, lambda: plan(source, samples=2, seqlen=8), prefix, whose, "rename")
+
+
+def test_a_weight_that_the_index_forgot(source: Path) -> None:
+    names = [name for name in load_file(source / "model.safetensors") if name != "lm_head.weight"]
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(CheckpointError, lambda: plan(source, samples=2, seqlen=8), "lm_head.weight in model.safetensors", "add it")

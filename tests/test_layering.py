@@ -27,6 +27,7 @@ ORDER: list[set[str]] = [
     {"pruning"},
     {"model"},
     {"choosing", "refitting", "quantising"},
+    {"target"},
     {"stage_writer", "report"},
     {"allocating", "job_prepare", "job_pass", "job_paired", "job_finish", "comparison", "evaluation_pass"},
     {"job_run", "job", "evaluation", "planning", "inspection", "packing"},
