@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamprune import interrupts
 from streamprune.arguments import Handler, make_parser
-from streamprune.console import aside, speaks_unicode
+from streamprune.console import aside, speaks_unicode, stdout_kept_clean
 from streamprune.disk.places import settle_hub_caches
 from streamprune.errors import INTERRUPTED, ResourceError, StreampruneError
 
@@ -241,13 +241,14 @@ def _plan(args: argparse.Namespace) -> int:
     from streamprune.spec import parse_bytes
     from streamprune.tables import plan_table
 
-    found = plan(
-        args.model, method=args.method, refit=args.refit, quantize=args.quantize, only=args.only,
-        skip=args.skip, samples=args.samples, seqlen=args.seqlen, with_stats=args.stats is not None,
-        propagate=args.propagate, device=args.device, dtype=args.dtype,
-        max_vram=parse_bytes(args.max_vram) if args.max_vram else None,
-        trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
+    with stdout_kept_clean():
+        found = plan(
+            args.model, method=args.method, refit=args.refit, quantize=args.quantize, only=args.only,
+            skip=args.skip, samples=args.samples, seqlen=args.seqlen, with_stats=args.stats is not None,
+            propagate=args.propagate, device=args.device, dtype=args.dtype,
+            max_vram=parse_bytes(args.max_vram) if args.max_vram else None,
+            trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
     if args.json:
         _print_json(found.to_json())
     elif not args.quiet:

@@ -6,13 +6,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from streamprune.console import aside
+from streamprune.console import aside, stdout_kept_clean
 from streamprune.spec import Progress, ProgressCallback, no_progress
 
 
 @contextmanager
 def show_progress(title: str, quiet: bool) -> Iterator[ProgressCallback]:
-    """A callback that shows steps as they finish."""
+    """A callback that shows steps as they finish. Meanwhile, stdout is kept for the result."""
+    with stdout_kept_clean(), _shown(title, quiet) as progress:
+        yield progress
+
+
+@contextmanager
+def _shown(title: str, quiet: bool) -> Iterator[ProgressCallback]:
     if quiet:
         yield no_progress
     elif sys.stderr is not None and sys.stderr.isatty():

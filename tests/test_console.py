@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,3 +96,46 @@ def test_json_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
         cli._print_json(value)
         assert json.loads(raw.getvalue().decode(encoding)) == value
+
+
+CODE = """
+print("hello from the checkpoint's code")
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        print("made")
+        super().__init__(config)
+"""
+
+
+@pytest.mark.parametrize("verb", ["prune", "calibrate", "eval", "plan"])
+def test_code_that_prints(
+    models: Models, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+) -> None:  # fmt: skip
+    """stdout is for the result."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    source = Path(shutil.copytree(models(), tmp_path / f"model_{verb}"))
+    (source / "own.py").write_text(CODE)
+    config = json.loads((source / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "own_llama", "auto_map": classes}
+    (source / "config.json").write_text(json.dumps(config))
+    window = ["--samples", "2", "--seqlen", "8"]
+    args = {
+        "prune": [tmp_path / "out", "--pattern", "2:4", "--calib", text, *window],
+        "calibrate": [tmp_path / "out", "--calib", text, *window],
+        "eval": ["--text", text, "--seqlen", "32", "--work", tmp_path],
+        "plan": window,
+    }[verb]
+    assert main([verb, str(source), *map(str, args), "--json", "--trust-remote-code"]) == 0
+    out, err = capsys.readouterr()
+    assert isinstance(json.loads(out), dict)
+    assert "hello from the checkpoint's code" in err and "made" in err

@@ -99,9 +99,7 @@ def _why_missing(checkpoint: Checkpoint, name: str) -> str:
     for prefix, whose in _WRAPPERS.items():
         wrapped = next((n for n in checkpoint.tensors if n.startswith(prefix) or f".{prefix}" in n), None)
         if wrapped is not None and not name.startswith(prefix):
-            return (
-                f"names begin with {prefix!r} ({wrapped}), the wrapper {whose}: save the model within it, or rename them"
-            )
+            return f"names begin with {prefix!r} ({wrapped}), the wrapper {whose}: save the model within it, or rename"
     return "is the download complete?"
 
 
