@@ -3,10 +3,11 @@
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 from typing import NoReturn
 
-from streamprune.cli import main
+from streamprune import interrupts
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -17,8 +18,18 @@ def run() -> NoReturn:
     At once: taking torch, numba and transformers apart would take another one to two seconds, in which OUT is there and
     the process as well.
     """
+    interrupts.listen(interrupts.leave)  # before more is imported
+    from streamprune.cli import main
+    from streamprune.console import steady_streams
+
     _steady_heap()
-    code = main()
+    steady_streams()
+    try:
+        code = main(program=True)
+    except KeyboardInterrupt:  # while another was dealt with
+        code = interrupts.EXIT_CODE
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # all is done
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a reader that has gone away
             if stream is not None:

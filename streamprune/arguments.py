@@ -61,6 +61,7 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     )
     p = add("pack", "pack the pruned checkpoint MODEL into OUT, for storing and sending: nonzeros and bitmasks")
     _out_options(p)
+    _link_option(p)
     p.add_argument("--layout", default="auto", choices=("auto", "sparse-24-bitmask", "sparse-bitmask"),
                    help="of compressed-tensors up to 0.14 (default: by whether 2:4 holds)")  # fmt: skip
     _out_options(add("unpack", "unpack the packed checkpoint MODEL into OUT, as it was when it was packed"))
@@ -77,8 +78,14 @@ def _out_options(p: argparse.ArgumentParser, name: str = "OUT", what: str = "") 
     p.add_argument("--restart", action="store_true", help=f"throw unfinished work for {name} away")
 
 
+def _link_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--follow-links", action="store_true",
+                   help="carry over side files that are links to places outside of MODEL, too")  # fmt: skip
+
+
 def _prune_options(p: argparse.ArgumentParser) -> None:
     _out_options(p)
+    _link_option(p)
     _method_options(p)
     _calibration_options(p)
     p.add_argument("--stats", metavar="FILE", help="use these statistics instead of calibrating")
@@ -206,6 +213,12 @@ def _calibration_options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="an expert that sees fewer goes by what all of its layer see (default: %(default)s)",
     )
+
+
+    p.add_argument(
+        "--allow-zeros", action="store_true",
+        help="go on where a linear, or a long stretch of its rows, is all zeros, as in a broken download",
+    )  # fmt: skip
 
 
 def _text_options(p: argparse.ArgumentParser) -> None:

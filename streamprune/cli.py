@@ -6,32 +6,38 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from streamprune import interrupts
 from streamprune.arguments import Handler, make_parser
+from streamprune.console import aside, speaks_unicode, stdout_kept_clean
+from streamprune.disk.places import settle_hub_caches
 from streamprune.errors import INTERRUPTED, ResourceError, StreampruneError
 
 if TYPE_CHECKING:
     from streamprune.packing import PackResult
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
+def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
+    """Runs one command; returns its exit code. A `program` of its own may be ended by signals: see interrupts.py."""
     args = argparse.Namespace(command="", debug=False)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        args = _parsed(argv)
-        handler: Handler = args.handler
-        return handler(args)
-    except StreampruneError as e:
-        return _fail(args, e, str(e), e.exit_code)
+        with interrupts.listening(program):
+            try:
+                settle_hub_caches(os.environ)
+                args = _parsed(argv)
+                handler: Handler = args.handler
+                return handler(args)
+            except Exception as e:
+                if interrupts.was_interrupted():  # which some library has made another error of
+                    raise KeyboardInterrupt from e
+                return _refused(args, e)
     except KeyboardInterrupt as e:
         resumes = args.command in ("prune", "calibrate", "pack", "unpack")
         return _fail(
@@ -40,14 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "interrupted" + ("; run the same command again to resume" if resumes else ""),
             INTERRUPTED,
         )
-    except BrokenPipeError:
+
+
+def _refused(args: argparse.Namespace, error: Exception) -> int:
+    if isinstance(error, StreampruneError):
+        return _fail(args, error, str(error), error.exit_code)
+    if isinstance(error, BrokenPipeError):
         _forget_output()
         return 1
-    except Exception as e:  # noqa: BLE001 - the last resort: one line, never a traceback
-        what = " ".join(str(e).split())[:300]
-        return _fail(args, e, f"unexpected {type(e).__name__}: {what}; run again with --debug for the place", 1)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    what = " ".join(str(error).split())[:300]
+    return _fail(args, error, f"unexpected {type(error).__name__}: {what}; run again with --debug for the place", 1)
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -82,20 +90,29 @@ def _say(text: str) -> None:
         print(text)
 
 
+def _sum_up(text: str) -> None:
+    """What has become of a job that is done: whether somebody reads it is no matter of its exit code."""
+    try:
+        _say(text)
+    except BrokenPipeError:
+        _forget_output()
+
+
+def _tell_notes(args: argparse.Namespace, notes: Sequence[str]) -> None:
+    for note in () if args.quiet else notes:
+        aside(f"streamprune: note: {' '.join(note.split())}")
+
+
 def _forget_output() -> None:
     """What is still to be written is dropped, or the interpreter would try again at its end."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def _fail(args: argparse.Namespace, error: BaseException, message: str, code: int) -> int:
     if args.debug:
-        traceback.print_exception(error)
-    print(f"streamprune: error: {' '.join(message.split())}", file=sys.stderr)
+        aside("".join(traceback.format_exception(error)).rstrip())
+    aside(f"streamprune: error: {' '.join(message.split())}")
     return code
 
 
@@ -111,11 +128,12 @@ def _resources(args: argparse.Namespace) -> dict[str, Any]:
 
 def _calibration(args: argparse.Namespace) -> dict[str, Any]:
     own = ("calib", "text_field", "bos", "samples", "seqlen", "seed", "expert_stats", "expert_tokens")
-    return {k: getattr(args, k) for k in (*own, "restart", "backend")}
+    return {k: getattr(args, k) for k in (*own, "restart", "backend", "allow_zeros")}
 
 
 def _print_json(value: object) -> None:
-    _say(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    _say(text if speaks_unicode(text) else json.dumps(value, indent=2))
 
 
 def _prune(args: argparse.Namespace) -> int:
@@ -143,7 +161,7 @@ def _prune(args: argparse.Namespace) -> int:
     )
     with show_progress("prune", args.quiet) as progress:
         result = prune(
-            args.model, args.out, **{k: getattr(args, k) for k in own},
+            args.model, args.out, follow_links=args.follow_links, **{k: getattr(args, k) for k in own},
             **_calibration(args), **_resources(args), progress=progress,
         )  # fmt: skip
     if args.json:
@@ -155,7 +173,8 @@ def _prune(args: argparse.Namespace) -> int:
         share = f"{result.recipe}, {100 * (result.sparsity or 0):.2f} % of the weights in pruned linears"
         if result.status == "done":
             share += f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
-        _say(f"{result.out}: {result.status} ({share})")
+        _sum_up(f"{result.out}: {result.status} ({share})")
+    _tell_notes(args, result.notes)
     return 0
 
 
@@ -175,7 +194,8 @@ def _calibrate(args: argparse.Namespace) -> int:
         cost = (
             f" ({result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)})" if result.status == "done" else ""
         )
-        _say(f"{result.out}: {result.status}{cost}")
+        _sum_up(f"{result.out}: {result.status}{cost}")
+    _tell_notes(args, result.notes)
     return 0
 
 
@@ -213,7 +233,7 @@ def _inspect(args: argparse.Namespace) -> int:
     elif not args.quiet:
         _say(inspection_table(found))
     for failure in found.failures[:10]:
-        print(f"streamprune: {failure}", file=sys.stderr)
+        aside(f"streamprune: {failure}")
     return 0 if found.ok is not False else 2
 
 
@@ -222,13 +242,14 @@ def _plan(args: argparse.Namespace) -> int:
     from streamprune.spec import parse_bytes
     from streamprune.tables import plan_table
 
-    found = plan(
-        args.model, method=args.method, refit=args.refit, quantize=args.quantize, only=args.only,
-        skip=args.skip, samples=args.samples, seqlen=args.seqlen, bos=args.bos, with_stats=args.stats is not None,
-        propagate=args.propagate, device=args.device, dtype=args.dtype,
-        max_vram=parse_bytes(args.max_vram) if args.max_vram else None,
-        trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
+    with stdout_kept_clean():
+        found = plan(
+            args.model, method=args.method, refit=args.refit, quantize=args.quantize, only=args.only,
+            skip=args.skip, samples=args.samples, seqlen=args.seqlen, bos=args.bos, with_stats=args.stats is not None,
+            propagate=args.propagate, device=args.device, dtype=args.dtype,
+            max_vram=parse_bytes(args.max_vram) if args.max_vram else None,
+            trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
     if args.json:
         _print_json(found.to_json())
     elif not args.quiet:
@@ -241,7 +262,10 @@ def _pack(args: argparse.Namespace) -> int:
     from streamprune.progress import show_progress
 
     with show_progress("pack", args.quiet) as progress:
-        result = pack(args.model, args.out, layout=args.layout, restart=args.restart, progress=progress)
+        result = pack(
+            args.model, args.out, layout=args.layout, follow_links=args.follow_links, restart=args.restart,
+            progress=progress,
+        )  # fmt: skip
     return _print_packed(args, result)
 
 
@@ -267,9 +291,10 @@ def _print_packed(args: argparse.Namespace, result: PackResult) -> int:
         share = 100 * result.bytes_after / result.bytes_before
         sizes = f"{format_bytes(result.bytes_before)} to {format_bytes(result.bytes_after)}, {share:.2f} %"
         cost = f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
-        _say(f"{result.out}: {result.status} ({result.layout}, {sizes}{cost if result.status == 'done' else ''})")
+        _sum_up(f"{result.out}: {result.status} ({result.layout}, {sizes}{cost if result.status == 'done' else ''})")
         if result.left_out:
-            _say(f"not packed, for no loader of the model reads them: {', '.join(result.left_out)}")
+            _sum_up(f"not packed, for no loader of the model reads them: {', '.join(result.left_out)}")
+    _tell_notes(args, result.notes)
     return 0
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
+from streamprune.disk.claims import check_claims
 from streamprune.disk.float_quantized import read_scheme
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.scratch import ScratchTokens
@@ -85,6 +86,7 @@ def open_reference(reference: str | Path, seqlen: int) -> Checkpoint:
     """The checkpoint to compare with. Raises as for a model, and UsageError when its context is below `seqlen`."""
     checkpoint = open_checkpoint(resolve_model(str(reference)))
     read_scheme(checkpoint)
+    check_claims(checkpoint)
     try:
         check_seqlen(seqlen, checkpoint.config)
     except UsageError as e:

@@ -23,13 +23,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from streamprune import interrupts
 from streamprune.comparison import Divergence, Subject, check_reference, compare_heads, lay_out_two, open_reference
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
+from streamprune.disk.claims import check_claims
 from streamprune.disk.float_quantized import read_scheme
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.lock import Lock
 from streamprune.disk.mapping import ShardMaps
+from streamprune.disk.places import cache_folder
 from streamprune.disk.scratch import ScratchTokens
 from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
 from streamprune.evaluation_pass import Run, disk_bytes
@@ -94,6 +97,7 @@ def evaluate(
     begun = time.perf_counter()
     checkpoint = open_checkpoint(resolve_model(str(model)))
     read_scheme(checkpoint)
+    check_claims(checkpoint)
     named, length = Text(Path(text), text_field, "--text"), seqlen or default_seqlen(checkpoint.config)
     named.files()
     check_bos(bos)
@@ -107,7 +111,8 @@ def evaluate(
     vocabulary = subjects[-1].skeleton.vocab_size
     source = Source(named, checkpoint.path, checkpoint.config, vocabulary, bos, trust_remote_code)
     with (
-        _scratch(Path(work) if work is not None else _default_work()) as folder,
+        interrupts.work(),
+        _scratch(Path(work) if work is not None else cache_folder()) as folder,
         ScratchTokens(folder) as ids,
         ExitStack() as stack,
         out_of_memory_named(target),
@@ -181,6 +186,7 @@ def _stream(runs: list[Run], batches: Sequence[Tensor], progress: ProgressCallba
     """All layers, one model after the other, then the heads; returns the nats of each window, (windows,) float64."""
     steps = [(run, stage) for run in runs for stage in run.stages[:-1]]
     for done, (run, stage) in enumerate(steps, 1):
+        interrupts.check()
         at = time.perf_counter()
         run.do(stage, batches, last=run is runs[-1])
         if stage is run.stages[-2] and len(runs) > 1:
@@ -234,10 +240,6 @@ def _check_disk(folder: Path, need: int) -> None:
             f"{folder.parent} has {format_bytes(free)} free, evaluation needs {format_bytes(need)} for activations; "
             "free some or name another folder with --work"
         )
-
-
-def _default_work() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamprune"
 
 
 @contextmanager

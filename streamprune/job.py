@@ -15,13 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamprune import interrupts
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
+from streamprune.disk.claims import check_claims
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.lock import Lock
 from streamprune.disk.packed import is_packed
 from streamprune.disk.state import (
     check_out,
+    differences_of,
     file_digest,
     find_finished,
     find_unfinished,
@@ -33,6 +36,7 @@ from streamprune.disk.state import (
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
 from streamprune.memory import peak_resident_bytes
 from streamprune.pruning.recipes import ALLOCATIONS, check_damping, check_fp8, check_propagate, make_recipe
+from streamprune.report import notes_of
 from streamprune.spec import Calibration, JobSpec, ProgressCallback, no_progress
 
 if TYPE_CHECKING:
@@ -58,6 +62,8 @@ class JobResult:
     seconds: float
     peak_rss_bytes: int
     report: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    """What is to be told of it, each a sentence: what was left behind, fallbacks."""
 
 
 def prune(
@@ -72,7 +78,8 @@ def prune(
     only: str | None = None, skip: str | None = None, propagate: str | None = None,
     device: str = "auto", dtype: str = "auto", backend: str = "auto",
     max_ram: int | None = None, max_vram: int | None = None, work: str | Path | None = None,
-    restart: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
+    follow_links: bool = False, allow_zeros: bool = False, restart: bool = False, trust_remote_code: bool = False,
+    progress: ProgressCallback = no_progress,
 ) -> JobResult:  # fmt: skip
     """Prunes the checkpoint `model` (a folder or a hub name) into the folder `out`.
 
@@ -90,8 +97,9 @@ def prune(
     tokenizer adds one by itself, "always", "never"). Tokens count for an expert as the routing weights them, or
     with `expert_stats` = "routed" all alike; one that sees fewer than `expert_tokens` goes by what all see. `backend`
     chooses the kernels that prune: Numba on the CPU, Torch elsewhere, unless it says "numba" or "torch". `max_ram` and
-    `max_vram` (of a GPU) are in bytes. Running the same job again resumes it, or finds it done. Raises the errors of
-    streamprune.errors.
+    `max_vram` (of a GPU) are in bytes. `follow_links` carries side files that are links out of the checkpoint;
+    `allow_zeros` prunes linears that hold nothing but zeros, too (model/zeros.py).
+    Running the same job again resumes it, or finds it done. Raises the errors of streamprune.errors.
     """
     recipe = make_recipe(method, score, selector, refit, quantize)
     scale, rounding = check_fp8(recipe, fp8_scale, fp8_rounding)
@@ -112,7 +120,7 @@ def prune(
     if stats is not None and (expert_stats, expert_tokens) != (JobSpec.expert_stats, JobSpec.expert_tokens):
         raise UsageError("--stats were gathered already: leave out --expert-stats and --expert-tokens")
     _check_choices(backend, expert_stats, expert_tokens)
-    checkpoint = _open_model(model)
+    checkpoint = _open_model(model, follow_links)
     needs_pass = stats is None and (
         recipe.needs_statistics or recipe.needs_gram or save_stats is not None or propagation == "pruned"
         or allocate != "uniform"
@@ -129,6 +137,7 @@ def prune(
         source=checkpoint.path, out=Path(out), stats_path=known,
         max_ram=max_ram, max_vram=max_vram, save_stats=Path(save_stats) if save_stats is not None else None,
         work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
+        content=checkpoint.content, allow_zeros=allow_zeros,
     )  # fmt: skip
     return _carry_out(spec, checkpoint, progress)
 
@@ -139,7 +148,8 @@ def calibrate(
     text_field: str = "text", bos: str = "auto", expert_stats: str = "weighted", expert_tokens: int = 64,
     device: str = "auto", dtype: str = "auto", backend: str = "auto",
     max_ram: int | None = None, max_vram: int | None = None, work: str | Path | None = None,
-    restart: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
+    allow_zeros: bool = False, restart: bool = False, trust_remote_code: bool = False,
+    progress: ProgressCallback = no_progress,
 ) -> JobResult:  # fmt: skip
     """Gathers the statistics of every linear's input into the file `out`, for `prune(..., stats=out)`.
 
@@ -154,7 +164,7 @@ def calibrate(
         stats=None, device=device, dtype=dtype, backend=backend, damping=None,
         expert_stats=expert_stats, expert_tokens=expert_tokens, source=checkpoint.path, out=Path(out),
         max_ram=max_ram, max_vram=max_vram, work=Path(work) if work is not None else None,
-        restart=restart, trust_remote_code=trust_remote_code,
+        restart=restart, trust_remote_code=trust_remote_code, content=checkpoint.content, allow_zeros=allow_zeros,
     )  # fmt: skip
     return _carry_out(spec, checkpoint, progress)
 
@@ -168,9 +178,10 @@ def _check_choices(backend: str, expert_stats: str, expert_tokens: int) -> None:
         raise UsageError(f"--backend {backend}: choose auto, numba (CPU) or torch (any device)")
 
 
-def _open_model(model: str | Path) -> Checkpoint:
-    checkpoint = open_checkpoint(resolve_model(str(model)))
+def _open_model(model: str | Path, follow_links: bool = False) -> Checkpoint:
+    checkpoint = open_checkpoint(resolve_model(str(model)), follow_links=follow_links)
     refuse_quantised(checkpoint)
+    check_claims(checkpoint)
     if is_packed(checkpoint):
         raise UnsupportedError(f"{checkpoint.path}: the weights are packed; make them plain with `unpack`")
     return checkpoint
@@ -235,7 +246,8 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
             before = _carry_out(replace(_calibration_for(spec), out=spec.stats_path), checkpoint, progress).seconds
         from streamprune.job_run import Run
 
-        with Run(spec, checkpoint, unfinished, progress) as run:
+        prepared = Run(spec, checkpoint, unfinished, progress)
+        with interrupts.work(), prepared as run:
             run.spent = before
             report = _discard_on_bad_input(run, lambda: run.work(time.perf_counter() - begun))
         _drop_own_statistics(spec)
@@ -273,12 +285,12 @@ def _find_statistics(spec: JobSpec) -> dict[str, Any] | None:
     from streamprune.model.statistics_header import StatisticsHeader
 
     try:
-        there = StatisticsHeader(spec.out).calibration.get("job")
+        there = StatisticsHeader(spec.out).calibration
     except (UsageError, CorruptStateError) as e:
         raise StateError(f"{spec.out} exists and is not a statistics file; choose another name or move it away") from e
-    if there is None:
+    if there.get("job") is None:
         raise StateError(f"{spec.out} was made by prune --save-stats; choose another name or remove it")
-    if differences := spec.differences(there):
+    if differences := differences_of(spec, there):
         raise StateError(f"{spec.out} holds statistics of another job: {differences}; choose another name or remove it")
     return {"recipe": None, "sparsity": None, "seconds": 0.0, "peak_rss_bytes": 0}
 
@@ -322,4 +334,5 @@ def _result(spec: JobSpec, report: Mapping[str, Any], status: str) -> JobResult:
     name, sparsity, seconds, peak = report_fields(
         spec.out, report, recipe=(str, nothing), sparsity=(*number, nothing), seconds=number, peak_rss_bytes=int
     )
-    return JobResult(status, spec.out, name, sparsity if spec.recipe else None, seconds, peak, report)
+    notes = (*spec.notes, *(notes_of(report) if status == "done" else ()))
+    return JobResult(status, spec.out, name, sparsity if spec.recipe else None, seconds, peak, report, notes)

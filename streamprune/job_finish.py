@@ -44,7 +44,7 @@ def save_statistics(
         parts.append(state.layer_stats(stage.index))
         if not parts[-1].is_file() or file_digest(parts[-1]) != record["statistics"]:
             raise CorruptStateError(f"{parts[-1]} is damaged; start again with --restart")
-    job = {"job": spec.fixed()} if spec.verb == "calibrate" else {}
+    job = {"job": spec.fixed(), "content": checkpoint.content()} if spec.verb == "calibrate" else {}
     merge_statistics(path, parts, checkpoint.identity(), {**calibration, **job})
 
 
@@ -53,7 +53,7 @@ def write_files(
 ) -> list[dict[str, Any]]:
     """Writes side files and index; returns name, bytes and hash of every file of the output."""
     files = [dict(r["shard"]) for r in records]
-    for name in checkpoint.side_files():
+    for name in checkpoint.side_files().carried:
         if name == "config.json" and writer.target.quantisation is not None:
             text = configured(checkpoint.config, writer.stays())
             size, digest = len(text), durable.replace_file(state.partial / name, text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
+import io
 import shutil
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import replace
@@ -33,7 +35,8 @@ from streamprune.pruning.selection import Amount, parse_pattern
 from streamprune.quantising import Quantisation, check_codable
 from streamprune.refitting import Refit, needs_of
 from streamprune.spec import Calibration, JobSpec, compile_filter, format_bytes
-from streamprune.stage_writer import StageWriter, Target
+from streamprune.stage_writer import StageWriter
+from streamprune.target import Target
 
 SLACK_BYTES = 64 << 20
 """Disk for everything besides weights and activations."""
@@ -61,7 +64,7 @@ def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> 
     if quantisation is not None:
         check_codable(chosen, skeleton)
     check_widths(amount.pattern, chosen, skeleton)
-    return StageWriter(skeleton, feed, target, frozenset(chosen))
+    return StageWriter(skeleton, feed, target, frozenset(chosen), allow_zeros=spec.allow_zeros)
 
 
 def propagated(propagate: str, skeleton: Skeleton) -> str:
@@ -222,6 +225,15 @@ def kept_windows(spec: JobSpec, kept: Path, digest: str) -> Tokens | None:
     if tokens_digest(windows) != digest:
         raise CorruptStateError(f"{kept} is damaged; start again with --restart")
     return windows
+
+
+def begin(state: JobState, job: Mapping[str, Any], windows: Tokens | None) -> None:
+    """Writes down that a job has begun, and keeps its calibration windows."""
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    tokens = io.BytesIO()
+    if windows is not None:
+        np.save(tokens, windows, allow_pickle=False)
+    state.create({**job, "started": started}, tokens.getbuffer() if windows is not None else None)
 
 
 def check_disk(state: JobState, output: int, cache: int) -> None:

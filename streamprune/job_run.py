@@ -19,16 +19,13 @@ run goes on from the last that is, and runs the layers since then once more, for
 
 from __future__ import annotations
 
-import datetime
-import io
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
+from streamprune import interrupts
 from streamprune.allocating import share_out
 from streamprune.disk import durable, journal
 from streamprune.disk.behind import Behind
@@ -42,6 +39,7 @@ from streamprune.job_finish import calibration_of, save_statistics, write_files
 from streamprune.job_paired import PairedPass
 from streamprune.job_pass import Pass
 from streamprune.job_prepare import (
+    begin,
     check_disk,
     clear_rubbish,
     kept_windows,
@@ -66,8 +64,9 @@ from streamprune.model.passes import out_of_memory_named
 from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
 from streamprune.model.statistics import write_statistics
 from streamprune.model.walk import Walk
+from streamprune.model.zeros import refuse_empty
 from streamprune.pruning.stats import InputStats
-from streamprune.report import build_report
+from streamprune.report import build_report, source_of
 from streamprune.spec import JobSpec, Progress, ProgressCallback
 
 
@@ -84,6 +83,7 @@ class Run:
         self.spec, self.checkpoint, self.progress = spec, checkpoint, progress
         self.state = unfinished[0] if unfinished else new_state(spec)
         self.begun = unfinished is not None
+        self.content = str((unfinished and unfinished[1].get("content")) or checkpoint.content())
         resolved: dict[str, Any] = unfinished[1]["resolved"] if unfinished else {}
         self.maps = ShardMaps(checkpoint)
         self.device = resolve_device(resolved.get("device", spec.device))
@@ -157,6 +157,8 @@ class Run:
         self.startup, begun = startup, time.perf_counter()
         self._check_disk()
         if not self.begun:
+            if not self.spec.allow_zeros:
+                refuse_empty(self.maps, [ref for stage in self.skeleton.stages for ref in stage.linears.values()])
             self._create()
         clear_rubbish(self.state, self._newest_cache(), self.records)
         stages = self.skeleton.stages
@@ -170,6 +172,7 @@ class Run:
         try:
             with out_of_memory_named(self.device), Behind[Callable[[], None]](lambda work: work(), 1) as commits:
                 for position in range(done, len(stages)):
+                    interrupts.check()
                     self._stage(position, stages, commits)
         finally:
             for file in self._uncommitted:
@@ -190,13 +193,8 @@ class Run:
 
     def _create(self) -> None:
         self.begun = True
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        tokens = None
-        if self.forward is not None:
-            buffer = io.BytesIO()
-            np.save(buffer, self.forward.windows, allow_pickle=False)
-            tokens = buffer.getbuffer()
-        self.state.create({"job": self.spec.fixed(), "resolved": self.resolved, "started": started}, tokens)
+        windows = self.forward.windows if self.forward is not None else None
+        begin(self.state, {"job": self.spec.fixed(), "content": self.content, "resolved": self.resolved}, windows)
 
     def _newest_cache(self) -> int:
         """The number of the last cache that is durable, -1 if there is none: record n is of the stage that makes it."""
@@ -327,6 +325,7 @@ class Run:
         files = [] if self.writer is None else write_files(self.state, self.checkpoint, self.writer, self.records)
         report = build_report(
             self.spec, self.resolved, calibration, self.records, files,
+            source_of(self.checkpoint, self.content, self.writer is not None),
             seconds=self.spent + sum(r["seconds"] for r in self.records) + time.perf_counter() - since,
             startup=self.startup,
             peak=max(peak_resident_bytes(), *(r["peak"] for r in self.records)),

@@ -19,6 +19,7 @@ import torch
 
 from streamprune.choosing import selected_linears
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
+from streamprune.disk.claims import check_claims
 from streamprune.disk.hub import resolve_model
 from streamprune.errors import UsageError
 from streamprune.job_prepare import SLACK_BYTES, beside_grams, models_at_once, propagated, scratch_bytes
@@ -122,6 +123,7 @@ def plan(
     recipe = _recipe(method, refit, quantize, with_stats)
     checkpoint = open_checkpoint(resolve_model(str(model)))
     refuse_quantised(checkpoint)
+    check_claims(checkpoint)
     length = seqlen if seqlen is not None else default_seqlen(checkpoint.config)
     propagation = check_propagate(recipe, propagate)
     if samples < 1:

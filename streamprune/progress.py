@@ -6,15 +6,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from streamprune.console import aside, stdout_kept_clean
 from streamprune.spec import Progress, ProgressCallback, no_progress
 
 
 @contextmanager
 def show_progress(title: str, quiet: bool) -> Iterator[ProgressCallback]:
-    """A callback that shows steps as they finish."""
+    """A callback that shows steps as they finish. Meanwhile, stdout is kept for the result."""
+    with stdout_kept_clean(), _shown(title, quiet) as progress:
+        yield progress
+
+
+@contextmanager
+def _shown(title: str, quiet: bool) -> Iterator[ProgressCallback]:
     if quiet:
         yield no_progress
-    elif sys.stderr.isatty():
+    elif sys.stderr is not None and sys.stderr.isatty():
         from tqdm import tqdm
 
         with tqdm(desc=title, unit="stage", dynamic_ncols=True, leave=False) as bar:
@@ -28,10 +35,6 @@ def show_progress(title: str, quiet: bool) -> Iterator[ProgressCallback]:
     else:
 
         def line(step: Progress) -> None:
-            print(
-                f"{title}: {step.done}/{step.total} {step.name} {step.seconds:.1f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            aside(f"{title}: {step.done}/{step.total} {step.name} {step.seconds:.1f} s")
 
         yield line

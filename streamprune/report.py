@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from streamprune.disk.checkpoint import Checkpoint
 from streamprune.pruning.recipes import RECIPES
 from streamprune.spec import JobSpec
 
@@ -22,7 +23,7 @@ def recipe_name(spec: JobSpec) -> str | None:
 
 def build_report(
     spec: JobSpec, resolved: Mapping[str, Any], calibration: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]], files: Sequence[Mapping[str, Any]], *,
+    records: Sequence[Mapping[str, Any]], files: Sequence[Mapping[str, Any]], source: Mapping[str, Any], *,
     seconds: float, startup: float, peak: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The report of a finished job.
@@ -30,7 +31,8 @@ def build_report(
     `seconds` are those of the work over all runs it took, `startup` those that the last run needed before it could
     begin (imports, skeleton, tokens), `peak` the resident bytes of the highest run. A stage whose Gram matrices had no
     room beside its pass has `gram_passes`, the passes more that they took; `pooled` are linears of experts that saw too
-    few tokens, and went by what all experts of the layer saw.
+    few tokens, and went by what all experts of the layer saw. `source` is what else is said of MODEL: its content
+    (Checkpoint.content), files and tensors that were not carried over.
     """
     reduced = [r["batch"] for r in records if r["batch"]]
     linears = [linear for record in records for linear in record["linears"]]
@@ -44,6 +46,7 @@ def build_report(
         "peak_rss_bytes": peak,
         **({"out_of_memory_batch": min(reduced)} if reduced else {}),
         "job": spec.fixed(),
+        **source,
         "resolved": dict(resolved),
         "calibration": dict(calibration),
         "linears": linears,
@@ -56,3 +59,40 @@ def build_report(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("streamprune", "torch", "transformers", "numba", "numpy", "safetensors")},
     }
+
+
+def source_of(checkpoint: Checkpoint, content: str, carries: bool) -> dict[str, Any]:
+    """What a report says of MODEL: its content, and files (if any are carried) and tensors that were left behind."""
+    behind = checkpoint.side_files().left_behind if carries else ()
+    return (
+        {"content": content}
+        | ({"left_behind": list(behind)} if behind else {})
+        | ({"beside_index": list(checkpoint.beside)} if checkpoint.beside else {})
+    )
+
+
+def notes_of(report: Mapping[str, Any]) -> list[str]:
+    """What a user must hear of a finished job unasked: fallbacks, and what was left behind; a sentence each."""
+    found = []
+    stages: Sequence[Mapping[str, Any]] = report.get("stages", ())
+    if behind := report.get("left_behind"):
+        found.append(f"left behind, as no part of the model: {_some(behind)}")
+    if beside := report.get("beside_index"):
+        found.append(f"left out, as the index does not name them there: {_some(beside)}")
+    if pooled := [name for stage in stages for name in stage.get("pooled", ())]:
+        found.append(f"experts that saw too few tokens went by what all of their layer saw: {_some(pooled)}")
+    if batch := report.get("out_of_memory_batch"):
+        found.append(f"memory ran out on the way; the work was done in batches of {batch}")
+    if passes := sum(stage.get("gram_passes", 0) for stage in stages):
+        found.append(f"Gram matrices had no room beside a pass and took {passes} more; --max-ram decides")
+    linears: Sequence[Mapping[str, Any]] = report.get("linears", ())
+    if rows := sum(linear.get("rows_not_refitted", 0) for linear in linears):
+        found.append(f"{rows} rows could not be refitted and kept their values")
+    if other := [linear["name"] for linear in linears if "damping_asked" in linear]:
+        found.append(f"more damping than was asked for was needed: {_some(other)}")
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

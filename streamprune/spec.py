@@ -11,6 +11,7 @@ The fixed fields go into `job.json` while the job is unfinished and into `stream
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -100,6 +101,12 @@ class JobSpec:
     expert_tokens: int = 64
     """An expert that sees fewer tokens goes by what all experts of its layer see."""
     restart: bool = field(default=False, metadata=_CHANGEABLE)
+    allow_zeros: bool = field(default=False, metadata=_CHANGEABLE)
+    """Whether linears may hold nothing but zeros (model/zeros.py)."""
+    content: Callable[[], str] | None = field(default=None, metadata=_CHANGEABLE, compare=False)
+    """What tells whether the checkpoint is the same where only times differ (Checkpoint.content)."""
+    notes: list[str] = field(default_factory=list, metadata=_CHANGEABLE, compare=False)
+    """What is to be told of the job when it is done."""
     trust_remote_code: bool = field(default=False, metadata=_CHANGEABLE)
 
     def fixed(self) -> dict[str, Any]:
@@ -134,6 +141,10 @@ class JobSpec:
         """Says in words which fixed fields differ from those of another job; empty when none does."""
         return differences(self.fixed(), recorded)
 
+    def is_touched(self, recorded: Mapping[str, Any], content: object) -> bool:
+        """Whether a recorded job differs in times of the checkpoint's files alone, and its `content` is the same."""
+        return is_touched(self.fixed(), recorded, content, self.content, self.notes)
+
 
 def differences(mine: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
     """Says in words which of a job's fixed fields differ from recorded ones; empty when none does."""
@@ -143,6 +154,23 @@ def differences(mine: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
         for k in keys
         if mine.get(k) != recorded.get(k)
     )
+
+
+def is_touched(
+    mine: Mapping[str, Any], recorded: Mapping[str, Any], content: object, now: Callable[[], str] | None,
+    notes: list[str],
+) -> bool:  # fmt: skip
+    """Whether only the checkpoint's times differ, and its recorded `content` is that of `now`. Adds to `notes`."""
+    if now is None or {k for k in mine.keys() | recorded.keys() if mine.get(k) != recorded.get(k)} != {"model shards"}:
+        return False
+    since = time.perf_counter()
+    if content != now():
+        return False
+    notes.append(
+        "MODEL's shards have other times than when this job began; their headers and 4 KiB of each tensor are the same "
+        f"({time.perf_counter() - since:.1f} s to look), so they count as the same model"
+    )
+    return True
 
 
 def _show(value: object) -> str:

@@ -7,7 +7,7 @@ Every weight that passes is looked at: NaN and Inf are found here, with their pl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,50 +28,16 @@ from streamprune.model.grams import LayerGrams
 from streamprune.model.lane import Lane, is_out_of_memory
 from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
+from streamprune.model.zeros import refuse_zeros
 from streamprune.pruning.fp8 import dequantise
 from streamprune.pruning.methods import Sample
-from streamprune.pruning.recipes import Recipe
-from streamprune.pruning.scores import SCORES
-from streamprune.pruning.selection import Amount, prune_count, select
+from streamprune.pruning.selection import Amount, prune_count
 from streamprune.pruning.stats import InputStats
-from streamprune.quantising import LinearCodes, Quantisation, coded
+from streamprune.quantising import LinearCodes, coded
 from streamprune.refitting import LayerRefit, Refit, chunk_rows, sampled
+from streamprune.target import Features, Target
 
 CHUNK_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Target:
-    """How much to prune, and how."""
-
-    recipe: Recipe
-    amount: Amount
-    backend: str | None = None
-    """Which kernels: "numba", "torch", or by device."""
-    damping: str = "auto"
-    """Of a refit, see refitting.Refit."""
-    quantisation: Quantisation | None = None
-    shares: Mapping[str, float] = field(default_factory=dict)
-    """Linears that prune another share of their weights than `amount` says."""
-
-    def of(self, name: str) -> Amount:
-        """How much of a linear is pruned."""
-        return Amount(self.shares[name]) if name in self.shares else self.amount
-
-    def select(self, name: str, weight: Tensor, feature: Tensor, power: int) -> Selection:
-        """Prunes rows (n, in) of a linear; see selection.select."""
-        return select(
-            weight, feature, power, selector=self.recipe.selector, backend=self.backend, **self.of(name)._asdict()
-        )  # fmt: skip
-
-    def keep(self, name: str, weight: Tensor, feature: Tensor, power: int, share: float) -> Tensor:
-        """What of rows (n, in) of a linear stays when `share` of the final amount is reached: (n, in) bool."""
-        keep = select(
-            weight, feature, power, selector=self.recipe.selector, backend=self.backend, want_keep=True,
-            **self.of(name).at(share)._asdict(),
-        ).keep  # fmt: skip
-        assert keep is not None
-        return keep
 
 
 @dataclass
@@ -84,6 +50,8 @@ class StageWriter:
     selected: frozenset[str]
     """Module paths of the linears to prune."""
     linears: list[dict[str, Any]] = field(default_factory=list)
+    allow_zeros: bool = False
+    """Whether linears may hold nothing but zeros (model/zeros.py)."""
 
     def __post_init__(self) -> None:
         self._lane = Lane(self.feed.device)
@@ -92,6 +60,7 @@ class StageWriter:
         self._following: dict[TensorRef, TensorRef] = {}
         """Of experts' linears, which are too many to be brought together, the next one."""
         self._stored: dict[str, TensorRef] = {}
+        self._holds_linears: set[str] = set()
         self._made: dict[str, ScratchMatrix] = {}
         """Tensors that were refitted ahead of their place in the shard."""
 
@@ -133,10 +102,11 @@ class StageWriter:
         """
         self.linears = []
         parts = self._parts(stage)
-        self._features = _Features(self.target, stats, self.feed.device)
+        self._features = Features(self.target, stats, self.feed.device)
         self._refit = self._layer_refit(grams) if grams is not None else None
         known = {ref.name for ref in self.skeleton.sources.values()}
         stored = self._stored = {ref.name: ref for ref in stage.tensors}
+        self._holds_linears = {ref.name for ref in stage.linears.values()}
         self._scales = {}
         apart = [stage.linears[name] for name in self.in_order(stage) if name in stage.expert_of]
         self._following = dict(pairwise(apart))
@@ -188,8 +158,12 @@ class StageWriter:
 
     def _checked(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of a tensor that is not pruned."""
-        for _, rows in finite_rows(self.feed.maps, ref, CHUNK_BYTES, self._stored[ref.name]):
+        chunks = finite_rows(self.feed.maps, ref, CHUNK_BYTES, self._stored[ref.name])
+        for _, rows in self._filled(ref, chunks) if ref.name in self._holds_linears else chunks:
             yield _bytes(rows)
+
+    def _filled(self, ref: TensorRef, chunks: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        return chunks if self.allow_zeros else refuse_zeros(ref, chunks)
 
     def _parts(self, stage: Stage) -> dict[str, list[tuple[str, TensorRef]]]:
         """Tensors of which something is pruned -> the linears that they hold, in the order in which they lie there."""
@@ -233,7 +207,7 @@ class StageWriter:
         codes = self._codes(ref, name)
         chunk = CHUNK_BYTES if outcome is None else chunk_rows(in_features) * in_features * _itemsize(ref)
         removed = total = 0.0
-        for begin, rows in rows_of(self.feed, ref, ref.nbytes if transposed else chunk):
+        for begin, rows in self._filled(ref, rows_of(self.feed, ref, ref.nbytes if transposed else chunk)):
             parts: list[Tensor] = []
             exact = rows.t().contiguous() if transposed else rows
             for result in self._select(name, exact, feature, power):
@@ -281,29 +255,6 @@ class StageWriter:
         torch.cuda.empty_cache()
         for half in torch.split(rows, -(-len(rows) // 2)):
             yield from self._select(name, half, feature, power)
-
-
-class _Features:
-    """What the recipe's score multiplies weights with, computed once for a linear of the stage."""
-
-    def __init__(self, target: Target, stats: Callable[[str, int], InputStats], device: torch.device) -> None:
-        self._target, self._stats, self._device = target, stats, device
-        self._known: dict[str, tuple[Tensor, int]] = {}
-
-    def of(self, name: str, in_features: int) -> tuple[Tensor, int]:
-        """feature (in,) float32 on the device, and the power of |w|."""
-        if name not in self._known:
-            needs = self._target.recipe.needs_statistics
-            given = self._stats(name, in_features) if needs else InputStats.zeros(in_features)
-            feature, power = SCORES[self._target.recipe.score](given)
-            self._known[name] = (feature.to(self._device), power)
-        return self._known[name]
-
-    def power(self, name: str, in_features: int) -> Tensor | None:
-        """E[x_j²] (in,) float32 on the device; None where there are no statistics."""
-        if not self._target.recipe.needs_statistics:
-            return None
-        return self._stats(name, in_features).mean_square.float().to(self._device)
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -14,6 +14,7 @@ import pytest
 from checkpoint_files import DATA, GOOD, JSON, ONE, entry, make, refused, shard_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused as said
 
 from streamprune.disk.checkpoint import open_checkpoint, refuse_quantised
 from streamprune.disk.header import TensorRef
@@ -88,8 +89,8 @@ S = shard_bytes({"a": ONE}, b"x")
         ({"a": "gone.safetensors"}, "gone.safetensors"),
         ({"a": "x" * 300}, "cannot be read"),
         ({"a": "s.safetensors", "b": "s.safetensors"}, "tensor b should be in s.safetensors"),
-        ({"b": "s.safetensors"}, "tensor a of s.safetensors is not in the index"),
-        ({"a": "s.safetensors", "b": "t.safetensors"}, "is in s.safetensors by the index"),
+        ({"b": "s.safetensors"}, "tensor b should be in s.safetensors"),
+        ({"a": "s.safetensors", "b": "t.safetensors"}, "b should be in t.safetensors, which does not hold it"),
     ],
 )
 def test_malformed_index(tmp_path: Path, weight_map: object, needle: str) -> None:
@@ -227,7 +228,7 @@ def hub_snapshot(root: Path) -> Path:
 def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(hub_snapshot(tmp_path))
     assert checkpoint.nbytes == 19
-    assert checkpoint.side_files() == ("config.json", "sub/extra.jinja", "tokenizer.json")
+    assert checkpoint.side_files().carried == ("config.json", "sub/extra.jinja", "tokenizer.json")
     assert checkpoint.identity() == open_checkpoint(tmp_path / "source").identity()
 
 
@@ -324,7 +325,10 @@ def test_side_files(tmp_path: Path) -> None:
     (folder / "linked").symlink_to(tmp_path / "outside")
     (folder / "loop").symlink_to(folder)
     os.mkfifo(folder / "pipe")
-    assert list(open_checkpoint(folder).side_files()) == sorted(keep)
+    found = open_checkpoint(folder).side_files()
+    assert list(found.carried) == sorted(keep)
+    hidden = {".gitattributes", ".cache/huggingface/x", ".git/config", "__pycache__/x.pyc", "streamprune.json"}
+    assert set(found.left_behind) == set(drop) - hidden - {"model.safetensors.index.json"}
 
 
 def test_fingerprint_and_identity(tmp_path: Path) -> None:
@@ -362,3 +366,113 @@ def test_no_heavy_import(tmp_path: Path) -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code, make(tmp_path / "m")], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+# ---- tensors beside the index
+
+
+TWO = shard_bytes({"a": ONE, "b": entry("U8", [1], 1, 2)}, b"xy")
+
+
+def test_the_index_decides(tmp_path: Path) -> None:
+    """Tensors that it does not name are no part of the model, nor are second copies of those that it names."""
+    shards = {"s.safetensors": TWO, "t.safetensors": shard_bytes({"b": ONE, "c": entry("U8", [1], 1, 2)}, b"zw")}
+    folder = make(tmp_path / "m", shards, index={"weight_map": {"a": "s.safetensors", "b": "t.safetensors"}})
+    found = open_checkpoint(folder)
+    assert {name: ref.shard for name, ref in found.tensors.items()} == {"a": "s.safetensors", "b": "t.safetensors"}
+    assert found.beside == ("b in s.safetensors", "c in t.safetensors")
+    assert found.index == "model.safetensors.index.json"
+
+
+def test_an_index_that_names_the_wrong_shard(tmp_path: Path) -> None:
+    """Another download would be the same."""
+    shards = {"s.safetensors": TWO, "t.safetensors": shard_bytes({"c": ONE}, b"z")}
+    weight_map = {"a": "s.safetensors", "b": "t.safetensors", "c": "t.safetensors"}
+    message = refused(make(tmp_path / "m", shards, index={"weight_map": weight_map}), "s.safetensors does")
+    assert "download" not in message
+
+
+def test_metadata_that_is_null(tmp_path: Path) -> None:
+    shard = shard_bytes({"__metadata__": None, **GOOD}, DATA)
+    assert open_checkpoint(make(tmp_path / "m", {"model.safetensors": shard})).tensors.keys() == GOOD.keys()
+
+
+# ---- what stands in place of files
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4000\n"
+PAGE = b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><body>Please log in.</body></html>"
+
+
+@pytest.mark.parametrize(("data", "needle"), [(POINTER, "run `git lfs pull`"), (PAGE, "is a web page")])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
+def test_pointers_and_pages(tmp_path: Path, name: str, data: bytes, needle: str) -> None:
+    folder = make(tmp_path / "m", index={"weight_map": dict.fromkeys(GOOD, "model.safetensors")})
+    (folder / name).write_bytes(data)
+    message = refused(folder, name, needle)
+    assert ("download" in message) == (data == PAGE)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "modeling_x.py", "code/tokenizer.model"])
+def test_pointers_to_side_files(tmp_path: Path, name: str) -> None:
+    folder = make(tmp_path / "m")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(POINTER)
+    said(CheckpointError, open_checkpoint(folder).side_files, name, "git lfs pull")
+
+
+def test_rubbish_is_left_behind(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m")
+    rubbish = [
+        "model-00001-of-00002.safetensors.incomplete", "tokenizer.json.aria2", "config.json.bak", "optimizer.bin",
+        "scheduler.bin", "config.json~", "pytorch_model.bin.index.json", "model.fp16.safetensors.index.json", "x.part",
+    ]  # fmt: skip
+    for name in rubbish:
+        (folder / name).write_text("{}")
+    (folder / "special_tokens_map.json").write_bytes(PAGE)
+    (folder / "picture.png").write_bytes(POINTER)
+    (folder / "page.html").write_bytes(PAGE)
+    for name in ("checkpoint-500/config.json", "checkpoint-500/model.bin", "global_step20/x.txt", "more/x.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    found = open_checkpoint(folder).side_files()
+    assert found.carried == ("config.json", "more/x.txt", "page.html")
+    there = [*rubbish, "special_tokens_map.json", "picture.png", "checkpoint-500/", "global_step20/"]
+    assert list(found.left_behind) == sorted(there)
+
+
+# ---- links
+
+
+def test_links_that_lead_out_are_left_behind(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m")
+    (tmp_path / "secret.txt").write_text("x")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "inside.txt").write_text("x")
+    (folder / "again.txt").symlink_to("inside.txt")
+    found = open_checkpoint(folder).side_files()
+    assert (found.carried, found.left_behind) == (("again.txt", "config.json", "inside.txt"), ("notes.txt",))
+    assert "notes.txt" in open_checkpoint(folder, follow_links=True).side_files().carried
+
+
+def test_a_folder_of_links(tmp_path: Path) -> None:
+    """A snapshot in the hub's cache links to its blobs, and people link a model's files into a folder of their own."""
+    blobs = tmp_path / "blobs"
+    real = make(blobs)
+    (real / "abc").write_text("{}")
+    snapshot = tmp_path / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    for name, blob in (("config.json", "config.json"), ("model.safetensors", "model.safetensors"), ("LICENSE", "abc")):
+        (snapshot / name).symlink_to(Path("..", "..", "blobs", blob))
+    assert open_checkpoint(snapshot).side_files().carried == ("LICENSE", "config.json")
+
+
+def test_content_goes_by_more_than_time(tmp_path: Path) -> None:
+    first = open_checkpoint(make(tmp_path / "m"))
+    os.utime(first.path / "model.safetensors", ns=(1, 1))
+    touched = open_checkpoint(first.path)
+    assert first.fingerprint() != touched.fingerprint() and first.content() == touched.content()
+    for at in range(19):  # any tensor
+        data = bytearray(DATA)
+        data[at] ^= 1
+        other = open_checkpoint(make(tmp_path / "n", {"model.safetensors": shard_bytes(GOOD, bytes(data))}))
+        assert other.content() != first.content()

@@ -500,7 +500,7 @@ def test_weights_that_found_no_room_are_sent_again(models: Models, monkeypatch: 
 def test_pruning_in_halves_where_temporaries_do_not_fit(
     models: Models, text: Path, tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamprune.stage_writer import Target
+    from streamprune.target import Target
 
     use(2, True)
     job(models, text, "llama", tmp_path / "whole")

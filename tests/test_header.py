@@ -43,7 +43,6 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "no tensors": (shard_bytes({}), "holds no tensors"),
     "metadata only": (shard_bytes({"__metadata__": {"format": "pt"}}), "holds no tensors"),
     "metadata a list": (shard_bytes({"__metadata__": [], "a": ONE}, b"x"), "__metadata__"),
-    "metadata null": (shard_bytes({"__metadata__": None, "a": ONE}, b"x"), "__metadata__"),
     "metadata numbers": (shard_bytes({"__metadata__": {"k": 1}, "a": ONE}, b"x"), "__metadata__"),
     "twice the name": (
         shard_bytes(b'{"a":%s,"a":%s}' % ((json.dumps(ONE).encode(),) * 2), b"x"),

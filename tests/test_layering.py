@@ -18,7 +18,7 @@ FILES = {
 # From the bottom up; a module may import what stands above it in this table, and its own folder's modules as
 # far as no circle arises. A name is a module, or a folder for those of its modules that are not named.
 ORDER: list[set[str]] = [
-    {"errors"},
+    {"errors", "interrupts", "console"},
     {"memory"},
     {"pruning.recipes", "pruning.patterns"},
     {"spec"},
@@ -27,6 +27,7 @@ ORDER: list[set[str]] = [
     {"pruning"},
     {"model"},
     {"choosing", "refitting", "quantising"},
+    {"target"},
     {"stage_writer", "report"},
     {"allocating", "job_prepare", "job_pass", "job_paired", "job_finish", "comparison", "evaluation_pass"},
     {"job_run", "job", "evaluation", "planning", "inspection", "packing"},
@@ -45,6 +46,7 @@ WITHIN_A_LEVEL = {
     ("cli", "tables"),
 }
 NO_TORCH = ["errors", "memory", "pruning.recipes", "spec", "job", "cli", "__main__", "progress", "report"]
+NO_TORCH += ["interrupts", "console"]
 NO_TORCH += ["disk.durable", "disk.header", "disk.checkpoint", "disk.hub", "disk.journal", "disk.state", "disk.shards"]
 NO_TORCH += ["disk.lock", "model.texts", "disk.direct", "disk.linears", "disk.packed", "packing", "packing.files"]
 

@@ -7,33 +7,19 @@ numpy, so that a run which finds its work done ends at once.
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from streamprune.disk.folder import SideFiles, choose_weights, find_side_files, is_tokenizers, list_folder
 from streamprune.disk.header import TensorRef, open_file, parse_object, read_bytes, read_shard, show
 from streamprune.errors import CheckpointError, UnsupportedError
 
-_INDEX_SUFFIX = ".safetensors.index.json"
 _SAMPLES_PER_SHARD, _SAMPLE_BYTES = 16, 4096
-
-WEIGHT_PATTERNS = (
-    "*.safetensors", f"*{_INDEX_SUFFIX}", "*pytorch_model*.bin", "model*.bin", "adapter_model*.bin",
-    "openvino_model*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.h5.index.json",
-    "*.msgpack", "*.msgpack.index.json", "*.gguf", "*.onnx", "*.onnx_data*", "*.tflite", "*.ot", "*.mlmodel",
-    "consolidated.*", "consolidated-*",
-)  # fmt: skip
-_TOKENIZER_PATTERNS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-    "*.tiktoken", "chat_template*", "tokenization_*.py",
-)  # fmt: skip
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -51,22 +37,22 @@ class Checkpoint:
     index_metadata: Mapping[str, Any]
     shard_headers: Mapping[str, str]
     shard_stats: Mapping[str, tuple[int, int]]
+    index: str | None = None
+    """The index that says which shard holds what, if there is one."""
+    beside: tuple[str, ...] = ()
+    """Tensors of the shards that the index does not name there, as "NAME in SHARD"; they are no part of the model."""
+    follow_links: bool = False
+    """Whether side files are carried that are links to places outside the checkpoint."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, headers not counted."""
         return sum(ref.nbytes for ref in self.tensors.values())
 
-    def side_files(self) -> tuple[str, ...]:
-        """Everything to carry over beside the weights, as sorted relative POSIX paths.
-
-        Left out: weights of any format (WEIGHT_PATTERNS), hidden files and folders, `streamprune.json`, and
-        what is no regular file. Links to files are followed (the hub cache needs it), linked folders are not.
-
-        Raises:
-            CheckpointError: a link leads nowhere, or a folder cannot be read.
-        """
-        return tuple(sorted(_walk(self.path, "")))
+    def side_files(self) -> SideFiles:
+        """What is carried over beside the weights, and what is left behind; see disk/folder.py, and what it raises."""
+        weights = {*self.shards, self.index} if self.index else {*self.shards}
+        return find_side_files(self.path, weights, self.follow_links)
 
     def fingerprint(self) -> dict[str, str]:
         """Hashes that tell whether a resumed job reads the same files, by their mtime too.
@@ -79,12 +65,29 @@ class Checkpoint:
         shards = xxhash.xxh3_128()
         for shard in self.shards:
             shards.update(json.dumps([shard, *self.shard_stats[shard], self.shard_headers[shard]]).encode())
-        names = [n for n in self.side_files() if any(fnmatch.fnmatchcase(n, p) for p in _TOKENIZER_PATTERNS)]
+        names = [name for name in self.side_files().carried if is_tokenizers(name)]
         return {
             "config": _hash_files(self.path, ["config.json"]),
             "tokenizer": _hash_files(self.path, names),
             "shards": shards.hexdigest(),
         }
+
+    def content(self) -> str:
+        """A hash of headers and 4 KiB from the middle of each tensor: whether files of another mtime are the same.
+
+        What is trained or converted changes a tensor nearly everywhere, and each tensor is looked at. Raises
+        CheckpointError for a file that cannot be read any more.
+        """
+        digest = xxhash.xxh3_128()
+        for shard in self.shards:
+            digest.update(json.dumps([shard, self.shard_stats[shard][0], self.shard_headers[shard]]).encode())
+        for shard in self.shards:
+            with open_file(self.path / shard) as f:
+                for ref in self.tensors.values():
+                    if ref.shard == shard:
+                        f.seek(ref.begin + max(0, ref.nbytes - _SAMPLE_BYTES) // 2)
+                        digest.update(read_bytes(f, self.path / shard, min(_SAMPLE_BYTES, ref.nbytes)))
+        return digest.hexdigest()
 
     def identity(self) -> dict[str, str]:
         """Hashes that tell whether a model copied elsewhere is the same model.
@@ -111,7 +114,7 @@ class Checkpoint:
         }
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, follow_links: bool = False) -> Checkpoint:
     """Read and check the headers of the checkpoint in folder `path`.
 
     Raises:
@@ -119,8 +122,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UnsupportedError: the folder holds weights of another format only.
     """
     path = Path(path)
-    names = _list_folder(path)
-    index, single = _choose_weights(path, names)
+    names = list_folder(path)
+    index, single = choose_weights(path, names)
     config = _read_json_object(path / "config.json")
     weight_map: dict[str, str] | None = None
     metadata: Mapping[str, Any] = {}
@@ -132,23 +135,26 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors: dict[str, TensorRef] = {}
     headers: dict[str, str] = {}
     stats: dict[str, tuple[int, int]] = {}
+    beside: list[str] = []
     for shard in shards:
         found = read_shard(path / shard)
         headers[shard], stats[shard] = found.header, (found.size, found.mtime_ns)
         for ref in found.refs:
-            if weight_map is not None:
-                _check_indexed(path / str(index), weight_map, ref)
-            tensors[ref.name] = ref
-    if weight_map is not None:
-        for name, shard in weight_map.items():
-            if name not in tensors:
-                raise CheckpointError(
-                    f"{path / str(index)}: tensor {show(name)} should be in {shard}, which does not hold it; "
-                    "download the checkpoint again"
-                )
+            if weight_map is None or weight_map.get(ref.name) == shard:
+                tensors[ref.name] = ref
+            else:
+                beside.append(f"{show(ref.name)} in {shard}")
+    for name, shard in (weight_map or {}).items():
+        if name not in tensors:
+            elsewhere = next((b.rpartition(" in ")[2] for b in beside if b.rpartition(" in ")[0] == show(name)), None)
+            mend = f"{elsewhere} does: mend the index" if elsewhere else "download the checkpoint again"
+            raise CheckpointError(
+                f"{path / str(index)}: tensor {show(name)} should be in {shard}, which does not hold it; {mend}"
+            )
     if not tensors:
         raise CheckpointError(f"{path / shards[0]}: holds no tensors; is this the right checkpoint?")
-    return Checkpoint(path, tensors, shards, config, metadata, headers, stats)
+    used = index if weight_map is not None else None
+    return Checkpoint(path, tensors, shards, config, metadata, headers, stats, used, tuple(beside), follow_links)
 
 
 def open_shard(path: Path) -> Checkpoint:
@@ -202,77 +208,6 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
     )
 
 
-# ---- choosing files
-
-
-def _list_folder(path: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(path))  # noqa: PTH208 (names, not paths)
-    except FileNotFoundError:
-        raise CheckpointError(f"no such folder: {path}; pass a folder with safetensors weights") from None
-    except NotADirectoryError:
-        raise CheckpointError(f"{path} is not a folder; pass the folder that holds the checkpoint") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _choose_weights(path: Path, names: Sequence[str]) -> tuple[str | None, str | None]:
-    """The (index file, single file) to use: one of them, or both when it takes the index to decide."""
-    single = [n for n in names if n.endswith(".safetensors") and not n.startswith(".")]
-    indexes = [n for n in names if n.endswith(_INDEX_SUFFIX) and not n.startswith(".")]
-    main = "model.safetensors" if "model.safetensors" in single else None
-    if f"model{_INDEX_SUFFIX}" in indexes:
-        return f"model{_INDEX_SUFFIX}", main
-    if main:
-        return None, main
-    if len(indexes) == 1:
-        return indexes[0], None
-    if not indexes and len(single) == 1 and not single[0].startswith("adapter_"):
-        return None, single[0]
-    if indexes or (single and not single[0].startswith("adapter_")):
-        found = ", ".join(show(n) for n in (indexes or single)[:4])
-        raise CheckpointError(
-            f"{path}: several weights files ({found}, ...) and no model{_INDEX_SUFFIX} to choose between "
-            "them; keep one model in the folder, or add its index"
-        )
-    raise _no_weights(path, names)
-
-
-def _no_weights(path: Path, names: Sequence[str]) -> CheckpointError | UnsupportedError:
-    if any(n.endswith(".gguf") for n in names):
-        return UnsupportedError(f"{path}: holds GGUF weights only; pass the original safetensors checkpoint")
-    if "adapter_config.json" in names:
-        return UnsupportedError(f"{path}: holds an adapter only; merge it into its base model and save that")
-    pickled = [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in _PICKLED)]
-    if pickled:
-        return UnsupportedError(
-            f"{path}: holds no safetensors but {show(pickled[0])}; load it with transformers and convert it "
-            "with model.save_pretrained(..., safe_serialization=True)"
-        )
-    return CheckpointError(f"{path}: holds no *.safetensors; pass a folder with safetensors weights")
-
-
-def _walk(root: Path, prefix: str) -> Iterator[str]:
-    try:
-        with os.scandir(root / prefix) as entries:
-            for entry in entries:
-                name = entry.name
-                if name.startswith(".") or any(fnmatch.fnmatchcase(name.lower(), p) for p in WEIGHT_PATTERNS):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    if name != "__pycache__":
-                        yield from _walk(root, f"{prefix}{name}/")
-                elif entry.is_file():
-                    if prefix + name != "streamprune.json":
-                        yield prefix + name
-                elif entry.is_symlink() and not Path(entry.path).exists():
-                    raise CheckpointError(
-                        f"{entry.path}: the link leads nowhere; download the checkpoint again or remove it"
-                    )
-    except OSError as error:
-        raise CheckpointError(f"{root / prefix}: cannot be read: {error.strerror}") from None
-
-
 # ---- configuration and index
 
 
@@ -309,13 +244,3 @@ def _read_index(path: Path) -> tuple[dict[str, str], Mapping[str, Any]]:
                 "shards must lie beside the index"
             )
     return weight_map, metadata
-
-
-def _check_indexed(index: Path, weight_map: Mapping[str, str], ref: TensorRef) -> None:
-    shard = weight_map.get(ref.name)
-    if shard != ref.shard:
-        said = f"is in {shard} by the index" if shard else "is not in the index"
-        raise CheckpointError(
-            f"{index}: tensor {show(ref.name)} of {ref.shard} {said}; shards and index do not belong "
-            "together, download the checkpoint again"
-        )

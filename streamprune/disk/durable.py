@@ -237,14 +237,14 @@ def truncate(path: Path, size: int) -> None:
             os.close(fd)
 
 
-def make_folder(path: Path) -> None:
-    """Creates a folder and its parents, durably."""
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Creates a folder, of this mode less the umask, and its parents, durably."""
     if path.is_dir():
         return
     with disk_errors(path):
         make_folder(path.parent)
         try:
-            os.mkdir(path, 0o777)
+            os.mkdir(path, mode)
         except FileExistsError:
             if not path.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(path)) from None

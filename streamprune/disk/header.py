@@ -86,6 +86,8 @@ def header_prefix(header: bytes) -> bytes:
 
 def _read_header(f: BinaryIO, path: Path, size: int) -> bytes:
     prefix = read_bytes(f, path, 8)
+    _refuse_stand_in(path, prefix + read_bytes(f, path, 120))
+    f.seek(8)
     if len(prefix) < 8:
         raise CheckpointError(
             f"{path}: truncated: ends at byte {len(prefix)}, the header length takes 8; download it again"
@@ -118,7 +120,8 @@ def check_header(path: Path, header: bytes, size: int) -> tuple[list[TensorRef],
             f"{path}: byte 8 does not begin a JSON object; this is no safetensors file, download it again"
         )
     entries = parse_object(path, header, "the header")
-    metadata = entries.pop("__metadata__", {})
+    metadata = {} if entries.get("__metadata__", {}) is None else entries.get("__metadata__", {})
+    entries.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ does not map text to text; save the file again")
     refs = [_tensor_ref(path, name, entry, start) for name, entry in entries.items()]
@@ -214,6 +217,25 @@ def read_bytes(file: BinaryIO, path: Path, size: int) -> bytes:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def pointer_in_place(head: bytes) -> str | None:
+    """What to say of a file that begins with `head` and is only a pointer to it; None where it is none."""
+    if not head.startswith(b"version https://git-lfs.github.com/"):
+        return None
+    return "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder"
+
+
+def page_in_place(head: bytes) -> str | None:
+    """What to say of a file that begins with `head` and is a web page; None where it is none."""
+    if not head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+        return None
+    return "is a web page that was saved in place of the file; download it again, logged in if the model asks for it"
+
+
+def _refuse_stand_in(path: Path, head: bytes) -> None:
+    if why := pointer_in_place(head) or page_in_place(head):
+        raise CheckpointError(f"{path}: {why}")
+
+
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
@@ -229,6 +251,7 @@ def parse_object(path: Path, data: bytes, what: str, *, repeats: bool = False) -
     Raises:
         CheckpointError: no UTF-8, no JSON or no object; `what` names it in the message.
     """
+    _refuse_stand_in(path, data[:512])
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=None if repeats else _no_repeats)
     except UnicodeDecodeError as error:

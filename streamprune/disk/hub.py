@@ -11,7 +11,7 @@ import errno
 import re
 from pathlib import Path
 
-from streamprune.disk.checkpoint import WEIGHT_PATTERNS
+from streamprune.disk.folder import WEIGHT_PATTERNS
 from streamprune.disk.header import show
 from streamprune.errors import CheckpointError, ResourceError, UsageError
 

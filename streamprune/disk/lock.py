@@ -9,6 +9,7 @@ import fcntl
 import os
 from pathlib import Path
 
+from streamprune import interrupts
 from streamprune.disk.durable import disk_errors
 from streamprune.errors import LockedError
 
@@ -43,6 +44,7 @@ class Lock:
                     break
                 os.close(fd)
             self._fd = fd
+            interrupts.before_leaving(self.path.unlink)
             try:
                 os.ftruncate(fd, 0)
                 os.write(fd, f"{os.getpid()}\n".encode())
@@ -53,6 +55,7 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self.path.unlink(missing_ok=True)
+        interrupts.forget(self.path.unlink)
         os.close(self._fd)
         self._fd = -1
 

@@ -48,6 +48,9 @@ class Job(Protocol):
     def differences(self, recorded: Mapping[str, Any]) -> str:
         """Which of these values differ from recorded ones, in words; empty when none does."""
 
+    def is_touched(self, recorded: Mapping[str, Any], content: object) -> bool:
+        """Whether only times of files differ from recorded ones, and their `content` is as recorded."""
+
 
 @dataclass(frozen=True)
 class JobState:
@@ -182,10 +185,20 @@ def find_finished(spec: Job) -> Report | None:
     if not (out / REPORT).is_file():
         raise StateError(f"{out} exists and is not an output of streamprune; choose another OUT or move it away")
     report = _read_report(out)
-    if differences := spec.differences(report.get("job", {})):
+    if differences := differences_of(spec, report):
         raise StateError(f"{out} is the finished output of another job: {differences}; choose another OUT or remove it")
     _check_files(out, report)
     return report
+
+
+def differences_of(spec: Job, record: Mapping[str, Any]) -> str:
+    """What differs from the job that a report, `job.json` or statistics record; empty when it is the same.
+
+    It is the same, too, where files have other times and the same content, if that was recorded.
+    """
+    recorded = record.get("job") or {}
+    found = spec.differences(recorded)
+    return "" if found and spec.is_touched(recorded, record.get("content")) else found
 
 
 def report_fields(out: Path, report: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> list[Any]:
@@ -253,13 +266,13 @@ def find_unfinished(spec: Job) -> tuple[JobState, Report] | None:
         durable.clear(partial)
         return None
     job = journal.read_json(folder / "job.json", "job")
-    if differences := spec.differences(job.get("job", {})):
+    if differences := differences_of(spec, job):
         raise StateError(
             f"{partial} is the unfinished work of another job: {differences}; "
             "choose another OUT, or throw that work away with --restart"
         )
     state = JobState(spec.out, _recorded_cache(folder, partial))
-    if spec.work is not None and new_state(spec).cache != state.cache:
+    if spec.work is not None and spec.work.absolute() != state.cache.parent:
         advice = f"--work {state.cache.parent}" if job["cache"] else "no --work"
         raise StateError(
             f"the activations of {partial} are in {state.cache}: go on with {advice}, or throw the work away with "
@@ -282,7 +295,7 @@ def _complete(spec: Job, partial: Path) -> tuple[JobState, Report] | None:
     """A partial output that is complete but for the last rename. Without its `job.json`, it is finished work, which
     --restart never throws away: it may be somebody's OUT that happens to have this name."""
     report = _read_report(partial) if not (partial / ".streamprune" / "job.json").is_file() else _sound_report(partial)
-    if differences := spec.differences(report.get("job", {})):
+    if differences := differences_of(spec, report):
         raise StateError(f"{partial} is the work of another job: {differences}; choose another OUT or move it away")
     _check_files(partial, report)
     return JobState(spec.out, _recorded_cache(partial / ".streamprune", partial)), report

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from streamprune import interrupts
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.header import show
 from streamprune.disk.hub import resolve_model
@@ -74,6 +75,7 @@ def inspect(
         mine = _open(resolve_model(model, revision=revision, quiet=quiet), stack)
         source = None if against is None else _open(resolve_model(against, quiet=quiet), stack)
         for name in _choose(mine, chosen):
+            interrupts.check()
             tensor = mine.linears[name]
             other = source.tensors.get(tensor.name) if source else None
             comparison = None

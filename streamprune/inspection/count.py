@@ -16,7 +16,7 @@ from streamprune.inspection.difference import LinearComparison
 from streamprune.inspection.report import LinearReport, ScaleReport
 from streamprune.inspection.scales import WeightScales, is_bad, read_scales
 from streamprune.inspection.stored import BitStream, StoredTensor
-from streamprune.pruning.counting import MatrixCount, group_counts
+from streamprune.pruning.counting import MatrixCount, group_counts, long_run
 from streamprune.pruning.selection import Pattern, parse_pattern, parse_sparsity, prune_count
 
 _BLOCK_BYTES = 2**18  # what is counted at a time: it stays in the cache
@@ -154,6 +154,7 @@ def _report(
         negative_zeros=count.found["-0.0"],
         nans=count.found["NaN"],
         infs=count.found["Inf"],
+        zero_rows=long_run(zeros == count.shape[1]),
         scale=_scale_report(scales),
         nbytes=tensor.nbytes,
         nbytes_dense=dense.nbytes + beside,

@@ -37,7 +37,8 @@ class LinearReport:
     is meant (see pruning/counting.py); None when there is none, as for a dense or an unstructured matrix. `packed` is
     the layout of a packed one. Bytes, scales included: `nbytes` as it is stored; `nbytes_dense` unpacked;
     `nbytes_two_four` and `nbytes_bitmask` as `pack` would store it in either layout, None for the first where its
-    bits do not hold 2:4 along stored rows (-0.0 counts as kept).
+    bits do not hold 2:4 along stored rows (-0.0 counts as kept). `zero_rows` is the longest stretch of rows that are
+    all zeros, where it is so long that a broken download must be feared (counting.long_run), else 0.
     """
 
     name: str
@@ -53,6 +54,7 @@ class LinearReport:
     negative_zeros: int
     nans: int
     infs: int
+    zero_rows: int
     scale: ScaleReport | None
     nbytes: int
     nbytes_dense: int
@@ -98,6 +100,7 @@ class Totals:
     negative_zeros: int
     nans: int
     infs: int
+    zero_rows: int
     bad_scales: int
     nbytes: int
     nbytes_dense: int
@@ -162,6 +165,7 @@ def totals_of(reports: Sequence[LinearReport]) -> Totals:
         negative_zeros=sum(r.negative_zeros for r in reports),
         nans=sum(r.nans for r in reports),
         infs=sum(r.infs for r in reports),
+        zero_rows=sum(r.zero_rows for r in reports),
         bad_scales=sum(r.bad_scales for r in reports),
         nbytes=sum(r.nbytes for r in reports),
         nbytes_dense=sum(r.nbytes_dense for r in reports),

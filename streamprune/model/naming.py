@@ -73,13 +73,34 @@ def match_tensors(
                 "be put together; such weights cannot be pruned yet"
             )
         else:
-            raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing; is the download complete?")
+            raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing; {_why_missing(checkpoint, name)}")
     persistent = set(model.state_dict())
     for name, buffer in model.named_buffers():
         ref = stored.get(name) if name in persistent else None
         if ref is not None and ref.shape == tuple(buffer.shape) and ref.dtype in TORCH_DTYPES:
             found[name] = ref
     return found, experts
+
+
+_WRAPPERS = {
+    "_orig_mod.": "of torch.compile",
+    "module.": "of DistributedDataParallel",
+    "base_model.model.": "of peft, whose adapters have to be merged (merge_and_unload)",
+    "_fsdp_wrapped_module.": "of FSDP",
+    "_forward_module.": "of Lightning",
+}
+
+
+def _why_missing(checkpoint: Checkpoint, name: str) -> str:
+    """What may be the matter with a tensor that is not there, and what mends it."""
+    for beside in checkpoint.beside:
+        if beside.startswith(f"{name} in "):
+            return f"the index does not name {beside}: add it there"
+    for prefix, whose in _WRAPPERS.items():
+        wrapped = next((n for n in checkpoint.tensors if n.startswith(prefix) or f".{prefix}" in n), None)
+        if wrapped is not None and not name.startswith(prefix):
+            return f"names begin with {prefix!r} ({wrapped}), the wrapper {whose}: save the model within it, or rename"
+    return "is the download complete?"
 
 
 def _check_dtype(ref: TensorRef) -> None:

@@ -25,6 +25,7 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.float_quantized import SCALE, Scheme, read_scheme
 from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError, UnsupportedError
+from streamprune.model.configuration import load_config, one_line
 from streamprune.model.experts import Experts
 from streamprune.model.naming import TORCH_DTYPES, layer_numbers, match_tensors
 
@@ -153,7 +154,7 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
     layers, CheckpointError when tensors are missing or of another shape than the configuration says.
     """
     scheme = read_scheme(checkpoint)
-    config = _load_config(checkpoint, trust_remote_code)
+    config = load_config(checkpoint, trust_remote_code)
     model = _build_model(checkpoint, config, compute_dtype, trust_remote_code)
     prefix, layers = _find_layers(model, config)
     sources, experts = match_tensors(checkpoint, model, scheme is not None)
@@ -175,29 +176,6 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
     )
 
 
-def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    kind = checkpoint.config.get("model_type")
-    if not isinstance(kind, str):
-        raise UnsupportedError(f"{checkpoint.path}/config.json names no model_type, so its architecture is unknown")
-    if kind not in CONFIG_MAPPING and not (trust_remote_code and checkpoint.config.get("auto_map")):
-        custom = (
-            ", or pass --trust-remote-code to run the code in its folder" if checkpoint.config.get("auto_map") else ""
-        )
-        raise UnsupportedError(f"model_type {kind!r} is unknown to this transformers; a newer one may know it{custom}")
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as e:
-        raise CheckpointError(
-            f"{checkpoint.path}/config.json is not a valid {kind} configuration: {_one_line(e)}"
-        ) from e
-    if any(getattr(c, "is_encoder_decoder", False) for c in (config, config.get_text_config(decoder=True))):
-        raise UnsupportedError(f"{kind} is an encoder-decoder model; only decoder-only causal models can be pruned")
-    return config
-
-
 def _build_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     kind = checkpoint.config["model_type"]
     config.use_cache = False
@@ -207,12 +185,18 @@ def _build_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype, trust_
     except ValueError as e:
         if "Unrecognized configuration class" in str(e):
             raise UnsupportedError(f"{kind} has no causal language model in transformers") from e
-        raise CheckpointError(f"{checkpoint.path}/config.json: {_one_line(e)}") from e
+        raise CheckpointError(f"{checkpoint.path}/config.json: {one_line(e)}") from e
     except Exception as e:
-        raise CheckpointError(f"{checkpoint.path}/config.json does not describe a {kind} model: {_one_line(e)}") from e
+        why = "it asks for weights beyond all memory" if _is_too_large(e) else one_line(e)
+        raise CheckpointError(f"{checkpoint.path}/config.json does not describe a {kind} model: {why}") from e
     model.requires_grad_(False)
     result: nn.Module = model.eval()
     return result
+
+
+def _is_too_large(error: Exception) -> bool:
+    """Whether it is torch's refusal to reserve the memory of a tensor."""
+    return any(words in str(error) for words in ("you tried to allocate", "Storage size calculation overflowed"))
 
 
 def _model_class(config: Any) -> Any:
@@ -228,10 +212,6 @@ def _model_class(config: Any) -> Any:
 def _wraps(config: Any) -> bool:
     """Whether the text model is a part of the model: its configuration is a part of the model's."""
     return config.get_text_config() is not config
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:

@@ -8,6 +8,7 @@ then a word at the border may become other tokens.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.errors import CheckpointError, UsageError
 from streamprune.model.texts import Piece
 
@@ -25,6 +27,8 @@ OVERLAP = 2048
 """Characters that a piece shares with the one before it."""
 RUN = 8
 
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+
 
 def load_tokenizer(model: Path, trust_remote_code: bool) -> Any:
     """The checkpoint's tokenizer. Raises CheckpointError when it is missing or cannot be read."""
@@ -33,12 +37,26 @@ def load_tokenizer(model: Path, trust_remote_code: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as e:
+        open_checkpoint(model).side_files()  # names a pointer in place of a file
+        lacking = [name for name, module in _SENTENCEPIECE.items() if not _is_installed(module)]
+        if lacking and not (model / "tokenizer.json").exists() and any(model.glob("*.model")):
+            raise CheckpointError(
+                f"{model}: its tokenizer takes the packages sentencepiece and protobuf, and {' and '.join(lacking)} is "
+                "not here: pip install 'streamprune[tokenizers]', or pass token ids with --calib FILE.npy"
+            ) from e
         why = " ".join(str(e).split())[:200]
         raise CheckpointError(
             f"{model}: no usable tokenizer ({why}); add its files, or pass token ids with --calib FILE.npy"
         ) from e
     tokenizer.model_max_length = 1 << 40  # windows are cut here; no warning about long texts
     return tokenizer
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor what it is a part of
+        return False
 
 
 def bos_of(tokenizer: Any, mode: str) -> int | None:

@@ -15,14 +15,16 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamprune import interrupts
 from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
+from streamprune.disk.claims import refuse_adapter
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.lock import Lock
 from streamprune.disk.packed import LAYOUTS, is_packed
@@ -30,6 +32,7 @@ from streamprune.disk.state import (
     REPORT,
     JobState,
     check_out,
+    differences_of,
     find_finished,
     find_unfinished,
     lock_of,
@@ -47,7 +50,7 @@ from streamprune.errors import (
 )
 from streamprune.memory import peak_resident_bytes
 from streamprune.packing.files import Originals, is_restored, read_originals, source_name
-from streamprune.spec import Progress, ProgressCallback, differences, format_bytes, no_progress
+from streamprune.spec import Progress, ProgressCallback, differences, format_bytes, is_touched, no_progress
 
 if TYPE_CHECKING:
     from streamprune.packing.work import Work
@@ -70,6 +73,8 @@ class PackResult:
     peak_rss_bytes: int
     left_out: tuple[str, ...] = ()
     """Of `pack`: files of MODEL that were not carried over, as they are weights that the checkpoint does not use."""
+    notes: tuple[str, ...] = ()
+    """What else is to be told, each a sentence."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,10 @@ class PackSpec:
     out: Path
     restart: bool
     work: Path | None = None
+    content: Callable[[], str] | None = field(default=None, compare=False)
+    """What tells whether the checkpoint is the same where only times differ (Checkpoint.content)."""
+    notes: list[str] = field(default_factory=list, compare=False)
+    """What is to be told of the job when it is done."""
 
     def fixed(self) -> dict[str, Any]:
         """What makes it this job, as flat JSON values."""
@@ -92,24 +101,35 @@ class PackSpec:
         """Says in words what differs from another job's; empty when nothing does."""
         return differences(self.fixed(), recorded)
 
+    def is_touched(self, recorded: Mapping[str, Any], content: object) -> bool:
+        """Whether a recorded job differs in times of the checkpoint's files alone, and its `content` is the same."""
+        return is_touched(self.fixed(), recorded, content, self.content, self.notes)
+
 
 def pack(
-    model: str | Path, out: str | Path, *, layout: str = "auto", restart: bool = False,
+    model: str | Path, out: str | Path, *, layout: str = "auto", follow_links: bool = False, restart: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> PackResult:  # fmt: skip
     """Packs the layers' linears of the checkpoint `model` (a folder or a hub name) into the folder `out`.
 
     Those are packed that become smaller (disk/linears.py says what a linear is); all else is copied. `layout` is
     "sparse-24-bitmask", "sparse-bitmask", or "auto": the former if all linears worth packing hold 2:4. Weights count
-    as zero by their bits, so that -0.0 and NaN come back as they are. Running the same job again resumes it, or finds
-    it done. Raises the errors of streamprune.errors; UnsupportedError where nothing would become smaller.
+    as zero by their bits, so that -0.0 and NaN come back as they are. `follow_links` as for prune. Running the same job
+    again resumes it, or finds it done. Raises the errors of streamprune.errors; UnsupportedError where nothing would
+    become smaller.
     """
     if layout not in ("auto", *LAYOUTS):
         raise UsageError(f"--layout {layout}: choose auto, {' or '.join(LAYOUTS)}")
-    checkpoint = open_checkpoint(resolve_model(str(model)))
+    checkpoint = open_checkpoint(resolve_model(str(model)), follow_links=follow_links)
+    refuse_adapter(checkpoint)
+    if checkpoint.beside:
+        raise UnsupportedError(
+            f"{checkpoint.path}: the index does not name {checkpoint.beside[0]}, so the shards cannot be restored as "
+            "they are; save the model again, or prune it"
+        )
     if is_packed(checkpoint):
         raise UnsupportedError(f"{checkpoint.path}: is packed already; `unpack` makes it plain")
-    spec = PackSpec("pack", checkpoint.fingerprint(), layout, Path(out), restart)
+    spec = PackSpec("pack", checkpoint.fingerprint(), layout, Path(out), restart, content=checkpoint.content)
     return _carry_out(spec, checkpoint, progress)
 
 
@@ -128,7 +148,7 @@ def unpack(
             f"{checkpoint.path}: holds no packed tensors (NAME.compressed, NAME.bitmask), so there is nothing to "
             "unpack; `pack` makes such checkpoints"
         )
-    spec = PackSpec("unpack", checkpoint.fingerprint(), None, Path(out), restart)
+    spec = PackSpec("unpack", checkpoint.fingerprint(), None, Path(out), restart, content=checkpoint.content)
     return _carry_out(spec, checkpoint, progress)
 
 
@@ -153,6 +173,7 @@ def _carry_out(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallbac
     return PackResult(
         status, spec.out, found["layout"], found["bytes_before"], found["bytes_after"],
         time.perf_counter() - begun, peak_resident_bytes(), tuple(map(str, found.get("left_out", ()))),
+        tuple(spec.notes),
     )  # fmt: skip
 
 
@@ -170,6 +191,7 @@ def _reported(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallback
         "seconds": round(time.perf_counter() - since, 3),
         "peak_rss_bytes": peak_resident_bytes(),
         "job": spec.fixed(),
+        "content": checkpoint.content(),
         **found,
         "versions": {"python": platform.python_version(), "streamprune": version("streamprune")},
     }
@@ -191,8 +213,8 @@ def _restored(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallback
         if not begun:
             whole = is_restored(partial, originals, shards)
         else:  # the original's own report is written last
-            recorded = journal.read_json(state.folder / "job.json", "job").get("job", {})
-            whole = state.is_complete and not spec.differences(recorded)
+            recorded = journal.read_json(state.folder / "job.json", "job")
+            whole = state.is_complete and not differences_of(spec, recorded)
         if whole:
             state.publish()
             return "done"
@@ -212,12 +234,12 @@ def _run(
 
     state = unfinished[0] if unfinished is not None else new_state(spec)
     try:
-        with ShardMaps(checkpoint) as maps:
+        with interrupts.work(), ShardMaps(checkpoint) as maps:
             work = make_work(checkpoint, maps, spec.layout, originals)
             if unfinished is None:
                 resolved = work.prepare(state)
                 _check_disk(spec.out, work.nbytes())
-                state.create({"job": spec.fixed(), "resolved": resolved}, None)
+                state.create({"job": spec.fixed(), "content": checkpoint.content(), "resolved": resolved}, None)
             else:
                 work.resume(state, unfinished[1]["resolved"])
             records = _shards(state, checkpoint, work, progress)
@@ -244,6 +266,7 @@ def _shards(state: JobState, checkpoint: Checkpoint, work: Work, progress: Progr
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
             raise CorruptStateError(f"{path} is missing or damaged; start again with --restart")
     for number in range(len(records), len(checkpoint.shards)):
+        interrupts.check()
         since = time.perf_counter()
         shard = checkpoint.shards[number]
         name = work.name_of(shard)

@@ -79,7 +79,7 @@ def left_out(checkpoint: Checkpoint) -> list[str]:
 
     Hidden files and folders, and `__pycache__`, are not named.
     """
-    carried = {*checkpoint.shards, *checkpoint.side_files(), *original_texts(checkpoint)}
+    carried = {*checkpoint.shards, *checkpoint.side_files().carried, *original_texts(checkpoint)}
     found = []
     for folder, folders, names in os.walk(checkpoint.path):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]

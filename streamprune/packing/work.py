@@ -246,7 +246,7 @@ class Plain:
 def _copy_side_files(checkpoint: Checkpoint, partial: Path) -> dict[str, dict[str, Any]]:
     """Copies all but config.json; returns bytes and hash of each."""
     copied = {}
-    for name in checkpoint.side_files():
+    for name in checkpoint.side_files().carried:
         if name != "config.json":
             size, digest = durable.copy_file(checkpoint.path / name, partial / name)
             copied[name] = {"bytes": size, "xxh3_128": digest}

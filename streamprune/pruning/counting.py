@@ -51,6 +51,16 @@ FLOATS: Mapping[str, FloatBits] = {
 """By the dtype's name in safetensors; the FNUZ kinds of float8 are not here."""
 
 
+def long_run(zero: NDArray[np.bool_]) -> int:
+    """The longest stretch of rows (n,) that are zeros, where no trained matrix has it; else 0.
+
+    That is all of them, or an eighth and at least 4.
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], zero, [False]]).astype(np.int8)))
+    longest = int((edges[1::2] - edges[::2]).max(initial=0))
+    return longest if longest and (longest == len(zero) or longest >= max(4, len(zero) / 8)) else 0
+
+
 class MatrixCount:
     """Counts over one matrix (out, in), fed in blocks by `add`; each weight exactly once.
 

@@ -1,0 +1,82 @@
+"""Where a user's files may go that are no output: compiled kernels, work folders, code that comes with a checkpoint.
+
+In order: XDG_CACHE_HOME, `.cache` in the home folder, a folder below the system's temporary one. Never the working
+directory, which is where `~` leads without a home. What is run from there (compiled code) must be nobody else's, so
+the last is the user's alone, and one that is not is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+
+from streamprune.disk import durable
+from streamprune.errors import ResourceError, StateError
+
+
+def cache_folder(name: str = "") -> Path:
+    """The folder `name` among the user's caches, which is there and can be written.
+
+    Raises ResourceError where there is none, not even a temporary one.
+    """
+    for home in _cache_homes():
+        if _can_write(home / "streamprune" / name):
+            return home / "streamprune" / name
+    private = Path(tempfile.gettempdir()) / f"streamprune-{os.getuid()}"
+    if _is_private(private) and _can_write(private / name):
+        return private / name
+    raise ResourceError(
+        f"there is no place for temporary files: no home folder, and {private} is not this user's own; "
+        "set XDG_CACHE_HOME to a folder that can be written"
+    )
+
+
+def settle_hub_caches(environment: MutableMapping[str, str]) -> None:
+    """Sets the hub's own variables where its libraries would write to a place that they cannot, or should not.
+
+    To be called before these are imported. What is set already stays.
+    """
+    homes = [Path(environment["HF_HOME"])] if environment.get("HF_HOME") else []
+    hub = next(iter([*homes, *(home / "huggingface" for home in _cache_homes())]), None)
+    if hub is None or not (hub.is_dir() or _could_make(hub)):
+        environment.setdefault("HF_HOME", str(cache_folder("huggingface")))
+    elif not os.access(hub, os.W_OK) and not _could_make(hub):
+        environment.setdefault("HF_MODULES_CACHE", str(cache_folder("modules")))
+
+
+def _could_make(folder: Path) -> bool:
+    there = next((p for p in folder.parents if p.exists()), folder)
+    return not folder.exists() and os.access(there, os.W_OK | os.X_OK)
+
+
+def _cache_homes() -> Iterator[Path]:
+    given = Path(os.environ.get("XDG_CACHE_HOME") or "-")
+    if given.is_absolute():
+        yield given
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user whom the system does not know
+        return
+    if home.is_absolute() and home.is_dir():
+        yield home / ".cache"
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        durable.make_folder(folder)
+    except (ResourceError, StateError):
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _is_private(folder: Path) -> bool:
+    """Makes a folder of this user alone; False where somebody else was faster."""
+    try:
+        durable.make_folder(folder, 0o700)
+        found = folder.lstat()
+    except (OSError, ResourceError, StateError):
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
