@@ -15,7 +15,7 @@ from streamprune import interrupts
 from streamprune.arguments import Handler, make_parser
 from streamprune.console import aside, speaks_unicode, stdout_kept_clean
 from streamprune.disk.places import settle_hub_caches
-from streamprune.errors import INTERRUPTED, ResourceError, StreampruneError
+from streamprune.errors import INTERRUPTED, ResourceError, StreampruneError, UsageError
 
 if TYPE_CHECKING:
     from streamprune.packing import PackResult
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
             try:
                 settle_hub_caches(os.environ)
                 args = _parsed(argv)
+                _check_environment()
                 handler: Handler = args.handler
                 return handler(args)
             except Exception as e:
@@ -56,6 +57,21 @@ def _refused(args: argparse.Namespace, error: Exception) -> int:
         return 1
     what = " ".join(str(error).split())[:300]
     return _fail(args, error, f"unexpected {type(error).__name__}: {what}; run again with --debug for the place", 1)
+
+
+def _check_environment() -> None:
+    """Refuses what the libraries below cannot work in, where they would end the process or blame the model.
+
+    Raises UsageError.
+    """
+    if sys.flags.optimize >= 2:
+        raise UsageError("Python runs without docstrings (-OO, PYTHONOPTIMIZE=2), which transformers reads; run it with")
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        raise UsageError("NUMBA_DISABLE_JIT is set, and the kernels cannot run uncompiled; unset it")
+    try:
+        os.getcwd()  # noqa: PTH109
+    except FileNotFoundError:
+        raise UsageError("the working directory has been removed; run it from another one") from None
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -139,3 +139,15 @@ def test_code_that_prints(
     out, err = capsys.readouterr()
     assert isinstance(json.loads(out), dict)
     assert "hello from the checkpoint's code" in err and "made" in err
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [("PYTHONOPTIMIZE=2", "PYTHONOPTIMIZE"), ("NUMBA_DISABLE_JIT=1", "NUMBA_DISABLE_JIT"), ("", "working directory")],
+)
+def test_environments_that_libraries_fail_in(models: Models, tmp_path: Path, how: str, named: str) -> None:
+    (tmp_path / "gone").mkdir()
+    elsewhere = "" if how else f"cd {tmp_path}/gone && rmdir ../gone && "
+    path = Path(cli.__file__).parents[1]
+    done = shell(f"{elsewhere}{how} {PRUNE} {models()} {tmp_path}/out --pattern 2:4", PYTHONPATH=str(path))
+    assert done.returncode == 2 and named in done.stderr.decode() and len(done.stderr.splitlines()) == 1
