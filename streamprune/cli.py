@@ -65,7 +65,7 @@ def _check_environment() -> None:
     Raises UsageError.
     """
     if sys.flags.optimize >= 2:
-        raise UsageError("Python runs without docstrings (-OO, PYTHONOPTIMIZE=2), which transformers reads; run it with")
+        raise UsageError("Python runs without docstrings (-OO, PYTHONOPTIMIZE=2), which transformers reads")
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         raise UsageError("NUMBA_DISABLE_JIT is set, and the kernels cannot run uncompiled; unset it")
     try:

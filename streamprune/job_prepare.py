@@ -194,13 +194,13 @@ def models_at_once(propagate: str) -> int:
 
 
 def open_text(spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton) -> Opened | None:
-    """The text that calibration windows are drawn from; None without calibration. Raises as Source.open."""
+    """The text that calibration windows are drawn from; None without calibration. Raises as Source.begin."""
     c = calibration_for_pass(spec)
     if c is None:
         return None
     text, trust = Text(c.path, c.text_field), spec.trust_remote_code
     source = Source(text, spec.source, checkpoint.config, skeleton.vocab_size, c.bos, trust)
-    return source.open(c.seqlen, c.samples)
+    return source.begin(c.seqlen, c.samples)
 
 
 def windows_from(spec: JobSpec, opened: Opened) -> tuple[Tokens, dict[str, Any]]:

@@ -143,7 +143,7 @@ def test_messages_go_through_the_chat_template(models: Models, tmp_path: Path) -
         from streamprune.model.calibration import Source
 
         plain = source_of(path, source, 199)
-        return np.concatenate(list(Source(Text(path, "messages"), source, plain.config, 199).open(8).blocks))
+        return np.concatenate(list(Source(Text(path, "messages"), source, plain.config, 199).begin(8).blocks))
 
     refused(UsageError, call, "chat template")
     (source / "chat_template.jinja").write_text(

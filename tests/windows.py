@@ -19,7 +19,7 @@ def source(path: Path | None, model: Path, vocab: int, bos: str = "auto", **conf
 
 def drawn(path: Path | None, model: Path, vocab: int, samples: int, seqlen: int, seed: int, **more: Any) -> np.ndarray:
     """Calibration windows."""
-    opened = source(path, model, vocab, **more).open(seqlen, samples)
+    opened = source(path, model, vocab, **more).begin(seqlen, samples)
     return draw_windows(opened, seed, Path(tempfile.gettempdir()))
 
 

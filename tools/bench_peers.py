@@ -69,7 +69,7 @@ def _write_windows(arguments: argparse.Namespace, model: Path, path: Path) -> No
 
     text = Text(Path(arguments.calib) if arguments.calib else None)
     source = Source(text, model, open_checkpoint(model).config, 1 << 31, bos="never")
-    windows = draw_windows(source.open(arguments.seqlen, arguments.samples), 0, Path(tempfile.gettempdir()))
+    windows = draw_windows(source.begin(arguments.seqlen, arguments.samples), 0, Path(tempfile.gettempdir()))
     packed = io.BytesIO()
     np.save(packed, windows)
     path.write_bytes(packed.getvalue())

@@ -46,7 +46,7 @@ class Source:
     """Whether a BOS token is put before each window: "auto", "always" or "never"."""
     trust_remote_code: bool = False
 
-    def open(self, seqlen: int, samples: int = 0) -> Opened:
+    def begin(self, seqlen: int, samples: int = 0) -> Opened:
         """Loads the tokenizer, for windows of `seqlen` tokens of the text: so many `samples`, or 0 for all there are.
 
         Raises UsageError when the text is missing or wrong, CheckpointError when the tokenizer is.
@@ -145,7 +145,7 @@ def cut_windows(source: Source, seqlen: int, ids: ScratchTokens, most: int | Non
 
     Of `most` windows, the first ones. Raises as draw_windows does.
     """
-    opened = source.open(seqlen)
+    opened = source.begin(seqlen)
     length, inside, bos = opened.shape[1], opened.inside, opened.bos
     rest, count = np.zeros(0, np.uint32), 0
     for block in opened.blocks:
