@@ -115,7 +115,7 @@ def _faults(found: Sequence[LinearReport] | Sequence[Totals]) -> str:
         "-0.0": sum(n.negative_zeros for n in found),
         "NaN": sum(n.nans for n in found),
         "Inf": sum(n.infs for n in found),
-        "rows of zeros": sum(n.zero_rows for n in found),
+        "empty rows" if hasattr(found[0], "linears") else "nil": sum(n.zero_rows for n in found),
         "bad scales": sum(n.bad_scales for n in found),
     }
     return ", ".join(f"{count} {what}" for what, count in kinds.items() if count) or "-"

@@ -129,7 +129,7 @@ VERBS = ["prune", "prune with two passes", "prune without calibration", "calibra
         (lambda data: data + b"12", "bytes after the last tensor"),
         (lambda data: data[:8] + b"[" + data[9:], "no safetensors file"),
         (lambda data: data[:20] + b"\xff" + data[21:], "malformed"),
-        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "download it again"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     ],
 )
 def test_spoilt_file(
@@ -137,7 +137,7 @@ def test_spoilt_file(
 ) -> None:
     path = model / "model.safetensors"
     path.write_bytes(spoil(path.read_bytes()))
-    refuse(3, "model.safetensors", needle, "again", args=every_verb(model, text, tmp_path)[verb])
+    refuse(3, "model.safetensors", needle, args=every_verb(model, text, tmp_path)[verb])
 
 
 def test_spoilt_shard(model: Path, prune_args: list[object], refuse: Refuse) -> None:
@@ -149,7 +149,7 @@ def test_spoilt_shard(model: Path, prune_args: list[object], refuse: Refuse) -> 
     path.unlink()
     refuse(3, path.name, "missing", "download", args=prune_args)
     save_file({"model.norm.weight": torch.zeros(32)}, path)
-    refuse(3, "index", "model.norm.weight", "download", args=prune_args)
+    refuse(3, "index", path.name, "which does not hold it", "download", args=prune_args)
 
 
 def test_spoilt_index(model: Path, prune_args: list[object], refuse: Refuse) -> None:

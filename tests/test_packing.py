@@ -321,9 +321,7 @@ def test_a_resumed_run_neither_counts_nor_writes_again(
     assert found == wanted
     with pytest.raises(StopError):
         unpack(tmp_path / "packed", tmp_path / "back", progress=stop_after(1))
-    with pytest.raises(StateError, match="unfinished work of another job"):
-        unpack(tmp_path / "whole", tmp_path / "back")
-    assert unpack(tmp_path / "whole", tmp_path / "back", restart=True).status == "done"
+    assert unpack(tmp_path / "whole", tmp_path / "back").status == "done"  # the same content, at another time
     assert files(tmp_path / "back") == files(model)
 
 

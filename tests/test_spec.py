@@ -53,7 +53,7 @@ FIXED: list[tuple[dict[str, Any], str]] = [
 CHANGEABLE: list[dict[str, Any]] = [
     {"source": Path("moved")}, {"out": Path("other")}, {"max_ram": 1 << 30}, {"max_vram": 1 << 30},
     {"save_stats": Path("s")}, {"work": Path("w")}, {"restart": True}, {"trust_remote_code": True},
-    {"stats_path": Path("s")},
+    {"stats_path": Path("s")}, {"allow_zeros": True}, {"content": str}, {"notes": ["told at the end"]},
     {"calibration": Calibration(Path("renamed.txt"), "d1", 128, 2048, 0)},
 ]  # fmt: skip
 

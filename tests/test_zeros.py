@@ -110,5 +110,5 @@ def test_inspect_counts_it(models: Models, tmp_path: Path, capsys: pytest.Captur
     }  # fmt: skip
     assert found.totals.zero_rows == 72
     assert main(["inspect", str(source)]) == 0
-    assert "faults: 72 rows of zeros" in capsys.readouterr().out
+    assert "faults: 72 empty rows" in capsys.readouterr().out
     assert inspect(models()).totals.zero_rows == 0
