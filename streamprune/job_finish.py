@@ -30,7 +30,7 @@ def calibration_of(
     return {
         "text": c.path.name if c.path else "built-in", "digest": c.digest, "samples": c.samples, "seqlen": c.seqlen,
         "seed": c.seed, "tokens": resolved["tokens"], "dtype": resolved["dtype"], "propagate": propagate,
-        **{key: resolved[key] for key in ("bos", "replaced") if key in resolved},
+        **{key: resolved[key] for key in ("bos", "replaced", "text_tokens") if key in resolved},
     }  # fmt: skip
 
 

@@ -207,8 +207,12 @@ def windows_from(spec: JobSpec, opened: Opened) -> tuple[Tokens, dict[str, Any]]
     """Calibration windows (samples, tokens) drawn from a text, and what reports say of them. Raises as draw_windows."""
     folder = spec.work if spec.work is not None and spec.work.is_dir() else spec.out.absolute().parent
     windows = draw_windows(opened, spec.calibration.seed if spec.calibration else 0, folder)
-    replaced = opened.source.text.tally.replaced
-    return windows, {"bos": opened.bos is not None, **({"replaced": replaced} if replaced else {})}
+    met, tally = {"bos": opened.bos is not None}, opened.source.text.tally
+    if tally.replaced:
+        met["replaced"] = tally.replaced
+    if tally.tokens < len(windows) * opened.inside:
+        met["text_tokens"] = tally.tokens
+    return windows, met
 
 
 def kept_windows(spec: JobSpec, kept: Path, digest: str) -> Tokens | None:

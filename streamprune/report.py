@@ -79,6 +79,11 @@ def notes_of(report: Mapping[str, Any]) -> list[str]:
         found.append(f"left behind, as no part of the model: {_some(behind)}")
     if beside := report.get("beside_index"):
         found.append(f"left out, as the index does not name them there: {_some(beside)}")
+    calibration: Mapping[str, Any] = report.get("calibration", {})
+    if replaced := calibration.get("replaced"):
+        found.append(f"{replaced} bytes of the calibration text were no characters and became U+FFFD")
+    if tokens := calibration.get("text_tokens"):
+        found.append(f"the calibration text has {tokens} tokens only, so that its windows overlap; give more text")
     if pooled := [name for stage in stages for name in stage.get("pooled", ())]:
         found.append(f"experts that saw too few tokens went by what all of their layer saw: {_some(pooled)}")
     if batch := report.get("out_of_memory_batch"):

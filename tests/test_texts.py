@@ -29,6 +29,7 @@ from streamprune.model.text_files import BLOCK
 from streamprune.model.texts import Piece, Text
 from streamprune.model.tokens import OVERLAP, encode
 from streamprune.planning import plan
+from streamprune.report import notes_of
 
 Models = Callable[..., Path]
 
@@ -196,6 +197,7 @@ def test_half_a_surrogate_pair(tmp_path: Path, models: Models) -> None:
     assert text.tally.replaced == 3
     report = prune(models(), tmp_path / "out", sparsity=0.5, calib=path, samples=2, seqlen=4).report
     assert report["calibration"]["replaced"] == 3
+    assert any("3 bytes" in note for note in notes_of(report))
     assert evaluate(models(), path, seqlen=4, work=tmp_path).replaced == 3
 
 
@@ -250,6 +252,15 @@ def test_the_same_text_by_another_name_is_the_same_job(models: Models, tmp_path:
         return prune(models(), tmp_path / "out", calib=tmp_path / "a.txt", text_field="b", **job)  # type: ignore[arg-type]
 
     refused(StateError, other, "calib")
+
+
+def test_a_text_that_is_too_short_for_windows_apart(models: Models, text: Path, tmp_path: Path) -> None:
+    """3000 tokens are 46 windows of 64; of more, windows overlap, and the user hears of it."""
+    for samples, apart in ((46, True), (47, False)):
+        out = tmp_path / str(samples)
+        report = prune(models(), out, sparsity=0.5, calib=text, samples=samples, seqlen=64).report
+        assert report["calibration"].get("text_tokens") == (None if apart else 3000)
+        assert any("overlap" in note for note in notes_of(report)) is not apart
 
 
 # ---- tokens

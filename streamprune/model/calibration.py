@@ -132,6 +132,7 @@ def draw_windows(opened: Opened, seed: int, folder: Path) -> Tokens:
             if len(stream) >= limit:
                 break
         opened.check(len(stream))
+        opened.source.text.tally.tokens = len(stream)
         generator = np.random.Generator(np.random.PCG64(seed))
         places = (np.arange(samples) + generator.random(samples)) * (len(stream) - inside + 1) / samples
         windows = np.full(opened.shape, opened.bos or 0, dtype=np.int64)

@@ -47,6 +47,8 @@ class Tally:
     characters: int = 0
     replaced: int = 0
     """Bytes, and halves of surrogate pairs, that became U+FFFD."""
+    tokens: int = 0
+    """What calibration made of it, before windows were drawn."""
 
 
 def find_files(path: Path | None, flag: str) -> list[Path | None]:
