@@ -330,15 +330,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    return make_parser(
-        {
-            "prune": _prune,
-            "calibrate": _calibrate,
-            "eval": _eval,
-            "inspect": _inspect,
-            "plan": _plan,
-            "pack": _pack,
-            "unpack": _unpack,
-            "demo": _demo,
-        }
-    )
+    return make_parser({
+        "prune": _prune, "calibrate": _calibrate, "eval": _eval, "inspect": _inspect, "plan": _plan,
+        "pack": _pack, "unpack": _unpack, "demo": _demo,
+    })  # fmt: skip

@@ -207,7 +207,8 @@ def windows_from(spec: JobSpec, opened: Opened) -> tuple[Tokens, dict[str, Any]]
     """Calibration windows (samples, tokens) drawn from a text, and what reports say of them. Raises as draw_windows."""
     folder = spec.work if spec.work is not None and spec.work.is_dir() else spec.out.absolute().parent
     windows = draw_windows(opened, spec.calibration.seed if spec.calibration else 0, folder)
-    met, tally = {"bos": opened.bos is not None}, opened.source.text.tally
+    met: dict[str, Any] = {"bos": opened.bos is not None}
+    tally = opened.source.text.tally
     if tally.replaced:
         met["replaced"] = tally.replaced
     if tally.tokens < len(windows) * opened.inside:
