@@ -2,29 +2,32 @@
 
 An operation that mixes them with tensors of the host, or of another device, raises as CUDA would; so do `numpy` and
 its like. Values are computed at once by the CPU's kernels, so whole jobs give what the CPU gives. What may come late
-on a GPU is not left to chance: each stream, and the host, has a vector clock, and memory remembers who wrote and read it
-last. An access that no event, stream or synchronisation puts behind what it needs is a fault, in whatever order things
-happened to come this time. So is memory that is given back while another stream may be at work on it. Copies to pinned
-memory do land late: until the host has waited, the target is full of ones (NaN). Fresh memory is, too.
+on a GPU is not left to chance: each stream, and each thread of the host, has a vector clock, and memory remembers who
+wrote and read it last. An access that no event, stream or synchronisation puts behind what it needs is a fault, in
+whatever order things happened to come this time. Threads tell each other what they have waited for by the package's
+queues and by threading.Event, and by nothing else. It is a fault, too, to give memory back while another stream may be
+at work on it. Copies to pinned memory do land late: until the host has waited, the target is full of ones (NaN). So is
+fresh memory.
 
-It does not see: what one operation does within (a kernel's own races); two threads of the host that do not wait for
-each other (they have one clock); that the system's memory of one tensor may be changed in part while another part of it
-travels, if it is changed back; temporaries of a kernel, of which its memory figures know nothing; how long anything takes.
+It does not see races within one operation or in host memory; parts of one storage (two streams that write to different
+rows of it are a fault); the temporaries of kernels, of which its memory figures know nothing; what takes how long; and
+what only CUDA's kernels do: their rounding, the dtypes and shapes that they refuse.
 """
 
 from __future__ import annotations
 
 import ctypes
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
 
 aten = torch.ops.aten
 _CUDA, _META = 1, 14  # c10::DeviceType
@@ -35,7 +38,7 @@ _WAITING = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzer
 _SHAPES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
-class Fault(RuntimeError):
+class Fault(RuntimeError):  # noqa: N818 - no error of the stand-in
     """What would have been a race, or worse, on a GPU."""
 
 
@@ -45,8 +48,8 @@ class Stream:
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.card = _plugged_in()
         self.device = self.card.indexed(device)
-        self.number = self.card.count_stream()
         self.clock: dict[int, int] = {}
+        self.number = self.card.count(self.clock)
 
     def wait_event(self, event: Event) -> None:
         self.card.join(self.clock, event.at)
@@ -132,6 +135,8 @@ class DeviceTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:  # which has other kernels for other devices
             return _plugged_in().run(func, args, kwargs or {})
+        if func in (Tensor.__getitem__, Tensor.__setitem__):  # lists become tensors of the device behind our back
+            args = (args[0], _listed(args[1]), *args[2:])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -159,7 +164,7 @@ class DeviceTensor(Tensor):
 
 
 class Card:
-    """The device, or several, and the host's view of them. `faults` collects all of them, whoever caught what was raised."""
+    """The device, or several, and the host's view of them. `faults` has all that were raised, whoever caught them."""
 
     def __init__(self, total: int = 64 << 30) -> None:
         self.total, self.limit = total, total
@@ -167,26 +172,28 @@ class Card:
         self.faults: list[str] = []
         self.devices: set[torch.device] = set()
         """On which something was allocated."""
-        self.streams = 0
+        self._clocks: list[dict[int, int]] = []
         self._lock = threading.RLock()
-        self._host: dict[int, int] = {}
         self._local = threading.local()
         self._default: dict[torch.device, Stream] = {}
         self._pinned: set[int] = set()
         self._travelling: list[tuple[int, int, Tensor, Tensor, bool]] = []
-        """(stream, moment, host tensor, values, whether it is the target) of copies that the host has not waited for."""
+        """Copies that nobody has waited for: stream, moment, host tensor, values, whether it is the target."""
 
     # ---- streams
 
-    def count_stream(self) -> int:
+    def count(self, clock: dict[int, int]) -> int:
+        """The number of a new stream with this clock."""
         with self._lock:
-            self.streams += 1
-            return self.streams
+            self._clocks.append(clock)
+            return len(self._clocks)
+
+    @property
+    def streams(self) -> int:
+        return len(self._clocks)
 
     def indexed(self, device: Any) -> torch.device:
-        device = torch.device("cuda") if device is None else torch.device("cuda", device) if isinstance(device, int) else (
-            torch.device(device)
-        )
+        device = torch.device("cuda" if device is None else f"cuda:{device}" if isinstance(device, int) else device)
         return device if device.index is not None else torch.device("cuda", self.current_device())
 
     def current_device(self) -> int:
@@ -212,6 +219,14 @@ class Card:
         finally:
             self._local.streams, self._local.device = before
 
+    @property
+    def host(self) -> dict[int, int]:
+        """The clock of this thread: what it has waited for, or was told of by one that had."""
+        if not hasattr(self._local, "clock"):
+            self._local.clock = {}
+        clock: dict[int, int] = self._local.clock
+        return clock
+
     def join(self, clock: dict[int, int], other: dict[int, int]) -> None:
         with self._lock:
             for number, moment in dict(other).items():
@@ -220,9 +235,9 @@ class Card:
     def host_waits(self, clock: dict[int, int]) -> None:
         """The host has waited for `clock`: what has been copied by then has landed."""
         with self._lock:
-            self.join(self._host, clock)
-            landed = [c for c in self._travelling if self._host.get(c[0], 0) >= c[1]]
-            self._travelling = [c for c in self._travelling if self._host.get(c[0], 0) < c[1]]
+            self.join(self.host, clock)
+            landed = [c for c in self._travelling if self.host.get(c[0], 0) >= c[1]]
+            self._travelling = [c for c in self._travelling if self.host.get(c[0], 0) < c[1]]
             for _, _, host, values, is_target in landed:
                 if is_target:
                     host.copy_(values)
@@ -230,8 +245,8 @@ class Card:
                     self.fault("pinned memory was changed while a copy of it was on its way")
 
     def synchronize(self, device: Any = None) -> None:
-        for number in range(1, self.streams + 1):
-            self.host_waits({number: 1 << 60})
+        for clock in list(self._clocks):
+            self.host_waits(clock)
 
     def fault(self, what: str) -> Fault:
         self.faults.append(what)
@@ -252,7 +267,7 @@ class Card:
             self.allocated -= memory.nbytes
             number, moment, what = memory.written
             for stream, (when, who) in {**memory.read, number: (moment, what)}.items():
-                known = max(memory.home.clock.get(stream, 0), self._host.get(stream, 0))
+                known = max(memory.home.clock.get(stream, 0), self.host.get(stream, 0))
                 if stream != memory.home.number and stream not in memory.recorded and known < when:
                     self.fault(
                         f"memory of {memory.home} was given back while {who} on stream {stream} may be at work on it; "
@@ -266,13 +281,12 @@ class Card:
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One operation on tensors of which one at least is on a device."""
-        if isinstance(func, torch._ops.OpOverload):  # under inference_mode, what others make of several comes as one
-            parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
-        flat = tree_flatten((args, kwargs))[0]
+        how = _KINDS.get(func) or _KINDS.setdefault(func, _Kind(func))
+        if how.falls_apart:  # under inference_mode, what torch makes of several operations comes as one
+            return func.decompose(*args, **kwargs)
+        flat = [*_flat(args), *_flat(kwargs.values())]
         ours = [x for x in flat if isinstance(x, DeviceTensor)]
-        changed, is_view = _changed(func, args, kwargs)
+        changed = how.changed(args, kwargs)
         if func in _COPIES and (host := self._copied(func, args, kwargs)) is not None:
             return host
         device = ours[0].device
@@ -280,22 +294,21 @@ class Card:
             if isinstance(x, Tensor) and x.device != device and not self._may_mix(func, args, x, changed):
                 raise RuntimeError(
                     "Expected all tensors to be on the same device, but found at least two devices, "
-                    f"{device} and {x.device}! ({func})"
+                    f"{device} and {x.device}! ({how.name})"
                 )
-        stream, moment = self._launch(func, device, ours, changed, is_view)
+        stream, moment = self._launch(how.name, device, ours, changed, how.is_view)
         asked = kwargs.get("device")
-        inner = {k: v for k, v in kwargs.items() if k != "device"} | ({} if asked is None else {"device": "cpu"})
-        out = func(*tree_map(_inner, args), **tree_map(_inner, inner))
-        if func in _WAITING or _SHAPES & set(getattr(func, "tags", ())):
+        inner = {k: _inner(v) for k, v in kwargs.items()} | ({} if asked is None else {"device": "cpu"})
+        out = func(*_inner(args), **inner)
+        if how.waits:
             self.host_waits(stream.clock)
         if asked is not None and torch.device(asked).type == "cpu":
             return out
-        known = {x.inner.untyped_storage()._cdata: x for x in ours}
-        return tree_map(lambda x: self._wrapped(x, ours, known, stream, moment, str(func)), out)
+        return self._wrapped(out, ours, stream, moment, how.name)
 
-    def _wrapped(
-        self, out: Any, ours: list[DeviceTensor], known: dict[int, DeviceTensor], stream: Stream, moment: int, what: str
-    ) -> Any:
+    def _wrapped(self, out: Any, ours: list[DeviceTensor], stream: Stream, moment: int, what: str) -> Any:
+        if isinstance(out, tuple | list):
+            return type(out)(self._wrapped(part, ours, stream, moment, what) for part in out)
         if not isinstance(out, Tensor):
             return out
         for x in ours:
@@ -303,9 +316,9 @@ class Card:
                 if x.shape != out.shape or x.stride() != out.stride():
                     raise NotImplementedError(f"{what} changes the shape of its argument; the stand-in cannot do that")
                 return x
-        alias = known.get(out.untyped_storage()._cdata)
-        size = out.untyped_storage().nbytes()
-        memory = alias.memory if alias is not None else _Memory(self, size, stream, moment, what)
+        storage = out.untyped_storage()
+        alias = next((x for x in ours if x.inner.untyped_storage()._cdata == storage._cdata), None)
+        memory = alias.memory if alias is not None else _Memory(self, storage.nbytes(), stream, moment, what)
         return DeviceTensor(out, memory, stream.device if alias is None else alias.device)
 
     def fresh(self, inner: Tensor, device: Any) -> DeviceTensor:
@@ -313,23 +326,24 @@ class Card:
         device = self.indexed(device)
         stream = self.current_stream(device)
         moment = self._tick(stream)
-        return DeviceTensor(inner, _Memory(self, inner.untyped_storage().nbytes(), stream, moment, "allocation"), device)
+        memory = _Memory(self, inner.untyped_storage().nbytes(), stream, moment, "allocation")
+        return DeviceTensor(inner, memory, device)
 
     def _tick(self, stream: Stream) -> int:
         with self._lock:
-            self.join(stream.clock, self._host)
+            self.join(stream.clock, self.host)
             stream.clock[stream.number] = stream.clock.get(stream.number, 0) + 1
             return stream.clock[stream.number]
 
     def _launch(
-        self, func: Any, device: torch.device, ours: list[DeviceTensor], changed: list[Any], is_view: bool
+        self, what: str, device: torch.device, ours: list[DeviceTensor], changed: list[Any], is_view: bool
     ) -> tuple[Stream, int]:
         """The moment of an operation, which must come after all that its tensors have been through."""
         stream = self.current_stream(device)
         with self._lock:
             moment = self._tick(stream)
             for x in [] if is_view else ours:
-                self._access(x.memory, stream, moment, str(func), any(x is c for c in changed))
+                self._access(x.memory, stream, moment, what, any(x is c for c in changed))
         return stream, moment
 
     def _access(self, memory: _Memory, stream: Stream, moment: int, what: str, writes: bool) -> None:
@@ -371,7 +385,7 @@ class Card:
         if isinstance(source, DeviceTensor):
             values = torch.empty_like(target).copy_(source.inner)
             return self._fetched(source, values, late, target)
-        stream, moment = self._launch(func, target.device, [target], [target], False)
+        stream, moment = self._launch("a copy from the host", target.device, [target], [target], False)
         target.inner.copy_(source)
         if late and self.is_pinned(source):
             with self._lock:
@@ -405,7 +419,24 @@ class Card:
 
 
 def _inner(x: Any) -> Any:
+    """Its own tensors for those of the device, in lists and tuples too."""
+    if isinstance(x, tuple | list):
+        return type(x)(map(_inner, x))
     return x.inner if isinstance(x, DeviceTensor) else x
+
+
+def _listed(index: Any) -> Any:
+    if isinstance(index, tuple):
+        return tuple(map(_listed, index))
+    return torch.tensor(index) if isinstance(index, list) else index
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 def _plain(how: dict[str, Any]) -> dict[str, Any]:
@@ -426,23 +457,25 @@ def _full_of_ones(tensor: Tensor) -> Tensor:
     return tensor
 
 
-_SCHEMAS: dict[Any, tuple[list[tuple[int, str]], bool]] = {}
+class _Kind:
+    """What its schema says of an operation."""
+
+    def __init__(self, func: Any) -> None:
+        self.name = str(func)
+        is_op = isinstance(func, torch._ops.OpOverload)
+        self.falls_apart = is_op and func._can_decompose()
+        arguments = func._schema.arguments if is_op else ()
+        aliases = [(i, a.name, a.alias_info) for i, a in enumerate(arguments) if a.alias_info is not None]
+        self._writes = [(i, name) for i, name, alias in aliases if alias.is_write]
+        self.is_view = bool(aliases) and not self._writes
+        self.waits = func in _WAITING or bool(_SHAPES & set(getattr(func, "tags", ())))
+
+    def changed(self, args: Any, kwargs: Any) -> list[Any]:
+        """The arguments that it writes to."""
+        return [*_flat([kwargs.get(name, args[i] if i < len(args) else None) for i, name in self._writes])]
 
 
-def _changed(func: Any, args: Any, kwargs: Any) -> tuple[list[Any], bool]:
-    """The arguments that an operation writes to, and whether it only makes a view."""
-    schema = getattr(func, "_schema", None)
-    if schema is None:
-        return [], False
-    if func not in _SCHEMAS:
-        aliases = [(i, a.name, a.alias_info) for i, a in enumerate(schema.arguments) if a.alias_info is not None]
-        writes = [(i, name) for i, name, alias in aliases if alias.is_write]
-        _SCHEMAS[func] = writes, bool(aliases) and not writes
-    writes, is_view = _SCHEMAS[func]
-    found = [kwargs.get(name, args[i] if i < len(args) else None) for i, name in writes]
-    return tree_flatten(found)[0], is_view
-
-
+_KINDS: dict[Any, _Kind] = {}
 _CARDS: list[Card] = []
 
 
@@ -450,6 +483,37 @@ def _plugged_in() -> Card:
     if not _CARDS:
         raise Fault("a tensor of a device outlives it")
     return _CARDS[-1]
+
+
+class _Queue(queue.SimpleQueue):  # type: ignore[type-arg]
+    """Tells who takes an item what its giver has waited for."""
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        super().put((dict(_plugged_in().host), item))
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        clock, item = super().get(block, timeout)
+        _plugged_in().host_waits(clock)
+        return item
+
+
+def _telling(patch: pytest.MonkeyPatch) -> None:
+    """Lets what threads wait for each other with carry their clocks along."""
+    is_set, wait = threading.Event.set, threading.Event.wait
+
+    def tell(event: Any) -> None:
+        event.clock = dict(_CARDS[-1].host) if _CARDS else {}
+        is_set(event)
+
+    def hear(event: Any, timeout: float | None = None) -> bool:
+        found = wait(event, timeout)
+        if _CARDS:
+            _CARDS[-1].host_waits(getattr(event, "clock", {}))
+        return found
+
+    patch.setattr(threading.Event, "set", tell)
+    patch.setattr(threading.Event, "wait", hear)
+    patch.setattr("streamprune.disk.behind.queue", SimpleNamespace(SimpleQueue=_Queue))
 
 
 @contextmanager
@@ -496,14 +560,15 @@ def plugged_in(card: Card) -> Iterator[Card]:
         return made if device is None else made.to(device)
 
     plain_tensor = torch.tensor
-    kernels = torch.library.Library("aten", "IMPL", "CUDA")  # noqa: TOR901 - ended below
+    kernels = torch.library.Library("aten", "IMPL", "CUDA")
     with pytest.MonkeyPatch.context() as patch, _guarded():
         for name, stand_in in {
             "_lazy_init": lambda: None, "Stream": Stream, "Event": Event, "stream": card.stream,
             "current_stream": card.current_stream, "current_device": card.current_device,
             "synchronize": card.synchronize, "empty_cache": lambda: None, "device_count": lambda: 2,
             "mem_get_info": lambda device=None: (card.limit - card.allocated, card.total),
-            "memory_allocated": lambda device=None: card.allocated, "memory_reserved": lambda device=None: card.allocated,
+            "memory_allocated": lambda device=None: card.allocated,
+            "memory_reserved": lambda device=None: card.allocated,
             "max_memory_allocated": lambda device=None: card.peak,
             "set_per_process_memory_fraction": card.set_fraction,
         }.items():  # fmt: skip
@@ -517,6 +582,7 @@ def plugged_in(card: Card) -> Iterator[Card]:
         kernels.impl("empty_strided", allocate_strided)
         for name in _MAKING:
             kernels.impl(name, making(name))
+        _telling(patch)
         _CARDS.append(card)
         try:
             yield card
