@@ -35,7 +35,7 @@ from streamprune.evaluation_pass import Run, disk_bytes
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.model.budget import Layout, layout_for
 from streamprune.model.calibration import Tokens, cut_windows
-from streamprune.model.computing import compute_dtype, resolve_device
+from streamprune.model.computing import compute_dtype, exact_products, resolve_device
 from streamprune.model.feed import Feed
 from streamprune.model.passes import out_of_memory_named, split_batches
 from streamprune.model.skeleton import build_skeleton, stored_dtype
@@ -72,6 +72,7 @@ class Evaluation:
     """The mean nats of each window, in the order of the text: what a paired comparison of two models needs."""
 
 
+@exact_products()
 def evaluate(
     model: str | Path, text: str | Path, *, reference: str | Path | None = None, seqlen: int | None = None,
     device: str = "auto", dtype: str = "auto", max_ram: int | None = None, max_vram: int | None = None,

@@ -34,6 +34,7 @@ _CUDA, _META = 1, 14  # c10::DeviceType
 _COPIES = (aten.copy_.default, aten._to_copy.default)
 _INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
 _MAKING = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace", "randperm")
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"}
 _WAITING = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
 _SHAPES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
@@ -296,6 +297,8 @@ class Card:
                     "Expected all tensors to be on the same device, but found at least two devices, "
                     f"{device} and {x.device}! ({how.name})"
                 )
+        if how.multiplies and ours[0].dtype == torch.float32 and _allows_tf32():
+            raise self.fault(f"{how.name} of float32 may be computed in TF32")
         stream, moment = self._launch(how.name, device, ours, changed, how.is_view)
         asked = kwargs.get("device")
         inner = {k: _inner(v) for k, v in kwargs.items()} | ({} if asked is None else {"device": "cpu"})
@@ -418,6 +421,11 @@ class Card:
         return tensor.untyped_storage().data_ptr() in self._pinned
 
 
+def _allows_tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
 def _inner(x: Any) -> Any:
     """Its own tensors for those of the device, in lists and tuples too."""
     if isinstance(x, tuple | list):
@@ -468,6 +476,7 @@ class _Kind:
         aliases = [(i, a.name, a.alias_info) for i, a in enumerate(arguments) if a.alias_info is not None]
         self._writes = [(i, name) for i, name, alias in aliases if alias.is_write]
         self.is_view = bool(aliases) and not self._writes
+        self.multiplies = self.name.removeprefix("aten.").split(".")[0].strip("_") in _PRODUCTS
         self.waits = func in _WAITING or bool(_SHAPES & set(getattr(func, "tags", ())))
 
     def changed(self, args: Any, kwargs: Any) -> list[Any]:

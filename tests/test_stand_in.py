@@ -150,6 +150,32 @@ def test_the_second_device_alone(models: Models, text: Path, tmp_path: Path, how
     assert card.devices == {torch.device("cuda", 1)}
 
 
+@pytest.fixture(params=["before 2.9", "since 2.9"])
+def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A caller has allowed TF32, in one of torch's two ways."""
+    if request.param == "before 2.9":
+        torch.set_float32_matmul_precision("high")
+    elif hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        pytest.skip("this torch has one way only")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("tf32")
+def test_no_product_of_float32_is_computed_in_tf32(models: Models, text: Path, few: Path, tmp_path: Path) -> None:
+    """And what a caller allows himself is as it was before."""
+    model = models(layers=2)
+    with plugged_in(Card()):
+        job(model, text, tmp_path / "out", refit="cg", propagate="dense", only="0.mlp.down_proj")
+        evaluate(model, few, seqlen=32, dtype="float32", device="cuda:0", work=tmp_path)
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    else:
+        assert torch.get_float32_matmul_precision() == "high"
+
+
 # ---- its memory
 
 
