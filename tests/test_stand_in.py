@@ -1,4 +1,7 @@
-"""Whole jobs on the stand-in for a GPU (stand_in.py): they give the CPU's bytes, and what is taken away is missed."""
+"""The stand-in for a GPU (stand_in.py), and jobs on it: what is taken away from them is missed.
+
+Jobs of every kind run on it in test_on_a_gpu.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 from stand_in import Card, DeviceTensor, Fault, plugged_in
 
 from streamprune.errors import ResourceError
-from streamprune.evaluation import Evaluation, evaluate
+from streamprune.evaluation import evaluate
 from streamprune.job import JobResult, prune
 from streamprune.model import budget
 from streamprune.model.budget import Layout
@@ -71,38 +74,6 @@ def use_layout(patch: pytest.MonkeyPatch, layers: int, resident: bool) -> None:
 
 # ---- whole jobs
 
-JOBS: dict[str, dict[str, Any]] = {
-    "unstructured": {"sparsity": 0.5, "only": None},
-    "2:4": {"only": None},
-    "magnitude": {"method": "magnitude"},
-    "pruned inputs": {"propagate": "pruned", "only": None},
-    "hwpq": {"method": "hwpq", "only": None},
-    "allocated": {"sparsity": 0.6, "allocate": "error", "only": None},
-    "asymmetric admm": {"refit": "obs-admm", "only": "1.mlp.down_proj"},
-    "cg": {"sparsity": 0.5, "refit": "cg", "propagate": "dense"},
-    "sparsegpt": {"sparsity": 0.5, "refit": "sparsegpt", "propagate": "pruned"},
-}
-
-
-@pytest.mark.parametrize("how", JOBS.values(), ids=JOBS)
-def test_jobs_give_what_the_cpu_gives(models: Models, text: Path, tmp_path: Path, how: dict[str, Any]) -> None:
-    model = models(layers=2)
-    job(model, text, tmp_path / "cpu", "cpu", **how)
-    with plugged_in(Card()) as card:
-        job(model, text, tmp_path / "out", **how)
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "cpu")
-    assert card.devices == {torch.device("cuda", 0)} and card.streams > 1
-
-
-@pytest.mark.parametrize("how", [{}, {"refit": "cg", "only": "experts.1.w2"}], ids=["2:4", "cg"])
-def test_a_mixture_of_experts(models: Models, text: Path, tmp_path: Path, how: dict[str, Any]) -> None:
-    model = models("mixtral", layers=2)
-    job(model, text, tmp_path / "cpu", "cpu", **how)
-    with plugged_in(Card()):
-        job(model, text, tmp_path / "out", **how)
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "cpu")
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
 def test_other_architectures(models: Models, text: Path, tmp_path: Path, kind: str) -> None:
     """Transposed weights, tied and scaled embeddings, learned positions."""
@@ -110,18 +81,6 @@ def test_other_architectures(models: Models, text: Path, tmp_path: Path, kind: s
     with plugged_in(Card()):
         job(models(kind, layers=2), text, tmp_path / "out", only=None)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "cpu")
-
-
-def perplexity(models: Models, text: Path, work: Path, device: str) -> Evaluation:
-    given: dict[str, Any] = {"seqlen": 32, "dtype": "float32", "work": work, "device": device}
-    return evaluate(models(layers=2), text, reference=models(layers=1), **given)
-
-
-def test_eval_with_a_reference(models: Models, few: Path, tmp_path: Path) -> None:
-    here = perplexity(models, few, tmp_path, "cpu")
-    with plugged_in(Card()):
-        there = perplexity(models, few, tmp_path, "cuda:0")
-    assert (there.nll, there.kl, there.top1_agreement) == (here.nll, here.kl, here.top1_agreement)
 
 
 @pytest.mark.parametrize(("layers", "resident"), LAYOUTS.values(), ids=LAYOUTS)

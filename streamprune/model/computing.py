@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,7 +68,8 @@ def exact_products() -> Iterator[None]:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # it was set for one backend alone, which torch 2.9 and later can do
-        places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        backends: Any = torch.backends
+        places = (backends.cuda.matmul, backends.mkldnn.matmul)
         each = [place.fp32_precision for place in places]
 
         def restore() -> None:
