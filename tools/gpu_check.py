@@ -158,7 +158,6 @@ def environment_with(wheels: Path | None, folder: Path) -> dict[str, str]:
     path = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {
         "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1",
-        "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR", str(folder / "numba")),
     }  # fmt: skip
 
 
@@ -221,7 +220,8 @@ def run(name: str, arguments: argparse.Namespace, environment: dict[str, str], l
         start_new_session=True,
     )  # fmt: skip
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(process, lines), daemon=True).start()
+    reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
+    reader.start()
     try:
         while (left := begun + limit - time.monotonic()) > 0:
             try:
@@ -237,11 +237,14 @@ def run(name: str, arguments: argparse.Namespace, environment: dict[str, str], l
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        reader.join(10)  # all that held the pipe open is gone
 
 
 def _read(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
-    for line in process.stdout or ():
-        lines.put(line)
+    assert process.stdout is not None
+    with process.stdout as said:
+        for line in said:
+            lines.put(line)
     lines.put(None)
 
 
