@@ -10,9 +10,8 @@ OUT/gpu_check.json and OUT/gpu_check.md when it ends, of its own accord or becau
 off leaves what was done by then. --small takes tiny shapes and --device cpu another device: both are for trying the
 tool, and their figures say nothing.
 
-It needs a Python with torch for CUDA, numpy, numba, safetensors and pytest. `pip download --only-binary=:all: -d wheels
-transformers tokenizers huggingface_hub compressed-tensors xxhash tqdm`, with pip's --python-version and --platform for
-the machine with the GPU, fetches what that may lack or has too old.
+It needs a Python with torch for CUDA, numpy, numba, safetensors and pytest; what else is missing there, or too old, may
+come as wheels: README.md has the line that fetches them.
 
 Exit codes: 0 all sections done, 1 one of them failed or was cut off, 2 usage, 5 no GPU, 130 interrupted.
 """
