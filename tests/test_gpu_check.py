@@ -80,6 +80,13 @@ def test_wheels_come_before_what_is_installed(tool: ModuleType, tmp_path: Path) 
         tool.environment_with(tmp_path, tmp_path / "there")
 
 
+def test_a_package_that_is_too_old_is_named(tool: ModuleType, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "transformers-4.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("transformers-4.0.dist-info/METADATA", "Name: transformers\nVersion: 4.0\n")
+    with pytest.raises(tool.CheckError, match=r"transformers 4\.0 is older than 5\.[0-9]+; see --wheels"):
+        tool.require_device("cpu", tool.environment_with(tmp_path, tmp_path / "there"))
+
+
 def test_results_are_there_after_each_section(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

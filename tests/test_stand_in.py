@@ -74,6 +74,7 @@ def use_layout(patch: pytest.MonkeyPatch, layers: int, resident: bool) -> None:
 
 # ---- whole jobs
 
+
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
 def test_other_architectures(models: Models, text: Path, tmp_path: Path, kind: str) -> None:
     """Transposed weights, tied and scaled embeddings, learned positions."""

@@ -160,15 +160,25 @@ def environment_with(wheels: Path | None, folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
+_ASK = f"""
+import re, sys, tomllib, torch
+from importlib.metadata import version
+if sys.argv[1] != "cpu" and not torch.cuda.is_available():
+    sys.exit({NO_GPU})
+torch.empty(1, device=sys.argv[1])
+project = tomllib.load(open({str(TOOLS.parent / "pyproject.toml")!r}, "rb"))["project"]
+number = lambda text: [int(part) for part in re.findall("[0-9]+", text)[:2]]
+for name, least in (needed.split(">=") for needed in project["dependencies"]):
+    if number(version(name)) < number(least):
+        sys.exit(f"{{name}} {{version(name)}} is older than {{least}}")
+import streamprune.job, streamprune.evaluation, streamprune.model.skeleton, transformers
+"""
+
+
 def require_device(device: str, environment: dict[str, str]) -> None:
     """Raises CheckError, with 5 where there is no GPU, unless the device and all packages are there."""
-    ask = (
-        "import sys, torch; d = sys.argv[1]; "
-        "sys.exit(5) if d != 'cpu' and not torch.cuda.is_available() else torch.empty(1, device=d); "
-        "import streamprune.job, streamprune.evaluation, streamprune.model.skeleton"
-    )
     asked = subprocess.run(
-        [sys.executable, "-c", ask, device], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", _ASK, device], env=environment, capture_output=True, text=True, check=False
     )
     if asked.returncode == NO_GPU:
         raise CheckError(f"no GPU that torch can use ({device}); nothing was measured", NO_GPU)
