@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -91,10 +92,11 @@ def test_results_are_there_after_each_section(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that takes too long is ended, with what it had found; the next has its share; one that fails is kept."""
+    tests = """print('{"ms": 3}'), print('test PASSED [ 9%]'), print('test FAILED [10%]'); raise SystemExit(7)"""
     monkeypatch.setattr(tool, "SECTIONS", {
         "first": section(tool, "print('{\"ms\": 1.5}'); print('some words')"),
         "slow": section(tool, "print('{\"ms\": 2}', flush=True); import time; time.sleep(60)"),
-        "third": section(tool, "print('{\"ms\": 3}'); raise SystemExit(7)", 3.0),
+        "third": section(tool, tests, 3.0),
     })  # fmt: skip
     monkeypatch.setattr(tool, "require_device", lambda *_: None)
     begun = time.monotonic()
@@ -103,6 +105,7 @@ def test_results_are_there_after_each_section(
     found = read(tmp_path)
     assert [f["status"] for f in found.values()] == ["done", "cut off", "failed with 7"]
     assert [f["rows"] for f in found.values()] == [[{"ms": 1.5}], [{"ms": 2}], [{"ms": 3}]]
+    assert found["third"]["passed"] == 1 and found["third"]["text"] == ["test FAILED [10%]"]
     page = (tmp_path / "gpu_check.md").read_text()
     assert "| ms |\n| --- |\n| 1.5 |" in page and "some words" in page and "slow: cut off" in page
 
@@ -140,6 +143,18 @@ def test_commands_are_those_of_other_tools(tool: ModuleType, load_tool: Callable
                 assert words[0] in sections.SECTIONS and ("--small" in words) == bool(small)
             else:
                 assert (TOOLS.parent / "tests/test_on_a_gpu.py").exists() and "tests/test_on_a_gpu.py" in words
+
+
+def test_tests_of_sections_are_found(tool: ModuleType) -> None:
+    """Every test is in one of the two, and only what is for a card."""
+    found: list[str] = []
+    for name in ("tests", "processes"):
+        command = [*tool.command_of(name, tool.parse([])), "--collect-only", "-q"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TOOLS.parent).stdout
+        found += [line for line in said.splitlines() if "::" in line]
+    assert len(found) == len(set(found)) > 100 and not [name for name in found if "stand-in" in name or "cpu" in name]
+    functions = {name.split("::")[1].split("[")[0] for name in found}
+    assert functions == set(re.findall(r"^def (test_\w+)", (TOOLS.parent / "tests/test_on_a_gpu.py").read_text(), re.M))
 
 
 # ---- sections in miniature

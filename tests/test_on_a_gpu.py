@@ -75,6 +75,12 @@ def card() -> torch.device:
 
 # ---- kernels
 
+IN_TORCH = torch.cuda.is_available()
+"""What kernels are compared with: on the CPU Numba's, beside a card Torch's own on the CPU, whose equals Numba's are
+(test_kernels.py, test_fp8.py): compiling takes longer than all else, and a card may be lent by the minute."""
+
+SELECTING, CODING = (torch_ops, torch_fp8) if IN_TORCH else (cpu, cpu_fp8)
+
 
 def weights(rows: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -98,7 +104,7 @@ def selected(kernels: Any, name: str, w: Tensor, f: Tensor) -> Selection:
 def test_selection(device: torch.device, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """The same counts always; the same masks but for one weight in a thousand, or one of a small linear."""
     w, f = weights(*shape, dtype), features(shape[1])
-    here = selected(cpu, name, w, f)
+    here = selected(SELECTING, name, w, f)
     there = selected(torch_ops, name, w.to(device), f.to(device))
     assert here.keep is not None and there.keep is not None
     keep = there.keep.cpu()
@@ -115,7 +121,7 @@ def test_what_is_not_finite(device: torch.device, dtype: torch.dtype, bad: float
     w = weights(9, 64, dtype)
     assert torch_ops.first_nonfinite(w.to(device)) is None
     w[5, 7] = bad
-    assert torch_ops.first_nonfinite(w.to(device)) == 5 * 64 + 7 == cpu.first_nonfinite(w)
+    assert torch_ops.first_nonfinite(w.to(device)) == 5 * 64 + 7 == SELECTING.first_nonfinite(w)
     for name in ("exact", "ewma", "2:4"):
         assert not selected(torch_ops, name, w.to(device), features(64).to(device)).finite
 
@@ -137,13 +143,13 @@ def test_accumulate(device: torch.device, tokens: int, dtype: torch.dtype) -> No
 def test_fp8(device: torch.device, shape: tuple[int, int], dtype: torch.dtype, factors: tuple[float, ...]) -> None:
     """Codes and scales bit for bit, and back."""
     w, power = weights(*shape, dtype), features(shape[1])
-    codes, scale, sums = cpu_fp8.quantise_rows(w, power, factors, torch.bfloat16)
+    codes, scale, sums = CODING.quantise_rows(w, power, factors, torch.bfloat16)
     found = torch_fp8.quantise_rows(w.to(device), power.to(device), factors, torch.bfloat16)
     assert torch.equal(found[0].view(torch.uint8).cpu(), codes.view(torch.uint8))
     assert torch.equal(found[1].cpu(), scale)
     torch.testing.assert_close(found[2].cpu(), sums, rtol=1e-6, atol=1e-9)
     here, there = torch.empty(shape), torch.empty(shape, device=device)
-    cpu_fp8.dequantise_rows(codes, scale, here)
+    CODING.dequantise_rows(codes, scale, here)
     torch_fp8.dequantise_rows(found[0], found[1], there)
     assert torch.equal(there.cpu(), here)
 
@@ -157,7 +163,7 @@ def test_fp8_descent(device: torch.device) -> None:
     given = [w.clone(), torch.zeros(width, rows), torch.zeros(width, rows), torch.ones(width, rows, dtype=torch.bool)]
     given += [gram, 1 / gram.diagonal(), w.abs().amax(0) / 448]
     there = [t.clone().to(device) for t in given]
-    cpu_fp8.descend_block(*given)
+    CODING.descend_block(*given)
     torch_fp8.descend_block(*there)
     assert int((there[0].cpu() != given[0]).sum()) <= rows * width // 50
 

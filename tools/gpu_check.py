@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -60,13 +61,14 @@ class Section:
 
 
 _NARROW = ("--preset", "narrow", "--hidden", "256", "--intermediate", "512", "--heads", "4", "--vocab", "2048")
-_FULL_TESTS = ("-m", "gpu", "tests/test_on_a_gpu.py")
+_PYTEST = ("-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider", "--tb=short", "-m", "gpu or not gpu")
+_TESTS = "tests/test_on_a_gpu.py"
+_PROCESSES = "killed or one_launch or max_vram or memcheck"
 SECTIONS = {
     "environment": Section("The machine", 20, ("tools/gpu_sections.py", "environment")),
     "tests": Section(
-        "Tests on the card", 130,
-        ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rfEs", "--durations=8"), _FULL_TESTS,
-        ("tests/test_on_a_gpu.py", "-k", "stand-in and test_what_is_not_finite"), by_device=False,
+        "Tests on the card: kernels, Grams, refits, jobs", 100, (*_PYTEST, _TESTS),
+        ("-k", f"card and not ({_PROCESSES})"), ("-k", "stand-in and test_what_is_not_finite"), by_device=False,
     ),
     "kernels": Section(
         "Kernels against a copy of the same bytes, torch.sort, topk", 50, ("tools/bench.py", "kernels", "--json"),
@@ -83,6 +85,10 @@ SECTIONS = {
     "refits": Section("Refits of 7B-shaped layers, for 32 of them", 80, ("tools/gpu_sections.py", "refits")),
     "fp8": Section("FP8 output, loaded by transformers", 40, ("tools/gpu_sections.py", "fp8")),
     "2:4": Section("2:4 against dense with Torch's sparse kernels", 40, ("tools/gpu_sections.py", "two-four")),
+    "processes": Section(
+        "Tests on the card: killed and resumed, --max-vram, races, memcheck", 100, (*_PYTEST, _TESTS),
+        ("-k", f"({_PROCESSES}) and not cpu"), ("-k", "one_launch and cpu"), by_device=False,
+    ),
 }  # fmt: skip
 
 
@@ -95,6 +101,8 @@ class Found:
     command: str = ""
     rows: list[dict[str, Any]] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
+    passed: int = 0
+    """Of tests."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -264,6 +272,8 @@ def _take(line: str, found: Found) -> None:
         row = None
     if isinstance(row, dict):
         found.rows.append(row)
+    elif re.search(r" PASSED +\[ *\d+%\]$", line):
+        found.passed += 1
     elif line.strip():
         found.text = [*found.text, line.rstrip()][-_TEXT_LINES:]
 
@@ -284,6 +294,8 @@ def markdown(arguments: argparse.Namespace, found: dict[str, Found]) -> str:
     lines = [f"# gpu_check on {arguments.device}{', small: figures say nothing' * arguments.small}"]
     for name, f in found.items():
         lines += ["", f"## {SECTIONS[name].title}", "", f"{name}: {f.status}, {f.seconds:.0f} s. `{f.command}`"]
+        if f.passed:
+            lines += ["", f"{f.passed} tests passed."]
         columns = list(dict.fromkeys(key for row in f.rows for key in row))
         if columns:
             lines += ["", _line(columns), _line(["---"] * len(columns))]
