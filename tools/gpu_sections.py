@@ -197,7 +197,7 @@ def refits(device: torch.device, small: bool) -> Iterator[Row]:
 _READ = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", device_map=sys.argv[3]).eval()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval().to(sys.argv[3])
 ids = torch.load(sys.argv[2]).to(sys.argv[3])
 with torch.inference_mode():
     logits = torch.cat([model(some[None]).logits[:, :-1].float().flatten(0, 1) for some in ids])
