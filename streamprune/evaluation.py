@@ -39,7 +39,7 @@ from streamprune.evaluation_pass import Run, disk_bytes
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.model.budget import Layout, layout_for
 from streamprune.model.calibration import Source, cut_windows
-from streamprune.model.computing import compute_dtype, resolve_device
+from streamprune.model.computing import compute_dtype, exact_products, resolve_device
 from streamprune.model.feed import Feed
 from streamprune.model.passes import Batches, out_of_memory_named
 from streamprune.model.skeleton import build_skeleton, stored_dtype
@@ -80,6 +80,7 @@ class Evaluation:
     """The mean nats of each window, in the order of the text: what a paired comparison of two models needs."""
 
 
+@exact_products()
 def evaluate(
     model: str | Path, text: str | Path, *, reference: str | Path | None = None, seqlen: int | None = None,
     windows: int | None = None, text_field: str = "text", bos: str = "auto",

@@ -56,7 +56,7 @@ from streamprune.kernels import cpu, torch_ops
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.model.activations import Activations
 from streamprune.model.calibration import Tokens, tokens_digest
-from streamprune.model.computing import compute_dtype, resolve_device
+from streamprune.model.computing import compute_dtype, exact_products, resolve_device
 from streamprune.model.experts import is_pooled, pool
 from streamprune.model.feed import Feed
 from streamprune.model.grams import LayerGrams
@@ -152,6 +152,7 @@ class Run:
         if self.begun:
             self.state.discard()
 
+    @exact_products()
     def work(self, startup: float) -> dict[str, Any]:
         """Does what is left to do; returns the report. `startup` is how many seconds it took to get here."""
         self.startup, begun = startup, time.perf_counter()

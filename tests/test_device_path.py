@@ -1,6 +1,6 @@
 """The path of a GPU, on Torch's CPU device: weights sent ahead, resident states, pruning beside the next layer's pass.
 
-What differs on a real GPU are streams and pinned memory (model/lane.py); the order of work and what it yields do not.
+What differs on a real GPU are streams and pinned memory (model/lane.py): for these see test_stand_in.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from streamprune.model import budget, passes
 from streamprune.model.activations import Activations
 from streamprune.model.budget import Layout, lay_out, memory_of
 from streamprune.model.feed import Feed
-from streamprune.model.lane import Lane, Sent
 from streamprune.model.skeleton import build_skeleton
 from streamprune.spec import Progress
 
@@ -150,62 +149,6 @@ def test_bad_weights_are_named(models: Models, text: Path, tmp_path: Path, use: 
     with pytest.raises(CheckpointError, match=r"up_proj.weight is inf at \[3, 5\]"):
         prune(copy, tmp_path / "out", sparsity=0.5, calib=text, samples=4, seqlen=32, backend="torch")
     assert not (tmp_path / "out").exists()
-
-
-# ---- copies that take their time
-
-
-class LateEvent:
-    """Set some time after the copy was asked for."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-
-    def wait(self) -> None:
-        assert self.done.wait(10)
-
-    synchronize = wait
-
-
-class LateLane(Lane):
-    """Copies as a GPU does: later, one after the other. Until then the target is full of ones, and the source must not
-    have been needed."""
-
-    _before: LateEvent | None = None
-
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> LateEvent:
-        before, event, pinned = self._before, LateEvent(), source.clone()
-        self._before = event
-        target.fill_(1)
-
-        def land() -> None:
-            if before is not None:
-                before.done.wait()
-            target.copy_(pinned)
-            event.done.set()
-
-        threading.Timer(0.003, land).start()
-        return event
-
-    def send(self, host: torch.Tensor) -> Sent:
-        there = torch.empty_like(host)
-        return Sent(there, self.copy(host, there))
-
-
-@pytest.mark.parametrize("layers_resident", LAYOUTS.values(), ids=LAYOUTS)
-def test_nothing_is_used_before_it_has_arrived(
-    models: Models, text: Path, tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch,
-    layers_resident: tuple[int, bool],
-) -> None:  # fmt: skip
-    use(*layers_resident)
-    job(models, text, "llama", tmp_path / "plain")
-    dense = evaluate(models(), text, seqlen=32, work=tmp_path)
-    for place in ("feed", "activations"):
-        monkeypatch.setattr(f"streamprune.model.{place}.Lane", LateLane)
-    monkeypatch.setattr("streamprune.model.feed._PIECE_BYTES", 3000)
-    job(models, text, "llama", tmp_path / "out")
-    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
-    assert evaluate(models(), text, seqlen=32, work=tmp_path).nll == dense.nll
 
 
 # ---- running out of memory

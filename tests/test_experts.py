@@ -18,8 +18,9 @@ from families import HIDDEN, SEEING, VOCAB, save_tokenizer
 from family_checks import same_sums
 from mixtures import FUSED, MIXTURES, look, names_of, save_mixture, watch_experts, weights_of_experts
 from safetensors.torch import load_file, save_file
+from stand_in import Card, plugged_in
 from test_crash import OUTPUTS, Crasher, show
-from test_device_path import LateLane, weights_of
+from test_device_path import weights_of
 from whole_model import (
     BATCH,
     SAMPLES,
@@ -455,21 +456,18 @@ def test_on_a_device(
     resident: bool,
     how: Job,
 ) -> None:
-    """Weights are sent there, and arrive late; the result is the same."""
+    """Weights are sent there; the result is the same."""
     source = make("gpt_oss" if layers == 2 else "deepseek_v3")
     more = {"backend": "torch", "expert_tokens": LEAST, **how}
     run(source, tmp_path / "plain", text, **more)
     layout = Layout(BATCH, layers, resident, 0)
     monkeypatch.setattr("streamprune.job_run.layout_of", lambda *args: layout)
     monkeypatch.setattr("streamprune.evaluation.layout_for", lambda *args, **more: layout)
-    for place in ("job_run", "job_pass", "evaluation"):
-        monkeypatch.setattr(f"streamprune.{place}.Feed", functools.partial(Feed, copies=True))
-    for place in ("feed", "activations"):
-        monkeypatch.setattr(f"streamprune.model.{place}.Lane", LateLane)
     monkeypatch.setattr("streamprune.model.feed._PIECE_BYTES", 3000)
-    out = run(source, tmp_path / "out", text, **more).out
+    with plugged_in(Card()):
+        out = run(source, tmp_path / "out", text, device="cuda:0", **more).out
+        found = evaluate(out, held, seqlen=32, dtype="float32", device="cuda:0", work=tmp_path)
     assert weights_of(out) == weights_of(tmp_path / "plain")
-    found = evaluate(out, held, seqlen=32, dtype="float32", work=tmp_path)
     assert found.perplexity == pytest.approx(whole_perplexity(out, held), rel=1e-5)
 
 

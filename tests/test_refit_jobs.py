@@ -22,8 +22,9 @@ import torch
 from conftest import VOCAB
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
+from stand_in import Card, plugged_in
 from test_crash import Crasher, show
-from test_device_path import LAYOUTS, LateLane, weights_of
+from test_device_path import LAYOUTS, weights_of
 from test_grams import flags
 from transformers import AutoModelForCausalLM
 from whole_model import in_memory, linears_of, round_states, stored, weight_of
@@ -548,9 +549,9 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 )  # fmt: skip
 def test_the_path_of_a_device(
     models: Models, text: Path, tmp_path: Path, room: Callable[[int], list[int]], use: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch, layout: str, nbytes: int, propagate: str,
+    layout: str, nbytes: int, propagate: str,
 ) -> None:  # fmt: skip
-    """The same bytes, also where copies take their time.
+    """The same bytes as on the CPU.
 
     Where states stay on the device, a layer is passed again whose outputs are there and whose inputs were never on
     disk.
@@ -559,9 +560,8 @@ def test_the_path_of_a_device(
     room(nbytes)
     whole = run(models("gpt2", 2), tmp_path / "plain", text, **job)
     use(*LAYOUTS[layout], nbytes)
-    for place in ("feed", "activations"):
-        monkeypatch.setattr(f"streamprune.model.{place}.Lane", LateLane)
-    result = run(models("gpt2", 2), tmp_path / "out", text, **job)
+    with plugged_in(Card()):
+        result = run(models("gpt2", 2), tmp_path / "out", text, device="cuda:0", **job)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
     assert result.report["linears"] == whole.report["linears"]
 

@@ -415,3 +415,19 @@ def test_a_tensor_that_is_missing_or_of_another_shape(models: Models, tmp_path: 
 
 def test_tiny_configurations_are_what_they_say() -> None:
     assert tiny_config("gemma2").sliding_window == 8
+
+
+@pytest.mark.parametrize("version", ["2.7", "2.8"])
+def test_a_failing_device_says_nothing_about_the_model(
+    models: Models, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """An UnsupportedError would throw unfinished work away. torch before 2.8 has no type for it."""
+    if version == "2.7":
+        monkeypatch.delattr(torch, "AcceleratorError")
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(LlamaModel, "forward", failing)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        walked(models(), [ids])

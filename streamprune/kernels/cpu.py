@@ -108,7 +108,7 @@ def prune_n_of_m(
     job = _Job(weight, feature, power, out, want_keep)
     halves = 2 if weight.element_size() == 2 and m % 2 == 0 else 1
     chunks = max(1, weight.shape[1] // _CHUNK)
-    groups = -(-weight.shape[1] // (chunks * m * 2 * COUNT)) * 2 * COUNT
+    groups = max(1, -(-weight.shape[1] // (chunks * m * 2 * COUNT))) * 2 * COUNT
     turned = np.ascontiguousarray(job.padded(m * groups).reshape(-1, groups, m).transpose(0, 2, 1)).reshape(-1)
 
     def part(begin: int, end: int) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,3 +57,31 @@ def resolve_device(requested: str) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise UsageError(f"--device {requested} cannot be used here: {' '.join(str(e).split())[:160]}") from e
     return device
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Within it, products of float32 matrices are float32's: a caller may have allowed TF32, or bf16 on the CPU.
+
+    Their 10 or 7 bits would make Gram matrices that cannot be factorised.
+    """
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for one backend alone, which torch 2.9 and later can do
+        backends: Any = torch.backends
+        places = (backends.cuda.matmul, backends.mkldnn.matmul)
+        each = [place.fp32_precision for place in places]
+
+        def restore() -> None:
+            for place, value in zip(places, each, strict=True):
+                place.fp32_precision = value
+    else:
+
+        def restore() -> None:
+            torch.set_float32_matmul_precision(before)
+
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        restore()

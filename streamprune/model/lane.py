@@ -85,6 +85,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in said)
 
 
+def is_of_device(error: BaseException) -> bool:
+    """Whether a device is what failed, not what it was given. torch below 2.8 has no type of its own for it."""
+    kind = getattr(torch, "AcceleratorError", None)
+    return (kind is not None and isinstance(error, kind)) or str(error).startswith(("CUDA error", "HIP error"))
+
+
 def take(sent: Sent) -> Tensor:
     """The tensor, safe to use on the caller's current stream from now on."""
     if sent.arrived is not None and sent.tensor.is_cuda:

@@ -24,7 +24,7 @@ from streamprune.errors import ResourceError, UnsupportedError
 from streamprune.model.binding import bound
 from streamprune.model.computing import cache_dtype
 from streamprune.model.feed import Feed
-from streamprune.model.lane import is_out_of_memory
+from streamprune.model.lane import is_of_device, is_out_of_memory
 from streamprune.model.routed import Enough, ReachedExperts, Routed, Watch
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
 
@@ -162,7 +162,7 @@ class Walk:
                 try:
                     final = base(input_ids=ids, use_cache=False)[0]
                 except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as e:
-                    if is_out_of_memory(e) or isinstance(e, torch.AcceleratorError):
+                    if is_out_of_memory(e) or is_of_device(e):
                         raise  # says nothing about the model, whose unfinished work would be thrown away
                     failure = e.with_traceback(None)  # whose frames hold tensors
                     final = None  # the model takes a layer's output apart: it expects a tuple, or the other way round
