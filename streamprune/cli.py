@@ -137,6 +137,9 @@ def _prune(args: argparse.Namespace) -> int:
         "quantize",
         "fp8_scale",
         "fp8_rounding",
+        "tune",
+        "tune_epochs",
+        "tune_lr",
         "only",
         "skip",
         "stats",
@@ -224,7 +227,8 @@ def _plan(args: argparse.Namespace) -> int:
     from streamprune.tables import plan_table
 
     found = plan(
-        args.model, method=args.method, refit=args.refit, quantize=args.quantize, only=args.only,
+        args.model, method=args.method, refit=args.refit, quantize=args.quantize, tune=args.tune,
+        tune_epochs=args.tune_epochs, only=args.only,
         skip=args.skip, samples=args.samples, seqlen=args.seqlen, with_stats=args.stats is not None,
         propagate=args.propagate, device=args.device, dtype=args.dtype,
         max_vram=parse_bytes(args.max_vram) if args.max_vram else None,

@@ -32,11 +32,12 @@ from streamprune.disk.state import (
 )
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
 from streamprune.memory import peak_resident_bytes
-from streamprune.pruning.recipes import ALLOCATIONS, check_damping, check_fp8, check_propagate, make_recipe
+from streamprune.pruning.recipes import ALLOCATIONS, check_damping, check_fp8, check_propagate, check_tune, make_recipe
 from streamprune.spec import Calibration, JobSpec, ProgressCallback, no_progress
 
 if TYPE_CHECKING:
     from streamprune.job_run import Run
+    from streamprune.pruning.recipes import Recipe
 
 DEFAULT_SAMPLES = 128
 
@@ -66,6 +67,7 @@ def prune(
     method: str = "swiftprune", score: str | None = None, selector: str | None = None,
     refit: str | None = None, damping: str | float | None = None, allocate: str = "uniform",
     quantize: str | None = None, fp8_scale: str | None = None, fp8_rounding: str | None = None,
+    tune: str | None = None, tune_epochs: int | None = None, tune_lr: float | None = None,
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
     expert_stats: str = "weighted", expert_tokens: int = 64,
     stats: str | Path | None = None, save_stats: str | Path | None = None,
@@ -80,23 +82,24 @@ def prune(
     a sparsity out by layer ("owl", "error"), from statistics that are gathered first. `method` names a recipe
     (pruning/recipes.py), of which `score`, `selector` and `refit` can be exchanged; `damping` of a refit is "auto",
     "absolute" or a number relative to each feature's own power (pruning/methods.py). `quantize` = "fp8" stores pruned
-    linears in FP8 E4M3, with scales and rounding as `fp8_scale` and `fp8_rounding` say (pruning/fp8.py). `propagate`
+    linears in FP8 E4M3, with scales and rounding as `fp8_scale` and `fp8_rounding` say (pruning/fp8.py). `tune` =
+    "block" then tunes each layer as a whole, for `tune_epochs` at a rate of `tune_lr` (pruning/tuning.py). `propagate`
     says whose outputs the next layer is calibrated on: the "dense" model's, the "pruned" one's, or for a refit
-    "asymmetric", both: it aims at what the dense model makes of its own inputs (pruning/gram.py); None is the recipe's
-    own choice (recipes.Recipe.propagate). Statistics
-    come from `samples` windows of `seqlen` tokens of `calib` (default: a built-in text; default length
-    min(2048, the model's limit)), or from the file `stats`. Tokens count for an expert as the routing weights them, or
+    and `tune` "asymmetric", both: it aims at what the dense model makes of its own inputs (pruning/gram.py); None is
+    the recipe's own choice (recipes.Recipe.propagate). Statistics come from
+    `samples` windows of `seqlen` tokens of `calib` (default: a built-in text; default length min(2048, the model's
+    limit)), or from the file `stats`. Tokens count for an expert as the routing weights them, or
     with `expert_stats` = "routed" all alike; one that sees fewer than `expert_tokens` goes by what all see. `backend`
     chooses the kernels that prune: Numba on the CPU, Torch elsewhere, unless it says "numba" or "torch". `max_ram` and
     `max_vram` (of a GPU) are in bytes. Running the same job again resumes it, or finds it done. Raises the errors of
     streamprune.errors.
     """
-    recipe = make_recipe(method, score, selector, refit, quantize)
+    recipe = make_recipe(method, score, selector, refit, quantize, tune)
+    epochs, rate = check_tune(recipe, tune_epochs, tune_lr)
     scale, rounding = check_fp8(recipe, fp8_scale, fp8_rounding)
     if damping is not None and not recipe.needs_gram:
         raise UsageError("--damping is for a refit, and this recipe has none; see --refit")
-    if stats is not None and recipe.needs_gram:
-        raise UsageError(f"--stats has sums only, and {recipe.refit} needs more: leave it out, or choose --refit none")
+    _check_aims(recipe, stats, samples)
     _check_amount(sparsity, pattern)
     if allocate not in ALLOCATIONS:
         raise UsageError(f"--allocate {allocate}: choose {', '.join(ALLOCATIONS)}")
@@ -112,7 +115,7 @@ def prune(
     _check_choices(backend, expert_stats, expert_tokens)
     checkpoint = _open_model(model)
     needs_pass = stats is None and (
-        recipe.needs_statistics or recipe.needs_gram or save_stats is not None or propagation == "pruned"
+        recipe.needs_statistics or recipe.aims or save_stats is not None or propagation == "pruned"
         or allocate != "uniform"
     )  # fmt: skip
     known = Path(stats) if stats is not None else statistics_of(Path(out)) if allocate != "uniform" else None
@@ -123,7 +126,7 @@ def prune(
         stats=_stats_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype, backend=backend,
         damping=check_damping("auto" if damping is None else damping) if recipe.needs_gram else None,
         allocate=None if allocate == "uniform" else allocate, fp8_scale=scale, fp8_rounding=rounding,
-        expert_stats=expert_stats, expert_tokens=expert_tokens,
+        tune_epochs=epochs, tune_lr=rate, expert_stats=expert_stats, expert_tokens=expert_tokens,
         source=checkpoint.path, out=Path(out), stats_path=known,
         max_ram=max_ram, max_vram=max_vram, save_stats=Path(save_stats) if save_stats is not None else None,
         work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
@@ -155,6 +158,15 @@ def calibrate(
         restart=restart, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     return _carry_out(spec, checkpoint, progress)
+
+
+def _check_aims(recipe: Recipe, stats: str | Path | None, samples: int) -> None:
+    if stats is not None and recipe.needs_gram:
+        raise UsageError(f"--stats has sums only, and {recipe.refit} needs more: leave it out, or choose --refit none")
+    if stats is not None and recipe.tune is not None:
+        raise UsageError("--stats has sums only, and --tune learns from states: leave one of them out")
+    if samples < 2 and recipe.tune is not None:
+        raise UsageError("--tune holds a window out to judge by: --samples must be at least 2")
 
 
 def _check_choices(backend: str, expert_stats: str, expert_tokens: int) -> None:
@@ -244,7 +256,8 @@ def _calibration_for(spec: JobSpec) -> JobSpec:
     """The job that gathers what a prune job's `allocate` goes by."""
     return replace(
         spec, verb="calibrate", recipe=None, sparsity=None, pattern=None, only=None, skip=None, propagate="dense",
-        damping=None, allocate=None, fp8_scale=None, fp8_rounding=None, stats_path=None, save_stats=None,
+        damping=None, allocate=None, fp8_scale=None, fp8_rounding=None, tune_epochs=None, tune_lr=None,
+        stats_path=None, save_stats=None,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ The order of writes of a stage, and the one commit point:
     1  cache i + 1            cache/i+1.bin, then .json                            durable
     2  layer i's statistics   OUT.partial/.streamprune/statistics-i.safetensors   durable
     3  its shard              OUT.partial/model-….safetensors                      durable
+       with --tune once more, when the layer has been tuned                        durable
     4  journal line                                                                durable: COMMIT
     5  cache i is removed
 
@@ -49,13 +50,15 @@ from streamprune.job_prepare import (
     make_writer,
     open_given,
     propagated,
+    resolve,
     scratch_bytes,
     windows_of,
 )
+from streamprune.job_tune import LayerTuning
 from streamprune.kernels import cpu, torch_ops
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.model.activations import Activations
-from streamprune.model.calibration import Tokens, tokens_digest
+from streamprune.model.calibration import Tokens
 from streamprune.model.computing import compute_dtype, resolve_device
 from streamprune.model.experts import is_pooled, pool
 from streamprune.model.feed import Feed
@@ -77,12 +80,9 @@ class Run:
     """One run, from skeleton to report. A context manager: the checkpoint stays mapped while it is open."""
 
     def __init__(
-        self,
-        spec: JobSpec,
-        checkpoint: Checkpoint,
-        unfinished: tuple[JobState, dict[str, Any]] | None,
+        self, spec: JobSpec, checkpoint: Checkpoint, unfinished: tuple[JobState, dict[str, Any]] | None,
         progress: ProgressCallback,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.spec, self.checkpoint, self.progress = spec, checkpoint, progress
         self.state = unfinished[0] if unfinished else new_state(spec)
         self.begun = unfinished is not None
@@ -99,19 +99,18 @@ class Run:
         known = open_given(spec, checkpoint, self.skeleton, self.writer)
         shares = share_out(spec, self.writer, known, resolved)
         self.propagate = propagated(spec.propagate, self.skeleton)
-        self.layout = layout_of(spec, self.skeleton, self.dtype, self.device, resolved, self.writer, self.propagate)
+        self.layout = layout_of(
+            spec, checkpoint, self.skeleton, self.dtype, self.device, resolved, self.writer, self.propagate
+        )
         self.records = journal.read(self.state.journal) if self.begun else []
         windows = windows_of(spec, self.skeleton, self.state.tokens, resolved)
         batch = int(resolved.get("batch", self.layout.batch))
         self.forward = None if windows is None else self._make_pass(windows, batch)
         self.given = known if windows is None else None
-        self.resolved = resolved or {
-            "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "batch": batch,
-            "tokens": tokens_digest(windows) if windows is not None else None,
-            **({"gram_room": self.layout.room} if spec.recipe and spec.recipe.needs_gram else {}),
-            **({"group": self.layout.group} if self.skeleton.experts else {}),
-            **({"allocation": shares} if shares else {}),
-        }  # fmt: skip
+        self.tuner = LayerTuning.of(self.layout.windows, spec, self.writer, self.forward)
+        self.resolved = resolved or resolve(
+            spec, self.skeleton, self.layout, self.dtype, self.device, batch, windows, shares
+        )  # fmt: skip
         self._uncommitted: list[durable.AtomicFile] = []
         self._since = time.perf_counter()
         self.spent = 0.0
@@ -214,18 +213,27 @@ class Run:
         dense = self.propagate == "dense"
         if self.layout.layers > 2 and dense:
             commits.drain()  # the writer has one stage at a time
-            if grams is None:
+            if grams is None and self.tuner is None:
                 commits.put(lambda: self._commit(stage, record, self._fill(path, stage, stats, record)))
                 return
         file = self._fill(path, stage, stats, record, grams)
-        if self.forward is not None and file is not None and not dense and self._more(stage):
-            file.commit()
-            self._uncommitted.remove(file)
+        del grams  # whose room tuning is given
+        if self.tuner is not None and file is not None and stage.kind == "layer":
+            self._durable(file)
+            file = self.tuner.layer(stage, path, record)
+            self._uncommitted += [] if file is None else [file]
+        if self.forward is not None and self.writer is not None and not dense and self._more(stage):
+            if file is not None:
+                self._durable(file)
             file = None
             record["cache"] = self.forward.persists()
             self.forward.pruned_layer(stage, path, record["cache"])
             record["batch"] = self.forward.walk.most
         commits.put(lambda: self._commit(stage, record, file))
+
+    def _durable(self, file: durable.AtomicFile) -> None:
+        file.commit()
+        self._uncommitted.remove(file)
 
     def _shard(self, stage: Stage) -> Path:
         return self.state.partial / shard_name(self.skeleton.stages.index(stage) + 1, len(self.skeleton.stages))
@@ -286,8 +294,7 @@ class Run:
     def _commit(self, stage: Stage, record: dict[str, Any], file: durable.AtomicFile | None) -> None:
         """Steps 3 (its fsync and rename), 4 and 5 of a stage."""
         if file is not None:
-            file.commit()
-            self._uncommitted.remove(file)
+            self._durable(file)
         now = time.perf_counter()
         record |= {"seconds": now - self._since, "peak": peak_resident_bytes()}
         self._since = now

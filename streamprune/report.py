@@ -16,7 +16,7 @@ def recipe_name(spec: JobSpec) -> str | None:
     if spec.recipe is None:
         return None
     named = next((name for name, recipe in RECIPES.items() if recipe == spec.recipe), None)
-    parts = (spec.recipe.score, spec.recipe.selector, spec.recipe.refit, spec.recipe.quantize)
+    parts = (spec.recipe.score, spec.recipe.selector, spec.recipe.refit, spec.recipe.quantize, spec.recipe.tune)
     return named or "+".join(part for part in parts if part)
 
 
@@ -30,7 +30,8 @@ def build_report(
     `seconds` are those of the work over all runs it took, `startup` those that the last run needed before it could
     begin (imports, skeleton, tokens), `peak` the resident bytes of the highest run. A stage whose Gram matrices had no
     room beside its pass has `gram_passes`, the passes more that they took; `pooled` are linears of experts that saw too
-    few tokens, and went by what all experts of the layer saw.
+    few tokens, and went by what all experts of the layer saw. `tune` says what tuning a layer came to: errors as in
+    pruning/tuning.py, of windows that were held out and of as many that were not, before and after.
     """
     reduced = [r["batch"] for r in records if r["batch"]]
     linears = [linear for record in records for linear in record["linears"]]
@@ -49,7 +50,7 @@ def build_report(
         "linears": linears,
         "stages": [
             {"name": r["stage"], "seconds": round(r["seconds"], 3), "peak_rss_bytes": r["peak"]}
-            | {key: r[key] for key in ("gram_passes", "pooled") if key in r}
+            | {key: r[key] for key in ("gram_passes", "pooled", "tune") if key in r}
             for r in records
         ],
         "files": list(files),
