@@ -148,11 +148,11 @@ class Pass:
         )
         self.walk.feed.release(stage.tensors)
 
-    def pairs(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """What a layer that has passed is given, what is wanted of it, and what the dense one is given; by chunks."""
+    def pairs(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
+        """What a layer that has passed is given, and what is wanted of it; by chunks."""
         with self.walk.layer(stage) as run:
             for states in self.activations.read(stage.index):
-                yield states, run(states), states
+                yield states, run(states)
 
     def again(self, stage: Stage, shard: Path, persist: bool) -> None:
         """What a layer that is pruned already makes of the activations."""

@@ -96,8 +96,8 @@ class LayerTuning:
             states.folder, samples, seqlen, walk.skeleton.hidden_size, walk.cache_dtype, walk.device,
             resident=states.resident,
         )  # fmt: skip
-        for given, wanted, before in self._forward.pairs(stage):
-            pairs.put(given, wanted, before)
+        for given, wanted in self._forward.pairs(stage):
+            pairs.put(given, wanted)
         return pairs
 
     def _fill(self, path: Path, refs: list[TensorRef], new: Mapping[str, Tensor], maps: ShardMaps) -> AtomicFile:

@@ -33,12 +33,12 @@ class Pairs:
         self._weights = torch.zeros(samples, seqlen, device=device)
         self._at = 0
 
-    def put(self, given: Tensor, wanted: Tensor, before: Tensor) -> None:
-        """The next windows (batch, seqlen, hidden): the layer's input, its target, and the dense layer's input."""
+    def put(self, given: Tensor, wanted: Tensor) -> None:
+        """The next windows (batch, seqlen, hidden): the layer's input and its target."""
         begin, end = self._at, self._at + len(given)
         self._given[begin:end].copy_(given)
         self._wanted[begin:end].copy_(wanted)
-        self._weights[begin:end] = token_weights(before.to(wanted.device), wanted).to(self._device)
+        self._weights[begin:end] = token_weights(wanted).to(self._device)
         self._forget(range(begin, end))
         self._at = end
 

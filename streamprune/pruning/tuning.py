@@ -1,16 +1,16 @@
 """Block-wise tuning: a pruned layer's weights learn to give what the dense layer gave.
 
-    loss      mean over tokens t of ‖f(x_t) − y_t‖² / ‖y_t − h_t‖²
-              x what the pruned layer is given, f(x) what it makes of it, h and y the dense model's states before and
-              after the layer
+    loss      mean over tokens t of ‖f(x_t) − y_t‖² / ‖y_t‖²
+              x what the pruned layer is given, f(x) what it makes of it, y what the dense layer makes of its own input
     gradient  of the weights that the mask keeps, of norms and of biases; nothing else moves
     step      Adam: m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  w ← w − rate · s(t) · mean|w| · m̂ / √v̂
     schedule  s rises over the first tenth of the steps, and falls to 0 along a half cosine
 
 After EBFT (arXiv 2402.12419): one block at a time, the mask fixed. Ours differs in three things. The error of a token
-counts relative to what the dense layer adds to it: a few tokens have massive activations, and would own a plain mean.
-Where both models' states are there, x is what the pruned layers before really give, and y is the dense model's own, so
-that a layer also makes up for those before it. The rate goes with a tensor's mean magnitude, as the scales of a model's
+counts relative to its state: a few tokens have massive activations, and would own a plain mean; and relative to what
+the dense layer adds to them, those would own it that it adds little to, whose errors nothing can mend any more. Where
+both models' states are there, x is what the pruned layers before really give, and y is the dense model's own, so that a
+layer also makes up for those before it. The rate goes with a tensor's mean magnitude, as the scales of a model's
 tensors differ by orders of magnitude.
 
 Master weights are float32, and only those that stay have one, with two moments. The layer always computes with what
@@ -33,13 +33,10 @@ _EPSILON = 1e-12
 _PIECE = 1 << 22
 
 
-def token_weights(before: Tensor, after: Tensor) -> Tensor:
-    """What a squared error of each token counts: 1 / ‖after − before‖², (…,) float32 of dense states (…, hidden).
-
-    0 for tokens that the layer leaves as they are.
-    """
-    update = (after.float() - before.float()).square().sum(-1)
-    return torch.where(update > 0, update.reciprocal(), 0.0).nan_to_num(0.0, 0.0, 0.0)
+def token_weights(wanted: Tensor) -> Tensor:
+    """What a squared error of each token counts: 1 / ‖y‖², (…,) float32 of states (…, hidden); 0 where y is 0."""
+    size = wanted.float().square().sum(-1)
+    return torch.where(size > 0, size.reciprocal(), 0.0).nan_to_num(0.0, 0.0, 0.0)
 
 
 def error_sum(made: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
