@@ -9,7 +9,7 @@ Nothing within this is kept when a job is interrupted: the layer begins again, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ from torch import Tensor
 from streamprune.disk.checkpoint import open_shard
 from streamprune.disk.durable import AtomicFile, Buffer
 from streamprune.disk.header import TensorRef
-from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.shards import fill_shard
 from streamprune.errors import ResourceError
 from streamprune.job_pass import Pass
+from streamprune.model.feed import Feed
 from streamprune.model.lane import is_out_of_memory
 from streamprune.model.pairs import Pairs
 from streamprune.model.skeleton import Stage
 from streamprune.spec import JobSpec
 from streamprune.stage_writer import CHUNK_BYTES, StageWriter
-from streamprune.tuning import BlockTuner, Tuning, tuned_names
+from streamprune.tuning import BlockTuner, New, Tuning, tuned_names
 
 
 class LayerTuning:
@@ -58,22 +58,27 @@ class LayerTuning:
         pairs = self._pairs(stage)
         with self._forward.written(shard, stage) as (feed, sources):
             within = {n.removeprefix(stage.prefix + "."): ref for n, ref in sources.items()}
-            tensors = {n: feed.tensor(ref) for n, ref in within.items()}
+
+            def tensors() -> Iterator[tuple[str, Tensor]]:
+                for name, ref in within.items():
+                    yield name, feed.tensor(ref)
+                    feed.release([ref])
+
             made, record["tune"] = self._tune(stage, tensors, names, pairs)
             if not made:
                 return None
-            new = {within[n].name: tensor for n, tensor in made.items()}
-            file = self._fill(shard, self._writer.tensors_of(stage), new, feed.maps)
+            new = {within[n].name: make for n, make in made.items()}
+            file = self._fill(shard, self._writer.tensors_of(stage), new, feed)
         record["shard"] = {"name": shard.name, "bytes": file.size, "xxh3_128": file.digest}
         return file
 
     def _tune(
-        self, stage: Stage, tensors: Mapping[str, Tensor], names: Mapping[str, bool], pairs: Pairs
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+        self, stage: Stage, tensors: Callable[[], Iterator[tuple[str, Tensor]]], names: Mapping[str, bool], pairs: Pairs
+    ) -> tuple[dict[str, New], dict[str, Any]]:  # fmt: skip
         while True:
             try:
                 made, report = BlockTuner(self._forward.walk, self._tuning, self._most).tune(
-                    stage, tensors, names, pairs
+                    stage, tensors(), names, pairs
                 )
             except (torch.OutOfMemoryError, RuntimeError) as e:
                 if not is_out_of_memory(e):
@@ -100,15 +105,17 @@ class LayerTuning:
             pairs.put(given, wanted)
         return pairs
 
-    def _fill(self, path: Path, refs: list[TensorRef], new: Mapping[str, Tensor], maps: ShardMaps) -> AtomicFile:
+    def _fill(self, path: Path, refs: list[TensorRef], new: Mapping[str, New], feed: Feed) -> AtomicFile:
         there = open_shard(path).tensors
 
         def content(ref: TensorRef) -> Iterator[Buffer]:
             if ref.name in new:
-                data: memoryview = new[ref.name].cpu().reshape(-1).view(torch.uint8).numpy().data
+                made = new[ref.name](feed.tensor(there[ref.name])).cpu()
+                data: memoryview = made.reshape(-1).view(torch.uint8).numpy().data
             else:
-                data = maps.raw(there[ref.name])
+                data = feed.maps.raw(there[ref.name])
             for begin in range(0, len(data), CHUNK_BYTES):
                 yield data[begin : begin + CHUNK_BYTES]
+            feed.release([there[ref.name]])
 
         return fill_shard(path, refs, content)

@@ -10,9 +10,10 @@ layer, the windows and the settings, so that a layer that is tuned again comes o
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from streamprune.model.differentiable import Run, trainable
 from streamprune.model.pairs import Pairs
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.walk import Walk
-from streamprune.pruning.tuning import Tuned, error_sum, schedule
+from streamprune.pruning.tuning import Tuned, error_sum, filled, schedule
 
 STEP_TOKENS = 4096
 """Tokens of a step."""
@@ -35,6 +36,10 @@ _HELD = 16
 
 _LEAST_STEPS = 4
 """Of an epoch."""
+
+
+New = Callable[[Tensor], Tensor]
+"""From a stored tensor to a new one of its shape and dtype."""
 
 
 @dataclass(frozen=True)
@@ -75,24 +80,26 @@ class BlockTuner:
         self._walk, self._tuning, self._most = walk, tuning, most
 
     def tune(
-        self, stage: Stage, tensors: Mapping[str, Tensor], names: Mapping[str, bool], pairs: Pairs
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
-        """New values of the tensors `names`, in their stored shape and dtype, and the report of the layer.
+        self, stage: Stage, tensors: Iterable[tuple[str, Tensor]], names: Mapping[str, bool], pairs: Pairs
+    ) -> tuple[dict[str, New], dict[str, Any]]:  # fmt: skip
+        """What makes the new of each stored tensor among `names`, and the report of the layer.
 
-        `tensors` has all of the layer's, as stored, by their names within it; none is changed. Nothing comes back for
-        a layer that stays as it was.
+        `tensors` brings all of the layer's, as stored, by their names within it; none is changed, or held. Nothing
+        comes back for a layer that stays as it was.
         """
         since = time.perf_counter()
-        own = {name: self._own(stored, name in names) for name, stored in tensors.items()}
-        tuned = {name: Tuned.of(own[name], tensors[name], masked=masked) for name, masked in names.items()}
+        own, tuned = dict[str, Tensor](), dict[str, Tuned]()
+        for name, stored in tensors:
+            own[name] = self._own(stored, name in names)
+            if name in names:
+                tuned[name] = Tuned.of(own[name], stored, masked=names[name])
         with trainable(self._walk, stage, own) as run:
             best, report = self._search(run, list(tuned.values()), pairs, stage.index)
         report["seconds"] = round(time.perf_counter() - since, 3)
-        made: dict[str, Tensor] = {}
-        for (name, each), kept in zip(tuned.items(), best or [], strict=False):
-            made[name] = tensors[name].clone(memory_format=torch.contiguous_format)
-            each.put_into(made[name], kept)
-        return made, report
+        if best is None:
+            return {}, report
+        made = zip(tuned.items(), best, strict=True)
+        return {name: functools.partial(filled, where=each.where, kept=kept) for (name, each), kept in made}, report
 
     def _own(self, stored: Tensor, learns: bool) -> Tensor:
         dtype = self._walk.dtype if stored.is_floating_point() else stored.dtype

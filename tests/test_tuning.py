@@ -24,7 +24,7 @@ from streamprune.model.calibration import draw_windows
 from streamprune.model.feed import Feed
 from streamprune.planning import plan
 from streamprune.pruning import tuning
-from streamprune.pruning.tuning import BETAS, Tuned, error_sum, schedule, token_weights
+from streamprune.pruning.tuning import BETAS, Tuned, error_sum, filled, schedule, token_weights
 from streamprune.spec import Progress
 from streamprune.tuning import BlockTuner, held_out, windows_a_step
 
@@ -111,9 +111,7 @@ def test_a_rate_of_0_changes_nothing(dtype: torch.dtype) -> None:
         (own.float() * 3.0).square().sum().backward()
         each.step(0.0, number)
     assert torch.equal(own.detach().view(torch.int16), stored.view(torch.int16))
-    made = stored.clone()
-    each.put_into(made, each.rounded())
-    assert torch.equal(made, stored)
+    assert torch.equal(filled(stored, each.where, each.rounded()), stored)
 
 
 def test_the_layer_computes_with_what_is_stored() -> None:
@@ -134,8 +132,7 @@ def test_there_is_no_negative_zero() -> None:
     each = Tuned.of(stored.clone().requires_grad_(), stored, masked=True)
     each.values[0] = -1e-9
     each.show(each.rounded())
-    made = stored.clone()
-    each.put_into(made, each.rounded())
+    made = filled(stored, each.where, each.rounded())
     for found in (each.parameter.detach(), made):
         assert found[0, 0] == 0
         assert not torch.signbit(found[0, 0])

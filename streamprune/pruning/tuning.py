@@ -117,14 +117,17 @@ class Tuned:
         self.second.zero_()
         self.show(kept)
 
-    def put_into(self, stored: Tensor, kept: Tensor) -> None:
-        """Writes values (kept,) to their places in a contiguous tensor of the stored shape and dtype."""
-        _put(stored.view(-1), self.where, kept)
-
 
 def _taken(tensor: Tensor, where: Tensor | None) -> Tensor:
     flat = tensor.reshape(-1)
     return flat.clone() if where is None else flat.index_select(0, where)
+
+
+def filled(stored: Tensor, where: Tensor | None, kept: Tensor) -> Tensor:
+    """A copy of `stored` with values (kept,) of its dtype in their places, from `places`."""
+    made = stored.clone(memory_format=torch.contiguous_format)
+    _put(made.view(-1), where, kept)
+    return made
 
 
 def _put(flat: Tensor, where: Tensor | None, kept: Tensor) -> None:
@@ -139,7 +142,7 @@ def _put(flat: Tensor, where: Tensor | None, kept: Tensor) -> None:
 def state_bytes(weights: int, kept: int, compute: int, stored: int) -> int:
     """Memory that tuning a tensor takes: `weights` of them, of which `kept` stay; bytes an element computed, stored.
 
-    The parameter and its gradient; of what stays its place, master, two moments, its gradient, and the best values
-    so far beside the first.
+    The parameter and its gradient; of what stays its place, master, two moments, its gradient, and as stored the first
+    values, the best so far and those that may be better.
     """
-    return 2 * weights * compute + kept * (4 + 3 * 4 + compute + 2 * stored)
+    return 2 * weights * compute + kept * (4 + 3 * 4 + compute + 3 * stored)
