@@ -13,7 +13,9 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +28,7 @@ from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.walk import Walk
 from streamprune.pruning.tuning import Tuned, error_sum, filled, schedule
 
-STEP_TOKENS = 4096
+STEP_TOKENS = 2048
 """Tokens of a step."""
 
 RATES = (1.0, 1 / 4, 1 / 16)
@@ -93,7 +95,7 @@ class BlockTuner:
             own[name] = self._own(stored, name in names)
             if name in names:
                 tuned[name] = Tuned.of(own[name], stored, masked=names[name])
-        with trainable(self._walk, stage, own) as run:
+        with trainable(self._walk, stage, own) as run, _repeatable(self._walk.device):
             best, report = self._search(run, list(tuned.values()), pairs, stage.index)
         report["seconds"] = round(time.perf_counter() - since, 3)
         if best is None:
@@ -161,6 +163,22 @@ class BlockTuner:
         with torch.no_grad():
             parts = [float(self._loss(run, pairs, part)) for part in torch.split(windows, self._most)]
         return math.fsum(parts) / (len(windows) * pairs.seqlen)
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """Within it, a GPU's kernels that add in any order are left out where there are others: the same bytes again."""
+    if device.type != "cuda":
+        yield
+        return
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 class Judge:

@@ -19,7 +19,8 @@ from whole_model import in_memory
 
 from streamprune.errors import ResourceError, UnsupportedError, UsageError
 from streamprune.job import JobResult, prune
-from streamprune.model.budget import Layout
+from streamprune.model.beside import RefitNeeds, TuneNeeds, beside_pass, least_beside
+from streamprune.model.budget import Budget, Layout
 from streamprune.model.calibration import draw_windows
 from streamprune.model.feed import Feed
 from streamprune.planning import plan
@@ -175,7 +176,7 @@ def test_what_is_held_out() -> None:
         held = held_out(samples)
         assert len(held) == max(1, samples // 16) and held[-1] < samples
         assert samples == 1 or 1 <= windows_a_step(512, samples) <= max(1, samples - len(held))
-    assert windows_a_step(512, 128) == 8 and windows_a_step(8192, 128) == 1
+    assert windows_a_step(512, 128) == 4 and windows_a_step(8192, 128) == 1
     assert windows_a_step(16, 9) == 2, "an epoch has at least four steps"
 
 
@@ -375,6 +376,18 @@ def _estimate(*args: Any, **more: Any) -> Any:
     from streamprune.model.budget import estimate
 
     return estimate(*args, **more)
+
+
+def test_what_lies_beside_a_pass() -> None:
+    """Grams are given up before windows; a refit's arrays and tuning have their turns one after the other."""
+    refit, tune = RefitNeeds(100, 40, 5, 30), TuneNeeds(200, 10, 5, 0)
+    found = list(beside_pass(refit, tune))
+    assert [(room, windows) for room, windows, _ in found] == [(100, 5), (70, 5), (40, 5), (40, 3), (40, 2), (40, 1)]
+    assert found[0][2] == 100 + 5 + 250 and found[-1][2] == 40 + 5 + 210 == least_beside(refit, tune)
+    assert list(beside_pass(None, tune))[-1] == (0, 1, 210) and next(iter(beside_pass(refit, None))) == (100, 0, 135)
+    assert (
+        Budget(1, 2, 30, 1).tuning(tune, 3).peak(4) == 3 + 230 and Budget(1, 2, 300, 1).tuning(tune, 3).peak(4) == 307
+    )
 
 
 def test_the_plan_knows_it(models: Models) -> None:
