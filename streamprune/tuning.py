@@ -146,8 +146,7 @@ class BlockTuner:
             shuffled = learnt[torch.randperm(len(learnt), generator=order)]
             for windows in torch.split(shuffled[: len(learnt) // size * size], size):
                 for part in torch.split(windows, self._most):
-                    loss = self._loss(run, pairs, part) / (size * pairs.seqlen)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    self._loss(run, pairs, part).backward()  # type: ignore[no-untyped-call]
                 for each in tuned:
                     each.step(rate * schedule(number, steps), number + 1)
                 number += 1

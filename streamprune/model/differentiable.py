@@ -124,7 +124,8 @@ def _plain(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return copy(value)
     if isinstance(value, tuple | list):
-        return type(value)(_plain(v, copy) for v in value)
+        copies = [_plain(v, copy) for v in value]
+        return type(value)(*copies) if hasattr(value, "_fields") else type(value)(copies)
     if isinstance(value, dict):
         return {k: _plain(v, copy) for k, v in value.items()}
     return value

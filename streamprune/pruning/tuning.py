@@ -3,6 +3,7 @@
     loss      mean over tokens t of ‖f(x_t) − y_t‖² / ‖y_t‖²
               x what the pruned layer is given, f(x) what it makes of it, y what the dense layer makes of its own input
     gradient  of the weights that the mask keeps, of norms and of biases; nothing else moves
+              (a step sums what it means over: Adam does not mind, and small gradients stay within float16)
     step      Adam: m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  w ← w − rate · s(t) · mean|w| · m̂ / √v̂
     schedule  s rises over the first tenth of the steps, and falls to 0 along a half cosine
 
