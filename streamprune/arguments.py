@@ -93,7 +93,7 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--propagate", choices=("dense", "pruned", "asymmetric"),
                    help="which layer's outputs the next layer is calibrated on: the dense one's (default without a "
                         "refit), the pruned one's (default of sparsegpt), or both, so that new values also make up "
-                        "for earlier layers (default of other refits)")  # fmt: skip
+                        "for earlier layers (default of other refits and of --tune)")  # fmt: skip
     _resource_options(p)
 
 
@@ -123,6 +123,8 @@ def _plan_options(p: argparse.ArgumentParser) -> None:
     _method_option(p)
     _refit_option(p)
     _quantize_option(p)
+    _tune_option(p)
+    p.add_argument("--tune-epochs", type=int, metavar="N", help="as for prune")
     _filter_options(p)
     p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
     p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
@@ -147,6 +149,7 @@ def _method_options(p: argparse.ArgumentParser) -> None:
                    help="of a refit: auto (in proportion to each feature's power, chosen per linear on tokens that are "
                         "kept out; default), such a number, or absolute (as published for sparsegpt)")  # fmt: skip
     _quantize_option(p)
+    _tune_option(p)
     p.add_argument("--fp8-scale", metavar="HOW",
                    help="of each output channel: amax (its largest weight becomes 448; default), mse (least squared "
                         "error, weighted by the inputs' power)")  # fmt: skip
@@ -155,13 +158,16 @@ def _method_options(p: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="nearest, or compensate (what one weight loses, the next make up for; default with a refit)",
     )
+    p.add_argument("--tune-epochs", type=int, metavar="N", help="passes over the calibration (default: 6)")
+    p.add_argument("--tune-lr", type=float, metavar="R",
+                   help="of a step, relative to the weights' mean magnitude (default: 0.02)")  # fmt: skip
     _filter_options(p)
 
 
 def _method_option(p: argparse.ArgumentParser) -> None:
     p.add_argument("--method", default="swiftprune", metavar="RECIPE",
                    help="swiftprune (default), hwpq (the same in FP8), wanda, magnitude; with new values for the "
-                        "weights that stay: obs-admm (best), gradual-cg, admm, sparsegpt")  # fmt: skip
+                        "weights that stay: swiftprune-tuned, obs-admm, gradual-cg, admm, sparsegpt")  # fmt: skip
 
 
 def _quantize_option(p: argparse.ArgumentParser) -> None:
@@ -169,6 +175,12 @@ def _quantize_option(p: argparse.ArgumentParser) -> None:
         "--quantize",
         metavar="HOW",
         help="fp8: store pruned linears in FP8 (E4M3, a scale an output channel), as compressed-tensors; none",
+    )
+
+
+def _tune_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--tune", metavar="HOW", help="block: let each layer, its mask fixed, learn to give what the dense one gave"
     )
 
 

@@ -169,6 +169,9 @@ def _prune(args: argparse.Namespace) -> int:
         "quantize",
         "fp8_scale",
         "fp8_rounding",
+        "tune",
+        "tune_epochs",
+        "tune_lr",
         "only",
         "skip",
         "stats",
@@ -260,10 +263,10 @@ def _plan(args: argparse.Namespace) -> int:
 
     with stdout_kept_clean():
         found = plan(
-            args.model, method=args.method, refit=args.refit, quantize=args.quantize, only=args.only,
-            skip=args.skip, samples=args.samples, seqlen=args.seqlen, bos=args.bos, with_stats=args.stats is not None,
-            propagate=args.propagate, device=args.device, dtype=args.dtype,
-            max_vram=parse_bytes(args.max_vram) if args.max_vram else None,
+            args.model, method=args.method, refit=args.refit, quantize=args.quantize, tune=args.tune,
+            tune_epochs=args.tune_epochs, only=args.only, skip=args.skip, samples=args.samples, seqlen=args.seqlen,
+            bos=args.bos, with_stats=args.stats is not None, propagate=args.propagate, device=args.device,
+            dtype=args.dtype, max_vram=parse_bytes(args.max_vram) if args.max_vram else None,
             trust_remote_code=args.trust_remote_code,
         )  # fmt: skip
     if args.json:

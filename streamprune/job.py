@@ -23,19 +23,18 @@ from streamprune.disk.hub import resolve_model
 from streamprune.disk.lock import Lock
 from streamprune.disk.packed import is_packed
 from streamprune.disk.state import (
-    check_out,
     differences_of,
     file_digest,
     find_finished,
     find_unfinished,
     lock_of,
-    partial_of,
     report_fields,
     statistics_of,
 )
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
+from streamprune.job_checks import check_aims, check_amount, check_choices, check_given, check_places
 from streamprune.memory import peak_resident_bytes
-from streamprune.pruning.recipes import ALLOCATIONS, check_damping, check_fp8, check_propagate, make_recipe
+from streamprune.pruning.recipes import ALLOCATIONS, check_damping, check_fp8, check_propagate, check_tune, make_recipe
 from streamprune.report import notes_of
 from streamprune.spec import Calibration, JobSpec, ProgressCallback, no_progress
 
@@ -72,6 +71,7 @@ def prune(
     method: str = "swiftprune", score: str | None = None, selector: str | None = None,
     refit: str | None = None, damping: str | float | None = None, allocate: str = "uniform",
     quantize: str | None = None, fp8_scale: str | None = None, fp8_rounding: str | None = None,
+    tune: str | None = None, tune_epochs: int | None = None, tune_lr: float | None = None,
     calib: str | Path | None = None, samples: int = DEFAULT_SAMPLES, seqlen: int | None = None, seed: int = 0,
     text_field: str = "text", bos: str = "auto", expert_stats: str = "weighted", expert_tokens: int = 64,
     stats: str | Path | None = None, save_stats: str | Path | None = None,
@@ -87,27 +87,28 @@ def prune(
     a sparsity out by layer ("owl", "error"), from statistics that are gathered first. `method` names a recipe
     (pruning/recipes.py), of which `score`, `selector` and `refit` can be exchanged; `damping` of a refit is "auto",
     "absolute" or a number relative to each feature's own power (pruning/methods.py). `quantize` = "fp8" stores pruned
-    linears in FP8 E4M3, with scales and rounding as `fp8_scale` and `fp8_rounding` say (pruning/fp8.py). `propagate`
+    linears in FP8 E4M3, with scales and rounding as `fp8_scale` and `fp8_rounding` say (pruning/fp8.py). `tune` =
+    "block" then tunes each layer as a whole, for `tune_epochs` at a rate of `tune_lr` (pruning/tuning.py). `propagate`
     says whose outputs the next layer is calibrated on: the "dense" model's, the "pruned" one's, or for a refit
-    "asymmetric", both: it aims at what the dense model makes of its own inputs (pruning/gram.py); None is the recipe's
-    own choice (recipes.Recipe.propagate). Statistics
-    come from `samples` windows of `seqlen` tokens of `calib` (default: a built-in text; default length
-    min(2048, the model's limit)), or from the file `stats`. `calib` is a file, a folder or a pattern of files, of whose
-    records (JSON, Parquet) `text_field` is read; `bos` says whether windows begin with a BOS token ("auto": where the
-    tokenizer adds one by itself, "always", "never"). Tokens count for an expert as the routing weights them, or
+    and `tune` "asymmetric", both: it aims at what the dense model makes of its own inputs (pruning/gram.py); None is
+    the recipe's own choice (recipes.Recipe.propagate). Statistics come from
+    `samples` windows of `seqlen` tokens of `calib` (default: a built-in text; default length min(2048, the model's
+    limit)), or from the file `stats`. `calib` is a file, a folder or a pattern of files, of whose records (JSON,
+    Parquet …) `text_field` is read; `bos` says whether windows begin with a BOS token ("auto": where the tokenizer adds
+    one by itself, "always", "never"). Tokens count for an expert as the routing weights them, or
     with `expert_stats` = "routed" all alike; one that sees fewer than `expert_tokens` goes by what all see. `backend`
     chooses the kernels that prune: Numba on the CPU, Torch elsewhere, unless it says "numba" or "torch". `max_ram` and
     `max_vram` (of a GPU) are in bytes. `follow_links` carries side files that are links out of the checkpoint;
     `allow_zeros` prunes linears that hold nothing but zeros, too (model/zeros.py).
     Running the same job again resumes it, or finds it done. Raises the errors of streamprune.errors.
     """
-    recipe = make_recipe(method, score, selector, refit, quantize)
+    recipe = make_recipe(method, score, selector, refit, quantize, tune)
+    epochs, rate = check_tune(recipe, tune_epochs, tune_lr)
     scale, rounding = check_fp8(recipe, fp8_scale, fp8_rounding)
     if damping is not None and not recipe.needs_gram:
         raise UsageError("--damping is for a refit, and this recipe has none; see --refit")
-    if stats is not None and recipe.needs_gram:
-        raise UsageError(f"--stats has sums only, and {recipe.refit} needs more: leave it out, or choose --refit none")
-    _check_amount(sparsity, pattern)
+    check_aims(recipe, stats, samples)
+    check_amount(sparsity, pattern)
     if allocate not in ALLOCATIONS:
         raise UsageError(f"--allocate {allocate}: choose {', '.join(ALLOCATIONS)}")
     if allocate != "uniform" and pattern is not None:
@@ -115,14 +116,12 @@ def prune(
             f"--allocate {allocate} shares out a --sparsity; --pattern {pattern} says what each linear keeps"
         )
     propagation = check_propagate(recipe, propagate)
-    if stats is not None and (calib is not None or save_stats is not None or propagation != "dense"):
-        raise UsageError("--stats takes the place of calibration: leave out --calib, --save-stats and --propagate")
-    if stats is not None and (expert_stats, expert_tokens) != (JobSpec.expert_stats, JobSpec.expert_tokens):
-        raise UsageError("--stats were gathered already: leave out --expert-stats and --expert-tokens")
-    _check_choices(backend, expert_stats, expert_tokens)
+    calibrates = calib is not None or save_stats is not None or propagation != "dense"
+    check_given(stats, calibrates, expert_stats, expert_tokens)
+    check_choices(backend, expert_stats, expert_tokens)
     checkpoint = _open_model(model, follow_links)
     needs_pass = stats is None and (
-        recipe.needs_statistics or recipe.needs_gram or save_stats is not None or propagation == "pruned"
+        recipe.needs_statistics or recipe.aims or save_stats is not None or propagation == "pruned"
         or allocate != "uniform"
     )  # fmt: skip
     known = Path(stats) if stats is not None else statistics_of(Path(out)) if allocate != "uniform" else None
@@ -133,7 +132,7 @@ def prune(
         stats=_stats_digest(Path(stats)) if stats is not None else None, device=device, dtype=dtype, backend=backend,
         damping=check_damping("auto" if damping is None else damping) if recipe.needs_gram else None,
         allocate=None if allocate == "uniform" else allocate, fp8_scale=scale, fp8_rounding=rounding,
-        expert_stats=expert_stats, expert_tokens=expert_tokens,
+        tune_epochs=epochs, tune_lr=rate, expert_stats=expert_stats, expert_tokens=expert_tokens,
         source=checkpoint.path, out=Path(out), stats_path=known,
         max_ram=max_ram, max_vram=max_vram, save_stats=Path(save_stats) if save_stats is not None else None,
         work=Path(work) if work is not None else None, restart=restart, trust_remote_code=trust_remote_code,
@@ -155,7 +154,7 @@ def calibrate(
 
     Arguments and errors as for `prune`.
     """
-    _check_choices(backend, expert_stats, expert_tokens)
+    check_choices(backend, expert_stats, expert_tokens)
     checkpoint = _open_model(model)
     spec = JobSpec(
         verb="calibrate", model=checkpoint.fingerprint(), recipe=None, sparsity=None, pattern=None,
@@ -169,15 +168,6 @@ def calibrate(
     return _carry_out(spec, checkpoint, progress)
 
 
-def _check_choices(backend: str, expert_stats: str, expert_tokens: int) -> None:
-    if expert_stats not in ("weighted", "routed"):
-        raise UsageError(f"--expert-stats {expert_stats}: choose weighted or routed")
-    if expert_tokens < 1:
-        raise UsageError("--expert-tokens must be at least 1")
-    if backend not in ("auto", "numba", "torch"):
-        raise UsageError(f"--backend {backend}: choose auto, numba (CPU) or torch (any device)")
-
-
 def _open_model(model: str | Path, follow_links: bool = False) -> Checkpoint:
     checkpoint = open_checkpoint(resolve_model(str(model)), follow_links=follow_links)
     refuse_quantised(checkpoint)
@@ -185,17 +175,6 @@ def _open_model(model: str | Path, follow_links: bool = False) -> Checkpoint:
     if is_packed(checkpoint):
         raise UnsupportedError(f"{checkpoint.path}: the weights are packed; make them plain with `unpack`")
     return checkpoint
-
-
-def _check_amount(sparsity: float | None, pattern: str | None) -> None:
-    if (sparsity is None) == (pattern is None):
-        raise UsageError("say how much to prune: either --sparsity S or --pattern N:M")
-    if sparsity is not None and not 0 <= sparsity < 1:
-        raise UsageError(f"--sparsity {sparsity} is not in [0, 1); 0.5 prunes half of each row")
-    if pattern is not None:
-        from streamprune.pruning.selection import parse_pattern
-
-        parse_pattern(pattern)
 
 
 def _describe_calibration(
@@ -224,7 +203,7 @@ def _stats_digest(path: Path) -> str:
 
 def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback) -> JobResult:
     begun = time.perf_counter()
-    _check_places(spec, checkpoint)
+    check_places(spec, checkpoint)
     durable.make_folder(spec.out.absolute().parent)
     with Lock(lock_of(spec.out)):
         finished = find_finished(spec) if spec.verb == "prune" else _find_statistics(spec)
@@ -258,7 +237,8 @@ def _calibration_for(spec: JobSpec) -> JobSpec:
     """The job that gathers what a prune job's `allocate` goes by."""
     return replace(
         spec, verb="calibrate", recipe=None, sparsity=None, pattern=None, only=None, skip=None, propagate="dense",
-        damping=None, allocate=None, fp8_scale=None, fp8_rounding=None, stats_path=None, save_stats=None,
+        damping=None, allocate=None, fp8_scale=None, fp8_rounding=None, tune_epochs=None, tune_lr=None,
+        stats_path=None, save_stats=None,
     )  # fmt: skip
 
 
@@ -303,25 +283,6 @@ def _discard_on_bad_input(run: Run, work: Callable[[], dict[str, Any]]) -> dict[
         if not isinstance(e.__cause__, OSError):
             run.discard()
         raise
-
-
-def _check_places(spec: JobSpec, checkpoint: Checkpoint) -> None:
-    """Refuses places that would be read and written at once, or that are not there."""
-    check_out(spec.out, checkpoint.path)
-    source = checkpoint.path.resolve()
-    for flag, path in (("--work", spec.work), ("--save-stats", spec.save_stats)):
-        if path is not None and (path.resolve() == source or source in path.resolve().parents):
-            raise UsageError(f"{flag} {path} lies within MODEL; choose a place outside {checkpoint.path}")
-    for flag, path in (("--work", spec.work), ("--save-stats", spec.save_stats)):
-        for own in (spec.out, partial_of(spec.out)):
-            if path is not None and own.resolve() in (path.resolve(), *path.resolve().parents):
-                raise UsageError(f"{flag} {path} lies within {own}; choose a place outside OUT")
-    if spec.save_stats is not None:
-        if spec.save_stats.is_dir() or not spec.save_stats.absolute().parent.is_dir():
-            raise UsageError(f"--save-stats {spec.save_stats}: name a file in a folder that exists")
-        read = (spec.calibration.path if spec.calibration else None, spec.stats_path)
-        if any(p is not None and p.resolve() == spec.save_stats.resolve() for p in read):
-            raise UsageError(f"--save-stats {spec.save_stats} would replace what is read; choose another name")
 
 
 def _check_saved(spec: JobSpec) -> None:

@@ -154,6 +154,13 @@ class PairedPass(Pass):
 
         return retry_smaller(walk, attempt)
 
+    def pairs(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
+        """As Pass.pairs: the pruned half, and what the dense model makes of its own."""
+        self.dense.rewind()
+        for chunk in self.activations.read(stage.index):
+            given = chunk.chunk(2)[1]
+            yield given, self.dense.take(given)
+
     def pruned_layer(self, stage: Stage, shard: Path, persist: bool) -> None:
         """Step 3."""
         self.placed = {}

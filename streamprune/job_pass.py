@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from streamprune.disk.cache import remove_cache
 from streamprune.disk.checkpoint import open_shard
 from streamprune.disk.float_quantized import SCALE
@@ -145,6 +147,12 @@ class Pass:
             functools.partial(layer_pass, self.walk, stage, self.activations, write=True, persist=persist),
         )
         self.walk.feed.release(stage.tensors)
+
+    def pairs(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
+        """What a layer that has passed is given, and what is wanted of it; by chunks."""
+        with self.walk.layer(stage) as run:
+            for states in self.activations.read(stage.index):
+                yield states, run(states)
 
     def again(self, stage: Stage, shard: Path, persist: bool) -> None:
         """What a layer that is pruned already makes of the activations."""

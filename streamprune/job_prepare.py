@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import functools
 import io
+import math
 import shutil
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,33 +22,36 @@ from streamprune.disk.state import JobState
 from streamprune.errors import CorruptStateError, ResourceError, UnsupportedError, UsageError
 from streamprune.job_paired import PairedPass
 from streamprune.job_pass import Pass
-from streamprune.model.budget import Layout, RefitNeeds, estimate, layout_for, waiting_bytes
-from streamprune.model.calibration import Opened, Source, Tokens, draw_windows, tokens_digest
+from streamprune.model.beside import RefitNeeds, TuneNeeds
+from streamprune.model.budget import (
+    Layout,
+    estimate,
+    layout_for,
+    token_bytes,
+    waiting_bytes,
+)
+from streamprune.model.calibration import Tokens, tokens_digest
 from streamprune.model.computing import cache_dtype
 from streamprune.model.cost import linear_shape
+from streamprune.model.differentiable import survey
 from streamprune.model.feed import Feed
 from streamprune.model.gram_sums import MOST_HELD, HoldOut
 from streamprune.model.grams import LayerGrams, gram_bytes, largest_at_once
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.statistics import StatisticsFile
-from streamprune.model.texts import Text
 from streamprune.pruning.selection import Amount, parse_pattern
+from streamprune.pruning.tuning import state_bytes
 from streamprune.quantising import Quantisation, check_codable
 from streamprune.refitting import Refit, needs_of
-from streamprune.spec import Calibration, JobSpec, compile_filter, format_bytes
+from streamprune.spec import JobSpec, compile_filter, format_bytes
 from streamprune.stage_writer import StageWriter
 from streamprune.target import Target
+from streamprune.tuning import tuned_names, windows_a_step
 
 SLACK_BYTES = 64 << 20
 """Disk for everything besides weights and activations."""
 
 
-def calibration_for_pass(spec: JobSpec) -> Calibration | None:
-    """The text that a job passes through the model; None where statistics that are there already will do."""
-    recipe = spec.recipe
-    if spec.stats_path is None or recipe is None or recipe.needs_gram or spec.propagate == "pruned" or spec.save_stats:
-        return spec.calibration
-    return None
 
 
 def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> StageWriter | None:
@@ -92,6 +96,35 @@ def refit_needs(writer: StageWriter | None, propagate: str) -> RefitNeeds | None
     return needs_of(refit, [largest_at_once(writer.in_order(stage), stage.expert_of) for stage in stages], beside)
 
 
+def tune_needs(
+    checkpoint: Checkpoint, skeleton: Skeleton, chosen: Collection[str], amount: Callable[[str], Amount],
+    samples: int, seqlen: int, dtype: torch.dtype, device: torch.device,
+) -> TuneNeeds:  # fmt: skip
+    """The memory that tuning takes, where `amount(linear)` of those `chosen` is pruned, with `samples` windows.
+
+    Raises UnsupportedError for mixtures of experts, and for layers through which gradients do not go.
+    """
+    if skeleton.experts:
+        raise UnsupportedError(
+            "--tune block is for models without experts: it would hold a layer's experts all at once; leave it out, "
+            "and choose a --refit, which takes one expert at a time"
+        )
+    kept = survey(checkpoint, skeleton, dtype, device, lambda stage: tuned_names(skeleton, stage, chosen))
+    largest = 0
+    for stage in skeleton.layer_stages:
+        names, layer = tuned_names(skeleton, stage, chosen), skeleton.layers[stage.index]
+        sizes = {name: p.numel() for name, p in layer.named_parameters()}
+        fixed = dtype.itemsize * sum(n for name, n in sizes.items() if name not in names)
+        for name, masked in names.items():
+            pruned = amount(f"{stage.prefix}.{name.removesuffix('.weight')}").share if masked else 0.0
+            stays = math.ceil(sizes[name] * (1 - pruned))
+            fixed += state_bytes(sizes[name], stays, dtype.itemsize, skeleton.dtype.itemsize)
+        largest = max(largest, fixed)
+    states = skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize
+    per_window = seqlen * (kept + token_bytes(skeleton, seqlen, dtype) + 2 * states)
+    return TuneNeeds(largest, per_window, windows_a_step(seqlen, samples), 2 * samples * seqlen * states)
+
+
 def largest_refitted(stages: Sequence[Stage], chosen: Collection[str]) -> int:
     """Bytes of the weights that are refitted of one layer, of the one with most."""
     return max((sum(ref.nbytes for name, ref in s.linears.items() if name in chosen) for s in stages), default=0)
@@ -124,8 +157,9 @@ def scratch_bytes(
     """Disk beside the caches, at the most.
 
     For the one Gram at a time that is larger than the room for them, for what experts are given, and with asymmetric
-    calibration for what the dense model makes of a layer and for the layer's new weights. `refitted` are linears,
-    `tokens` those of calibration, computed with in `dtype`.
+    calibration for what the dense model makes of a layer and for the layer's new weights, for tuning its inputs and
+    targets and the shard that is replaced. `refitted` are linears, `tokens` those of calibration, computed with in
+    `dtype`.
     """
     sizes = [0]
     kept = 0
@@ -134,9 +168,11 @@ def scratch_bytes(
         sizes += [gram_bytes([linear_shape(skeleton, name, stage)[1]]) for name in names]
         kept = max(kept, sum(not names.isdisjoint(experts.linears) for experts in stage.experts))
     found = max(size if size > layout.room else 0 for size in sizes) + kept * tokens * waiting_bytes(skeleton, dtype)
+    states = 0 if layout.resident else tokens * skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize
     if propagate == "asymmetric":
-        states = tokens * skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize
-        found += largest_refitted(skeleton.layer_stages, refitted) + (0 if layout.resident else states)
+        found += largest_refitted(skeleton.layer_stages, refitted) + states
+    if layout.windows:
+        found += 2 * states + max(stage.nbytes for stage in skeleton.layer_stages)
     return found
 
 
@@ -161,8 +197,8 @@ def open_given(
 
 
 def layout_of(
-    spec: JobSpec, skeleton: Skeleton, dtype: torch.dtype, device: torch.device, resolved: Mapping[str, Any],
-    writer: StageWriter | None, propagate: str, shape: tuple[int, int],
+    spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, device: torch.device,
+    resolved: Mapping[str, Any], writer: StageWriter | None, propagate: str, shape: tuple[int, int],
 ) -> Layout:  # fmt: skip
     """How the job lies in memory: with batches as recorded when it began, or as memory allows. Raises ResourceError.
 
@@ -170,15 +206,18 @@ def layout_of(
     """
     samples, length = shape
     seqlen = length * models_at_once(propagate)
-    needs = refit_needs(writer, propagate)
-    layout = layout_for(skeleton, seqlen, samples, dtype, device, spec.max_ram, spec.max_vram, refit=needs)
+    needs, tune = refit_needs(writer, propagate), None
+    if samples and writer is not None and writer.target.recipe.tune is not None:
+        tune = tune_needs(checkpoint, skeleton, writer.selected, writer.target.of, samples, length, dtype, device)
+    layout = layout_for(skeleton, seqlen, samples, dtype, device, spec.max_ram, spec.max_vram, refit=needs, tune=tune)
     if not samples or not resolved:
         return layout
     group = int(resolved.get("group", 1))
-    layout = replace(layout, room=int(resolved.get("gram_room", 0)), group=group)
+    windows = int(resolved.get("tune_windows", 0))
+    layout = replace(layout, room=int(resolved.get("gram_room", 0)), group=group, windows=windows)
     if device.type != "cpu":
         return layout
-    budget = estimate(skeleton, seqlen, dtype).refitting(needs, layout.room)
+    budget = estimate(skeleton, seqlen, dtype).refitting(needs, layout.room).tuning(tune, windows)
     recorded = int(resolved["batch"])
     if spec.max_ram is not None and budget.peak(recorded, group) > spec.max_ram:
         raise ResourceError(
@@ -188,48 +227,24 @@ def layout_of(
     return replace(layout, batch=recorded)
 
 
+def resolve(
+    spec: JobSpec, skeleton: Skeleton, layout: Layout, dtype: torch.dtype, device: torch.device, batch: int,
+    windows: Tokens | None, shares: Mapping[str, float], met: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """What a job that begins has settled for, and keeps to when it is resumed; JSON values. `met` is of its text."""
+    return {
+        "dtype": str(dtype).removeprefix("torch."), "device": str(device), "batch": batch,
+        "tokens": tokens_digest(windows) if windows is not None else None, **met,
+        **({"gram_room": layout.room} if spec.recipe and spec.recipe.needs_gram else {}),
+        **({"group": layout.group} if skeleton.experts else {}),
+        **({"tune_windows": layout.windows} if layout.windows else {}),
+        **({"allocation": shares} if shares else {}),
+    }  # fmt: skip
+
+
 def models_at_once(propagate: str) -> int:
     """How many models' hidden states go through a layer: with two, a window counts twice wherever memory is counted."""
     return 2 if propagate == "asymmetric" else 1
-
-
-def open_text(spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton) -> Opened | None:
-    """The text that calibration windows are drawn from; None without calibration. Raises as Source.begin."""
-    c = calibration_for_pass(spec)
-    if c is None:
-        return None
-    text, trust = Text(c.path, c.text_field), spec.trust_remote_code
-    source = Source(text, spec.source, checkpoint.config, skeleton.vocab_size, c.bos, trust)
-    return source.begin(c.seqlen, c.samples)
-
-
-def windows_from(spec: JobSpec, opened: Opened) -> tuple[Tokens, dict[str, Any]]:
-    """Calibration windows (samples, tokens) drawn from a text, and what reports say of them. Raises as draw_windows."""
-    folder = spec.work if spec.work is not None and spec.work.is_dir() else spec.out.absolute().parent
-    windows = draw_windows(opened, spec.calibration.seed if spec.calibration else 0, folder)
-    met: dict[str, Any] = {"bos": opened.bos is not None}
-    tally = opened.source.text.tally
-    if tally.replaced:
-        met["replaced"] = tally.replaced
-    if tally.tokens < len(windows) * opened.inside:
-        met["text_tokens"] = tally.tokens
-    return windows, met
-
-
-def kept_windows(spec: JobSpec, kept: Path, digest: str) -> Tokens | None:
-    """Calibration windows (samples, tokens) as they were kept when the job began; None without calibration.
-
-    Raises CorruptStateError when they are damaged, not those of `digest`.
-    """
-    if calibration_for_pass(spec) is None:
-        return None
-    try:
-        windows: Tokens = np.load(kept, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise CorruptStateError(f"{kept} cannot be read ({e}); start again with --restart") from e
-    if tokens_digest(windows) != digest:
-        raise CorruptStateError(f"{kept} is damaged; start again with --restart")
-    return windows
 
 
 def begin(state: JobState, job: Mapping[str, Any], windows: Tokens | None) -> None:

@@ -5,6 +5,7 @@ The order of writes of a stage, and the one commit point:
     1  cache i + 1            cache/i+1.bin, then .json                            durable
     2  layer i's statistics   OUT.partial/.streamprune/statistics-i.safetensors   durable
     3  its shard              OUT.partial/model-….safetensors                      durable
+       with --tune once more, when the layer has been tuned                        durable
     4  journal line                                                                durable: COMMIT
     5  cache i is removed
 
@@ -19,6 +20,7 @@ run goes on from the last that is, and runs the layers since then once more, for
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,20 +44,20 @@ from streamprune.job_prepare import (
     begin,
     check_disk,
     clear_rubbish,
-    kept_windows,
     layer_grams,
     layout_of,
     make_writer,
     open_given,
-    open_text,
     propagated,
+    resolve,
     scratch_bytes,
-    windows_from,
 )
+from streamprune.job_tune import LayerTuning
+from streamprune.job_windows import windows_of
 from streamprune.kernels import cpu, torch_ops
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.model.activations import Activations
-from streamprune.model.calibration import Tokens, tokens_digest
+from streamprune.model.calibration import Tokens
 from streamprune.model.computing import compute_dtype, exact_products, resolve_device
 from streamprune.model.experts import is_pooled, pool
 from streamprune.model.feed import Feed
@@ -74,12 +76,9 @@ class Run:
     """One run, from skeleton to report. A context manager: the checkpoint stays mapped while it is open."""
 
     def __init__(
-        self,
-        spec: JobSpec,
-        checkpoint: Checkpoint,
-        unfinished: tuple[JobState, dict[str, Any]] | None,
+        self, spec: JobSpec, checkpoint: Checkpoint, unfinished: tuple[JobState, dict[str, Any]] | None,
         progress: ProgressCallback,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.spec, self.checkpoint, self.progress = spec, checkpoint, progress
         self.state = unfinished[0] if unfinished else new_state(spec)
         self.begun = unfinished is not None
@@ -98,32 +97,23 @@ class Run:
         shares = share_out(spec, self.writer, known, resolved)
         self.propagate = propagated(spec.propagate, self.skeleton)
         self.records = journal.read(self.state.journal) if self.begun else []
-        windows, met = self._windows(resolved)
+        at = time.perf_counter()
+        lay_out = functools.partial(
+            layout_of, spec, checkpoint, self.skeleton, self.dtype, self.device, resolved, self.writer, self.propagate
+        )
+        windows, met, self.layout = windows_of(spec, checkpoint, self.skeleton, self.state.tokens, resolved, lay_out)
+        self._reading = time.perf_counter() - at
         batch = int(resolved.get("batch", self.layout.batch))
         self.forward = None if windows is None else self._make_pass(windows, batch)
         self.given = known if windows is None else None
-        self.resolved = resolved or {
-            "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "batch": batch,
-            "tokens": tokens_digest(windows) if windows is not None else None, **met,
-            **({"gram_room": self.layout.room} if spec.recipe and spec.recipe.needs_gram else {}),
-            **({"group": self.layout.group} if self.skeleton.experts else {}),
-            **({"allocation": shares} if shares else {}),
-        }  # fmt: skip
+        self.tuner = LayerTuning.of(self.layout.windows, spec, self.writer, self.forward)
+        self.resolved = resolved or resolve(
+            spec, self.skeleton, self.layout, self.dtype, self.device, batch, windows, shares, met
+        )  # fmt: skip
         self._uncommitted: list[durable.AtomicFile] = []
         self._since = time.perf_counter()
         self.spent = 0.0
         """Seconds of work that was done for this job before it, see job.py."""
-
-    def _windows(self, resolved: dict[str, Any]) -> tuple[Tokens | None, dict[str, Any]]:
-        """Calibration windows, and what is to be remembered of them; lays the job out before a text is read."""
-        begun, spec, skeleton = time.perf_counter(), self.spec, self.skeleton
-        opened = None if resolved else open_text(spec, self.checkpoint, skeleton)
-        kept = kept_windows(spec, self.state.tokens, resolved["tokens"]) if resolved else None
-        shape = opened.shape if opened else kept.shape if kept is not None else (0, 1)
-        self.layout = layout_of(spec, skeleton, self.dtype, self.device, resolved, self.writer, self.propagate, shape)
-        found = windows_from(spec, opened) if opened else (kept, {})
-        self._reading = time.perf_counter() - begun
-        return found
 
     def _make_pass(self, windows: Tokens, batch: int) -> Pass:
         walk = Walk(self.skeleton, self.feed, self.dtype)
@@ -221,18 +211,27 @@ class Run:
         dense = self.propagate == "dense"
         if self.layout.layers > 2 and dense:
             commits.drain()  # the writer has one stage at a time
-            if grams is None:
+            if grams is None and self.tuner is None:
                 commits.put(lambda: self._commit(stage, record, self._fill(path, stage, stats, record)))
                 return
         file = self._fill(path, stage, stats, record, grams)
-        if self.forward is not None and file is not None and not dense and self._more(stage):
-            file.commit()
-            self._uncommitted.remove(file)
+        del grams  # whose room tuning is given
+        if self.tuner is not None and file is not None and stage.kind == "layer":
+            self._durable(file)
+            file = self.tuner.layer(stage, path, record)
+            self._uncommitted += [] if file is None else [file]
+        if self.forward is not None and self.writer is not None and not dense and self._more(stage):
+            if file is not None:
+                self._durable(file)
             file = None
             record["cache"] = self.forward.persists()
             self.forward.pruned_layer(stage, path, record["cache"])
             record["batch"] = self.forward.walk.most
         commits.put(lambda: self._commit(stage, record, file))
+
+    def _durable(self, file: durable.AtomicFile) -> None:
+        file.commit()
+        self._uncommitted.remove(file)
 
     def _shard(self, stage: Stage) -> Path:
         return self.state.partial / shard_name(self.skeleton.stages.index(stage) + 1, len(self.skeleton.stages))
@@ -293,8 +292,7 @@ class Run:
     def _commit(self, stage: Stage, record: dict[str, Any], file: durable.AtomicFile | None) -> None:
         """Steps 3 (its fsync and rename), 4 and 5 of a stage."""
         if file is not None:
-            file.commit()
-            self._uncommitted.remove(file)
+            self._durable(file)
         now = time.perf_counter()
         record |= {"seconds": now - self._since, "peak": peak_resident_bytes()}
         self._since = now

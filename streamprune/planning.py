@@ -8,9 +8,8 @@ written; weights are taken to be pruned by `ewma`, and not to be in the system's
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,20 @@ from typing import Any
 import torch
 
 from streamprune.choosing import selected_linears
-from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
+from streamprune.disk.checkpoint import open_checkpoint, refuse_quantised
 from streamprune.disk.claims import check_claims
 from streamprune.disk.hub import resolve_model
 from streamprune.errors import UsageError
-from streamprune.job_prepare import SLACK_BYTES, beside_grams, models_at_once, propagated, scratch_bytes
-from streamprune.model.budget import Budget, Layout, RefitNeeds, estimate, layout_for, memory_of
+from streamprune.job_prepare import (
+    SLACK_BYTES,
+    beside_grams,
+    models_at_once,
+    propagated,
+    scratch_bytes,
+    tune_needs,
+)
+from streamprune.model.beside import RefitNeeds, TuneNeeds, least_beside
+from streamprune.model.budget import Budget, Layout, estimate, layout_for, memory_of
 from streamprune.model.computing import cache_dtype, compute_dtype, resolve_device
 from streamprune.model.cost import (
     PAIRED_FORWARDS,
@@ -32,31 +39,19 @@ from streamprune.model.cost import (
     Split,
     Work,
     linear_shape,
-    routed_share,
     stage_seconds,
     work_of,
 )
-from streamprune.model.gram_sums import HoldOut
-from streamprune.model.grams import gram_bytes, largest_at_once
-from streamprune.model.hollow import HollowLayer
-from streamprune.model.refit_cost import (
-    EFFORTS,
-    NO_REFIT,
-    TRIED,
-    Refitted,
-    RefitWork,
-    Trials,
-    expert_work,
-    refit_work,
-)  # fmt: skip
-from streamprune.model.skeleton import Skeleton, Stage, build_skeleton, stored_dtype
+from streamprune.model.grams import largest_at_once
+from streamprune.model.skeleton import Skeleton, build_skeleton, stored_dtype
 from streamprune.model.speeds import measure
-from streamprune.model.statistics import Collector
 from streamprune.model.texts import check_bos, check_seqlen, default_seqlen, positions
 from streamprune.model.tokens import has_bos
-from streamprune.pruning.recipes import Recipe, check_propagate, make_recipe
+from streamprune.planning_refits import planned_refits
+from streamprune.pruning.recipes import Recipe, check_propagate, check_tune, make_recipe
+from streamprune.pruning.selection import Amount
 from streamprune.quantising import check_codable, coded
-from streamprune.refitting import Refit, chunk_rows, needs_of, sampled
+from streamprune.refitting import Refit, needs_of
 from streamprune.spec import compile_filter
 
 
@@ -110,6 +105,7 @@ class Plan:
 
 def plan(
     model: str | Path, *, method: str = "swiftprune", refit: str | None = None, quantize: str | None = None,
+    tune: str | None = None, tune_epochs: int | None = None,
     samples: int = 128, seqlen: int | None = None, bos: str = "auto", with_stats: bool = False,
     propagate: str | None = None, only: str | None = None, skip: str | None = None,
     device: str = "auto", dtype: str = "auto", max_vram: int | None = None, trust_remote_code: bool = False,
@@ -117,10 +113,12 @@ def plan(
 ) -> Plan:  # fmt: skip
     """Plans a prune of `model` calibrated on `samples` windows of `seqlen` tokens, or `with_stats` from a file.
 
-    `method`, `refit`, `quantize` and `bos` are as for prune. `max_vram` (of a GPU) is in bytes. `speeds` take
+    `method`, `refit`, `quantize`, `tune` and `bos` are as for prune; what is tuned is taken to be half pruned.
+    `max_vram` (of a GPU) is in bytes. `speeds` take
     the place of measuring. Raises the errors of streamprune.errors; up to 64 MiB of weights are read to time the disk.
     """
-    recipe = _recipe(method, refit, quantize, with_stats)
+    recipe = _recipe(method, refit, quantize, tune, with_stats)
+    epochs = check_tune(recipe, tune_epochs, None)[0] or 0
     checkpoint = open_checkpoint(resolve_model(str(model)))
     refuse_quantised(checkpoint)
     check_claims(checkpoint)
@@ -144,12 +142,15 @@ def plan(
     on_device = target.type != "cpu"
     needs = _needs(recipe, skeleton, chosen, propagation)
     models = models_at_once(propagation)
+    tuning = None
+    if recipe.tune is not None:
+        tuning = tune_needs(checkpoint, skeleton, chosen, lambda _: Amount(0.5), samples, length, compute, target)
     budget = estimate(skeleton, models * length, compute, on_device=on_device)
-    layout = layout_for(skeleton, models * length, windows, compute, target, None, max_vram, refit=needs)
-    course = course_of(skeleton, windows, length, compute, layout, propagation, on_device)
+    layout = layout_for(skeleton, models * length, windows, compute, target, None, max_vram, refit=needs, tune=tuning)
+    course = course_of(skeleton, windows, length, compute, layout, propagation, on_device, epochs)
     works = [work_of(skeleton, s, chosen, length, compute.itemsize) for s in skeleton.stages]
     if recipe.refit is not None:
-        refits = _refits(recipe.refit, checkpoint, skeleton, chosen, compute, layout.room, windows, length)
+        refits = planned_refits(recipe.refit, checkpoint, skeleton, chosen, compute, layout.room, windows, length)
         works = [replace(w, refit=r) for w, r in zip(works, refits, strict=True)]
     source = "given" if speeds else "measured now"
     if speeds is None:
@@ -162,7 +163,7 @@ def plan(
     cache = 2 * models * course.tokens * course.state_bytes
     output = checkpoint.nbytes - saved
     scratch = scratch_bytes(skeleton, chosen.keys() if needs else set(), layout, course.tokens, compute, propagation)
-    peak, least, least_vram = _memory(budget, layout, needs, windows, on_device)
+    peak, least, least_vram = _memory(budget, layout, needs, tuning, windows, on_device)
     if on_device:
         least_vram += memory_of(skeleton, models * length, windows, compute, 1, False, min(windows, 1))
     return Plan(
@@ -177,15 +178,19 @@ def plan(
     )  # fmt: skip
 
 
-def _recipe(method: str, refit: str | None, quantize: str | None, with_stats: bool) -> Recipe:
-    recipe = make_recipe(method, refit=refit, quantize=quantize)
+def _recipe(
+    method: str, refit: str | None, quantize: str | None, tune: str | None, with_stats: bool
+) -> Recipe:  # fmt: skip
+    recipe = make_recipe(method, refit=refit, quantize=quantize, tune=tune)
+    if with_stats and recipe.tune is not None:
+        raise UsageError("--stats has sums only, and --tune learns from states: leave one of them out")
     if with_stats and recipe.needs_gram:  # in the words of job.prune
         raise UsageError(f"--stats has sums only, and {recipe.refit} needs more: leave it out, or choose --refit none")
     return recipe
 
 
 def _has_pass(recipe: Recipe, with_stats: bool, propagate: str) -> bool:
-    return not with_stats and (recipe.needs_statistics or recipe.needs_gram or propagate == "pruned")
+    return not with_stats and (recipe.needs_statistics or recipe.aims or propagate == "pruned")
 
 
 def _needs(recipe: Recipe, skeleton: Skeleton, chosen: Collection[str], propagate: str) -> RefitNeeds | None:
@@ -201,99 +206,33 @@ def _needs(recipe: Recipe, skeleton: Skeleton, chosen: Collection[str], propagat
 
 
 def _memory(
-    budget: Budget, layout: Layout, needs: RefitNeeds | None, windows: int, on_device: bool
+    budget: Budget, layout: Layout, needs: RefitNeeds | None, tune: TuneNeeds | None, windows: int, on_device: bool
 ) -> tuple[int, int, int]:
-    """RAM at the peak, and the least that will do; on a device, the least for a refit there."""
+    """RAM at the peak, and the least that will do; on a device, the least for a refit and for tuning there."""
     if not windows:
         return budget.base + budget.reserve, budget.base + budget.reserve, 0
-    if needs is None:
-        return budget.peak(layout.batch, layout.group), budget.peak(1), 0
     if on_device:
-        return budget.peak(layout.batch), budget.peak(1), needs.least + needs.held + needs.working
+        return budget.peak(layout.batch, layout.group), budget.peak(1), least_beside(needs, tune)
+    least = needs.least if needs else 0
     return (
-        budget.refitting(needs, layout.room).peak(layout.batch, layout.group),
-        budget.refitting(needs, needs.least).peak(1),
+        budget.refitting(needs, layout.room).tuning(tune, layout.windows).peak(layout.batch, layout.group),
+        budget.refitting(needs, least).tuning(tune, 1).peak(1),
         0,
     )
 
 
-def _refits(
-    refit: str, checkpoint: Checkpoint, skeleton: Skeleton, chosen: Collection[str], dtype: torch.dtype, room: int,
-    samples: int, seqlen: int,
-) -> list[RefitWork]:  # fmt: skip
-    """What each stage's refit is, in the order of the stages."""
-    effort = EFFORTS[refit]
-    effort = effort._replace(native=effort.native and dtype == torch.bfloat16)
-    tokens, dampings = samples * seqlen, min(TRIED, len(Refit(refit, "auto").dampings))
-    routed = int(tokens * routed_share(skeleton))
-    trials = Trials(dampings, HoldOut.of(tokens, seqlen).kept_out(tokens))
-    of_expert = functools.partial(
-        expert_work, effort, tokens=routed, trials=Trials(dampings, HoldOut.among(routed).kept_out(routed))
-    )
-    shared = inputs_shared(checkpoint, skeleton, dtype, min(seqlen, 16))
-    known: dict[tuple[Refitted, ...], RefitWork] = {}  # experts of a model are alike
-
-    def linear(stage: Stage, name: str, shares: str) -> Refitted:
-        rows, width = linear_shape(skeleton, name, stage)
-        chunks = -(-rows // chunk_rows(width))
-        return Refitted(shares, rows, width, stage.linears[name].nbytes, len(sampled(rows)), chunks)
-
-    def of(stage: Stage) -> RefitWork:
-        apart = stage.expert_of
-        names = [n for _, n in sorted((ref.name, n) for n, ref in stage.linears.items() if n in chosen)]
-        within = {name: name.removeprefix(stage.prefix) for name in names if name not in apart}
-        together = [linear(stage, n, shared.get(w, w)) for n, w in within.items()]
-        at_once = largest_at_once({n: linear_shape(skeleton, n, stage)[1] for n in names}, apart)
-        left = room - gram_bytes(at_once) + gram_bytes(each.width for each in together)
-        work = refit_work(effort, together, left, tokens, trials)
-        for experts in stage.experts:
-            for up, down in zip(experts.up, experts.down, strict=True):
-                ordered = sorted((n for n in (*up, down) if n in chosen), key=lambda n: stage.linears[n].name)
-                key = tuple(linear(stage, n, "down" if n == down else "up") for n in ordered)
-                if key and key not in known:
-                    known[key] = of_expert(key, sum(math.prod(linear_shape(skeleton, n, stage)) for n in up))
-                work += known.get(key, NO_REFIT)
-        return work
-
-    return [of(stage) if stage.kind == "layer" else NO_REFIT for stage in skeleton.stages]
-
-
-def inputs_shared(checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, length: int) -> dict[str, str]:
-    """Which linears of a layer are fed the same tensor: linear -> the first of these, names within the layer.
-
-    Seen in the first layer's own code, on `length` tokens and without weights. Raises UnsupportedError for a model
-    that cannot be walked through.
-    """
-    layer, stage = HollowLayer(checkpoint, skeleton, dtype, torch.device("cpu"), 1, length), skeleton.layer_stages[0]
-    layer.embed()
-    collector = Collector(lambda rows, total, squares: None)
-
-    def hook(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        return lambda _, args, named: collector.watch(name, args[0] if args else next(iter(named.values())))
-
-    routed = {name for experts in stage.experts for name in experts.linears}
-    within = {name: name.removeprefix(stage.prefix) for name in stage.linears if name not in routed}
-    hooks = [
-        skeleton.layers[0].get_submodule(path[1:]).register_forward_pre_hook(hook(path), with_kwargs=True)
-        for path in within.values()
-    ]
-    try:
-        with layer.ready() as run:
-            run()
-    finally:
-        for each in hooks:
-            each.remove()
-    return collector.groups
-
-
 def course_of(
-    skeleton: Skeleton, samples: int, seqlen: int, dtype: torch.dtype, layout: Layout, propagate: str, on_device: bool
-) -> Course:
-    """How a run over `samples` windows goes in a layout; with samples = 0 there is no pass."""
+    skeleton: Skeleton, samples: int, seqlen: int, dtype: torch.dtype, layout: Layout, propagate: str, on_device: bool,
+    epochs: int = 0,
+) -> Course:  # fmt: skip
+    """How a run over `samples` windows goes in a layout; with samples = 0 there is no pass.
+
+    An epoch of tuning is three passes, of which the backward one takes two.
+    """
     batches = -(-samples // max(1, layout.batch))
     return Course(
         tokens=samples * seqlen, batches=batches, groups=-(-batches // layout.group),
-        forwards={"dense": 1, "pruned": 2, "asymmetric": PAIRED_FORWARDS}[propagate],
+        forwards={"dense": 1, "pruned": 2, "asymmetric": PAIRED_FORWARDS}[propagate] + 3 * epochs,
         state_bytes=skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize,
         threads=torch.get_num_threads(), on_device=on_device, layers=layout.layers, resident=layout.resident,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.model.budget import RefitNeeds
+from streamprune.model.beside import RefitNeeds
 from streamprune.model.gram_sums import MOST_HELD
 from streamprune.model.grams import LayerGrams
 from streamprune.pruning.gram import Gram

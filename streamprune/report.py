@@ -17,7 +17,7 @@ def recipe_name(spec: JobSpec) -> str | None:
     if spec.recipe is None:
         return None
     named = next((name for name, recipe in RECIPES.items() if recipe == spec.recipe), None)
-    parts = (spec.recipe.score, spec.recipe.selector, spec.recipe.refit, spec.recipe.quantize)
+    parts = (spec.recipe.score, spec.recipe.selector, spec.recipe.refit, spec.recipe.quantize, spec.recipe.tune)
     return named or "+".join(part for part in parts if part)
 
 
@@ -32,7 +32,8 @@ def build_report(
     begin (imports, skeleton, tokens), `peak` the resident bytes of the highest run. A stage whose Gram matrices had no
     room beside its pass has `gram_passes`, the passes more that they took; `pooled` are linears of experts that saw too
     few tokens, and went by what all experts of the layer saw. `source` is what else is said of MODEL: its content
-    (Checkpoint.content), files and tensors that were not carried over.
+    (Checkpoint.content), files and tensors that were not carried over. `tune` says what tuning a layer came to:
+    errors as in pruning/tuning.py, of windows that were held out and of as many that were not, before and after.
     """
     reduced = [r["batch"] for r in records if r["batch"]]
     linears = [linear for record in records for linear in record["linears"]]
@@ -52,7 +53,7 @@ def build_report(
         "linears": linears,
         "stages": [
             {"name": r["stage"], "seconds": round(r["seconds"], 3), "peak_rss_bytes": r["peak"]}
-            | {key: r[key] for key in ("gram_passes", "pooled") if key in r}
+            | {key: r[key] for key in ("gram_passes", "pooled", "tune") if key in r}
             for r in records
         ],
         "files": list(files),

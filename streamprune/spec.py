@@ -2,7 +2,7 @@
 
     fixed        verb, model, score, selector, refit, damping, quantize, fp8_scale, fp8_rounding, sparsity, allocate,
                  pattern, only, skip, propagate, calib, samples, seqlen, seed, bos, expert_stats, expert_tokens, stats,
-                 device, dtype, backend
+                 device, dtype, backend; and where layers are tuned, tune, tune_epochs, tune_lr
     changeable   max_ram, max_vram, save_stats, work (only before anything has been cached there)
 
 The fixed fields go into `job.json` while the job is unfinished and into `streamprune.json` for ever.
@@ -96,6 +96,9 @@ class JobSpec:
     fp8_scale: str | None = None
     """How FP8 scales are chosen (recipes.check_fp8); None where nothing is quantised."""
     fp8_rounding: str | None = None
+    tune_epochs: int | None = None
+    """How long layers are tuned; None where they are not."""
+    tune_lr: float | None = None
     expert_stats: str = "weighted"
     """Whether the inputs of experts count times the weights of the routing ("weighted"), or as they are ("routed")."""
     expert_tokens: int = 64
@@ -114,7 +117,7 @@ class JobSpec:
         flat: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if not f.metadata.get("fixed", True):
+            if not f.metadata.get("fixed", True) or (f.name.startswith("tune_") and value is None):
                 continue
             if f.name == "model":
                 flat |= {f"model {k}": v for k, v in value.items()}
@@ -123,6 +126,7 @@ class JobSpec:
                 flat["selector"] = value.selector if value and self.pattern is None else None
                 flat["refit"] = value.refit if value else None
                 flat["quantize"] = value.quantize if value else None
+                flat |= {"tune": value.tune} if value and value.tune else {}
             elif f.name == "calibration":
                 flat |= dict.fromkeys(("calib", "samples", "seqlen", "seed", "bos"))
                 if value:

@@ -221,13 +221,13 @@ def test_who_calibrates(place: Place, stub: Stub) -> None:
 
 
 def test_methods(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every recipe that there is gets compared; what has a refit calibrates itself, and nothing else does."""
+    """Every recipe that there is gets compared; what refits or tunes calibrates itself, and nothing else does."""
     parse = importlib.import_module("compare_run").parse_methods
     monkeypatch.setitem(recipes.RECIPES, "new-one", recipes.Recipe("magnitude", "exact", "cg"))
     found = {method.name: method.calibration for method in parse(None)}
     assert list(found) == list(recipes.RECIPES)
     assert (found["wanda"], found["magnitude"], found["new-one"]) == ("shared", "none", "own")
-    assert all((found[name] == "own") == recipe.needs_gram for name, recipe in recipes.RECIPES.items())
+    assert all((found[name] == "own") == recipe.aims for name, recipe in recipes.RECIPES.items())
     cg, none, _ = parse("magnitude+cg,new-one+none,wanda,magnitude+cg")
     assert (cg.name, cg.recipe, cg.refit, cg.calibration) == ("magnitude+cg", "magnitude", "cg", "own")
     assert (none.recipe, none.refit, none.calibration) == ("new-one", "none", "none")
@@ -235,7 +235,10 @@ def test_methods(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (small.recipe, small.refit, small.quantize, small.calibration) == ("wanda", None, "fp8", "shared")
     assert (both.recipe, both.refit, both.quantize, both.calibration) == ("wanda", "cg", "fp8", "own")
     assert (plain.refit, plain.quantize, plain.calibration) == ("none", None, "shared")
-    for wrong in ("wanda+fp4", "wanda+fp8+cg", "wanda+cg+cg", "fp8", "wanda+"):
+    tuned, all_three, named = parse("wanda+tune,wanda+cg+tune,swiftprune-tuned")
+    assert (tuned.recipe, tuned.refit, tuned.tune, tuned.calibration) == ("wanda", None, "block", "own")
+    assert (all_three.refit, all_three.tune, named.tune, named.calibration) == ("cg", "block", None, "own")
+    for wrong in ("wanda+tune+cg", "wanda+fp4", "wanda+fp8+cg", "wanda+cg+cg", "fp8", "wanda+"):
         with pytest.raises(importlib.import_module("bench_rig").BenchError):
             parse(wrong)
 
@@ -390,7 +393,7 @@ def test_a_foreign_folder_stays_as_it_is(place: Place, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--methods", "nothing"], "--methods nothing: write RECIPE, RECIPE+REFIT or either with +fp8; recipes are"),
+        (["--methods", "nothing"], "--methods nothing: write RECIPE, RECIPE+REFIT, or either with +fp8 or +tune"),
         (["--methods", "wanda+"], "--methods wanda+"),
         (["--methods", "wanda+../x"], "--methods wanda+../x"),
         (["--amounts", "1.0"], "--amounts 1.0: write a sparsity in [0, 1) or a pattern N:M"),

@@ -26,7 +26,8 @@ from streamprune.model.hollow import LAYER_BYTES, HollowLayer, window_size
 from streamprune.model.refit_cost import RefitWork
 from streamprune.model.skeleton import build_skeleton
 from streamprune.model.statistics import StatisticsFile
-from streamprune.planning import inputs_shared, plan
+from streamprune.planning import plan
+from streamprune.planning_refits import inputs_shared
 
 Models = Callable[..., Path]
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]

@@ -26,10 +26,22 @@ ORDER: list[set[str]] = [
     {"kernels"},
     {"pruning"},
     {"model"},
-    {"choosing", "refitting", "quantising"},
+    {"choosing", "refitting", "quantising", "tuning"},
     {"target"},
     {"stage_writer", "report"},
-    {"allocating", "job_prepare", "job_pass", "job_paired", "job_finish", "comparison", "evaluation_pass"},
+    {
+        "allocating",
+        "job_checks",
+        "job_windows",
+        "job_prepare",
+        "job_pass",
+        "job_paired",
+        "job_tune",
+        "job_finish",
+        "comparison",
+        "planning_refits",
+        "evaluation_pass",
+    },
     {"job_run", "job", "evaluation", "planning", "inspection", "packing"},
     {"arguments", "tables", "progress", "demo", "cli", "__main__"},
 ]
@@ -37,6 +49,7 @@ WITHIN_A_LEVEL = {
     ("job_prepare", "job_pass"),
     ("job_prepare", "job_paired"),
     ("job_paired", "job_pass"),
+    ("job_tune", "job_pass"),
     ("job", "job_run"),
     ("evaluation_pass", "comparison"),
     ("cli", "arguments"),
@@ -45,7 +58,7 @@ WITHIN_A_LEVEL = {
     ("cli", "progress"),
     ("cli", "tables"),
 }
-NO_TORCH = ["errors", "memory", "pruning.recipes", "spec", "job", "cli", "__main__", "progress", "report"]
+NO_TORCH = ["errors", "memory", "pruning.recipes", "spec", "job", "job_checks", "cli", "__main__", "progress", "report"]
 NO_TORCH += ["interrupts", "console"]
 NO_TORCH += ["disk.durable", "disk.header", "disk.checkpoint", "disk.hub", "disk.journal", "disk.state", "disk.shards"]
 NO_TORCH += ["disk.lock", "model.texts", "disk.direct", "disk.linears", "disk.packed", "packing", "packing.files"]

@@ -170,7 +170,8 @@ def test_memory_of_a_refit(
     seen: list[tuple[Layout, RefitNeeds, int]] = []
 
     def stop(
-        spec: Any, skeleton: Any, dtype: Any, device: Any, resolved: Any, writer: Any, propagate: str, shape: Any
+        spec: Any, model: Any, skeleton: Any, dtype: Any, device: Any, resolved: Any, writer: Any, propagate: str,
+        shape: Any,
     ) -> Layout:
         layout = layout_of(spec, skeleton, dtype, device, resolved, writer, propagate, shape)
         needs = refit_needs(writer, propagate)
@@ -249,7 +250,7 @@ def test_time_of_a_refit(models: Models) -> None:
 def test_recipes_without_a_refit(models: Models, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]) -> None:
     """Nothing changes, and nothing of a refit is looked for; magnitude needs no pass."""
     monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
-    monkeypatch.setattr("streamprune.planning.inputs_shared", None)
+    monkeypatch.setattr("streamprune.planning_refits.inputs_shared", None)
     how: dict[str, Any] = {"samples": 8, "seqlen": 32, "speeds": EVEN, **more}
     plain = plan(models(), **how)
     assert plan(models(), method="wanda", **how) == plan(models(), method="admm", refit="none", **how) == plain

@@ -14,8 +14,8 @@ tries failed cells again, and with other --methods, --amounts or --seeds adds to
 differs is refused.
 
 Every prune and every evaluation is a process of its own. Recipes that only need a mask share statistics that are
-gathered once; those with a refit calibrate themselves. `wanda+cg` means --method wanda --refit cg, and `+fp8` at the
-end --quantize fp8.
+gathered once; those with a refit calibrate themselves. `wanda+cg` means --method wanda --refit cg; at the end
+`+fp8` means --quantize fp8, and `+tune` --tune block.
 Exit codes: 0 all cells are there, 1 some failed (their messages are below the tables), 2 it could not be run.
 """
 
@@ -110,7 +110,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
     add("--seqlen", type=int, metavar="N", help="length of all windows (default: min(2048, the model's limit))")
     add("--seeds", default="0", metavar="A,B", help="which windows; of several, mean and spread (default: %(default)s)")
-    add("--methods", metavar="A,B", help="recipes, or RECIPE+REFIT such as wanda+cg, +fp8 (default: every recipe)")
+    add(
+        "--methods",
+        metavar="A,B",
+        help="recipes, or RECIPE+REFIT as wanda+cg, +fp8, +tune (default: every recipe)",
+    )
     add("--amounts", default=AMOUNTS, metavar="A,B", help="sparsities and patterns (default: %(default)s)")
     add("--out", metavar="FOLDER", help="where results go (default: comparison-MODEL)")
     beside = parser.add_mutually_exclusive_group()

@@ -32,6 +32,7 @@ class Method:
     recipe: str
     refit: str | None
     quantize: str | None
+    tune: str | None
     calibration: str
 
 
@@ -47,15 +48,18 @@ def parse_methods(text: str | None) -> list[Method]:
     found = {}
     for name in text.split(",") if text is not None else RECIPES:
         base, *more = name.split("+")
+        tune = "block" if more and more[-1] == "tune" and more.pop() else None
         quantize = more.pop() if more and more[-1] in QUANTIZE[1:] else None
         refit = more.pop() if more else None
         try:
-            recipe = make_recipe(base if not more else name, refit=refit, quantize=quantize)
+            recipe = make_recipe(base if not more else name, refit=refit, quantize=quantize, tune=tune)
         except UsageError as e:
             there = f"recipes are {', '.join(RECIPES)}, refits {', '.join(REFITS)}"
-            raise BenchError(f"--methods {name}: write RECIPE, RECIPE+REFIT or either with +fp8; {there}") from e
-        calibration = "own" if recipe.needs_gram else "shared" if recipe.needs_statistics else "none"
-        found[name] = Method(name, base, refit, quantize, calibration)
+            raise BenchError(
+                f"--methods {name}: write RECIPE, RECIPE+REFIT, or either with +fp8 or +tune; {there}"
+            ) from e
+        calibration = "own" if recipe.aims else "shared" if recipe.needs_statistics else "none"
+        found[name] = Method(name, base, refit, quantize, tune, calibration)
     return list(found.values())
 
 
@@ -160,6 +164,7 @@ class Comparison:
         cell: Cell = {"method": method.name, "amount": amount, "seed": seed, "calibration": method.calibration}
         given = ["--method", method.recipe, *(["--refit", method.refit] if method.refit else [])]
         given += ["--quantize", method.quantize] if method.quantize else []
+        given += ["--tune", method.tune] if method.tune else []
         given += ["--pattern" if ":" in amount else "--sparsity", amount]
         given += {
             "none": [], "shared": ["--stats", str(self.stats(seed))], "own": self.calibration(seed),

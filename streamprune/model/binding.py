@@ -103,6 +103,25 @@ def in_their_place(skeleton: Skeleton, weights: Mapping[str, Tensor]) -> Iterato
             skeleton.model.get_submodule(name)._parameters["weight"] = held
 
 
+@contextmanager
+def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it, the parameters and buffers below `module` that are named here are these tensors themselves."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for name, value in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            if leaf in owner._buffers:
+                undo.append(_bind_buffer(owner, leaf, value))
+                continue
+            undo.append(functools.partial(owner._parameters.__setitem__, leaf, owner._parameters[leaf]))
+            owner._parameters[leaf] = value  # type: ignore[assignment]
+        yield
+    finally:
+        for restore in reversed(undo):
+            restore()
+
+
 def _bind(module: nn.Module, leaf: str, value: Tensor, dtype: torch.dtype) -> Callable[[], None]:
     """Puts a stored tensor in a module's place; returns what puts the meta tensor back."""
     if leaf in module._buffers:

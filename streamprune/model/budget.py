@@ -10,18 +10,19 @@ per_token  the widest moment of a layer's forward pass: nine states of the hidde
 group      batches that a layer's experts compute for at once (model/routed.py); they are waiting meanwhile
 waiting    two states of the hidden size, and the routing; 0 where there are no experts
 grams      for a refit: the Gram matrices that are held at once, and the inputs that are kept out of them
-working    for a refit: its arrays, once the forward pass is over
+working    for a refit: its arrays, once the forward pass is over; for tuning: a layer's weights, gradients and moments,
+           and what autograd keeps of the windows that are computed at once
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 
 from streamprune.errors import ResourceError, UsageError
 from streamprune.memory import available_bytes, resident_bytes
+from streamprune.model.beside import RefitNeeds, TuneNeeds, beside_pass
 from streamprune.model.computing import cache_dtype
 from streamprune.model.cost import forgotten, routed_share
 from streamprune.model.skeleton import Skeleton
@@ -54,16 +55,6 @@ KERNELS = 384 << 20
 """Memory of the device for temporaries of the selection kernels (kernels/torch_ops.py)."""
 
 
-class RefitNeeds(NamedTuple):
-    """What a refit takes, in bytes. `most` holds all Grams of a layer at once, `least` part of one after the other."""
-
-    most: int
-    least: int
-    held: int
-    """Inputs that are kept out of the Grams."""
-    working: int
-
-
 @dataclass(frozen=True)
 class Budget:
     """The estimate for one job. All sizes in bytes."""
@@ -87,6 +78,10 @@ class Budget:
     def refitting(self, needs: RefitNeeds | None, room: int) -> Budget:
         """The same with a refit that has `room` for Grams."""
         return self if needs is None else replace(self, grams=room + needs.held, working=needs.working)
+
+    def tuning(self, needs: TuneNeeds | None, windows: int) -> Budget:
+        """The same with tuning of so many windows at once."""
+        return self if needs is None else replace(self, working=max(self.working, needs.working(windows)))
 
 
 def estimate(
@@ -184,15 +179,18 @@ class Layout:
     """Bytes for Gram matrices, where the job computes."""
     group: int = 1
     """Batches that a layer's experts compute for at once."""
+    windows: int = 0
+    """Windows that are computed at once where layers are tuned."""
 
 
 def lay_out(
     skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, device: torch.device, limit: int | None,
-    *, head: bool = False, beside: int = 0,
+    *, head: bool = False, beside: int = 0, pairs: int = 0,
 ) -> Layout:  # fmt: skip
     """The fastest layout of a pass (or none, samples = 0) within `limit` bytes of the device, by default what is free.
 
-    With `head`, what makes logits has its turn there after the layers; `beside` bytes are for something else.
+    With `head`, what makes logits has its turn there after the layers; `beside` bytes are for something else, and
+    `pairs` more where hidden states stay there.
 
     What is given up first: pruning a layer beside the next one's pass, then hidden states on the device, then
     bringing layers early, then batches. Raises ResourceError with the smallest sufficient value.
@@ -211,8 +209,9 @@ def lay_out(
     for layers, resident, fewest in (
         (3, True, enough), (2, True, enough), (2, False, enough), (1, False, enough), (1, False, 1),
     ):  # fmt: skip
-        fixed = beside + memory_of(skeleton, seqlen, samples, dtype, layers, resident, 0, head=head)
-        each = beside + memory_of(skeleton, seqlen, samples, dtype, layers, resident, 1, head=head) - fixed
+        more = beside + (pairs if resident else 0)
+        fixed = more + memory_of(skeleton, seqlen, samples, dtype, layers, resident, 0, head=head)
+        each = more + memory_of(skeleton, seqlen, samples, dtype, layers, resident, 1, head=head) - fixed
         batch = min(wanted, (limit - fixed) // each) if samples and limit >= fixed else 0
         if batch >= fewest or (not samples and limit >= fixed):
             batch, nbytes = max(batch, 1), fixed + batch * each
@@ -225,8 +224,10 @@ def lay_out(
 def layout_for(
     skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, device: torch.device,
     max_ram: int | None, max_vram: int | None, *, head: bool = False, refit: RefitNeeds | None = None,
+    tune: TuneNeeds | None = None,
 ) -> Layout:  # fmt: skip
-    """The layout of a pass over `samples` windows, or of pruning without one (samples = 0); `refit` if it has one.
+    """The layout of a pass over `samples` windows, or of pruning without one (samples = 0); `refit` and `tune` if it
+    has them.
 
     Raises ResourceError when `max_ram`, `max_vram` or what the machine has free is not enough, and UsageError for
     `max_vram` on the CPU.
@@ -238,27 +239,41 @@ def layout_for(
     if not samples and not on_device:
         budget = Budget(budget.base, budget.reserve, 0, 0)  # weights are streamed in chunks
     if not on_device:
-        room = _room(budget, refit, max_ram)
-        budget = budget.refitting(refit, room)
+        room = _room(budget, refit, max_ram, tune)
+        budget = budget.refitting(refit, room).tuning(tune, 1)
         batch = choose_batch(budget, max(1, samples), seqlen, max_ram)
-        return Layout(batch, 1, False, 0, room, group_of(budget, batch, samples, max_ram))
+        windows = _windows_within(budget, tune, max_ram)
+        return Layout(batch, 1, False, 0, room, group_of(budget, batch, samples, max_ram), windows)
     choose_batch(budget, max(1, samples), seqlen, max_ram)
     hold_to(max_vram, device)
-    if refit is None:
+    if refit is None and tune is None:
         return lay_out(skeleton, seqlen, samples, dtype, device, max_vram, head=head)
-    for room in (refit.most, (refit.most + refit.least) // 2, refit.least):
-        beside = room + refit.held + refit.working
+    choices = list(beside_pass(refit, tune))
+    for room, windows, beside in choices:
+        pairs = tune.pairs if tune else 0
         try:
-            found = lay_out(skeleton, seqlen, samples, dtype, device, max_vram, head=head, beside=beside)
+            found = lay_out(skeleton, seqlen, samples, dtype, device, max_vram, head=head, beside=beside, pairs=pairs)
         except ResourceError:
-            if room == refit.least:
+            if (room, windows, beside) == choices[-1]:
                 raise
         else:
-            return replace(found, room=room)
+            return replace(found, room=room, windows=windows)
     raise AssertionError("the loop returns or raises")
 
 
-def _room(budget: Budget, needs: RefitNeeds | None, max_ram: int | None) -> int:
+def _windows_within(budget: Budget, needs: TuneNeeds | None, max_ram: int | None) -> int:
+    """Windows that are computed at once while a layer is tuned: as many as memory allows, up to a step's."""
+    if needs is None:
+        return 0
+    free = available_bytes()
+    limit = max_ram if max_ram is not None else None if free is None else resident_bytes() + free
+    if limit is None:
+        return needs.most
+    left = limit - budget.base - budget.reserve - budget.grams - needs.fixed
+    return max(1, min(needs.most, left // max(1, needs.per_window)))
+
+
+def _room(budget: Budget, needs: RefitNeeds | None, max_ram: int | None, tune: TuneNeeds | None = None) -> int:
     """Bytes for Gram matrices: for all of a layer where memory allows, else what a batch of one sample leaves."""
     if needs is None:
         return 0
@@ -266,7 +281,7 @@ def _room(budget: Budget, needs: RefitNeeds | None, max_ram: int | None) -> int:
     limit = max_ram if max_ram is not None else None if free is None else resident_bytes() + free
     if limit is None:
         return needs.most
-    return max(needs.least, min(needs.most, limit - budget.refitting(needs, 0).peak(1)))
+    return max(needs.least, min(needs.most, limit - budget.refitting(needs, 0).tuning(tune, 1).peak(1)))
 
 
 def batch_within(seqlen: int, samples: int) -> int:

@@ -125,7 +125,7 @@ class HollowLayer:
         windows: int, length: int,
     ) -> None:  # fmt: skip
         feed = Feed(_Blank(checkpoint, dtype, device), device, copies=False)
-        self._walk, self._stage = Walk(skeleton, feed, dtype), skeleton.layer_stages[0]
+        self.walk, self._stage = Walk(skeleton, feed, dtype), skeleton.layer_stages[0]
         self._ids = torch.zeros(windows, length, dtype=torch.long)
         self._hollow, self._inputs = _Hollow(), _Inputs()
         self.tokens, self.length, self.depth = windows * length, length, len(skeleton.layers)
@@ -141,17 +141,17 @@ class HollowLayer:
 
     def embed(self) -> None:
         """Makes the states, by the model's own code before its first layer."""
-        (states,) = self._walk.embed([self._ids])
-        self.states = states.to(self._walk.cache_dtype)
+        (states,) = self.walk.embed([self._ids])
+        self.states = states.to(self.walk.cache_dtype)
 
     @contextmanager
     def ready(self) -> Iterator[Callable[[], None]]:
         """A function that runs the layer once."""
-        with self._walk.layer(self._stage, watch=self._inputs.watch) as layer, self._hollow:
+        with self.walk.layer(self._stage, watch=self._inputs.watch) as layer, self._hollow:
 
             def run() -> None:
                 self._hollow.rewind()
                 self._inputs.widths.clear()
-                layer(self.states).to(self._walk.cache_dtype)
+                layer(self.states).to(self.walk.cache_dtype)
 
             yield run

@@ -200,7 +200,7 @@ class Walk:
 
         @torch.inference_mode()
         def part(states: Tensor) -> Tensor:
-            call = self._calls_of(states.shape[0])[stage.index]
+            call = self.calls_of(states.shape[0])[stage.index]
             states = states.to(self.device, self.dtype)
             if routed is not None:
                 routed.call()
@@ -243,7 +243,7 @@ class Walk:
                 if not self.feed.copies:
                     self.feed.release(used)
 
-    def _calls_of(self, samples: int) -> list[Call]:
+    def calls_of(self, samples: int) -> list[Call]:
         """The layers' arguments for so many samples, recorded if there was no such batch yet."""
         if samples not in self._calls:
             assert self._example is not None

@@ -10,6 +10,8 @@
     admm        wanda      exact     admm        Boža, arXiv 2401.02938 (admm.py)
     sparsegpt   wanda      exact     sparsegpt   Frantar and Alistarh, arXiv 2301.00774 (sparsegpt.py)
 
+`swiftprune-tuned` is swiftprune, and then every layer is tuned as a whole (tuning.py); `tune` goes with any of them.
+
 With an N:M pattern the selector has nothing to choose: the N best of every M inputs stay. gradual-cg chooses by its
 score and selector, with the weights as they are at each step; the others have a choice of their own, and score
 and selector make the mask that they are compared with. `cg` refits the mask of any score and selector. `quantize` goes
@@ -28,6 +30,9 @@ PROPAGATIONS = ("dense", "pruned", "asymmetric")
 ALLOCATIONS = ("uniform", "owl", "error")
 REFITS = ("none", "cg", "obs-admm", "gradual-cg", "admm", "sparsegpt")
 QUANTIZE = ("none", "fp8")
+TUNE = ("none", "block")
+TUNE_EPOCHS = 6
+TUNE_LR = 0.02
 FP8_SCALES = ("amax", "mse")
 FP8_ROUNDINGS = ("compensate", "nearest")
 
@@ -35,12 +40,14 @@ FP8_ROUNDINGS = ("compensate", "nearest")
 @dataclass(frozen=True)
 class Recipe:
     """What is done to every linear: `score` ranks its weights, `selector` finds the ones to prune, `refit`, if any,
-    gives those that stay new values, and `quantize`, if any, stores them in fewer bits."""
+    gives those that stay new values, `quantize`, if any, stores them in fewer bits, and `tune`, if any, lets each layer
+    as a whole learn to give what the dense one gave."""
 
     score: str
     selector: str
     refit: str | None = None
     quantize: str | None = None
+    tune: str | None = None
 
     @property
     def needs_statistics(self) -> bool:
@@ -51,11 +58,16 @@ class Recipe:
         return self.refit is not None
 
     @property
+    def aims(self) -> bool:
+        """Whether weights get new values, which aim at something."""
+        return self.refit is not None or self.tune is not None
+
+    @property
     def propagate(self) -> str:
         """Whose outputs the next layer is calibrated on by default; "auto" is asymmetric where the model allows it."""
-        if self.refit is None:
+        if not self.aims:
             return "dense"
-        return "pruned" if self.refit == "sparsegpt" else "auto"
+        return "pruned" if self.refit == "sparsegpt" and self.tune is None else "auto"
 
 
 def check_propagate(recipe: Recipe, propagate: str | None) -> str:
@@ -64,15 +76,17 @@ def check_propagate(recipe: Recipe, propagate: str | None) -> str:
         return recipe.propagate
     if propagate not in PROPAGATIONS:
         raise UsageError(f"--propagate {propagate}: choose {', '.join(PROPAGATIONS)}")
-    if propagate == "asymmetric" and recipe.refit is None:
+    if propagate == "asymmetric" and not recipe.aims:
         raise UsageError(
-            "--propagate asymmetric is for a refit: it says what new values aim at; take pruned, or see --refit"
+            "--propagate asymmetric is for a refit or --tune: it says what new values aim at; take pruned, or see "
+            "--refit"
         )
     return propagate
 
 
 RECIPES = {
     "swiftprune": Recipe("lscore", "ewma"),
+    "swiftprune-tuned": Recipe("lscore", "ewma", tune="block"),
     "hwpq": Recipe("lscore", "ewma", None, "fp8"),
     "wanda": Recipe("wanda", "exact"),
     "magnitude": Recipe("magnitude", "exact"),
@@ -114,16 +128,37 @@ def check_fp8(recipe: Recipe, scale: str | None, rounding: str | None) -> tuple[
     return scale or "amax", rounding or ("compensate" if recipe.needs_gram else "nearest")
 
 
+def check_tune(recipe: Recipe, epochs: int | None, rate: float | None) -> tuple[int | None, float | None]:
+    """How a recipe tunes, with the defaults filled in; None where it does not.
+
+    Raises UsageError for a choice that the recipe does not have, and for what cannot be.
+    """
+    if recipe.tune is None:
+        if epochs is not None or rate is not None:
+            raise UsageError("--tune-epochs and --tune-lr are for --tune block; leave them out")
+        return None, None
+    if recipe.quantize is not None:
+        raise UsageError(
+            "--tune block works on weights that are not quantised: tune first, and then let a second prune of the "
+            "result, with --sparsity 0 --quantize fp8, store it in FP8"
+        )
+    if epochs is not None and epochs < 1:
+        raise UsageError(f"--tune-epochs {epochs}: at least 1 is needed")
+    if rate is not None and not 0 <= rate < 1:
+        raise UsageError(f"--tune-lr {rate} is not in [0, 1); it is relative to the weights' mean magnitude")
+    return epochs or TUNE_EPOCHS, TUNE_LR if rate is None else float(rate)
+
+
 def make_recipe(
     method: str, score: str | None = None, selector: str | None = None, refit: str | None = None,
-    quantize: str | None = None,
+    quantize: str | None = None, tune: str | None = None,
 ) -> Recipe:  # fmt: skip
     """The recipe called `method`, with what else is given exchanged. Raises UsageError for unknown names."""
     if method not in RECIPES:
         raise UsageError(f"--method {method}: no such recipe; there are {', '.join(RECIPES)}")
     given = {
         "score": (score, SCORES), "selector": (selector, SELECTORS), "refit": (refit, REFITS),
-        "quantize": (quantize, QUANTIZE),
+        "quantize": (quantize, QUANTIZE), "tune": (tune, TUNE),
     }  # fmt: skip
     for name, (value, known) in given.items():
         if value is not None and value not in known:
@@ -133,4 +168,5 @@ def make_recipe(
         recipe, score=score or recipe.score, selector=selector or recipe.selector,
         refit=recipe.refit if refit is None else None if refit == "none" else refit,
         quantize=recipe.quantize if quantize is None else None if quantize == "none" else quantize,
+        tune=recipe.tune if tune is None else None if tune == "none" else tune,
     )  # fmt: skip

@@ -62,6 +62,11 @@ class Amount(NamedTuple):
     sparsity: float | None = None
     pattern: Pattern | None = None
 
+    @property
+    def share(self) -> float:
+        """The part of the weights that is pruned, about: counts are whole numbers in each row."""
+        return self.sparsity or 0.0 if self.pattern is None else 1 - self.pattern.n / self.pattern.m
+
     def at(self, share: float) -> Amount:
         """The amount at which a gradual schedule stands when `share` of the final sparsity is reached, 0 to 1.
 
