@@ -173,7 +173,7 @@ def test_memory_of_a_refit(
         spec: Any, model: Any, skeleton: Any, dtype: Any, device: Any, resolved: Any, writer: Any, propagate: str,
         shape: Any,
     ) -> Layout:
-        layout = layout_of(spec, skeleton, dtype, device, resolved, writer, propagate, shape)
+        layout = layout_of(spec, model, skeleton, dtype, device, resolved, writer, propagate, shape)
         needs = refit_needs(writer, propagate)
         assert needs is not None
         on_device = device.type != "cpu"

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from test_crash import Crasher, show
 from test_device_path import LAYOUTS, weights_of
 from whole_model import in_memory
+from windows import drawn
 
 from streamprune.errors import ResourceError, UnsupportedError, UsageError
 from streamprune.job import JobResult, prune
 from streamprune.model.beside import RefitNeeds, TuneNeeds, beside_pass, least_beside
 from streamprune.model.budget import Budget, Layout
-from streamprune.model.calibration import draw_windows
 from streamprune.model.feed import Feed
 from streamprune.planning import plan
 from streamprune.pruning import tuning
@@ -217,7 +217,7 @@ def test_a_tuned_model(models: Models, text: Path, tmp_path: Path, kind: str, pr
 
 @functools.cache
 def _windows(text: Path, source: Path) -> torch.Tensor:
-    return torch.from_numpy(draw_windows(text, source, VOCAB, SAMPLES, SEQLEN, 0))
+    return torch.from_numpy(drawn(text, source, VOCAB, SAMPLES, SEQLEN, 0))
 
 
 def first_layer_error(source: Path, out: Path, text: Path) -> float:
