@@ -17,7 +17,6 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +46,7 @@ from streamprune.errors import (
 )
 from streamprune.memory import peak_resident_bytes
 from streamprune.packing.files import Originals, is_restored, read_originals, source_name
-from streamprune.spec import Progress, ProgressCallback, differences, format_bytes, no_progress
+from streamprune.spec import Progress, ProgressCallback, differences, format_bytes, no_progress, version_of
 
 if TYPE_CHECKING:
     from streamprune.packing.work import Work
@@ -171,7 +170,7 @@ def _reported(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallback
         "peak_rss_bytes": peak_resident_bytes(),
         "job": spec.fixed(),
         **found,
-        "versions": {"python": platform.python_version(), "streamprune": version("streamprune")},
+        "versions": {"python": platform.python_version(), "streamprune": version_of("streamprune")},
     }
     journal.write_json(state.partial / REPORT, "report", report)
     state.publish()
