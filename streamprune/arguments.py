@@ -265,6 +265,6 @@ def _resource_options(p: argparse.ArgumentParser, with_kernels: bool = True) -> 
 
 
 def _version() -> str:
-    from importlib.metadata import version
+    from streamprune.spec import version_of
 
-    return version("streamprune")
+    return version_of("streamprune")

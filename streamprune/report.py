@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.pruning.recipes import RECIPES
-from streamprune.spec import JobSpec
+from streamprune.spec import JobSpec, version_of
 
 
 def recipe_name(spec: JobSpec) -> str | None:
@@ -58,7 +57,9 @@ def build_report(
         ],
         "files": list(files),
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("streamprune", "torch", "transformers", "numba", "numpy", "safetensors")},
+        | {
+            name: version_of(name) for name in ("streamprune", "torch", "transformers", "numba", "numpy", "safetensors")
+        },
     }
 
 

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,11 @@ def compile_filter(flag: str, pattern: str | None) -> re.Pattern[str] | None:
         return re.compile(pattern)
     except re.error as e:
         raise UsageError(f"{flag} {pattern!r} is not a regular expression: {e}") from e
+
+
+def version_of(package: str) -> str:
+    """Its version, or "not installed": this program may be run from its source tree."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -394,3 +394,23 @@ def test_memory_does_not_grow_with_layers(models: Models, text: Path, tmp_path: 
     weights = 6 * 4 * (4 * 512 * 512 + 3 * 512 * 3072)
     assert weights > 2 * (48 << 20)
     assert peaks[1] - peaks[0] < 48 << 20, peaks
+
+
+def test_from_a_source_tree_that_is_not_installed(
+    models: Models, tmp_path: Path, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No job fails at its end because nobody knows the program's version."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def known(package: str) -> str:
+        if package == "streamprune":
+            raise PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr("streamprune.spec.version", known)
+    assert run("prune", models(layers=1), tmp_path / "out", "--pattern", "2:4", "--method", "magnitude").code == 0
+    assert run("pack", tmp_path / "out", tmp_path / "packed").code == 0
+    for folder in ("out", "packed"):
+        versions = json.loads((tmp_path / folder / "streamprune.json").read_text())["versions"]
+        assert versions["streamprune"] == "not installed"
+    assert arguments._version() == "not installed"

@@ -75,7 +75,7 @@ def card() -> torch.device:
 
 IN_TORCH = torch.cuda.is_available()
 """What kernels are compared with: on the CPU Numba's, beside a card Torch's own on the CPU, whose equals Numba's are
-(test_kernels.py, test_fp8.py): compiling takes longer than all else, and a card may be lent by the minute."""
+(test_kernels.py, test_fp8.py): compiling takes longer than all else, and time on a card is dear."""
 
 SELECTING, CODING = (torch_ops, torch_fp8) if IN_TORCH else (cpu, cpu_fp8)
 

@@ -17,7 +17,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,9 @@ from streamprune.errors import (
 )
 from streamprune.memory import peak_resident_bytes
 from streamprune.packing.files import Originals, is_restored, read_originals, source_name
-from streamprune.spec import Progress, ProgressCallback, differences, format_bytes, is_touched, no_progress
+from streamprune.spec import (
+    Progress, ProgressCallback, differences, format_bytes, is_touched, no_progress, version_of,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from streamprune.packing.work import Work
@@ -193,7 +194,7 @@ def _reported(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallback
         "job": spec.fixed(),
         "content": checkpoint.content(),
         **found,
-        "versions": {"python": platform.python_version(), "streamprune": version("streamprune")},
+        "versions": {"python": platform.python_version(), "streamprune": version_of("streamprune")},
     }
     journal.write_json(state.partial / REPORT, "report", report)
     state.publish()
