@@ -170,9 +170,9 @@ def test_memory_of_a_refit(
     seen: list[tuple[Layout, RefitNeeds, int]] = []
 
     def stop(
-        spec: Any, skeleton: Any, dtype: Any, device: Any, resolved: Any, writer: Any, propagate: str
+        spec: Any, checkpoint: Any, skeleton: Any, dtype: Any, device: Any, resolved: Any, writer: Any, propagate: str
     ) -> Layout:
-        layout = layout_of(spec, skeleton, dtype, device, resolved, writer, propagate)
+        layout = layout_of(spec, checkpoint, skeleton, dtype, device, resolved, writer, propagate)
         needs = refit_needs(writer, propagate)
         assert needs is not None
         on_device = device.type != "cpu"
