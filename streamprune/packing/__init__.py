@@ -50,7 +50,13 @@ from streamprune.errors import (
 from streamprune.memory import peak_resident_bytes
 from streamprune.packing.files import Originals, is_restored, read_originals, source_name
 from streamprune.spec import (
-    Progress, ProgressCallback, differences, format_bytes, is_touched, no_progress, version_of,
+    Progress,
+    ProgressCallback,
+    differences,
+    format_bytes,
+    is_touched,
+    no_progress,
+    version_of,
 )  # fmt: skip
 
 if TYPE_CHECKING:
