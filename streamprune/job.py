@@ -222,24 +222,33 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
             return _result(spec, unfinished[1], "done")
         before = 0.0
         if spec.allocate is not None and spec.stats is None and spec.stats_path is not None:
-            before = _carry_out(replace(_calibration_for(spec), out=spec.stats_path), checkpoint, progress).seconds
+            before = _gather(spec, spec.stats_path, checkpoint, progress)
         from streamprune.job_run import Run
 
-        prepared = Run(spec, checkpoint, unfinished, progress)
+        prepared = Run(spec, checkpoint, unfinished, progress, before)
         with interrupts.work(), prepared as run:
-            run.spent = before
             report = _discard_on_bad_input(run, lambda: run.work(time.perf_counter() - begun))
         _drop_own_statistics(spec)
         return _result(spec, report, "done")
 
 
-def _calibration_for(spec: JobSpec) -> JobSpec:
-    """The job that gathers what a prune job's `allocate` goes by."""
-    return replace(
+def _gather(spec: JobSpec, path: Path, checkpoint: Checkpoint, progress: ProgressCallback) -> float:
+    """Makes the statistics that a prune job's `allocate` goes by, unless they are there; returns the seconds it took.
+
+    Raises StateError where those of another job are there, which --restart throws away.
+    """
+    if spec.restart:
+        durable.remove(path)
+    job = replace(
         spec, verb="calibrate", recipe=None, sparsity=None, pattern=None, only=None, skip=None, propagate="dense",
         damping=None, allocate=None, fp8_scale=None, fp8_rounding=None, tune_epochs=None, tune_lr=None,
-        stats_path=None, save_stats=None,
+        stats_path=None, save_stats=None, out=path,
     )  # fmt: skip
+    try:
+        return _carry_out(job, checkpoint, progress).seconds
+    except StateError as e:
+        what = str(e).rpartition("; ")[0]
+        raise StateError(f"{what}; throw them away with --restart, or choose another OUT") from e
 
 
 def _drop_own_statistics(spec: JobSpec) -> None:

@@ -77,7 +77,7 @@ class Run:
 
     def __init__(
         self, spec: JobSpec, checkpoint: Checkpoint, unfinished: tuple[JobState, dict[str, Any]] | None,
-        progress: ProgressCallback,
+        progress: ProgressCallback, spent: float = 0.0,
     ) -> None:  # fmt: skip
         self.spec, self.checkpoint, self.progress = spec, checkpoint, progress
         self.state = unfinished[0] if unfinished else new_state(spec)
@@ -112,7 +112,7 @@ class Run:
         )  # fmt: skip
         self._uncommitted: list[durable.AtomicFile] = []
         self._since = time.perf_counter()
-        self.spent = 0.0
+        self.spent = float(unfinished[1].get("spent", spent)) if unfinished else spent
         """Seconds of work that was done for this job before it, see job.py."""
 
     def _make_pass(self, windows: Tokens, batch: int) -> Pass:
@@ -185,7 +185,8 @@ class Run:
     def _create(self) -> None:
         self.begun = True
         windows = self.forward.windows if self.forward is not None else None
-        begin(self.state, {"job": self.spec.fixed(), "content": self.content, "resolved": self.resolved}, windows)
+        job = {"job": self.spec.fixed(), "content": self.content, "spent": self.spent, "resolved": self.resolved}
+        begin(self.state, job, windows)
 
     def _newest_cache(self) -> int:
         """The number of the last cache that is durable, -1 if there is none: record n is of the stage that makes it."""

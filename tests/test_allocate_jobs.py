@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from streamprune.cli import main
 from streamprune.errors import StateError, UsageError
 from streamprune.job import calibrate, prune
 from streamprune.model.statistics import Collector, StatisticsFile
+from streamprune.spec import Progress
 
 GIVEN: dict[str, Any] = {"samples": 4, "seqlen": 32, "dtype": "float32"}
 
@@ -171,3 +173,46 @@ def test_seconds_count_what_was_gathered_first(
     said = json.loads(capsys.readouterr().out)
     report = json.loads((tmp_path / "out" / "streamprune.json").read_text())
     assert said["seconds"] > sum(stage["seconds"] for stage in report["stages"])
+
+
+class StoppedError(Exception):
+    """What ends a run on purpose."""
+
+
+def stop_at(step: int) -> Callable[[Progress], None]:
+    """A callback that ends a run after so many stages."""
+    seen: list[Progress] = []
+
+    def told(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) == step:
+            raise StoppedError
+
+    return told
+
+
+def test_a_resumed_job_counts_what_was_gathered_before(
+    models: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    job: dict[str, Any] = {"sparsity": 0.5, "allocate": "owl", "calib": text, **GIVEN}
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError):  # 4 stages gather, then there are 5
+        prune(models("llama", 3), out, progress=stop_at(6), **job)
+    spent = json.loads((tmp_path / "out.partial" / ".streamprune" / "job.json").read_text())["spent"]
+    report = prune(models("llama", 3), out, **job).report
+    assert spent > 0 and report["seconds"] > spent + sum(stage["seconds"] for stage in report["stages"]) - 0.01
+    assert "job" not in report["calibration"]
+
+
+def test_statistics_of_another_calibration_are_thrown_away_when_asked(
+    models: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    job: dict[str, Any] = {"sparsity": 0.5, "allocate": "owl", "calib": text, **GIVEN}
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError):  # all is gathered, nothing is pruned
+        prune(models("llama", 3), out, progress=stop_at(5), **job)
+    shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+    assert (tmp_path / ".out.statistics").is_file()
+    with pytest.raises(StateError, match=r"samples is 4 there and 5 here.*--restart"):
+        prune(models("llama", 3), out, **(job | {"samples": 5}))
+    assert prune(models("llama", 3), out, restart=True, **(job | {"samples": 5})).status == "done"

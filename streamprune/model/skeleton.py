@@ -13,6 +13,7 @@ to mapped tensors of the checkpoint while their stage is at work, and unbound af
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Stage:
         apart = self.unclaimed | {self.linears[name].name for experts in self.experts for name in experts.linears}
         return [t for t in self.tensors if t.name not in apart]
 
-    @property
+    @functools.cached_property
     def expert_of(self) -> dict[str, str]:
         """Linear of an expert -> what the expert is called."""
         return {
