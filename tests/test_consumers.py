@@ -205,7 +205,8 @@ def test_safetensors(source: Path, outputs: Outputs, recipe: str) -> None:
         found = after[name]
         assert found.shape == tensor.shape
         if not is_linear(name):
-            assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
+            tuned = RECIPES[recipe].tune is not None and ".layers." in name  # norms and biases
+            assert found.dtype == tensor.dtype and (tuned or torch.equal(found, tensor)), name
             continue
         assert found.dtype == (tensor.dtype if recipe in PLAIN else torch.float8_e4m3fn)
         zeros = (found.float() == 0).unflatten(1, (-1, 4)).sum(2)
