@@ -28,7 +28,7 @@ from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.walk import Walk
 from streamprune.pruning.tuning import Tuned, error_sum, filled, schedule
 
-STEP_TOKENS = 2048
+STEP_TOKENS = 4096
 """Tokens of a step."""
 
 RATES = (1.0, 1 / 4, 1 / 16)
@@ -36,7 +36,7 @@ RATES = (1.0, 1 / 4, 1 / 16)
 
 _HELD = 16
 
-_LEAST_STEPS = 4
+_LEAST_STEPS = 8
 """Of an epoch."""
 
 
