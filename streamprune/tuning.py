@@ -28,7 +28,7 @@ from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.walk import Walk
 from streamprune.pruning.tuning import Tuned, error_sum, filled, schedule
 
-STEP_TOKENS = 4096
+STEP_TOKENS = 2048
 """Tokens of a step."""
 
 RATES = (1.0, 1 / 4, 1 / 16)
