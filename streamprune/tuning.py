@@ -36,7 +36,7 @@ RATES = (1.0, 1 / 4, 1 / 16)
 
 _HELD = 16
 
-_LEAST_STEPS = 4
+_LEAST_STEPS = 8
 """Of an epoch."""
 
 
