@@ -26,7 +26,7 @@ def calibration_of(
     """Which tokens the statistics are of, for the report and for statistics files."""
     c = spec.calibration
     if c is None or given is not None:
-        return {key: value for key, value in given.calibration.items() if key != "job"} if given else {}
+        return {key: value for key, value in given.calibration.items() if key not in ("job", "content")} if given else {}
     return {
         "text": c.path.name if c.path else "built-in", "digest": c.digest, "samples": c.samples, "seqlen": c.seqlen,
         "seed": c.seed, "tokens": resolved["tokens"], "dtype": resolved["dtype"], "propagate": propagate,

@@ -20,7 +20,7 @@ from streamprune.errors import CheckpointError, StateError, UnsupportedError
 from streamprune.evaluation import evaluate
 from streamprune.inspection import inspect
 from streamprune.job import calibrate, prune
-from streamprune.model import calibration
+from streamprune.model import tokens
 from streamprune.packing import pack, unpack
 from streamprune.planning import plan
 from streamprune.spec import Progress
@@ -109,13 +109,13 @@ def test_a_tokenizer_of_sentencepiece_alone(
     source: Path, text: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """transformers names one package at a time, and following it leads to the next error."""
-    monkeypatch.setattr(calibration, "_is_installed", lambda module: module == "sentencepiece")
+    monkeypatch.setattr(tokens, "_is_installed", lambda module: module == "sentencepiece")
     (source / "tokenizer.json").unlink()
     (source / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
     refused(CheckpointError, lambda: evaluate(source, text, seqlen=8), "sentencepiece and protobuf",
             "protobuf is not here", "streamprune[tokenizers]")  # fmt: skip
-    monkeypatch.setattr(calibration, "_is_installed", lambda module: True)
+    monkeypatch.setattr(tokens, "_is_installed", lambda module: True)
     refused(CheckpointError, lambda: evaluate(source, text, seqlen=8), "no usable tokenizer")
 
 
