@@ -26,7 +26,8 @@ def calibration_of(
     """Which tokens the statistics are of, for the report and for statistics files."""
     c = spec.calibration
     if c is None or given is not None:
-        return {key: value for key, value in given.calibration.items() if key not in ("job", "content")} if given else {}
+        found = given.calibration if given else {}
+        return {key: value for key, value in found.items() if key not in ("job", "content")}  # calibrate's own
     return {
         "text": c.path.name if c.path else "built-in", "digest": c.digest, "samples": c.samples, "seqlen": c.seqlen,
         "seed": c.seed, "tokens": resolved["tokens"], "dtype": resolved["dtype"], "propagate": propagate,
