@@ -28,7 +28,7 @@ from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.walk import Walk
 from streamprune.pruning.tuning import Tuned, error_sum, filled, schedule
 
-STEP_TOKENS = 2048
+STEP_TOKENS = 1024
 """Tokens of a step."""
 
 RATES = (1.0, 1 / 4, 1 / 16)

@@ -176,7 +176,7 @@ def test_what_is_held_out() -> None:
         held = held_out(samples)
         assert len(held) == max(1, samples // 16) and held[-1] < samples
         assert samples == 1 or 1 <= windows_a_step(512, samples) <= max(1, samples - len(held))
-    assert windows_a_step(512, 128) == 4 and windows_a_step(8192, 128) == 1
+    assert windows_a_step(512, 128) == 2 and windows_a_step(8192, 128) == 1
     assert windows_a_step(16, 17) == 2 and windows_a_step(16, 9) == 1, "an epoch has at least eight steps"
 
 
