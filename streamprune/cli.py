@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from streamprune import interrupts
 from streamprune.arguments import Handler, make_parser
 from streamprune.console import aside, speaks_unicode, stdout_kept_clean
+from streamprune.disk.claims import check_folder
 from streamprune.disk.places import settle_hub_caches
 from streamprune.errors import INTERRUPTED, ResourceError, StreampruneError, UsageError
 
@@ -158,26 +159,9 @@ def _prune(args: argparse.Namespace) -> int:
     from streamprune.spec import format_bytes
 
     own = (
-        "sparsity",
-        "pattern",
-        "method",
-        "score",
-        "selector",
-        "refit",
-        "damping",
-        "allocate",
-        "quantize",
-        "fp8_scale",
-        "fp8_rounding",
-        "tune",
-        "tune_epochs",
-        "tune_lr",
-        "only",
-        "skip",
-        "stats",
-        "save_stats",
-        "propagate",
-    )
+        "sparsity", "pattern", "method", "score", "selector", "refit", "damping", "allocate", "quantize", "fp8_scale",
+        "fp8_rounding", "tune", "tune_epochs", "tune_lr", "only", "skip", "stats", "save_stats", "propagate",
+    )  # fmt: skip
     with show_progress("prune", args.quiet) as progress:
         result = prune(
             args.model, args.out, follow_links=args.follow_links, **{k: getattr(args, k) for k in own},
@@ -221,6 +205,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     import dataclasses
 
+    check_folder(args.model)
     from streamprune.evaluation import evaluate
     from streamprune.progress import show_progress
     from streamprune.tables import evaluation_lines
@@ -257,6 +242,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    check_folder(args.model)
     from streamprune.planning import plan
     from streamprune.spec import parse_bytes
     from streamprune.tables import plan_table

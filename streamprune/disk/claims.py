@@ -7,9 +7,10 @@ matched with the model. Sections (`text_config`) are held to the same; those tha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.header import show
 from streamprune.errors import CheckpointError, UnsupportedError
 
@@ -39,6 +40,12 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
             "another model than these weights: merge it (peft's merge_and_unload) and pass what that saves, or move "
             "the adapter's files away to use these weights alone"
         )
+
+
+def check_folder(name: str) -> None:
+    """As check_claims, of a model that is a folder: for commands that import torch before they look at their model."""
+    if Path(name).is_dir():
+        check_claims(open_checkpoint(Path(name)))
 
 
 def check_claims(checkpoint: Checkpoint) -> None:
