@@ -31,7 +31,14 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes
     )
 
 
-@pytest.mark.parametrize("where", ["2>&-", "2>/dev/full", "2>&1 >&- | head -n 1", "2>&1 | head -n 1"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["2>&-", pytest.param("2>/dev/full", marks=SLOW), pytest.param("2>&1 >&- | head -n 1", marks=SLOW),
+     "2>&1 | head -n 1"],
+)  # fmt: skip
 def test_progress_that_cannot_be_shown(models: Models, text: Path, tmp_path: Path, where: str) -> None:
     if "full" in where and not Path("/dev/full").exists():
         pytest.skip("no device that is always full")
@@ -70,7 +77,7 @@ def test_aside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow)])
 def test_letters_that_an_encoding_lacks(models: Models, text: Path, tmp_path: Path, encoding: str) -> None:
     folder = tmp_path / "modèle…"
     folder.symlink_to(models())
