@@ -99,7 +99,8 @@ def evaluate(
     checkpoint = open_checkpoint(resolve_model(str(model)))
     read_scheme(checkpoint)
     check_claims(checkpoint)
-    named, length = Text(Path(text), text_field, "--text"), seqlen or default_seqlen(checkpoint.config)
+    named = Text(Path(text), text_field, "--text")
+    length = seqlen if seqlen is not None else default_seqlen(checkpoint.config)
     named.files()
     check_bos(bos)
     if windows is not None and windows < 1:

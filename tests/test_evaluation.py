@@ -208,8 +208,9 @@ def test_refusals(models: Models, short: Path, tmp_path: Path) -> None:
     model, work = models("llama"), tmp_path / "work"
     with pytest.raises(UsageError, match="no such file"):
         evaluate(model, tmp_path / "nothing.txt", work=work)
-    with pytest.raises(UsageError, match="tokens"):
-        evaluate(model, short, seqlen=1, work=work)
+    for length in (0, 1, -5):
+        with pytest.raises(UsageError, match="a window needs at least 2 tokens"):
+            evaluate(model, short, seqlen=length, work=work)
     (tmp_path / "few.txt").write_text("w1 w2 w3")
     with pytest.raises(UsageError, match="3 tokens, one window needs 24"):
         evaluate(model, tmp_path / "few.txt", seqlen=N, work=work)

@@ -62,7 +62,10 @@ def find_files(path: Path | None, flag: str) -> list[Path | None]:
         named = (p for p in sorted(path.iterdir()) if p.name not in _ABOUT and _bare(p.name).endswith(_TEXTS))
         found = [p for p in named if p.is_file()]
         if not found:
-            raise UsageError(f"{flag} {path}: the folder holds no texts ({', '.join(_TEXTS)}, or packed)")
+            raise UsageError(
+                f"{flag} {path}: the folder itself holds no texts ({', '.join(_TEXTS)}, or packed); for those within "
+                f"its folders give a pattern, such as '{path}/*/*.parquet'"
+            )
         return list(found)
     if path.exists():
         raise UsageError(f"{flag} {path}: is no regular file, and a text is read more than once; save it as a file")
