@@ -224,6 +224,15 @@ def test_a_record_of_many_blocks(tmp_path: Path) -> None:
         assert len(pieces) > 2 and [p.ends for p in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
+def test_small_records_after_a_long_one(tmp_path: Path) -> None:
+    """What has been read ahead for a long record belongs to those that follow; each comes once, in order."""
+    path = tmp_path / "a.json"
+    short = [{"text": f"w{i % 9}"} for i in range(20_000)]
+    path.write_text(json.dumps([{"text": "w " * 300_000}, *short]))
+    pieces = [piece.text for piece in Text(path).pieces(str)]
+    assert pieces[-20_000:] == [record["text"] + "\n" for record in short]
+
+
 def test_folders_and_patterns(tmp_path: Path, models: Models) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 from bench_rig import Row
-from run_24 import random_24
+from run_24 import random_24, tokens_per_second
 from run_24_convert import find_gpu, to_sparse
 from torch import Tensor
 from torch.nn.functional import linear
@@ -69,25 +67,8 @@ def _compared(dense: Work, sparse: Work, tokens: int, device: torch.device) -> R
     apart = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if not apart < 0.1:
         raise RuntimeError(f"2:4 outputs differ from dense ones by {100 * apart:.3g} %")
-    rates = [[_rate(work, tokens, device) for work in (dense, sparse)] for _ in range(3)]
+    rates = [[tokens_per_second(work, tokens, device, _SECONDS) for work in (dense, sparse)] for _ in range(3)]
     ratios = sorted(fast / base for base, fast in rates)
     base, fast = (sorted(column)[1] for column in zip(*rates, strict=True))
     return {"dense, tokens/s": base, "2:4, tokens/s": fast, "2:4 ÷ dense": ratios[1], "least": ratios[0],
             "greatest": ratios[2]}  # fmt: skip
-
-
-def _rate(work: Work, tokens: int, device: torch.device) -> float:
-    """Tokens a second of calls in a row that take about _SECONDS."""
-
-    def timed(calls: int) -> float:
-        wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
-        wait(device)
-        begun = time.perf_counter()
-        for _ in range(calls):
-            work()
-        wait(device)
-        return time.perf_counter() - begun
-
-    timed(2)
-    calls = min(2000, math.ceil(_SECONDS / max(timed(1), 1e-9)))
-    return calls * tokens / timed(calls)

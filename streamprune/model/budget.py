@@ -261,26 +261,26 @@ def layout_for(
     raise AssertionError("the loop returns or raises")
 
 
+def _limit(max_ram: int | None) -> int | None:
+    """Bytes of resident memory to stay within: `max_ram`, or what this machine has; None where that is not known."""
+    free = available_bytes()
+    return max_ram if max_ram is not None else None if free is None else resident_bytes() + free
+
+
 def _windows_within(budget: Budget, needs: TuneNeeds | None, max_ram: int | None) -> int:
     """Windows that are computed at once while a layer is tuned: as many as memory allows, up to a step's."""
-    if needs is None:
-        return 0
-    free = available_bytes()
-    limit = max_ram if max_ram is not None else None if free is None else resident_bytes() + free
-    if limit is None:
-        return needs.most
+    limit = _limit(max_ram)
+    if needs is None or limit is None:
+        return needs.most if needs else 0
     left = limit - budget.base - budget.reserve - budget.grams - needs.fixed
     return max(1, min(needs.most, left // max(1, needs.per_window)))
 
 
 def _room(budget: Budget, needs: RefitNeeds | None, max_ram: int | None, tune: TuneNeeds | None = None) -> int:
     """Bytes for Gram matrices: for all of a layer where memory allows, else what a batch of one sample leaves."""
-    if needs is None:
-        return 0
-    free = available_bytes()
-    limit = max_ram if max_ram is not None else None if free is None else resident_bytes() + free
-    if limit is None:
-        return needs.most
+    limit = _limit(max_ram)
+    if needs is None or limit is None:
+        return needs.most if needs else 0
     return max(needs.least, min(needs.most, limit - budget.refitting(needs, 0).tuning(tune, 1).peak(1)))
 
 

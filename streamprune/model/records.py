@@ -60,36 +60,38 @@ def texts_of_values(blocks: Iterator[str], path: Path, field: str, tally: Tally,
     Raises UsageError for anything else.
     """
     decoder = json.JSONDecoder()
-    held, number, open_arrays = "", 0, 0
+    held, at, number, open_arrays = "", 0, 0, 0  # records are taken from `at` on: what follows a long one is not copied
     wanted = 0  # characters that the next attempt needs: each failed one doubles them
     ended = False
     while True:
-        between = _BETWEEN.match(held).group()  # type: ignore[union-attr]  # it matches nothing, too
+        between = _BETWEEN.match(held, at).group()  # type: ignore[union-attr]  # it matches nothing, too
         open_arrays += between.count("[") - between.count("]")
-        held = held[len(between) :]
-        if held and not held.startswith("{"):
+        at += len(between)
+        left = len(held) - at
+        if left and held[at] != "{":
             raise UsageError(f"{path}: record {number + 1} is no JSON object")
-        if held and (ended or len(held) >= wanted):
+        if left and (ended or left >= wanted):
             try:
-                value, end = decoder.raw_decode(held)
+                value, at = decoder.raw_decode(held, at)
             except (ValueError, RecursionError) as e:
-                if ended or len(held) > MOST_CHARACTERS:
+                if ended or left > MOST_CHARACTERS:
                     raise UsageError(f"{path}: record {number + 1} is no JSON object ({e})") from e
-                wanted = 2 * len(held)
+                wanted = 2 * left
             else:
-                number, held, wanted = number + 1, held[end:], 0
+                number, wanted = number + 1, 0
                 yield text_of(value, f"{path}: record {number}", field, tally, render)
                 continue
         elif ended:
             if open_arrays:
                 raise UsageError(f"{path}: ends within the array after record {number}; the file is not whole")
             return
-        parts = [held]
-        while not ended and sum(map(len, parts)) <= max(wanted, len(held)):
+        parts, size = [held[at:]], left
+        while not ended and size <= max(wanted, left):
             block = next(blocks, None)
             ended = block is None
             parts.append(block or "")
-        held = "".join(parts)
+            size += len(parts[-1])
+        held, at = "".join(parts), 0
 
 
 def texts_of_rows(blocks: Iterator[str], path: Path, field: str, tally: Tally, render: Render) -> Iterator[str]:
