@@ -410,7 +410,7 @@ def test_widths_that_the_pattern_does_not_divide(
 @pytest.mark.parametrize(
     ("name", "content", "code", "needle"),
     [
-        ("a.txt", b"w1 w2 \xff", 2, "is no text"),
+        ("a.txt", b"w1 w2 \xff", 2, "is not text"),
         ("a.txt", b"w1 w2 w3", 2, "3 tokens"),
         ("a.txt", b"", 2, "0 tokens"),
         ("a.jsonl", b'{"text": "w1"}\n{"txt": "w1"}', 2, "line 2"),

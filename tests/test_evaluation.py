@@ -217,7 +217,7 @@ def test_refusals(models: Models, short: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="64 tokens"):
         evaluate(model, short, seqlen=65, work=work)
     (tmp_path / "picture.txt").write_bytes(b"w1 \xff\xfe\xfd w3")
-    with pytest.raises(UsageError, match=r"picture\.txt: is no text"):
+    with pytest.raises(UsageError, match=r"picture\.txt: is not text"):
         evaluate(model, tmp_path / "picture.txt", seqlen=2, work=work)
     with pytest.raises(UsageError, match="--windows"):
         evaluate(model, short, seqlen=N, windows=0, work=work)

@@ -186,7 +186,7 @@ def test_characters_across_blocks(tmp_path: Path) -> None:
 def test_what_is_no_text(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(np.random.default_rng(0).bytes(5000))
-    refused(UsageError, lambda: read(path), name, "is no text")
+    refused(UsageError, lambda: read(path), name, "is not text")
 
 
 def test_half_a_surrogate_pair(tmp_path: Path, models: Models) -> None:

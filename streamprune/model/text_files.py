@@ -68,7 +68,7 @@ def find_files(path: Path | None, flag: str) -> list[Path | None]:
             )
         return list(found)
     if path.exists():
-        raise UsageError(f"{flag} {path}: is no regular file, and a text is read more than once; save it as a file")
+        raise UsageError(f"{flag} {path}: is not a regular file; a text is read more than once, so save it to a file first")
     matched = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207
     if not matched:
         raise UsageError(f"{flag} {path}: no such file")
@@ -146,7 +146,7 @@ def kind_of(path: Path | None) -> str:
         return "values" if head.lstrip().startswith("{") else "lines"
     records = sum(_OBJECT.match(line) is not None for line in lines)
     if records > len(lines) // 2:
-        raise UsageError(f"{path}: most lines are JSON records, line 1 is none; remove what is not, or name a text")
+        raise UsageError(f"{path}: most lines are JSON records, but line 1 is not; remove it, or name a plain text")
     return "text"
 
 
@@ -159,7 +159,7 @@ def _refuse_stand_ins(path: Path, begin: bytes) -> None:
     ):
         raise UsageError(f"{path}: is an HTML page, not the text; download the file itself")
     if b"\0" in begin[:512] and not begin.startswith(tuple(mark for mark, _ in _MARKS)):
-        raise UsageError(f"{path}: is no text (it begins with NUL bytes); name another file")
+        raise UsageError(f"{path}: is not text: it begins with NUL bytes; name another file")
 
 
 def blocks(f: IO[bytes], path: Path | None, tally: Tally) -> Iterator[str]:
@@ -177,7 +177,7 @@ def blocks(f: IO[bytes], path: Path | None, tally: Tally) -> Iterator[str]:
         tally.replaced += replaced
         strange += replaced + text.count("\0")
         if strange * _MOST_STRANGE > tally.characters:
-            raise UsageError(f"{path}: is no text (most bytes are no UTF-8 characters); name another file")
+            raise UsageError(f"{path}: is not text: most of it is not UTF-8; name another file")
         if text:
             yield text
         if not raw:
