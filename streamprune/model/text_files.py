@@ -68,7 +68,7 @@ def find_files(path: Path | None, flag: str) -> list[Path | None]:
             )
         return list(found)
     if path.exists():
-        raise UsageError(f"{flag} {path}: is not a regular file; a text is read more than once, so save it to a file first")
+        raise UsageError(f"{flag} {path}: is not a regular file, which a text must be: it is read more than once")
     matched = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207
     if not matched:
         raise UsageError(f"{flag} {path}: no such file")
