@@ -1,6 +1,6 @@
 """Shares a sparsity out among the linears of a model, from its weights and the statistics of their inputs.
 
-All weights are read once, a chunk at a time; nothing but a few numbers a linear is kept. See pruning/allocation.py for
+All weights are read once, a chunk at a time; nothing but a few numbers a linear is kept. See methods/allocation.py for
 the mathematics.
 """
 
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from streamprune.disk.header import TensorRef
 from streamprune.errors import UsageError
+from streamprune.methods.allocation import OUTLIER, Curve, by_error, levels_around, owl
+from streamprune.methods.selection import select
 from streamprune.model.finite import rows_of
 from streamprune.model.skeleton import Stage
 from streamprune.model.statistics import StatisticsFile
-from streamprune.pruning.allocation import OUTLIER, Curve, by_error, levels_around, owl
-from streamprune.pruning.selection import select
 from streamprune.spec import JobSpec
 from streamprune.stage_writer import CHUNK_BYTES, StageWriter
 

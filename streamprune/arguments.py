@@ -226,7 +226,6 @@ def _calibration_options(p: argparse.ArgumentParser) -> None:
         help="an expert that sees fewer goes by what all of its layer see (default: %(default)s)",
     )
 
-
     p.add_argument(
         "--allow-zeros", action="store_true",
         help="go on where a linear, or a long stretch of its rows, is all zeros, as in a broken download",

@@ -8,9 +8,9 @@ from typing import Any
 
 from streamprune.disk.header import TensorRef
 from streamprune.errors import UsageError
+from streamprune.methods.selection import Pattern, check_pattern
 from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.skeleton import Skeleton, Stage
-from streamprune.pruning.selection import Pattern, check_pattern
 
 _ROUTER = re.compile(r"\.(gate|router)(\.|$)|shared_expert_gate$")
 

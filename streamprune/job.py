@@ -34,7 +34,7 @@ from streamprune.disk.state import (
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
 from streamprune.job_checks import check_aims, check_amount, check_choices, check_given, check_places
 from streamprune.memory import peak_resident_bytes
-from streamprune.pruning.recipes import ALLOCATIONS, check_damping, check_fp8, check_propagate, check_tune, make_recipe
+from streamprune.methods.recipes import ALLOCATIONS, check_damping, check_fp8, check_propagate, check_tune, make_recipe
 from streamprune.report import notes_of
 from streamprune.spec import Calibration, JobSpec, ProgressCallback, no_progress
 
@@ -85,12 +85,12 @@ def prune(
 
     Exactly one of `sparsity` (share of each row, 0 ≤ S < 1) and `pattern` ("N:M") says how much goes; `allocate` shares
     a sparsity out by layer ("owl", "error"), from statistics that are gathered first. `method` names a recipe
-    (pruning/recipes.py), of which `score`, `selector` and `refit` can be exchanged; `damping` of a refit is "auto",
-    "absolute" or a number relative to each feature's own power (pruning/methods.py). `quantize` = "fp8" stores pruned
-    linears in FP8 E4M3, with scales and rounding as `fp8_scale` and `fp8_rounding` say (pruning/fp8.py). `tune` =
-    "block" then tunes each layer as a whole, for `tune_epochs` at a rate of `tune_lr` (pruning/tuning.py). `propagate`
+    (methods/recipes.py), of which `score`, `selector` and `refit` can be exchanged; `damping` of a refit is "auto",
+    "absolute" or a number relative to each feature's own power (methods/refits.py). `quantize` = "fp8" stores pruned
+    linears in FP8 E4M3, with scales and rounding as `fp8_scale` and `fp8_rounding` say (methods/fp8.py). `tune` =
+    "block" then tunes each layer as a whole, for `tune_epochs` at a rate of `tune_lr` (methods/tuning.py). `propagate`
     says whose outputs the next layer is calibrated on: the "dense" model's, the "pruned" one's, or for a refit
-    and `tune` "asymmetric", both: it aims at what the dense model makes of its own inputs (pruning/gram.py); None is
+    and `tune` "asymmetric", both: it aims at what the dense model makes of its own inputs (methods/gram.py); None is
     the recipe's own choice (recipes.Recipe.propagate). Statistics come from
     `samples` windows of `seqlen` tokens of `calib` (default: a built-in text; default length min(2048, the model's
     limit)), or from the file `stats`. `calib` is a file, a folder or a pattern of files, of whose records (JSON,

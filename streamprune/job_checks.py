@@ -7,7 +7,7 @@ from pathlib import Path
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.state import check_out, partial_of
 from streamprune.errors import UsageError
-from streamprune.pruning.recipes import Recipe
+from streamprune.methods.recipes import Recipe
 from streamprune.spec import JobSpec
 
 
@@ -18,7 +18,7 @@ def check_amount(sparsity: float | None, pattern: str | None) -> None:
     if sparsity is not None and not 0 <= sparsity < 1:
         raise UsageError(f"--sparsity {sparsity} is not in [0, 1); 0.5 prunes half of each row")
     if pattern is not None:
-        from streamprune.pruning.selection import parse_pattern
+        from streamprune.methods.selection import parse_pattern
 
         parse_pattern(pattern)
 

@@ -22,6 +22,8 @@ from streamprune.disk.state import JobState
 from streamprune.errors import CorruptStateError, ResourceError, UnsupportedError, UsageError
 from streamprune.job_paired import PairedPass
 from streamprune.job_pass import Pass
+from streamprune.methods.selection import Amount, parse_pattern
+from streamprune.methods.tuning import state_bytes
 from streamprune.model.beside import RefitNeeds, TuneNeeds
 from streamprune.model.budget import (
     Layout,
@@ -39,8 +41,6 @@ from streamprune.model.gram_sums import MOST_HELD, HoldOut
 from streamprune.model.grams import LayerGrams, gram_bytes, largest_at_once
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.statistics import StatisticsFile
-from streamprune.pruning.selection import Amount, parse_pattern
-from streamprune.pruning.tuning import state_bytes
 from streamprune.quantising import Quantisation, check_codable
 from streamprune.refitting import Refit, needs_of
 from streamprune.spec import JobSpec, compile_filter, format_bytes
@@ -50,8 +50,6 @@ from streamprune.tuning import tuned_names, windows_a_step
 
 SLACK_BYTES = 64 << 20
 """Disk for everything besides weights and activations."""
-
-
 
 
 def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> StageWriter | None:

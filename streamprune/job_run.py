@@ -56,6 +56,7 @@ from streamprune.job_tune import LayerTuning
 from streamprune.job_windows import windows_of
 from streamprune.kernels import cpu, torch_ops
 from streamprune.memory import give_back_free_memory, peak_resident_bytes
+from streamprune.methods.stats import InputStats
 from streamprune.model.activations import Activations
 from streamprune.model.calibration import Tokens
 from streamprune.model.computing import compute_dtype, exact_products, resolve_device
@@ -67,7 +68,6 @@ from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
 from streamprune.model.statistics import write_statistics
 from streamprune.model.walk import Walk
 from streamprune.model.zeros import refuse_empty
-from streamprune.pruning.stats import InputStats
 from streamprune.report import build_report, source_of
 from streamprune.spec import JobSpec, Progress, ProgressCallback
 

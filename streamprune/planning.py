@@ -29,6 +29,8 @@ from streamprune.job_prepare import (
     scratch_bytes,
     tune_needs,
 )
+from streamprune.methods.recipes import Recipe, check_propagate, check_tune, make_recipe
+from streamprune.methods.selection import Amount
 from streamprune.model.beside import RefitNeeds, TuneNeeds, least_beside
 from streamprune.model.budget import Budget, Layout, estimate, layout_for, memory_of
 from streamprune.model.computing import cache_dtype, compute_dtype, resolve_device
@@ -48,8 +50,6 @@ from streamprune.model.speeds import measure
 from streamprune.model.texts import check_bos, check_seqlen, default_seqlen, positions
 from streamprune.model.tokens import has_bos
 from streamprune.planning_refits import planned_refits
-from streamprune.pruning.recipes import Recipe, check_propagate, check_tune, make_recipe
-from streamprune.pruning.selection import Amount
 from streamprune.quantising import check_codable, coded
 from streamprune.refitting import Refit, needs_of
 from streamprune.spec import compile_filter

@@ -1,7 +1,7 @@
 """The linears of one stage, quantised: from rows as they are to be to FP8 codes and their scales.
 
 HWPQ (arXiv 2501.16376v1) prunes and quantises a weight in one visit. Where the recipe refits, the rounding is part of
-the same problem: what one weight loses by it, those that are rounded after it make up for (pruning/fp8.py).
+the same problem: what one weight loses by it, those that are rounded after it make up for (methods/fp8.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from streamprune.disk.float_quantized import SCALE
 from streamprune.disk.header import DTYPE_BITS, TensorRef
 from streamprune.errors import UnsupportedError
+from streamprune.methods.fp8 import compensate, dequantise, quantise
+from streamprune.methods.gram import Gram
+from streamprune.methods.inverse import Damping
 from streamprune.model.skeleton import Skeleton
-from streamprune.pruning.fp8 import compensate, dequantise, quantise
-from streamprune.pruning.gram import Gram
-from streamprune.pruning.inverse import Damping
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamprune.methods.gram import Gram
+from streamprune.methods.inverse import Damping
+from streamprune.methods.refits import METHODS, Ask, Choice, Method, Prepared, Sample, choose
+from streamprune.methods.selection import Amount
 from streamprune.model.beside import RefitNeeds
 from streamprune.model.gram_sums import MOST_HELD
 from streamprune.model.grams import LayerGrams
-from streamprune.pruning.gram import Gram
-from streamprune.pruning.inverse import Damping
-from streamprune.pruning.methods import METHODS, Ask, Choice, Method, Prepared, Sample, choose
-from streamprune.pruning.selection import Amount
 
 WORKING_BYTES = 192 << 20
 """Memory for the arrays of a refit besides the Gram, about; from it follows how many rows are refitted at once."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamprune.disk.checkpoint import Checkpoint
-from streamprune.pruning.recipes import RECIPES
+from streamprune.methods.recipes import RECIPES
 from streamprune.spec import JobSpec, version_of
 
 
@@ -32,7 +32,7 @@ def build_report(
     room beside its pass has `gram_passes`, the passes more that they took; `pooled` are linears of experts that saw too
     few tokens, and went by what all experts of the layer saw. `source` is what else is said of MODEL: its content
     (Checkpoint.content), files and tensors that were not carried over. `tune` says what tuning a layer came to:
-    errors as in pruning/tuning.py, of windows that were held out and of as many that were not, before and after.
+    errors as in methods/tuning.py, of windows that were held out and of as many that were not, before and after.
     """
     reduced = [r["batch"] for r in records if r["batch"]]
     linears = [linear for record in records for linear in record["linears"]]

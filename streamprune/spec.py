@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.errors import UsageError
-from streamprune.pruning.recipes import Recipe
+from streamprune.methods.recipes import Recipe
 
 _CHANGEABLE = {"fixed": False}
 

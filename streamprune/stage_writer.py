@@ -22,6 +22,10 @@ from streamprune.disk.header import TensorRef
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.disk.shards import fill_shard
 from streamprune.kernels import Selection
+from streamprune.methods.fp8 import dequantise
+from streamprune.methods.refits import Sample
+from streamprune.methods.selection import Amount, prune_count
+from streamprune.methods.stats import InputStats
 from streamprune.model.feed import Feed
 from streamprune.model.finite import finite_rows, refuse_nonfinite, rows_of
 from streamprune.model.grams import LayerGrams
@@ -29,10 +33,6 @@ from streamprune.model.lane import Lane, is_out_of_memory
 from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
 from streamprune.model.zeros import refuse_zeros
-from streamprune.pruning.fp8 import dequantise
-from streamprune.pruning.methods import Sample
-from streamprune.pruning.selection import Amount, prune_count
-from streamprune.pruning.stats import InputStats
 from streamprune.quantising import LinearCodes, coded
 from streamprune.refitting import LayerRefit, Refit, chunk_rows, sampled
 from streamprune.target import Features, Target

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from streamprune.kernels import Selection
-from streamprune.pruning.recipes import Recipe
-from streamprune.pruning.scores import SCORES
-from streamprune.pruning.selection import Amount, select
-from streamprune.pruning.stats import InputStats
+from streamprune.methods.recipes import Recipe
+from streamprune.methods.scores import SCORES
+from streamprune.methods.selection import Amount, select
+from streamprune.methods.stats import InputStats
 from streamprune.quantising import Quantisation
 
 

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamprune.methods.tuning import Tuned, error_sum, filled, schedule
 from streamprune.model.differentiable import Run, trainable
 from streamprune.model.pairs import Pairs
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.walk import Walk
-from streamprune.pruning.tuning import Tuned, error_sum, filled, schedule
 
 STEP_TOKENS = 1024
 """Tokens of a step."""

@@ -14,10 +14,10 @@ from references import lowest, lowest_of_groups
 from test_sparsegpt import PATTERNS, correlated, counts, mask_only, normal
 
 from streamprune.errors import UnsupportedError, UsageError
-from streamprune.pruning import admm
-from streamprune.pruning.admm import OBS, PUBLISHED, Variant, prepare, solve
-from streamprune.pruning.inverse import Damping
-from streamprune.pruning.selection import Pattern
+from streamprune.methods import admm
+from streamprune.methods.admm import OBS, PUBLISHED, Variant, prepare, solve
+from streamprune.methods.inverse import Damping
+from streamprune.methods.selection import Pattern
 
 DAMPING = {PUBLISHED: Damping(0.1), OBS: Damping(0.05)}
 AMOUNTS = [0.3, 0.5, 0.8, *PATTERNS]

@@ -191,9 +191,7 @@ def stop_at(step: int) -> Callable[[Progress], None]:
     return told
 
 
-def test_a_resumed_job_counts_what_was_gathered_before(
-    models: Callable[..., Path], text: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_job_counts_what_was_gathered_before(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     job: dict[str, Any] = {"sparsity": 0.5, "allocate": "owl", "calib": text, **GIVEN}
     out = tmp_path / "out"
     with pytest.raises(StoppedError):  # 4 stages gather, then there are 5

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streamprune.pruning.allocation import REACH, SPREAD, STEPS, Curve, by_error, levels_around, owl
+from streamprune.methods.allocation import REACH, SPREAD, STEPS, Curve, by_error, levels_around, owl
 
 sparsities = st.floats(0, 0.99)
 sizes = st.integers(1, 10**9)

@@ -18,10 +18,10 @@ from whole_model import in_memory, round_states
 from streamprune.errors import UnsupportedError, UsageError
 from streamprune.job import JobResult, prune
 from streamprune.job_paired import writers_of
+from streamprune.methods import gram as gram_module
+from streamprune.methods.gram import Debt, Gram
 from streamprune.model.gram_sums import GramCollector, HoldOut
 from streamprune.planning import plan
-from streamprune.pruning import gram as gram_module
-from streamprune.pruning.gram import Debt, Gram
 from streamprune.spec import Progress
 
 Models = Callable[..., Path]

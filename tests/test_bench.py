@@ -266,7 +266,7 @@ def test_memory_of_a_gpu(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_refits(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    from streamprune.pruning.methods import METHODS
+    from streamprune.methods.refits import METHODS
 
     cases = by_case(rows_of(tool, capsys, "refits", "--shape", "8x64", "--repeat", "2", "--device", "cpu"))
     parts = {f"{name}, {part}" for name in METHODS for part in ("prepare", "rows")}

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from streamprune.disk import journal
-from streamprune.pruning import recipes
+from streamprune.methods import recipes
 
 MODEL = Path(str(importlib.resources.files("streamprune"))) / "demo_model"
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamprune.kernels import cpu
-from streamprune.pruning.fp8 import compensate, quantise
-from streamprune.pruning.gram import Gram, Mapped
-from streamprune.pruning.inverse import Damping
-from streamprune.pruning.refit import Metric, descend
+from streamprune.methods.conjugate import Metric, descend
+from streamprune.methods.fp8 import compensate, quantise
+from streamprune.methods.gram import Gram, Mapped
+from streamprune.methods.inverse import Damping
 
 BACKENDS = ("numba", "torch")
 TOKENS = 400

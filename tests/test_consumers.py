@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from streamprune.inspection import inspect
 from streamprune.job import prune
-from streamprune.pruning.recipes import RECIPES
+from streamprune.methods.recipes import RECIPES
 
 LAYERS, HEADS, KV_HEADS = 2, 4, 2
 QUANTISED = [name for name, recipe in RECIPES.items() if getattr(recipe, "quantize", None) is not None]

@@ -22,7 +22,7 @@ from streamprune.inspection import count as inspection_count
 from streamprune.inspection import difference, inspect
 from streamprune.inspection import stored as stored_tensors
 from streamprune.inspection.difference import LinearDifference
-from streamprune.pruning.bitmask import pack_rows
+from streamprune.methods.bitmask import pack_rows
 from streamprune.tables import inspection_table
 
 NAME = "model.layers.0.mlp.up_proj"

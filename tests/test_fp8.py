@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamprune.errors import UsageError
 from streamprune.kernels import cpu
-from streamprune.pruning.fp8 import FP8_MAX, SCALES, Quantised, dequantise, quantise
+from streamprune.methods.fp8 import FP8_MAX, SCALES, Quantised, dequantise, quantise
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BACKENDS = ("numba", "torch")

@@ -28,9 +28,9 @@ from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.errors import CheckpointError, StreampruneError, UnsupportedError, UsageError
 from streamprune.evaluation import evaluate
 from streamprune.job import JobResult, prune
+from streamprune.methods.fp8 import dequantise, quantise
+from streamprune.methods.recipes import RECIPES
 from streamprune.planning import plan
-from streamprune.pruning.fp8 import dequantise, quantise
-from streamprune.pruning.recipes import RECIPES
 
 Models = Callable[..., Path]
 FP8 = torch.float8_e4m3fn

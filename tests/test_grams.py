@@ -18,6 +18,10 @@ from test_sparsegpt import normal
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, ResourceError, UsageError
+from streamprune.methods.gram import Gram
+from streamprune.methods.inverse import Damping
+from streamprune.methods.refits import METHODS, Choice, Method, Prepared, Sample
+from streamprune.methods.selection import Amount
 from streamprune.model import gram_sums as grams_module
 from streamprune.model.budget import Budget, RefitNeeds, _room, layout_for
 from streamprune.model.feed import Feed
@@ -26,10 +30,6 @@ from streamprune.model.grams import LayerGrams, gram_bytes
 from streamprune.model.skeleton import build_skeleton
 from streamprune.model.statistics import Collector
 from streamprune.model.walk import Walk
-from streamprune.pruning.gram import Gram
-from streamprune.pruning.inverse import Damping
-from streamprune.pruning.methods import METHODS, Choice, Method, Prepared, Sample
-from streamprune.pruning.selection import Amount
 from streamprune.refitting import LayerRefit, Outcome, Refit
 
 SEQLEN = 16

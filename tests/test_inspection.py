@@ -26,7 +26,7 @@ from streamprune.inspection import count as inspection_count
 from streamprune.inspection import inspect
 from streamprune.inspection import stored as stored_tensors
 from streamprune.inspection.report import LinearReport
-from streamprune.pruning.bitmask import pack_rows
+from streamprune.methods.bitmask import pack_rows
 from streamprune.tables import inspection_table
 
 NAME = "model.layers.0.mlp.up_proj"

@@ -20,11 +20,11 @@ FILES = {
 ORDER: list[set[str]] = [
     {"errors", "interrupts", "console"},
     {"memory"},
-    {"pruning.recipes", "pruning.patterns"},
+    {"methods.recipes"},
     {"spec"},
     {"disk"},
     {"kernels"},
-    {"pruning"},
+    {"methods"},
     {"model"},
     {"choosing", "refitting", "quantising", "tuning"},
     {"target"},
@@ -58,7 +58,7 @@ WITHIN_A_LEVEL = {
     ("cli", "progress"),
     ("cli", "tables"),
 }
-NO_TORCH = ["errors", "memory", "pruning.recipes", "spec", "job", "job_checks", "cli", "__main__", "progress", "report"]
+NO_TORCH = ["errors", "memory", "methods.recipes", "spec", "job", "job_checks", "cli", "__main__", "progress", "report"]
 NO_TORCH += ["interrupts", "console"]
 NO_TORCH += ["disk.durable", "disk.header", "disk.checkpoint", "disk.hub", "disk.journal", "disk.state", "disk.shards"]
 NO_TORCH += ["disk.lock", "model.texts", "disk.direct", "disk.linears", "disk.packed", "packing", "packing.files"]

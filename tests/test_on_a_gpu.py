@@ -30,14 +30,14 @@ from torch import Tensor
 from streamprune.evaluation import evaluate
 from streamprune.job import JobResult, prune
 from streamprune.kernels import Selection, cpu, cpu_fp8, torch_fp8, torch_ops
+from streamprune.methods.gram import Gram
+from streamprune.methods.inverse import Damping, normalised_inverse
+from streamprune.methods.refits import METHODS, Ask
+from streamprune.methods.selection import Pattern, select
 from streamprune.model import budget
 from streamprune.model.budget import Layout
 from streamprune.model.computing import exact_products
 from streamprune.model.gram_sums import GramCollector, HoldOut
-from streamprune.pruning.gram import Gram
-from streamprune.pruning.inverse import Damping, normalised_inverse
-from streamprune.pruning.methods import METHODS, Ask
-from streamprune.pruning.selection import Pattern, select
 
 ROOT = Path(__file__).resolve().parent.parent
 Models = Callable[..., Path]

@@ -19,8 +19,8 @@ from refusals import refused
 from safetensors.torch import load_file
 from test_packed import sparse, two_four
 
+import streamprune.methods.bitmask as bitmask
 import streamprune.packing as packing
-import streamprune.pruning.bitmask as bitmask
 from streamprune.cli import main
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.lock import Lock

@@ -170,7 +170,14 @@ def test_memory_of_a_refit(
     seen: list[tuple[Layout, RefitNeeds, int]] = []
 
     def stop(
-        spec: Any, model: Any, skeleton: Any, dtype: Any, device: Any, resolved: Any, writer: Any, propagate: str,
+        spec: Any,
+        model: Any,
+        skeleton: Any,
+        dtype: Any,
+        device: Any,
+        resolved: Any,
+        writer: Any,
+        propagate: str,
         shape: Any,
     ) -> Layout:
         layout = layout_of(spec, model, skeleton, dtype, device, resolved, writer, propagate, shape)

@@ -21,13 +21,13 @@ from streamprune.disk import scratch
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import ResourceError
 from streamprune.memory import resident_bytes
-from streamprune.pruning import gram as gram_module
-from streamprune.pruning import refit
-from streamprune.pruning.gram import Gram, Mapped
-from streamprune.pruning.inverse import Damping
-from streamprune.pruning.methods import METHODS, Ask, Choice, Method, Prepared, Sample, choose
-from streamprune.pruning.refit import Metric, descend, gradually
-from streamprune.pruning.selection import Amount, Pattern, prune_count, select
+from streamprune.methods import conjugate as refit
+from streamprune.methods import gram as gram_module
+from streamprune.methods.conjugate import Metric, descend, gradually
+from streamprune.methods.gram import Gram, Mapped
+from streamprune.methods.inverse import Damping
+from streamprune.methods.refits import METHODS, Ask, Choice, Method, Prepared, Sample, choose
+from streamprune.methods.selection import Amount, Pattern, prune_count, select
 
 RELATIVE, ABSOLUTE = Damping(0.05), Damping(0.05, relative=False)
 PATTERNS = [Pattern(1, 2), Pattern(2, 4), Pattern(4, 8), Pattern(3, 5)]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from streamprune.methods.gram import Gram
+from streamprune.methods.inverse import Damping
+from streamprune.methods.refits import METHODS, Ask
 from streamprune.model.gram_sums import GramCollector, HoldOut
 from streamprune.model.grams import LayerGrams
 from streamprune.model.refit_cost import EFFORTS, Refitted, RefitWork, Trials, gathered, refit_work, triangle
-from streamprune.pruning.gram import Gram
-from streamprune.pruning.inverse import Damping
-from streamprune.pruning.methods import METHODS, Ask
 
 
 class Counted(TorchDispatchMode):

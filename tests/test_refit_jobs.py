@@ -35,11 +35,11 @@ from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.job import JobResult, calibrate, prune
 from streamprune.job_pass import Pass
+from streamprune.methods import conjugate as refit
 from streamprune.model.budget import Layout
 from streamprune.model.feed import Feed
 from streamprune.model.gram_sums import HoldOut
 from streamprune.model.grams import LayerGrams
-from streamprune.pruning import refit
 from streamprune.spec import Progress
 from streamprune.stage_writer import StageWriter
 
@@ -319,7 +319,7 @@ def test_grams_in_a_file(
         return ScratchMatrix(*args)
 
     monkeypatch.setattr("streamprune.model.grams.ScratchMatrix", counting)
-    monkeypatch.setattr("streamprune.pruning.gram._PANEL", 4 * 64 * 5)
+    monkeypatch.setattr("streamprune.methods.gram._PANEL", 4 * 64 * 5)
     passes = room(4 * 64 * 10)
     result = run(source, tmp_path / "out", text, sparsity=0.5, **how)
     assert len(passes) > len(made) and {(32, 32), (64, 64)} == set(made)
@@ -350,7 +350,7 @@ def test_rows_in_chunks(models: Models, text: Path, tmp_path: Path, monkeypatch:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("streamprune.stage_writer.sampled", lambda count: torch.arange(min(count, 7)))
-        patch.setattr("streamprune.pruning.methods.descend", watched)
+        patch.setattr("streamprune.methods.refits.descend", watched)
         result = run(source, tmp_path / "out", text, refit="cg", sparsity=0.5, damping="0.05")
     assert max(rows) <= 7
     before, after = linears(tmp_path / "whole", kind), linears(tmp_path / "out", kind)

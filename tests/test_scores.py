@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamprune.errors import UnsupportedError, UsageError
-from streamprune.pruning.scores import SCORES, WITHOUT_STATISTICS
-from streamprune.pruning.selection import (
+from streamprune.methods.scores import SCORES, WITHOUT_STATISTICS
+from streamprune.methods.selection import (
     SELECTORS,
     Pattern,
     check_pattern,
@@ -20,7 +20,7 @@ from streamprune.pruning.selection import (
     prune_count,
     select,
 )
-from streamprune.pruning.stats import InputStats
+from streamprune.methods.stats import InputStats
 
 
 def statistics(a: torch.Tensor, tokens: int = 16) -> InputStats:

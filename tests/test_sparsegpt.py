@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from references import lowest
 
 from streamprune.errors import UnsupportedError, UsageError
-from streamprune.pruning.inverse import Damping, normalised_inverse, upper_factor
-from streamprune.pruning.selection import Pattern
-from streamprune.pruning.sparsegpt import prepare, solve
+from streamprune.methods.inverse import Damping, normalised_inverse, upper_factor
+from streamprune.methods.selection import Pattern
+from streamprune.methods.sparsegpt import prepare, solve
 
 ABSOLUTE = Damping(0.01, relative=False)
 PATTERNS = [Pattern(1, 2), Pattern(2, 4), Pattern(4, 8), Pattern(3, 5), Pattern(16, 32)]

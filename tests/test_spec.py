@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamprune.errors import UsageError
-from streamprune.pruning.recipes import RECIPES, SCORES, SELECTORS, make_recipe
+from streamprune.methods.recipes import RECIPES, SCORES, SELECTORS, make_recipe
 from streamprune.report import recipe_name
 from streamprune.spec import Calibration, JobSpec, compile_filter, format_bytes, parse_bytes
 
@@ -160,7 +160,7 @@ def test_recipes() -> None:
 
 def test_names_of_the_parts_agree() -> None:
     """recipes.py names what scores.py and selection.py implement, without importing them."""
-    from streamprune.pruning import scores, selection
+    from streamprune.methods import scores, selection
 
     assert tuple(scores.SCORES) == SCORES
     assert tuple(selection.SELECTORS) == SELECTORS

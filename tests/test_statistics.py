@@ -19,9 +19,9 @@ from streamprune.disk.header import read_shard
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UsageError
 from streamprune.job import calibrate, prune
 from streamprune.kernels import cpu
+from streamprune.methods.stats import InputStats
 from streamprune.model.statistics import Collector, StatisticsFile, merge_statistics, write_statistics
 from streamprune.model.statistics_header import _data_digest
-from streamprune.pruning.stats import InputStats
 
 Models = Callable[..., Path]
 

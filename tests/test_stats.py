@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamprune.kernels import cpu, torch_ops
-from streamprune.pruning.stats import InputStats
+from streamprune.methods.stats import InputStats
 
 BACKENDS = [pytest.param(cpu, id="numba"), pytest.param(torch_ops, id="torch")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -20,12 +20,12 @@ from windows import drawn
 
 from streamprune.errors import ResourceError, UnsupportedError, UsageError
 from streamprune.job import JobResult, prune
+from streamprune.methods import tuning
+from streamprune.methods.tuning import BETAS, Tuned, error_sum, filled, schedule, token_weights
 from streamprune.model.beside import RefitNeeds, TuneNeeds, beside_pass, least_beside
 from streamprune.model.budget import Budget, Layout
 from streamprune.model.feed import Feed
 from streamprune.planning import plan
-from streamprune.pruning import tuning
-from streamprune.pruning.tuning import BETAS, Tuned, error_sum, filled, schedule, token_weights
 from streamprune.spec import Progress
 from streamprune.tuning import BlockTuner, held_out, windows_a_step
 

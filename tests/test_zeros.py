@@ -17,8 +17,8 @@ from streamprune.cli import main
 from streamprune.errors import CheckpointError
 from streamprune.inspection import inspect
 from streamprune.job import calibrate, prune
+from streamprune.methods.counting import long_run
 from streamprune.model.zeros import zero_rows
-from streamprune.pruning.counting import long_run
 
 Models = Callable[..., Path]
 HOW: dict[str, Any] = {"pattern": "2:4", "samples": 2, "seqlen": 8}

@@ -113,7 +113,7 @@ def kernel_cases(rows: int, width: int, dtype: torch.dtype, device: torch.device
     Weights (rows, width) are Gaussian. On the CPU ours are Numba's, on a GPU Torch's.
     """
     from streamprune.kernels import cpu, torch_ops
-    from streamprune.pruning.fp8 import dequantise, quantise
+    from streamprune.methods.fp8 import dequantise, quantise
 
     torch.manual_seed(0)
     w = torch.empty(rows, width, dtype=dtype, device=device)

@@ -24,10 +24,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def refits(arguments: argparse.Namespace) -> Iterator[Row]:
     """Every refit at 50 %: preparing for a Gram, and refitting rows; in products of the rows with the Gram."""
-    from streamprune.pruning.gram import Gram
-    from streamprune.pruning.inverse import Damping
-    from streamprune.pruning.methods import METHODS, Ask
-    from streamprune.pruning.selection import Amount, select
+    from streamprune.methods.gram import Gram
+    from streamprune.methods.inverse import Damping
+    from streamprune.methods.refits import METHODS, Ask
+    from streamprune.methods.selection import Amount, select
 
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", arguments.shape)
     if not found:

@@ -137,9 +137,7 @@ def run(*command: str, python: str = sys.executable) -> Ran:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         begun = time.perf_counter()
-        process = subprocess.Popen(
-            [python, *command], stdout=out, stderr=errors, env=os.environ | {"PYTHONPATH": path}
-        )
+        process = subprocess.Popen([python, *command], stdout=out, stderr=errors, env=os.environ | {"PYTHONPATH": path})
         peaks: list[int] = []
         watcher = threading.Thread(target=_watch, args=(process.pid, peaks), daemon=True)
         watcher.start()

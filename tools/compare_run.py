@@ -43,7 +43,7 @@ Todo = tuple[Method, str, int]
 def parse_methods(text: str | None) -> list[Method]:
     """What --methods names, all recipes without it. Raises BenchError for a recipe or refit that is not there."""
     from streamprune.errors import UsageError
-    from streamprune.pruning.recipes import QUANTIZE, RECIPES, REFITS, make_recipe
+    from streamprune.methods.recipes import QUANTIZE, RECIPES, REFITS, make_recipe
 
     found = {}
     for name in text.split(",") if text is not None else RECIPES:
@@ -65,7 +65,7 @@ def parse_methods(text: str | None) -> list[Method]:
 
 def parse_amounts(text: str) -> list[str]:
     """What --amounts names, each as prune takes it. Raises BenchError or UsageError for one that is wrong."""
-    from streamprune.pruning.selection import parse_pattern
+    from streamprune.methods.selection import parse_pattern
 
     found = []
     for word in text.split(","):

@@ -16,8 +16,8 @@ from streamprune.inspection.difference import LinearComparison
 from streamprune.inspection.report import LinearReport, ScaleReport
 from streamprune.inspection.scales import WeightScales, is_bad, read_scales
 from streamprune.inspection.stored import BitStream, StoredTensor
-from streamprune.pruning.counting import MatrixCount, group_counts, long_run
-from streamprune.pruning.selection import Pattern, parse_pattern, parse_sparsity, prune_count
+from streamprune.methods.counting import MatrixCount, group_counts, long_run
+from streamprune.methods.selection import Pattern, parse_pattern, parse_sparsity, prune_count
 
 _BLOCK_BYTES = 2**18  # what is counted at a time: it stays in the cache
 

@@ -34,7 +34,7 @@ class LinearReport:
     """One linear: `shape` as the dense tensor is stored; zeros include -0.0; rows are outputs.
 
     `pattern` is the tightest N:M, M of 2, 4, 8, 16, 32 or that of an expected pattern, that every group holds and that
-    is meant (see pruning/counting.py); None when there is none, as for a dense or an unstructured matrix. `packed` is
+    is meant (see methods/counting.py); None when there is none, as for a dense or an unstructured matrix. `packed` is
     the layout of a packed one. Bytes, scales included: `nbytes` as it is stored; `nbytes_dense` unpacked;
     `nbytes_two_four` and `nbytes_bitmask` as `pack` would store it in either layout, None for the first where its
     bits do not hold 2:4 along stored rows (-0.0 counts as kept). `zero_rows` is the longest stretch of rows that are

@@ -1,4 +1,4 @@
-"""Compiled loops that take nonzeros out of rows and put them back. See pruning/bitmask.py for the drivers.
+"""Compiled loops that take nonzeros out of rows and put them back. See methods/bitmask.py for the drivers.
 
 Weights are raw bits, uint8 to uint64, in C order; zero is what has no bit set, so -0.0 is kept. Column j of a row is
 bit j % 8 of byte j // 8 of its mask. A value is written wherever it may belong, and the place moves on only past those

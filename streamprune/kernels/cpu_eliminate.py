@@ -1,4 +1,4 @@
-"""The compiled loop of SparseGPT's sweep over a block of columns. See pruning/sparsegpt.py for the method.
+"""The compiled loop of SparseGPT's sweep over a block of columns. See methods/sparsegpt.py for the method.
 
 Row by row: a row of the block, 128 columns, and the block of U lie in the level-1 and level-2 caches. What a pruned
 weight does to the rest of its row is one scaled row of U, sixteen columns at a time. No sum occurs, hence every

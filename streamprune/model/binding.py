@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from streamprune.disk.float_quantized import SCALE, Scheme
 from streamprune.disk.header import TensorRef
+from streamprune.methods.fp8 import dequantise
 from streamprune.model.feed import Feed
 from streamprune.model.routed import Routed, Watch, in_place
 from streamprune.model.skeleton import Skeleton
-from streamprune.pruning.fp8 import dequantise
 
 _PANEL_BYTES = 32 << 20
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max

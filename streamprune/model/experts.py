@@ -20,7 +20,7 @@ from torch import nn
 
 from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError, UnsupportedError
-from streamprune.pruning.stats import InputStats
+from streamprune.methods.stats import InputStats
 
 Pieces = list[tuple[str, int, TensorRef]]
 """Of a weight that is put together: stored name, which of the matrices that stand side by side, tensor. Instead of the

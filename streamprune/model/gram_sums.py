@@ -2,7 +2,7 @@
 
 A small part of the tokens is kept out, to see on them what a refit has learned: HoldOut. With asymmetric calibration
 a linear has two inputs, that of the model which is being pruned and the dense model's, and beside XᵀX the drift and, of
-linears that write into the residual stream, the debt are summed (pruning/gram.py).
+linears that write into the residual stream, the debt are summed (methods/gram.py).
 """
 
 from __future__ import annotations

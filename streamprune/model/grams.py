@@ -8,7 +8,7 @@ A pass more costs time and changes no bit; panels are as the room is, and that b
 Those of an expert come when its turn has come, from what is routed to it (model/routed.py), not with the others: a
 layer's experts are too many.
 
-With asymmetric calibration each Gram comes with its drift (pruning/gram.py), and only when the linears that the layer
+With asymmetric calibration each Gram comes with its drift (methods/gram.py), and only when the linears that the layer
 uses before have been refitted and are in their place.
 """
 
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import CheckpointError, UsageError
+from streamprune.methods.gram import Debt, Gram, Mapped
 from streamprune.model.gram_sums import GramCollector, HoldOut, Sum
-from streamprune.pruning.gram import Debt, Gram, Mapped
 
 Rerun = Callable[[Callable[[], GramCollector], Set[str]], GramCollector]
 

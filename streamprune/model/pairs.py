@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from streamprune.disk.scratch import ScratchMatrix
-from streamprune.pruning.tuning import token_weights
+from streamprune.methods.tuning import token_weights
 
 
 class Pairs:

@@ -39,7 +39,7 @@ EFFORTS = {
     "admm": Effort(20, 15, 1.0),
     "sparsegpt": Effort(1, 1, 2 / 3, swept=96),
 }
-"""By the names of pruning/methods.py. SparseGPT's one product is half a product, a block of 128 columns at a time; a
+"""By the names of methods/refits.py. SparseGPT's one product is half a product, a block of 128 columns at a time; a
 weight that goes changes the 64 behind it in its block on average."""
 
 _BLOCK = 128

@@ -25,11 +25,11 @@ from torch.nn import functional as F
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.kernels import cpu, torch_ops
+from streamprune.methods.selection import select
 from streamprune.model.cost import Course, Speeds, Work, embedding_bytes, linear_shape
 from streamprune.model.hollow import Called, HollowLayer, window_size
 from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.skeleton import Skeleton, Stage
-from streamprune.pruning.selection import select
 
 READ_BYTES = 64 << 20
 _SECONDS = 0.08

@@ -26,8 +26,8 @@ from streamprune.disk.durable import Buffer
 from streamprune.disk.header import TensorRef
 from streamprune.disk.shards import write_shard
 from streamprune.errors import CheckpointError, CorruptStateError, UsageError
+from streamprune.methods.stats import InputStats
 from streamprune.model.statistics_header import FORMAT, VERSION, StatisticsHeader
-from streamprune.pruning.stats import InputStats
 
 Accumulate = Callable[[Tensor, Tensor, Tensor], None]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError
+from streamprune.methods.counting import long_run
 from streamprune.model.finite import rows_of
-from streamprune.pruning.counting import long_run
 
 _LOOKED_AT = 8
 _CHUNK_BYTES = 16 << 20

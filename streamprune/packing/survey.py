@@ -23,7 +23,7 @@ from streamprune.disk.linears import find_linears
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.packed import BITMASK, TWO_FOUR, packed_refs
 from streamprune.errors import CheckpointError, UnsupportedError
-from streamprune.pruning.bitmask import CHUNK_BYTES, UNSIGNED, count_kept, holds_24
+from streamprune.methods.bitmask import CHUNK_BYTES, UNSIGNED, count_kept, holds_24
 from streamprune.spec import format_bytes
 
 COUNT = np.dtype("<u4")

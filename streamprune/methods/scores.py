@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import UnsupportedError
-from streamprune.pruning.stats import InputStats
+from streamprune.methods.stats import InputStats
 
 _SMALLEST_REST = 2.0**-20
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from streamprune.pruning.inverse import Damping, feature_scale, normalised_inverse
+from streamprune.methods.inverse import Damping, feature_scale, normalised_inverse
 
 PULL = 0.15
 """How far the weights that a refit aims at go from the dense ones towards those that make up for earlier layers."""

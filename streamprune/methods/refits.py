@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from streamprune.pruning import admm, sparsegpt
-from streamprune.pruning.gram import Gram
-from streamprune.pruning.inverse import Damping, Factor
-from streamprune.pruning.refit import Metric, descend, gradually
-from streamprune.pruning.selection import Pattern
+from streamprune.methods import admm, sparsegpt
+from streamprune.methods.conjugate import Metric, descend, gradually
+from streamprune.methods.gram import Gram
+from streamprune.methods.inverse import Damping, Factor
+from streamprune.methods.selection import Pattern
 
 
 @dataclass(frozen=True)

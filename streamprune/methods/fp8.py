@@ -34,9 +34,9 @@ from torch import Tensor
 
 from streamprune.errors import UsageError
 from streamprune.kernels.torch_fp8 import encode
-from streamprune.pruning.gram import Gram
-from streamprune.pruning.inverse import Damping
-from streamprune.pruning.refit import Metric
+from streamprune.methods.conjugate import Metric
+from streamprune.methods.gram import Gram
+from streamprune.methods.inverse import Damping
 
 SCALES = ("amax", "mse")
 FP8_MAX = 448.0  # the largest number of E4M3

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import UsageError
-from streamprune.pruning.inverse import Damping, feature_scale, normalised_inverse
-from streamprune.pruning.selection import Amount, Pattern, check_pattern, prune_count, select
+from streamprune.methods.inverse import Damping, feature_scale, normalised_inverse
+from streamprune.methods.selection import Amount, Pattern, check_pattern, prune_count, select
 
 _DAMPING = Damping(0.1)
 _SAFE = 3e38  # a score above all others, and finite

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import UsageError
-from streamprune.pruning.inverse import Damping, Factor, upper_factor
-from streamprune.pruning.selection import Pattern, check_pattern, prune_count, select
+from streamprune.methods.inverse import Damping, Factor, upper_factor
+from streamprune.methods.selection import Pattern, check_pattern, prune_count, select
 
 _LEAF = 32  # columns that are visited one by one
 _DAMPING = Damping(0.01)

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from streamprune.pruning.gram import Gram
-from streamprune.pruning.inverse import Damping
+from streamprune.methods.gram import Gram
+from streamprune.methods.inverse import Damping
 
 _TINY = torch.finfo(torch.float32).tiny
 
