@@ -15,22 +15,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from streamprune.evaluation import evaluate
-    from streamprune.inspection import inspect
-    from streamprune.job import calibrate, prune
-    from streamprune.packing import pack, unpack
-    from streamprune.planning import plan
+    from streamprune.evaluation.evaluate import evaluate
+    from streamprune.inspection.inspect import inspect
+    from streamprune.packing.job import pack, unpack
+    from streamprune.planning.plan import plan
+    from streamprune.pruning.job import calibrate, prune
 
 __all__ = ["calibrate", "evaluate", "inspect", "pack", "plan", "prune", "unpack"]
 
 _HOMES = {
-    "prune": "job",
-    "calibrate": "job",
-    "evaluate": "evaluation",
-    "plan": "planning",
-    "inspect": "inspection",
-    "pack": "packing",
-    "unpack": "packing",
+    "prune": "pruning.job",
+    "calibrate": "pruning.job",
+    "evaluate": "evaluation.evaluate",
+    "plan": "planning.plan",
+    "inspect": "inspection.inspect",
+    "pack": "packing.job",
+    "unpack": "packing.job",
 }
 
 

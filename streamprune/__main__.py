@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from streamprune import interrupts
+from streamprune.process import interrupts
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -20,7 +20,7 @@ def run() -> NoReturn:
     """
     interrupts.listen(interrupts.leave)  # before more is imported
     from streamprune.cli import main
-    from streamprune.console import steady_streams
+    from streamprune.process.console import steady_streams
 
     _steady_heap()
     steady_streams()

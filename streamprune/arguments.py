@@ -264,6 +264,6 @@ def _resource_options(p: argparse.ArgumentParser, with_kernels: bool = True) -> 
 
 
 def _version() -> str:
-    from streamprune.spec import version_of
+    from streamprune.process.versions import version_of
 
     return version_of("streamprune")

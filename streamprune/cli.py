@@ -11,15 +11,15 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from streamprune import interrupts
 from streamprune.arguments import Handler, make_parser
-from streamprune.console import aside, speaks_unicode, stdout_kept_clean
 from streamprune.disk.claims import check_folder
 from streamprune.disk.places import settle_hub_caches
 from streamprune.errors import INTERRUPTED, ResourceError, StreampruneError, UsageError
+from streamprune.process import interrupts
+from streamprune.process.console import aside, speaks_unicode, stdout_kept_clean
 
 if TYPE_CHECKING:
-    from streamprune.packing import PackResult
+    from streamprune.packing.job import PackResult
 
 
 def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
@@ -134,7 +134,7 @@ def _fail(args: argparse.Namespace, error: BaseException, message: str, code: in
 
 
 def _resources(args: argparse.Namespace) -> dict[str, Any]:
-    from streamprune.spec import parse_bytes
+    from streamprune.process.memory import parse_bytes
 
     return {
         "device": args.device, "dtype": args.dtype, "work": args.work, "trust_remote_code": args.trust_remote_code,
@@ -154,9 +154,9 @@ def _print_json(value: object) -> None:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from streamprune.job import prune
+    from streamprune.process.memory import format_bytes
     from streamprune.progress import show_progress
-    from streamprune.spec import format_bytes
+    from streamprune.pruning.job import prune
 
     own = (
         "sparsity", "pattern", "method", "score", "selector", "refit", "damping", "allocate", "quantize", "fp8_scale",
@@ -182,9 +182,9 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from streamprune.job import calibrate
+    from streamprune.process.memory import format_bytes
     from streamprune.progress import show_progress
-    from streamprune.spec import format_bytes
+    from streamprune.pruning.job import calibrate
 
     with show_progress("calibrate", args.quiet) as progress:
         result = calibrate(args.model, args.out, **_calibration(args), **_resources(args), progress=progress)
@@ -206,7 +206,7 @@ def _eval(args: argparse.Namespace) -> int:
     import dataclasses
 
     check_folder(args.model)
-    from streamprune.evaluation import evaluate
+    from streamprune.evaluation.evaluate import evaluate
     from streamprune.progress import show_progress
     from streamprune.tables import evaluation_lines
 
@@ -226,7 +226,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from streamprune.inspection import inspect
+    from streamprune.inspection.inspect import inspect
     from streamprune.tables import inspection_table
 
     found = inspect(
@@ -243,8 +243,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     check_folder(args.model)
-    from streamprune.planning import plan
-    from streamprune.spec import parse_bytes
+    from streamprune.planning.plan import plan
+    from streamprune.process.memory import parse_bytes
     from streamprune.tables import plan_table
 
     with stdout_kept_clean():
@@ -263,7 +263,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from streamprune.packing import pack
+    from streamprune.packing.job import pack
     from streamprune.progress import show_progress
 
     with show_progress("pack", args.quiet) as progress:
@@ -275,7 +275,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _unpack(args: argparse.Namespace) -> int:
-    from streamprune.packing import unpack
+    from streamprune.packing.job import unpack
     from streamprune.progress import show_progress
 
     with show_progress("unpack", args.quiet) as progress:
@@ -284,7 +284,7 @@ def _unpack(args: argparse.Namespace) -> int:
 
 
 def _print_packed(args: argparse.Namespace, result: PackResult) -> int:
-    from streamprune.spec import format_bytes
+    from streamprune.process.memory import format_bytes
 
     if args.json:
         _print_json({

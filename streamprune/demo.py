@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from streamprune.evaluation import evaluate
-from streamprune.inspection import inspect
-from streamprune.job import JobResult, prune
-from streamprune.spec import Progress, ProgressCallback
+from streamprune.evaluation.evaluate import evaluate
+from streamprune.inspection.inspect import inspect
+from streamprune.progress import Progress, ProgressCallback
+from streamprune.pruning.job import JobResult, prune
 
 SAMPLES, SEQLEN = 64, 256
 

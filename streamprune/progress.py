@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from streamprune.console import aside, stdout_kept_clean
-from streamprune.spec import Progress, ProgressCallback, no_progress
+from streamprune.process.console import aside, stdout_kept_clean
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished step: stage `done` of `total`, called `name`, after `seconds`. Jobs tell it from a second thread."""
+
+    name: str
+    done: int
+    total: int
+    seconds: float
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def no_progress(step: Progress) -> None:
+    """Tells nobody."""
 
 
 @contextmanager

@@ -9,14 +9,14 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from streamprune.spec import format_bytes
+from streamprune.process.memory import format_bytes
 
 if TYPE_CHECKING:
-    from streamprune.evaluation import Evaluation
+    from streamprune.evaluation.evaluate import Evaluation
     from streamprune.inspection.difference import Difference
     from streamprune.inspection.report import Inspection, LinearReport, Totals
-    from streamprune.model.cost import Split
-    from streamprune.planning import Plan
+    from streamprune.planning.cost import Split
+    from streamprune.planning.plan import Plan
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 

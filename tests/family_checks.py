@@ -33,11 +33,11 @@ from whole_model import (
     windows_of,
 )  # fmt: skip
 
+from streamprune.calibration.statistics import StatisticsFile
 from streamprune.errors import UnsupportedError
-from streamprune.evaluation import evaluate
-from streamprune.inspection import inspect
-from streamprune.job import JobResult
-from streamprune.model.statistics import StatisticsFile
+from streamprune.evaluation.evaluate import evaluate
+from streamprune.inspection.inspect import inspect
+from streamprune.pruning.job import JobResult
 
 LAYERS = 2
 ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate)(\.\w+)?$")

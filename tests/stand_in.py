@@ -522,7 +522,7 @@ def _telling(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(threading.Event, "set", tell)
     patch.setattr(threading.Event, "wait", hear)
-    patch.setattr("streamprune.disk.behind.queue", SimpleNamespace(SimpleQueue=_Queue))
+    patch.setattr("streamprune.process.background.queue", SimpleNamespace(SimpleQueue=_Queue))
 
 
 @contextmanager

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from streamprune.calibration.statistics import Collector, StatisticsFile
 from streamprune.cli import main
 from streamprune.errors import StateError, UsageError
-from streamprune.job import calibrate, prune
-from streamprune.model.statistics import Collector, StatisticsFile
-from streamprune.spec import Progress
+from streamprune.progress import Progress
+from streamprune.pruning.job import calibrate, prune
 
 GIVEN: dict[str, Any] = {"samples": 4, "seqlen": 32, "dtype": "float32"}
 

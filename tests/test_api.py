@@ -17,7 +17,7 @@ import pytest
 
 import streamprune
 from streamprune.errors import ResourceError, UsageError
-from streamprune.spec import Progress
+from streamprune.progress import Progress
 
 Models = Callable[..., Path]
 VERBS = ["calibrate", "evaluate", "inspect", "pack", "plan", "prune", "unpack"]
@@ -42,7 +42,7 @@ def test_exports() -> None:
 
 def test_importing_is_light() -> None:
     """Nothing happens on import; torch comes with the first verb."""
-    code = "import streamprune, streamprune.cli, streamprune.job, sys; print('torch' in sys.modules)"
+    code = "import streamprune, streamprune.cli, streamprune.pruning.job, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("False\n", "")
 
@@ -182,7 +182,7 @@ def test_less_memory_makes_smaller_batches(
         found = estimate(*args, **more)
         return budget.Budget(found.base, found.reserve, found.stage, 50 << 20)
 
-    for place in ("streamprune.model.budget.estimate", "streamprune.job_prepare.estimate"):
+    for place in ("streamprune.model.budget.estimate", "streamprune.pruning.prepare.estimate"):
         monkeypatch.setattr(place, large)
     room = BASE + budget.RESERVE + (1 << 20)  # the stages are smaller than 1 MiB
     for batch in (6, 4, 1):

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from whole_model import in_memory, linears_of, stored
 
 from streamprune.errors import UnsupportedError
-from streamprune.evaluation import evaluate
-from streamprune.job import calibrate, prune
-from streamprune.planning import plan
+from streamprune.evaluation.evaluate import evaluate
+from streamprune.planning.plan import plan
+from streamprune.pruning.job import calibrate, prune
 
 FITTING = [*DENSE, *RECURRENT, *SEEING]
 REFITTED = {"gpt2", "phi3", "mpt", "falcon_h1", "qwen3_vl"}

@@ -15,14 +15,14 @@ from test_device_path import LAYOUTS, Use, use, weights_of  # noqa: F401 -- use 
 from test_refit_jobs import BATCH, SAMPLES, SEQLEN, collect, linears, run
 from whole_model import in_memory, round_states
 
+from streamprune.calibration.gram_sums import GramCollector, HoldOut
 from streamprune.errors import UnsupportedError, UsageError
-from streamprune.job import JobResult, prune
-from streamprune.job_paired import writers_of
 from streamprune.methods import gram as gram_module
 from streamprune.methods.gram import Debt, Gram
-from streamprune.model.gram_sums import GramCollector, HoldOut
-from streamprune.planning import plan
-from streamprune.spec import Progress
+from streamprune.planning.plan import plan
+from streamprune.progress import Progress
+from streamprune.pruning.job import JobResult, prune
+from streamprune.pruning.paired import writers_of
 
 Models = Callable[..., Path]
 AIM: dict[str, Any] = {"refit": "cg", "sparsity": 0.5, "propagate": "asymmetric"}

@@ -511,7 +511,7 @@ def test_a_fault_of_ours(
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("streamprune.job.prune", fail)
+    monkeypatch.setattr("streamprune.pruning.job.prune", fail)
     assert command(*prune_args) == 1
     line = "streamprune: error: unexpected RuntimeError: first line second line; run again with --debug for the place\n"
     assert capsys.readouterr().err == line

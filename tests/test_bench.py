@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from streamprune import cli
-from streamprune.inspection import inspect
+from streamprune.inspection.inspect import inspect
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 TINY = ["--hidden", "64", "--intermediate", "128", "--heads", "4", "--kv-heads", "2", "--vocab", "2048"]

@@ -14,10 +14,10 @@ import pytest
 from refusals import refused
 from windows import cut, drawn
 
+from streamprune.calibration.texts import Text, check_seqlen, default_seqlen
+from streamprune.calibration.windows import STREAM_WINDOWS, tokens_digest
 from streamprune.errors import CheckpointError, UsageError
-from streamprune.job import prune
-from streamprune.model.calibration import STREAM_WINDOWS, tokens_digest
-from streamprune.model.texts import Text, check_seqlen, default_seqlen
+from streamprune.pruning.job import prune
 
 VOCAB = 199
 Models = Callable[..., Path]

@@ -20,7 +20,7 @@ import torch
 from streamprune import arguments
 from streamprune.cli import build_parser, main
 from streamprune.disk.cache import CacheReader
-from streamprune.job import calibrate, prune
+from streamprune.pruning.job import calibrate, prune
 
 Models = Callable[..., Path]
 WINDOW = ["--samples", "3", "--seqlen", "16"]
@@ -407,7 +407,7 @@ def test_from_a_source_tree_that_is_not_installed(
             raise PackageNotFoundError(package)
         return version(package)
 
-    monkeypatch.setattr("streamprune.spec.version", known)
+    monkeypatch.setattr("streamprune.process.versions.version", known)
     assert run("prune", models(layers=1), tmp_path / "out", "--pattern", "2:4", "--method", "magnitude").code == 0
     assert run("pack", tmp_path / "out", tmp_path / "packed").code == 0
     for folder in ("out", "packed"):

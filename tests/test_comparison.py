@@ -20,17 +20,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from streamprune import comparison, evaluation
 from streamprune.cli import main
-from streamprune.comparison import Subject, divergence, fit_two, predictions, ram_of_two
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
-from streamprune.evaluation import Evaluation, evaluate
-from streamprune.job import prune
+from streamprune.evaluation import evaluate as evaluation
+from streamprune.evaluation import two_models as comparison
+from streamprune.evaluation.evaluate import Evaluation, evaluate
+from streamprune.evaluation.two_models import Subject, divergence, fit_two, predictions, ram_of_two
 from streamprune.model.budget import CONTEXT, RESERVE, Layout, estimate, memory_of
 from streamprune.model.feed import Feed
 from streamprune.model.skeleton import build_skeleton
-from streamprune.spec import Progress
+from streamprune.progress import Progress
+from streamprune.pruning.job import prune
 
 N = 24
 WINDOWS = 11
@@ -458,8 +459,8 @@ def test_the_path_of_a_device(
 ) -> None:  # fmt: skip
     """Every layout finds the same; on disk is what does not stay on the device, and the check counts just that."""
     layouts = [Layout(2, layers, r, 0) for r in resident]
-    monkeypatch.setattr("streamprune.evaluation.lay_out_two", lambda *args: (*layouts, keep))
-    monkeypatch.setattr("streamprune.evaluation.Feed", functools.partial(Feed, copies=True))
+    monkeypatch.setattr("streamprune.evaluation.evaluate.lay_out_two", lambda *args: (*layouts, keep))
+    monkeypatch.setattr("streamprune.evaluation.evaluate.Feed", functools.partial(Feed, copies=True))
     size, most = WINDOWS * N * 32 * 4, 0
     before = threading.active_count()
 

@@ -17,10 +17,10 @@ from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.claims import check_claims
 from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError
-from streamprune.evaluation import evaluate
-from streamprune.job import prune
+from streamprune.evaluation.evaluate import evaluate
 from streamprune.model.skeleton import build_skeleton
-from streamprune.planning import plan
+from streamprune.planning.plan import plan
+from streamprune.pruning.job import prune
 
 Models = Callable[..., Path]
 
@@ -88,7 +88,7 @@ def test_what_no_checkpoint_holds(
     def never(*args: object, **more: object) -> None:
         raise AssertionError("something is built")
 
-    for module in ("job_run", "planning", "evaluation"):
+    for module in ("pruning.run", "planning.plan", "evaluation.evaluate"):
         monkeypatch.setattr(f"streamprune.{module}.build_skeleton", never)
     needles = ("config.json", name, "download the checkpoint again")
     refused(CheckpointError, lambda: prune(source, tmp_path / "out", pattern="2:4", calib=text), *needles)

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from streamprune import cli, console
+from streamprune import cli
 from streamprune.cli import main
+from streamprune.process import console
 
 Models = Callable[..., Path]
 

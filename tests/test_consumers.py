@@ -21,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from streamprune.inspection import inspect
-from streamprune.job import prune
+from streamprune.inspection.inspect import inspect
 from streamprune.methods.recipes import RECIPES
+from streamprune.pruning.job import prune
 
 LAYERS, HEADS, KV_HEADS = 2, 4, 2
 QUANTISED = [name for name, recipe in RECIPES.items() if getattr(recipe, "quantize", None) is not None]

@@ -17,17 +17,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from streamprune.calibration.statistics import StatisticsFile
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
-from streamprune.job import calibrate
-from streamprune.model import speeds as measuring
-from streamprune.model.cost import PER_BATCH, PER_COLUMN, Course, Speeds, Split, Work, stage_seconds
-from streamprune.model.hollow import LAYER_BYTES, HollowLayer, window_size
-from streamprune.model.refit_cost import RefitWork
+from streamprune.model.blank_layer import LAYER_BYTES, BlankLayer, window_size
 from streamprune.model.skeleton import build_skeleton
-from streamprune.model.statistics import StatisticsFile
-from streamprune.planning import plan
-from streamprune.planning_refits import inputs_shared
+from streamprune.planning import speeds as measuring
+from streamprune.planning.cost import PER_BATCH, PER_COLUMN, Course, Speeds, Split, Work, stage_seconds
+from streamprune.planning.plan import plan
+from streamprune.planning.refit_cost import RefitWork
+from streamprune.planning.refits import inputs_shared
+from streamprune.pruning.job import calibrate
 
 Models = Callable[..., Path]
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]
@@ -170,7 +170,7 @@ def test_every_speed_is_measured(
         widths.append(list(found))
         return statistics(found, *args)
 
-    monkeypatch.setattr("streamprune.planning.measure", measure)
+    monkeypatch.setattr("streamprune.planning.plan.measure", measure)
     monkeypatch.setattr(measuring, "_statistics", gathered)
     monkeypatch.setattr(ShardMaps, "tensor", None)  # no weight is read but to time the disk
     plan(models(kind), samples=4, seqlen=32)
@@ -247,7 +247,7 @@ def test_measuring_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with largest:
             return measuring.measure(*args, **how)
 
-    monkeypatch.setattr("streamprune.planning.measure", measure)
+    monkeypatch.setattr("streamprune.planning.plan.measure", measure)
     found = plan(huge(tmp_path / "model"), method="obs-admm", samples=4, seqlen=2048)
     assert found.stages[1].nbytes > 1600 << 20
     assert 1 << 20 < largest.nbytes <= 160 << 20
@@ -273,7 +273,7 @@ def test_hollow_layer_does_not_touch_weights(models: Models) -> None:
     """It makes finite states of the right shape from nothing."""
     checkpoint = open_checkpoint(models())
     skeleton = build_skeleton(checkpoint, torch.bfloat16)
-    layer = HollowLayer(checkpoint, skeleton, torch.bfloat16, torch.device("cpu"), 2, 16)
+    layer = BlankLayer(checkpoint, skeleton, torch.bfloat16, torch.device("cpu"), 2, 16)
     layer.embed()
     assert layer.states.shape == (2, 16, 32) and layer.tokens == 32 and not bool(layer.states.any())
     with layer.ready() as run:

@@ -22,7 +22,7 @@ from crashing import CrashDisk, FaultyOs, NoSync, Tree, recorded, replace_os, re
 
 from streamprune.disk import durable
 from streamprune.errors import ResourceError
-from streamprune.job import JobResult, calibrate, prune
+from streamprune.pruning.job import JobResult, calibrate, prune
 
 Job = Callable[[], JobResult]
 

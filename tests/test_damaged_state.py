@@ -15,9 +15,9 @@ from test_packed import two_four
 from test_packing import LEGACY, save
 
 from streamprune.errors import CorruptStateError, StreampruneError
-from streamprune.job import calibrate, prune
-from streamprune.packing import pack, unpack
-from streamprune.spec import Progress
+from streamprune.packing.job import pack, unpack
+from streamprune.progress import Progress
+from streamprune.pruning.job import calibrate, prune
 
 Job = Callable[..., Any]
 Place = tuple[str | int, ...]

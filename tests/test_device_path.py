@@ -1,6 +1,6 @@
 """The path of a GPU, on Torch's CPU device: weights sent ahead, resident states, pruning beside the next layer's pass.
 
-What differs on a real GPU are streams and pinned memory (model/lane.py): for these see test_stand_in.py.
+What differs on a real GPU are streams and pinned memory (model/copies.py): for these see test_stand_in.py.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from streamprune.disk.cache import CacheReader
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, ResourceError, UsageError
-from streamprune.evaluation import evaluate
-from streamprune.job import JobResult, calibrate, prune
+from streamprune.evaluation.evaluate import evaluate
 from streamprune.model import budget, passes
 from streamprune.model.activations import Activations
 from streamprune.model.budget import Layout, lay_out, memory_of
 from streamprune.model.feed import Feed
 from streamprune.model.skeleton import build_skeleton
-from streamprune.spec import Progress
+from streamprune.progress import Progress
+from streamprune.pruning.job import JobResult, calibrate, prune
 
 CPU = torch.device("cpu")
 LAYOUTS = {
@@ -45,9 +45,9 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
 
     def set_layout(layers: int, resident: bool, batch: int = 2) -> None:
         layout = Layout(batch, layers, resident, 0)
-        monkeypatch.setattr("streamprune.job_run.layout_of", lambda *args: layout)
-        monkeypatch.setattr("streamprune.evaluation.layout_for", lambda *args, **more: layout)
-        for place in ("job_run", "job_pass", "evaluation"):
+        monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
+        monkeypatch.setattr("streamprune.evaluation.evaluate.layout_for", lambda *args, **more: layout)
+        for place in ("pruning.run", "pruning.forward", "evaluation.evaluate"):
             monkeypatch.setattr(f"streamprune.{place}.Feed", functools.partial(Feed, copies=True))
 
     yield set_layout
@@ -114,7 +114,7 @@ def test_resumed_at_any_stage_in_any_layout(
     models: Models, text: Path, tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch,
     layers_resident: tuple[int, bool], at: int, seconds: float,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("streamprune.job_pass.PERSIST_SECONDS", seconds)
+    monkeypatch.setattr("streamprune.pruning.forward.PERSIST_SECONDS", seconds)
     use(3, True)
     job(models, text, "llama", tmp_path / "whole")
 
@@ -443,7 +443,7 @@ def test_weights_that_found_no_room_are_sent_again(models: Models, monkeypatch: 
 def test_pruning_in_halves_where_temporaries_do_not_fit(
     models: Models, text: Path, tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamprune.target import Target
+    from streamprune.pruning.target import Target
 
     use(2, True)
     job(models, text, "llama", tmp_path / "whole")

@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from streamprune.cli import main
 from streamprune.errors import CheckpointError, UsageError
 from streamprune.inspection import count as inspection_count
-from streamprune.inspection import difference, inspect
+from streamprune.inspection import difference
 from streamprune.inspection import stored as stored_tensors
 from streamprune.inspection.difference import LinearDifference
+from streamprune.inspection.inspect import inspect
 from streamprune.methods.bitmask import pack_rows
 from streamprune.tables import inspection_table
 

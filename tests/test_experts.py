@@ -35,22 +35,22 @@ from whole_model import (
 )  # fmt: skip
 from windows import cut
 
+from streamprune.calibration.statistics import StatisticsFile
 from streamprune.cli import main
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, StateError, UnsupportedError, UsageError
-from streamprune.evaluation import evaluate
-from streamprune.job import JobResult, calibrate, prune
-from streamprune.job_pass import Pass
-from streamprune.job_prepare import layout_of
+from streamprune.evaluation.evaluate import evaluate
 from streamprune.model.binding import _ExpertWeights
 from streamprune.model.budget import EXPERT_TOKENS, GROUP_BYTES, Budget, Layout, estimate, group_of, waiting_bytes
 from streamprune.model.experts import check_experts, is_experts
 from streamprune.model.feed import Feed
 from streamprune.model.routed import Routed, padded_rows
 from streamprune.model.skeleton import build_skeleton
-from streamprune.model.statistics import StatisticsFile
+from streamprune.pruning.forward import Pass
+from streamprune.pruning.job import JobResult, calibrate, prune
+from streamprune.pruning.prepare import layout_of
 
 PAIRS = {"pattern": "2:4", "method": "wanda", "score": "wanda"}
 HALF = {"sparsity": 0.5, "method": "swiftprune", "score": "lscore", "selector": "ewma"}
@@ -217,7 +217,7 @@ def test_routers_stay(make: Make, text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind, router", [("phimoe", "router"), ("hunyuan_v1_moe", "gate.wg")])
 def test_routers_that_are_linears(make: Make, kind: str, router: str) -> None:
-    from streamprune.choosing import selected_linears
+    from streamprune.pruning.linears import selected_linears
 
     stages = build_skeleton(open_checkpoint(make(kind)), torch.float32).stages
     name = f"model.layers.1.mlp.{router}"
@@ -320,7 +320,9 @@ def test_room_for_grams(make: Make, text: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Pass, "gather", spy)
     one = 4 * 32 * 32
     for room in (99 * one, 4 * one, one, one // 3):
-        monkeypatch.setattr("streamprune.job_run.layout_of", lambda *a, room=room: replace(layout_of(*a), room=room))
+        monkeypatch.setattr(
+            "streamprune.pruning.run.layout_of", lambda *a, room=room: replace(layout_of(*a), room=room)
+        )
         out[room] = run(source, tmp_path / f"{room}", text, job).out
     wanted = weights_of(out[99 * one])
     for room in (4 * one, one):
@@ -440,7 +442,7 @@ def test_who_is_worth_waiting_for(make: Make, monkeypatch: pytest.MonkeyPatch) -
     """Rows for efficient products where the system keeps the experts' files in memory; all where it cannot."""
     skeleton = build_skeleton(open_checkpoint(make("qwen3_moe")), torch.float32)  # 2 of 8 experts a token
     assert estimate(skeleton, 1000, torch.float32).enough == math.ceil(4 * EXPERT_TOKENS / 1000)
-    monkeypatch.setattr("streamprune.model.cost.available_bytes", lambda: skeleton.layer_stages[0].nbytes)
+    monkeypatch.setattr("streamprune.model.shapes.available_bytes", lambda: skeleton.layer_stages[0].nbytes)
     assert estimate(skeleton, 1000, torch.float32).enough is None
 
 
@@ -461,8 +463,8 @@ def test_on_a_device(
     more = {"backend": "torch", "expert_tokens": LEAST, **how}
     run(source, tmp_path / "plain", text, **more)
     layout = Layout(BATCH, layers, resident, 0)
-    monkeypatch.setattr("streamprune.job_run.layout_of", lambda *args: layout)
-    monkeypatch.setattr("streamprune.evaluation.layout_for", lambda *args, **more: layout)
+    monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
+    monkeypatch.setattr("streamprune.evaluation.evaluate.layout_for", lambda *args, **more: layout)
     monkeypatch.setattr("streamprune.model.feed._PIECE_BYTES", 3000)
     with plugged_in(Card()):
         out = run(source, tmp_path / "out", text, device="cuda:0", **more).out
@@ -476,7 +478,7 @@ def test_few_experts_on_a_device(
     make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Job
 ) -> None:
     """Also where they are pruned: one at work, one on its way, however many a layer has."""
-    monkeypatch.setattr("streamprune.job_run.Feed", functools.partial(Feed, copies=True))
+    monkeypatch.setattr("streamprune.pruning.run.Feed", functools.partial(Feed, copies=True))
     expect, most = Feed.expect, list[int]()
 
     def spy(feed: Feed, refs: Any) -> None:

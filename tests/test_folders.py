@@ -14,16 +14,16 @@ import torch
 from refusals import refused
 from safetensors.torch import load_file, save_file
 
+from streamprune.calibration import tokens
 from streamprune.cli import main
 from streamprune.disk import journal
 from streamprune.errors import CheckpointError, StateError, UnsupportedError
-from streamprune.evaluation import evaluate
-from streamprune.inspection import inspect
-from streamprune.job import calibrate, prune
-from streamprune.model import tokens
-from streamprune.packing import pack, unpack
-from streamprune.planning import plan
-from streamprune.spec import Progress
+from streamprune.evaluation.evaluate import evaluate
+from streamprune.inspection.inspect import inspect
+from streamprune.packing.job import pack, unpack
+from streamprune.planning.plan import plan
+from streamprune.progress import Progress
+from streamprune.pruning.job import calibrate, prune
 
 Models = Callable[..., Path]
 HOW: dict[str, Any] = {"pattern": "2:4", "samples": 2, "seqlen": 8}

@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM
 
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.errors import CheckpointError, StreampruneError, UnsupportedError, UsageError
-from streamprune.evaluation import evaluate
-from streamprune.job import JobResult, prune
+from streamprune.evaluation.evaluate import evaluate
 from streamprune.methods.fp8 import dequantise, quantise
 from streamprune.methods.recipes import RECIPES
-from streamprune.planning import plan
+from streamprune.planning.plan import plan
+from streamprune.pruning.job import JobResult, prune
 
 Models = Callable[..., Path]
 FP8 = torch.float8_e4m3fn
@@ -456,7 +456,7 @@ def test_rows_are_read_once_and_in_pieces(
 ) -> None:
     """Chunks of a few rows write what whole linears do."""
     whole = tensors(job("whole", method="hwpq", pattern="2:4").out)
-    monkeypatch.setattr("streamprune.stage_writer.CHUNK_BYTES", 5 * 64)
+    monkeypatch.setattr("streamprune.pruning.shard.CHUNK_BYTES", 5 * 64)
     parts = tensors(job("parts", method="hwpq", pattern="2:4").out)
     for name, tensor in whole.items():
         assert np.array_equal(tensor.view(torch.uint8).numpy(), parts[name].view(torch.uint8).numpy()), name

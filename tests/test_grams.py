@@ -15,6 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sparsegpt import normal
 
+from streamprune.calibration import gram_sums as grams_module
+from streamprune.calibration.gram_sums import MOST_HELD, GramCollector, HoldOut
+from streamprune.calibration.grams import LayerGrams, gram_bytes
+from streamprune.calibration.statistics import Collector
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, ResourceError, UsageError
@@ -22,15 +26,11 @@ from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping
 from streamprune.methods.refits import METHODS, Choice, Method, Prepared, Sample
 from streamprune.methods.selection import Amount
-from streamprune.model import gram_sums as grams_module
 from streamprune.model.budget import Budget, RefitNeeds, _room, layout_for
 from streamprune.model.feed import Feed
-from streamprune.model.gram_sums import MOST_HELD, GramCollector, HoldOut
-from streamprune.model.grams import LayerGrams, gram_bytes
 from streamprune.model.skeleton import build_skeleton
-from streamprune.model.statistics import Collector
 from streamprune.model.walk import Walk
-from streamprune.refitting import LayerRefit, Outcome, Refit
+from streamprune.pruning.refit import LayerRefit, Outcome, Refit
 
 SEQLEN = 16
 SAMPLES = 9
@@ -376,7 +376,7 @@ def test_a_damping_that_had_to_be_larger_is_reported(tmp_path: Path, damping: st
         Refit("sparsegpt", damping), lambda linear: Amount(0.5), gathering.grams, lambda *args: weight.abs() > 0.7, None
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamprune.refitting.choose", lambda *args: {"down": Choice(args[-1][0], None, None)})
+        patch.setattr("streamprune.pruning.refit.choose", lambda *args: {"down": Choice(args[-1][0], None, None)})
         report = work.begin("down", sample).report()
     assert ("damping_asked" in report) == failed
     assert report["damping"] > float(damping) == report["damping_asked"] if failed else report["damping"] == 0.1

@@ -23,8 +23,8 @@ from streamprune.disk.linears import find_linears
 from streamprune.disk.packed import BITMASK, LAYOUTS, TWO_FOUR
 from streamprune.errors import CheckpointError, UnsupportedError, UsageError
 from streamprune.inspection import count as inspection_count
-from streamprune.inspection import inspect
 from streamprune.inspection import stored as stored_tensors
+from streamprune.inspection.inspect import inspect
 from streamprune.inspection.report import LinearReport
 from streamprune.methods.bitmask import pack_rows
 from streamprune.tables import inspection_table

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from streamprune import interrupts, job_run
 from streamprune.cli import main
+from streamprune.process import interrupts
+from streamprune.pruning import run as run_module
 
 Models = Callable[..., Path]
 
@@ -72,7 +73,7 @@ def test_a_signal_that_is_swallowed_is_heard_all_the_same(
         Swallows()
 
     monkeypatch.setattr("streamprune.progress.aside", line)
-    monkeypatch.setattr(job_run, "clear_rubbish", begin)
+    monkeypatch.setattr(run_module, "clear_rubbish", begin)
     code = main(["prune", str(models()), str(tmp_path / "out"), "--pattern", "2:4", "--calib", str(text),
                  "--samples", "2", "--seqlen", "8"])  # fmt: skip
     printed = capsys.readouterr()
@@ -90,7 +91,7 @@ def test_an_error_that_an_interrupt_became_is_an_interrupt(
         except KeyboardInterrupt:
             raise RuntimeError("a callback has failed") from None
 
-    monkeypatch.setattr("streamprune.planning.plan", plan)
+    monkeypatch.setattr("streamprune.planning.plan.plan", plan)
     assert main(["plan", str(models())]) == 130
     assert capsys.readouterr().err == "streamprune: error: interrupted\n"
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from streamprune.disk import durable, journal
 from streamprune.errors import CorruptStateError
-from streamprune.job import JobResult, prune
+from streamprune.pruning.job import JobResult, prune
 
 RECORDS: list[dict[str, Any]] = [
     {"stage": "embed", "n": 1},

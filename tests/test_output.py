@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamprune.inspection import inspect
-from streamprune.job import prune
+from streamprune.inspection.inspect import inspect
+from streamprune.pruning.job import prune
 
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]
 Models = Callable[..., Path]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from test_packed import sparse, two_four
 
 import streamprune.methods.bitmask as bitmask
-import streamprune.packing as packing
+import streamprune.packing.job as packing
 from streamprune.cli import main
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.lock import Lock
@@ -35,9 +35,9 @@ from streamprune.errors import (
     UnsupportedError,
     UsageError,
 )
-from streamprune.evaluation import evaluate
-from streamprune.job import prune
-from streamprune.packing import pack, unpack
+from streamprune.evaluation.evaluate import evaluate
+from streamprune.packing.job import pack, unpack
+from streamprune.pruning.job import prune
 
 LEGACY = Path(__file__).parent / "data" / "legacy_packed"
 ITEM = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F8_E4M3": np.uint8, "U8": np.uint8}

@@ -15,7 +15,7 @@ from test_packed import sparse
 from test_packing import LEGACY, half, layer, save
 
 from streamprune.errors import ResourceError
-from streamprune.packing import PackResult, pack, unpack
+from streamprune.packing.job import PackResult, pack, unpack
 
 Job = Callable[..., PackResult]
 JOBS = ["pack", "unpack", "unpack with a report", "unpack another program's"]

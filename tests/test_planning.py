@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from streamprune.disk import durable
 from streamprune.errors import ResourceError, UnsupportedError, UsageError
-from streamprune.job import prune
-from streamprune.job_prepare import layout_of, models_at_once, refit_needs
-from streamprune.model import speeds as measuring
 from streamprune.model.budget import Layout, RefitNeeds, estimate
-from streamprune.model.computing import resolve_device
-from streamprune.model.cost import Speeds, Split
-from streamprune.planning import Plan, plan
+from streamprune.model.device import resolve_device
+from streamprune.planning import speeds as measuring
+from streamprune.planning.cost import Speeds, Split
+from streamprune.planning.plan import Plan, plan
+from streamprune.pruning.job import prune
+from streamprune.pruning.prepare import layout_of, models_at_once, refit_needs
 from streamprune.tables import plan_table, table
 
 Models = Callable[..., Path]
@@ -78,7 +78,7 @@ def test_with_statistics(models: Models, monkeypatch: pytest.MonkeyPatch) -> Non
     """Without a pass none is planned for, and none is measured."""
     monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
     without = plan(models())
-    monkeypatch.setattr(measuring, "HollowLayer", None)
+    monkeypatch.setattr(measuring, "BlankLayer", None)
     monkeypatch.setattr(measuring, "_products", None)
     found = plan(models(), with_stats=True)
     assert found.flops == 0 and found.cache_bytes == 0
@@ -165,8 +165,8 @@ def test_memory_of_a_refit(
     def resolve(device: str) -> torch.device:
         return torch.device("meta") if device == "meta" else resolve_device(device)
 
-    monkeypatch.setattr("streamprune.planning.resolve_device", resolve)
-    monkeypatch.setattr("streamprune.job_run.resolve_device", resolve)
+    monkeypatch.setattr("streamprune.planning.plan.resolve_device", resolve)
+    monkeypatch.setattr("streamprune.pruning.run.resolve_device", resolve)
     seen: list[tuple[Layout, RefitNeeds, int]] = []
 
     def stop(
@@ -189,7 +189,7 @@ def test_memory_of_a_refit(
         seen.append((layout, needs, budget.peak(layout.batch)))
         raise ResourceError("seen enough")
 
-    monkeypatch.setattr("streamprune.job_run.layout_of", stop)
+    monkeypatch.setattr("streamprune.pruning.run.layout_of", stop)
     both = {"samples": 7, "seqlen": 24, **how, **more}
     if "device" in more:  # so that all but the refit is as without one
         both["propagate"] = "pruned"
@@ -215,7 +215,7 @@ def test_the_least_memory_is_enough_for_a_refit(
 ) -> None:
     """Whichever of the two takes more; beside a refit's arrays any batch of this text is small."""
     monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
-    monkeypatch.setattr("streamprune.refitting.WORKING_BYTES", working)
+    monkeypatch.setattr("streamprune.pruning.refit.WORKING_BYTES", working)
     how: dict[str, Any] = {"samples": 7, "seqlen": 24, "refit": "cg", "only": "mlp", "propagate": "pruned"}
     least = plan(models(), **how).least_ram_bytes
     with pytest.raises(ResourceError):
@@ -257,7 +257,7 @@ def test_time_of_a_refit(models: Models) -> None:
 def test_recipes_without_a_refit(models: Models, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]) -> None:
     """Nothing changes, and nothing of a refit is looked for; magnitude needs no pass."""
     monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
-    monkeypatch.setattr("streamprune.planning_refits.inputs_shared", None)
+    monkeypatch.setattr("streamprune.planning.refits.inputs_shared", None)
     how: dict[str, Any] = {"samples": 8, "seqlen": 32, "speeds": EVEN, **more}
     plain = plan(models(), **how)
     assert plan(models(), method="wanda", **how) == plan(models(), method="admm", refit="none", **how) == plain
@@ -311,7 +311,7 @@ def test_vram_is_for_a_gpu(models: Models) -> None:
 
 
 def shown(**more: Any) -> str:
-    from streamprune.planning import StagePlan
+    from streamprune.planning.plan import StagePlan
 
     stages = (
         StagePlan("embed", 10 << 20, 0, 0, 0.1),

@@ -20,7 +20,6 @@ from test_sparsegpt import correlated, normal
 from streamprune.disk import scratch
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import ResourceError
-from streamprune.memory import resident_bytes
 from streamprune.methods import conjugate as refit
 from streamprune.methods import gram as gram_module
 from streamprune.methods.conjugate import Metric, descend, gradually
@@ -28,6 +27,7 @@ from streamprune.methods.gram import Gram, Mapped
 from streamprune.methods.inverse import Damping
 from streamprune.methods.refits import METHODS, Ask, Choice, Method, Prepared, Sample, choose
 from streamprune.methods.selection import Amount, Pattern, prune_count, select
+from streamprune.process.memory import resident_bytes
 
 RELATIVE, ABSOLUTE = Damping(0.05), Damping(0.05, relative=False)
 PATTERNS = [Pattern(1, 2), Pattern(2, 4), Pattern(4, 8), Pattern(3, 5)]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from streamprune.calibration.gram_sums import GramCollector, HoldOut
+from streamprune.calibration.grams import LayerGrams
 from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping
 from streamprune.methods.refits import METHODS, Ask
-from streamprune.model.gram_sums import GramCollector, HoldOut
-from streamprune.model.grams import LayerGrams
-from streamprune.model.refit_cost import EFFORTS, Refitted, RefitWork, Trials, gathered, refit_work, triangle
+from streamprune.planning.refit_cost import EFFORTS, Refitted, RefitWork, Trials, gathered, refit_work, triangle
 
 
 class Counted(TorchDispatchMode):

@@ -30,18 +30,18 @@ from transformers import AutoModelForCausalLM
 from whole_model import in_memory, linears_of, round_states, stored, weight_of
 from windows import drawn
 
+from streamprune.calibration.gram_sums import HoldOut
+from streamprune.calibration.grams import LayerGrams
 from streamprune.cli import main
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import StreampruneError, UsageError
-from streamprune.job import JobResult, calibrate, prune
-from streamprune.job_pass import Pass
 from streamprune.methods import conjugate as refit
 from streamprune.model.budget import Layout
 from streamprune.model.feed import Feed
-from streamprune.model.gram_sums import HoldOut
-from streamprune.model.grams import LayerGrams
-from streamprune.spec import Progress
-from streamprune.stage_writer import StageWriter
+from streamprune.progress import Progress
+from streamprune.pruning.forward import Pass
+from streamprune.pruning.job import JobResult, calibrate, prune
+from streamprune.pruning.shard import StageWriter
 
 Models = Callable[..., Path]
 SAMPLES, SEQLEN, SEED, BATCH = 6, 32, 3, 2
@@ -318,7 +318,7 @@ def test_grams_in_a_file(
         made.append(args[1:])
         return ScratchMatrix(*args)
 
-    monkeypatch.setattr("streamprune.model.grams.ScratchMatrix", counting)
+    monkeypatch.setattr("streamprune.calibration.grams.ScratchMatrix", counting)
     monkeypatch.setattr("streamprune.methods.gram._PANEL", 4 * 64 * 5)
     passes = room(4 * 64 * 10)
     result = run(source, tmp_path / "out", text, sparsity=0.5, **how)
@@ -341,7 +341,7 @@ def test_rows_in_chunks(models: Models, text: Path, tmp_path: Path, monkeypatch:
     """As many rows at once as memory allows; those of a transposed linear, too."""
     source = models(kind, 2, "float32")
     whole = run(source, tmp_path / "whole", text, refit="cg", sparsity=0.5)
-    monkeypatch.setattr("streamprune.refitting.WORKING_BYTES", 4 * 9 * 32 * 7)
+    monkeypatch.setattr("streamprune.pruning.refit.WORKING_BYTES", 4 * 9 * 32 * 7)
     rows, descend = list[int](), refit.descend
 
     def watched(weight: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -349,7 +349,7 @@ def test_rows_in_chunks(models: Models, text: Path, tmp_path: Path, monkeypatch:
         return descend(weight, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamprune.stage_writer.sampled", lambda count: torch.arange(min(count, 7)))
+        patch.setattr("streamprune.pruning.shard.sampled", lambda count: torch.arange(min(count, 7)))
         patch.setattr("streamprune.methods.refits.descend", watched)
         result = run(source, tmp_path / "out", text, refit="cg", sparsity=0.5, damping="0.05")
     assert max(rows) <= 7
@@ -533,8 +533,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def set_layout(layers: int, resident: bool, nbytes: int) -> None:
         layout = Layout(BATCH, layers, resident, 0, nbytes)
-        monkeypatch.setattr("streamprune.job_run.layout_of", lambda *args: layout)
-        for place in ("job_run", "job_pass"):
+        monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
+        for place in ("pruning.run", "pruning.forward"):
             monkeypatch.setattr(f"streamprune.{place}.Feed", functools.partial(Feed, copies=True))
 
     return set_layout

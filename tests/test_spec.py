@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamprune.disk.linears import compile_filter
 from streamprune.errors import UsageError
 from streamprune.methods.recipes import RECIPES, SCORES, SELECTORS, make_recipe
-from streamprune.report import recipe_name
-from streamprune.spec import Calibration, JobSpec, compile_filter, format_bytes, parse_bytes
+from streamprune.process.memory import format_bytes, parse_bytes
+from streamprune.pruning.report import recipe_name
+from streamprune.pruning.spec import Calibration, JobSpec
 
 SPEC = JobSpec(
     verb="prune", model={"config": "c", "shards": "s"}, recipe=RECIPES["swiftprune"], sparsity=0.5, pattern=None,

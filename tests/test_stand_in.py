@@ -15,12 +15,12 @@ import torch
 from stand_in import Card, DeviceTensor, Fault, plugged_in
 
 from streamprune.errors import ResourceError
-from streamprune.evaluation import evaluate
-from streamprune.job import JobResult, prune
+from streamprune.evaluation.evaluate import evaluate
 from streamprune.model import budget
 from streamprune.model.budget import Layout
+from streamprune.model.copies import Lane, Sent
 from streamprune.model.feed import Feed
-from streamprune.model.lane import Lane, Sent
+from streamprune.pruning.job import JobResult, prune
 
 pytestmark = pytest.mark.usefixtures("one_thread", "_small_batches")
 
@@ -65,8 +65,8 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 
 def use_layout(patch: pytest.MonkeyPatch, layers: int, resident: bool) -> None:
     layout = Layout(2, layers, resident, 0)
-    patch.setattr("streamprune.job_run.layout_of", lambda *args: layout)
-    patch.setattr("streamprune.evaluation.layout_for", lambda *args, **more: layout)
+    patch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
+    patch.setattr("streamprune.evaluation.evaluate.layout_for", lambda *args, **more: layout)
 
 
 # ---- whole jobs

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from streamprune.disk import durable
 from streamprune.disk.state import REPORT, lock_of, partial_of
 from streamprune.errors import CorruptStateError, ResourceError, StateError, StreampruneError, UsageError
-from streamprune.evaluation import _scratch
-from streamprune.job import JobResult, calibrate, prune
-from streamprune.spec import Progress
+from streamprune.evaluation.evaluate import _scratch
+from streamprune.progress import Progress
+from streamprune.pruning.job import JobResult, calibrate, prune
 
 Prune = Callable[..., JobResult]
 

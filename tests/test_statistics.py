@@ -15,13 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from streamprune.calibration.statistics import Collector, StatisticsFile, merge_statistics, write_statistics
+from streamprune.calibration.statistics_header import _data_digest
 from streamprune.disk.header import read_shard
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UsageError
-from streamprune.job import calibrate, prune
 from streamprune.kernels import cpu
 from streamprune.methods.stats import InputStats
-from streamprune.model.statistics import Collector, StatisticsFile, merge_statistics, write_statistics
-from streamprune.model.statistics_header import _data_digest
+from streamprune.pruning.job import calibrate, prune
 
 Models = Callable[..., Path]
 

@@ -22,14 +22,14 @@ from transformers import PreTrainedTokenizerFast
 from whole_model import in_memory, perplexity
 from windows import cut, drawn
 
+from streamprune.calibration.text_files import BLOCK
+from streamprune.calibration.texts import Piece, Text
+from streamprune.calibration.tokens import OVERLAP, encode
 from streamprune.errors import UsageError
-from streamprune.evaluation import evaluate
-from streamprune.job import prune
-from streamprune.model.text_files import BLOCK
-from streamprune.model.texts import Piece, Text
-from streamprune.model.tokens import OVERLAP, encode
-from streamprune.planning import plan
-from streamprune.report import notes_of
+from streamprune.evaluation.evaluate import evaluate
+from streamprune.planning.plan import plan
+from streamprune.pruning.job import prune
+from streamprune.pruning.report import notes_of
 
 Models = Callable[..., Path]
 
@@ -141,7 +141,7 @@ def test_messages_go_through_the_chat_template(models: Models, tmp_path: Path) -
     def call() -> np.ndarray:
         from windows import source as source_of
 
-        from streamprune.model.calibration import Source
+        from streamprune.calibration.windows import Source
 
         plain = source_of(path, source, 199)
         return np.concatenate(list(Source(Text(path, "messages"), source, plain.config, 199).begin(8).blocks))
@@ -362,8 +362,8 @@ def test_bos(models: Models, text: Path, tmp_path: Path) -> None:
 
     from windows import source
 
+    from streamprune.calibration.windows import cut_windows
     from streamprune.disk.scratch import ScratchTokens
-    from streamprune.model.calibration import cut_windows
 
     with ScratchTokens(tmp_path) as scratch:  # no window is longer than the model's context
         at_the_limit = cut_windows(replace(source(text, adds, 199), config=limit), 16, scratch)

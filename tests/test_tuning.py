@@ -19,15 +19,15 @@ from whole_model import in_memory
 from windows import drawn
 
 from streamprune.errors import ResourceError, UnsupportedError, UsageError
-from streamprune.job import JobResult, prune
 from streamprune.methods import tuning
 from streamprune.methods.tuning import BETAS, Tuned, error_sum, filled, schedule, token_weights
 from streamprune.model.beside import RefitNeeds, TuneNeeds, beside_pass, least_beside
 from streamprune.model.budget import Budget, Layout
 from streamprune.model.feed import Feed
-from streamprune.planning import plan
-from streamprune.spec import Progress
-from streamprune.tuning import BlockTuner, held_out, windows_a_step
+from streamprune.planning.plan import plan
+from streamprune.progress import Progress
+from streamprune.pruning.job import JobResult, prune
+from streamprune.pruning.tuning import BlockTuner, held_out, windows_a_step
 
 Models = Callable[..., Path]
 SAMPLES, SEQLEN = 8, 16
@@ -250,9 +250,9 @@ def test_the_error_is_that_of_what_is_written(models: Models, text: Path, tmp_pa
 def test_a_layer_that_gets_no_better_stays(
     models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, propagate: str, harm: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("streamprune.tuning.RATES", (1.0,))
+    monkeypatch.setattr("streamprune.pruning.tuning.RATES", (1.0,))
     monkeypatch.setattr(tuning, "schedule", lambda *_: 1.0)
-    monkeypatch.setattr("streamprune.tuning.schedule", lambda *_: 1.0)
+    monkeypatch.setattr("streamprune.pruning.tuning.schedule", lambda *_: 1.0)
     result = run(models(), tmp_path / "out", text, propagate=propagate, **harm)
     run(models(), tmp_path / "plain", text, propagate=propagate, tune="none", tune_epochs=None)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
@@ -349,8 +349,8 @@ def test_every_layout_gives_the_same(
     how = {"propagate": propagate, "backend": "torch", "tune_epochs": 1}
     run(models(), tmp_path / "plain", text, **how)
     layout = Layout(2, *layers_resident, 0, windows=1)
-    monkeypatch.setattr("streamprune.job_run.layout_of", lambda *args: layout)
-    for place in ("job_run", "job_pass"):
+    monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
+    for place in ("pruning.run", "pruning.forward"):
         monkeypatch.setattr(f"streamprune.{place}.Feed", functools.partial(Feed, copies=True))
     run(models(), tmp_path / "out", text, **how)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
@@ -360,8 +360,8 @@ def test_less_memory_means_fewer_windows_at_once(
     models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 500 << 20)
-    monkeypatch.setattr("streamprune.job_prepare.estimate", functools.partial(_estimate, base=500 << 20))
-    monkeypatch.setattr("streamprune.tuning._LEAST_STEPS", 1)
+    monkeypatch.setattr("streamprune.pruning.prepare.estimate", functools.partial(_estimate, base=500 << 20))
+    monkeypatch.setattr("streamprune.pruning.tuning._LEAST_STEPS", 1)
     source = models("llama", 2)
     with pytest.raises(ResourceError, match=r"needs --max-ram (\d+)MiB") as refused:
         run(source, tmp_path / "out", text, max_ram=400 << 20)
@@ -415,7 +415,7 @@ def test_half_the_windows_are_tried_when_memory_runs_out(
         return tune(self, *args)
 
     monkeypatch.setattr(BlockTuner, "tune", tight)
-    monkeypatch.setattr("streamprune.tuning._LEAST_STEPS", 1)
+    monkeypatch.setattr("streamprune.pruning.tuning._LEAST_STEPS", 1)
     result = run(models("llama", 2), tmp_path / "out", text)
     assert sizes == [7, 4, 2, 1, 1]
     assert [each["out_of_memory_windows"] for each in tunes(result)] == [1, 1]

@@ -20,13 +20,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, StreampruneError, UnsupportedError
-from streamprune.evaluation import evaluate
-from streamprune.job import calibrate, prune
+from streamprune.evaluation.evaluate import evaluate
 from streamprune.model import binding
 from streamprune.model.binding import bound
 from streamprune.model.feed import Feed
 from streamprune.model.skeleton import Skeleton, build_skeleton, is_linear, stored_dtype
 from streamprune.model.walk import Walk
+from streamprune.pruning.job import calibrate, prune
 
 Models = Callable[..., Path]
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from streamprune.cli import main
 from streamprune.errors import CheckpointError
-from streamprune.inspection import inspect
-from streamprune.job import calibrate, prune
+from streamprune.inspection.inspect import inspect
 from streamprune.methods.counting import long_run
 from streamprune.model.zeros import zero_rows
+from streamprune.pruning.job import calibrate, prune
 
 Models = Callable[..., Path]
 HOW: dict[str, Any] = {"pattern": "2:4", "samples": 2, "seqlen": 8}

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from windows import drawn
 
-from streamprune.job import JobResult, prune
+from streamprune.calibration.statistics import StatisticsFile
 from streamprune.kernels import EWMA_ALPHA
-from streamprune.model.statistics import StatisticsFile
+from streamprune.pruning.job import JobResult, prune
 
 SAMPLES, SEQLEN, SEED, BATCH = 5, 24, 3, 2
 TIE = 1e-5

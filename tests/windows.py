@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from streamprune.calibration.texts import Text
+from streamprune.calibration.windows import Source, cut_windows, draw_windows
 from streamprune.disk.scratch import ScratchTokens
-from streamprune.model.calibration import Source, cut_windows, draw_windows
-from streamprune.model.texts import Text
 
 
 def source(path: Path | None, model: Path, vocab: int, bos: str = "auto", **config: Any) -> Source:

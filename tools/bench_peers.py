@@ -63,9 +63,9 @@ def _write_windows(arguments: argparse.Namespace, model: Path, path: Path) -> No
     """The windows that `prune` would draw, as token ids."""
     import numpy as np
 
+    from streamprune.calibration.texts import Text
+    from streamprune.calibration.windows import Source, draw_windows
     from streamprune.disk.checkpoint import open_checkpoint
-    from streamprune.model.calibration import Source, draw_windows
-    from streamprune.model.texts import Text
 
     text = Text(Path(arguments.calib) if arguments.calib else None)
     source = Source(text, model, open_checkpoint(model).config, 1 << 31, bos="never")

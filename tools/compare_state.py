@@ -26,9 +26,9 @@ def describe_job(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises the errors of streamprune.errors when MODEL or a text cannot be read.
     """
+    from streamprune.calibration.texts import Text
     from streamprune.disk.checkpoint import open_checkpoint
     from streamprune.disk.hub import resolve_model
-    from streamprune.model.texts import Text
 
     def text(given: str) -> dict[str, str]:
         return {"name": Path(given).name, "xxh3_128": Text(Path(given)).digest()}

@@ -65,7 +65,7 @@ def refusal(kind: str, folder: Path) -> str:
     from family_checks import HALF, write_tokens
 
     from streamprune.errors import UnsupportedError
-    from streamprune.job import prune
+    from streamprune.pruning.job import prune
 
     save_model(folder / "model", kind, 2, "float32")
     try:

@@ -179,7 +179,7 @@ number = lambda text: [int(part) for part in re.findall("[0-9]+", text)[:2]]
 for name, least in (needed.split(">=") for needed in project["dependencies"]):
     if number(version(name)) < number(least):
         sys.exit(f"{{name}} {{version(name)}} is older than {{least}}")
-import streamprune.job, streamprune.evaluation, streamprune.model.skeleton, transformers
+import streamprune.pruning.job, streamprune.evaluation.evaluate, streamprune.model.skeleton, transformers
 """
 
 

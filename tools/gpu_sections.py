@@ -208,9 +208,9 @@ print(json.dumps({"nll": float(nll), "class": type(model.model.layers[0].mlp.up_
 
 def fp8(device: torch.device, small: bool) -> Iterator[Row]:
     """What transformers makes of an FP8 output, and what eval does, on the same windows."""
+    from streamprune.calibration.texts import Text
+    from streamprune.calibration.windows import Source, cut_windows
     from streamprune.disk.scratch import ScratchTokens
-    from streamprune.model.calibration import Source, cut_windows
-    from streamprune.model.texts import Text
 
     shape = _TINY if small else Shape(**{**vars(PRESETS["7b"]), "layers": 2})
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:

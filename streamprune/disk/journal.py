@@ -10,6 +10,8 @@ layer, the statistics; formats carry a version and unknown versions are refused.
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +100,34 @@ def read_json(path: Path, kind: str) -> Record:
 def _seal(document: Record) -> str:
     """xxh3_64 of a document, whose fields keep their order on the disk."""
     return xxhash.xxh3_64_hexdigest(json.dumps(document).encode())
+
+
+def differences(mine: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
+    """Says in words which of a job's fixed fields differ from recorded ones; empty when none does."""
+    keys = [*mine, *(k for k in recorded if k not in mine)]
+    return ", ".join(
+        f"{k} is {_show(recorded.get(k))} there and {_show(mine.get(k))} here"
+        for k in keys
+        if mine.get(k) != recorded.get(k)
+    )
+
+
+def is_touched(
+    mine: Mapping[str, Any], recorded: Mapping[str, Any], content: object, now: Callable[[], str] | None,
+    notes: list[str],
+) -> bool:  # fmt: skip
+    """Whether only the checkpoint's times differ, and its recorded `content` is that of `now`. Adds to `notes`."""
+    if now is None or {k for k in mine.keys() | recorded.keys() if mine.get(k) != recorded.get(k)} != {"model shards"}:
+        return False
+    since = time.perf_counter()
+    if content != now():
+        return False
+    notes.append(
+        "MODEL's shards have other times than when this job began; their headers and 4 KiB of each tensor are the same "
+        f"({time.perf_counter() - since:.1f} s to look), so they count as the same model"
+    )
+    return True
+
+
+def _show(value: object) -> str:
+    return "not set" if value is None else str(value)

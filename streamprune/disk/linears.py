@@ -11,6 +11,7 @@ import re
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.header import TensorRef
+from streamprune.errors import UsageError
 
 FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
 """Dtypes of linears; the FNUZ kinds of float8 are not here."""
@@ -67,3 +68,13 @@ def is_transposed(checkpoint: Checkpoint, name: str) -> bool:
     kind, leaf = checkpoint.config.get("model_type"), name.rpartition(".")[2]
     conv1d = kind in _CONV1D_MODELS and leaf in _CONV1D_NAMES
     return conv1d or (kind in _TRANSPOSED_EXPERTS and ".experts." in name and bool(_FUSED.search(leaf)))
+
+
+def compile_filter(flag: str, pattern: str | None) -> re.Pattern[str] | None:
+    """The compiled --only or --skip expression. Raises UsageError when it is no regular expression."""
+    if pattern is None:
+        return None
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise UsageError(f"{flag} {pattern!r} is not a regular expression: {e}") from e

@@ -9,9 +9,9 @@ import fcntl
 import os
 from pathlib import Path
 
-from streamprune import interrupts
 from streamprune.disk.durable import disk_errors
 from streamprune.errors import LockedError
+from streamprune.process import interrupts
 
 
 class Lock:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamprune.disk.behind import Behind
 from streamprune.disk.durable import AtomicFile, Buffer, replace_file
 from streamprune.disk.header import DTYPE_BITS, TensorRef
+from streamprune.process.background import Behind
 
 PIECES_AHEAD = 2
 """Pieces that may wait to be written."""

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamprune.disk.behind import Behind, read_ahead
 from streamprune.disk.cache import CacheReader, CacheWriter
 from streamprune.disk.scratch import ScratchMatrix
-from streamprune.model.lane import Event, Lane, Sent, take
+from streamprune.model.copies import Event, Lane, Sent, take
+from streamprune.process.background import Behind, read_ahead
 
 
 class Activations:

@@ -21,12 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from streamprune.errors import ResourceError, UsageError
-from streamprune.memory import available_bytes, resident_bytes
 from streamprune.model.beside import RefitNeeds, TuneNeeds, beside_pass
-from streamprune.model.computing import cache_dtype
-from streamprune.model.cost import forgotten, routed_share
+from streamprune.model.device import cache_dtype
+from streamprune.model.shapes import forgotten, routed_share
 from streamprune.model.skeleton import Skeleton
-from streamprune.spec import format_bytes
+from streamprune.process.memory import available_bytes, format_bytes, resident_bytes
 
 BATCH_TOKENS = 2048
 """Tokens in a batch when memory allows; more would not make matrix products any faster."""

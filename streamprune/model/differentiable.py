@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError
 from streamprune.model.binding import holding
-from streamprune.model.hollow import HollowLayer
+from streamprune.model.blank_layer import BlankLayer
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.walk import Call, Walk
 
@@ -55,7 +55,7 @@ def survey(
 
     Raises UnsupportedError for a layer through which gradients do not go.
     """
-    hollow = HollowLayer(checkpoint, skeleton, dtype, device, 1, _LENGTH)
+    hollow = BlankLayer(checkpoint, skeleton, dtype, device, 1, _LENGTH)
     hollow.embed()
     found = dict[tuple[Any, ...], int]()
     for stage in skeleton.layer_stages:

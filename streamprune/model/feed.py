@@ -17,10 +17,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from streamprune.disk.behind import Behind
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
-from streamprune.model.lane import Event, Lane, Sent, is_out_of_memory, take
+from streamprune.model.copies import Event, Lane, Sent, is_out_of_memory, take
+from streamprune.process.background import Behind
 
 _PIECE_BYTES = 32 << 20
 _PIECES_IN_FLIGHT = 2

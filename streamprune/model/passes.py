@@ -12,13 +12,13 @@ from typing import Protocol, TypeVar, overload
 import torch
 from torch import Tensor
 
+from streamprune.calibration.windows import Tokens, Windows
 from streamprune.disk.header import TensorRef
 from streamprune.errors import ResourceError
 from streamprune.model.activations import Activations
-from streamprune.model.calibration import Tokens, Windows
+from streamprune.model.copies import is_out_of_memory
 from streamprune.model.feed import Feed
 from streamprune.model.finite import finite_rows
-from streamprune.model.lane import is_out_of_memory
 from streamprune.model.routed import Kept, Routed, Watch
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.walk import Walk

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from streamprune.disk.header import TensorRef
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import UnsupportedError
-from streamprune.memory import give_back_free_memory
 from streamprune.model.experts import DOWN, UP, Experts
 from streamprune.model.finite import refuse_nonfinite
+from streamprune.process.memory import give_back_free_memory
 
 Watch = Callable[[str, Tensor], None]
 """(linear, its inputs (tokens, in))."""

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from streamprune.errors import ResourceError, UnsupportedError
 from streamprune.model.binding import bound
-from streamprune.model.computing import cache_dtype
+from streamprune.model.copies import is_of_device, is_out_of_memory
+from streamprune.model.device import cache_dtype
 from streamprune.model.feed import Feed
-from streamprune.model.lane import is_of_device, is_out_of_memory
 from streamprune.model.routed import Enough, ReachedExperts, Routed, Watch
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
 

@@ -24,7 +24,7 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.packed import BITMASK, TWO_FOUR, packed_refs
 from streamprune.errors import CheckpointError, UnsupportedError
 from streamprune.methods.bitmask import CHUNK_BYTES, UNSIGNED, count_kept, holds_24
-from streamprune.spec import format_bytes
+from streamprune.process.memory import format_bytes
 
 COUNT = np.dtype("<u4")
 """What is kept of a row, in the file of counts."""

@@ -1,0 +1,1 @@
+"""What calibration gathers: texts, windows of tokens, statistics, Gram matrices."""

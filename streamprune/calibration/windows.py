@@ -1,0 +1,188 @@
+"""Tokens to windows: what calibration and evaluation run on.
+
+Calibration reads a stream of tokens and draws `samples` windows of `seqlen` from it: the stream is divided into as
+many equal stretches, and in each a window begins at a place chosen by a seed (NumPy's PCG64). Spread like this, the
+statistics vary less with the seed than with independent places. No more than STREAM_WINDOWS times the tokens that are
+asked for are read. Evaluation cuts the whole text into windows without overlap and drops the rest.
+
+Each window begins with a BOS token where the model's tokenizer puts one before a text by itself (tokens.bos_of): a
+model that was trained with it is another one without. Ids that are given as ids get one only when asked. The stream
+and the windows of an evaluation are on disk, 4 bytes a token, so that a text of any size costs bounded memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from streamprune.calibration.texts import Text, positions
+from streamprune.calibration.tokens import Ids, bos_of, encode, load_tokenizer, render_with
+from streamprune.disk.scratch import ScratchTokens
+from streamprune.errors import CheckpointError, UsageError
+
+STREAM_WINDOWS = 64
+"""The stream is read until it holds this many times samples × seqlen tokens."""
+
+_BLOCK = 1 << 20
+
+Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where windows come from: a text, and how the model in the folder `model` makes tokens of it."""
+
+    text: Text
+    model: Path
+    config: Mapping[str, Any]
+    vocab_size: int
+    bos: str = "auto"
+    """Whether a BOS token is put before each window: "auto", "always" or "never"."""
+    trust_remote_code: bool = False
+
+    def begin(self, seqlen: int, samples: int = 0) -> Opened:
+        """Loads the tokenizer, for windows of `seqlen` tokens of the text: so many `samples`, or 0 for all there are.
+
+        Raises UsageError when the text is missing or wrong, CheckpointError when the tokenizer is.
+        """
+        if path := self.text.ids:
+            bos = bos_of(load_tokenizer(self.model, self.trust_remote_code), self.bos) if self.bos == "always" else None
+            blocks = (self._checked(block) for block in _load_ids(path))
+        else:
+            tokenizer = load_tokenizer(self.model, self.trust_remote_code)
+            bos = bos_of(tokenizer, self.bos)
+            ids = encode(tokenizer, self.text.pieces(render_with(tokenizer, self.model)))
+            blocks = (self._checked(block) for block in ids)
+        return Opened(self, blocks, bos, seqlen, (samples, positions(seqlen, bos is not None, self.config)))
+
+    def _checked(self, ids: Tokens | Ids) -> Ids:
+        if len(ids) and not 0 <= (low := int(ids.min())) <= (high := int(ids.max())) < self.vocab_size:
+            name = self.text.path or "the built-in text"
+            what = f"token id {low if low < 0 else high}, the model's vocabulary has {self.vocab_size}"
+            if self.text.ids:
+                raise UsageError(f"{name} holds {what}; make the ids with this model's tokenizer")
+            raise CheckpointError(f"{name} gives {what}; the tokenizer belongs to another model")
+        return ids.astype(np.uint32)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A text that is about to be read: `blocks` of ids, and the `bos` token that windows begin with.
+
+    `shape` is (windows, tokens of each), `seqlen` how many tokens of the text were asked for.
+    """
+
+    source: Source
+    blocks: Iterator[Ids]
+    bos: int | None
+    seqlen: int
+    shape: tuple[int, int]
+
+    @property
+    def inside(self) -> int:
+        """Tokens of the text in each window."""
+        return self.shape[1] - (self.bos is not None)
+
+    def check(self, count: int) -> None:
+        """Raises UsageError where `count` tokens are not enough for one window."""
+        if count < self.inside:
+            name = self.source.text.path or "the built-in text"
+            advice = "lower --seqlen or give more text"
+            raise UsageError(f"{name} has {count} tokens, one window needs {self.inside}; {advice}")
+
+
+class Windows:
+    """Windows of an evaluation on disk: `shape` is (windows, length), and a slice of it is an array (n, length)."""
+
+    def __init__(self, ids: ScratchTokens, seqlen: int, length: int, has_bos: bool) -> None:
+        self._ids, self.seqlen, self.has_bos = ids, seqlen, has_bos
+        self.shape = (len(ids) // length, length)
+        self.size = self.shape[0] * length
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, which: slice) -> Tokens:
+        begin, end, step = which.indices(len(self))
+        if step != 1:
+            raise IndexError("windows are read one after the other")
+        ids = self._ids.read(begin * self.shape[1], max(end, begin) * self.shape[1])
+        return ids.astype(np.int64).reshape(-1, self.shape[1])
+
+
+def draw_windows(opened: Opened, seed: int, folder: Path) -> Tokens:
+    """Calibration windows (samples, tokens of a window) int64.
+
+    See the module's docstring for how they are drawn. `folder` is where the stream goes meanwhile.
+
+    Raises UsageError when the text is missing or shorter than one window, CheckpointError when the tokenizer
+    is missing or its ids do not fit the vocabulary.
+    """
+    inside, (samples, length) = opened.inside, opened.shape
+    limit = samples * opened.seqlen * STREAM_WINDOWS
+    with ScratchTokens(folder) as stream:
+        for block in opened.blocks:
+            stream.append(block[: limit - len(stream)])
+            if len(stream) >= limit:
+                break
+        opened.check(len(stream))
+        opened.source.text.tally.tokens = len(stream)
+        generator = np.random.Generator(np.random.PCG64(seed))
+        places = (np.arange(samples) + generator.random(samples)) * (len(stream) - inside + 1) / samples
+        windows = np.full(opened.shape, opened.bos or 0, dtype=np.int64)
+        for window, start in zip(windows, places.astype(np.int64).tolist(), strict=True):
+            window[length - inside :] = stream.read(start, start + inside)
+    return windows
+
+
+def cut_windows(source: Source, seqlen: int, ids: ScratchTokens, most: int | None = None) -> Windows:
+    """Evaluation windows: the whole text's tokens, without overlap, the rest dropped; written to `ids`, and read there.
+
+    Of `most` windows, the first ones. Raises as draw_windows does.
+    """
+    opened = source.begin(seqlen)
+    length, inside, bos = opened.shape[1], opened.inside, opened.bos
+    rest, count = np.zeros(0, np.uint32), 0
+    for block in opened.blocks:
+        count += len(block)
+        rest = np.concatenate([rest, block])
+        rows = rest[: len(rest) // inside * inside].reshape(-1, inside)
+        rest = rest[rows.size :]
+        if bos is not None:
+            rows = np.insert(rows, 0, bos, axis=1)
+        ids.append(rows[: None if most is None else most - len(ids) // length].reshape(-1))
+        if most is not None and len(ids) >= most * length:
+            break
+    opened.check(count)
+    return Windows(ids, seqlen, length, bos is not None)
+
+
+def _load_ids(path: Path) -> Iterator[Tokens]:
+    at = 0
+    while True:
+        try:
+            ids = np.lib.format.open_memmap(path, mode="r")  # anew for each block: read pages count as resident
+        except (OSError, ValueError) as e:
+            raise UsageError(f"{path}: cannot be read as an array of token ids ({e})") from e
+        if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
+            what = f"{ids.dtype} {ids.shape}"
+            raise UsageError(f"{path}: token ids must be integers in one or two dimensions, not {what}")
+        if at >= ids.size:
+            return
+        yield np.array(ids.reshape(-1)[at : at + _BLOCK], dtype=np.int64)
+        at += _BLOCK
+
+
+def tokens_digest(windows: Tokens | Windows) -> str:
+    """xxh3_128 of the windows' ids, little-endian int64."""
+    digest = xxhash.xxh3_128()
+    step = max(1, _BLOCK // windows.shape[1])
+    for at in range(0, len(windows), step):
+        digest.update(np.ascontiguousarray(windows[at : at + step], dtype="<i8").data)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""evaluate: the perplexity of one model, and how far two are apart."""

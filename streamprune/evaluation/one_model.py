@@ -1,0 +1,100 @@
+"""One model's way through its layers, for `evaluate`: its states after the last one are kept for the head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamprune.disk.cache import remove_cache
+from streamprune.errors import CheckpointError
+from streamprune.evaluation.two_models import Subject
+from streamprune.model.activations import Activations
+from streamprune.model.budget import Layout
+from streamprune.model.feed import Feed
+from streamprune.model.passes import check_weights, embed_pass, layer_pass, retry_smaller
+from streamprune.model.skeleton import Stage
+from streamprune.model.walk import Walk
+from streamprune.process.memory import give_back_free_memory
+
+
+class Run:
+    """A model at work in `layout`, its caches in `folder`.
+
+    `keep`: states that are resident stay on the device after the last layer, too; else they go to disk.
+    """
+
+    def __init__(
+        self, subject: Subject, feed: Feed, folder: Path, layout: Layout, *, keep: bool, is_reference: bool
+    ) -> None:
+        self.subject, self.layout, self.keep, self._is_reference = subject, layout, keep, is_reference
+        self.stages = subject.skeleton.stages
+        self.walk = Walk(subject.skeleton, feed, subject.dtype)
+        self.walk.group = layout.group
+        self._activations = Activations(folder, self.walk.cache_dtype, feed.device, resident=layout.resident)
+
+    def name_of(self, stage: Stage) -> str:
+        """What progress calls a stage."""
+        return f"reference {stage.name}" if self._is_reference else stage.name
+
+    def check(self, stage: Stage) -> None:
+        """As check_weights; says so where it is the reference that is damaged."""
+        with self._whose():
+            retry_smaller(self.walk, partial(check_weights, self.walk.feed, self.subject.skeleton, stage))
+
+    @contextmanager
+    def _whose(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as e:
+            if not self._is_reference:
+                raise
+            raise CheckpointError(f"the reference's {e}") from e
+
+    def do(self, stage: Stage, batches: Sequence[Tensor], *, last: bool) -> None:
+        """Embeds `batches`, or runs one layer; of the `last` model, the head comes near beside its last layer."""
+        walk, resident, activations = self.walk, self.layout.resident, self._activations
+        stages = self.stages if last else self.stages[:-1]
+        position = stage.index + 1
+        for near in stages[position : position + (2 if self.layout.layers > 1 or not walk.feed.copies else 1)]:
+            if near.kind == "layer" or not walk.feed.copies:
+                walk.feed.expect(near.together)
+        self.check(stage)
+        persist = not resident or (stage is self.stages[-2] and not self.keep)
+        if stage.kind == "embed":
+            retry_smaller(walk, partial(embed_pass, walk, batches, activations, persist=persist))
+        else:
+            with self._whose():
+                retry_smaller(walk, partial(layer_pass, walk, stage, activations, write=True, persist=persist))
+            if not resident:
+                remove_cache(activations.folder, stage.index)
+        walk.feed.release(stage.tensors)
+        give_back_free_memory()
+
+    def make_room(self) -> None:
+        """After the last layer, for another model, or another head beside its own."""
+        if self.layout.resident and not self.keep:  # they are on disk as well, and read from there
+            self._activations = Activations(self._activations.folder, self.walk.cache_dtype, self.walk.device)
+        if self.walk.device.type == "cuda":
+            torch.cuda.empty_cache()  # what one feed's stream has freed is of no use to the other's
+
+    def last_states(self) -> Iterator[Tensor]:
+        """The states after the last layer, batch by batch: (batch, seqlen, hidden)."""
+        return self._activations.read(len(self.subject.skeleton.layers))
+
+
+def disk_bytes(runs: Sequence[Run], tokens: int) -> int:
+    """Bytes that hidden states take on disk at most: before and after a layer, beside the last ones of models before.
+
+    `tokens` are those of all windows.
+    """
+    most = kept = 0
+    for run in runs:
+        size, stays = run.subject.state_bytes(tokens), run.layout.resident and run.keep
+        most = max(most, kept + (0 if stays else size if run.layout.resident else 2 * size))
+        kept += 0 if stays else size
+    return most

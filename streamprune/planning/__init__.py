@@ -1,0 +1,1 @@
+"""plan: what a job will take in memory, disk and time, before it starts."""

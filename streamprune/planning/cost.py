@@ -1,0 +1,286 @@
+"""What a run costs in time: what each stage does, divided by what a machine does in a second.
+
+Arithmetic only; planning/speeds.py measures. A layer that `forwards` passes of all tokens go through takes
+
+    forward     forwards · (tokens · (products + attention + everything else) + batches · 0.5 ms)
+    statistics  tokens · inputs of the linears
+    selection   weights looked at for NaN and Inf, before the pass and when they are written, and pruned
+    refit       Gram matrices, and new values for the weights that stay: see planning/refit_cost.py
+    disk        what is not hidden behind these: reading, activations, hashing and writing, fsyncs
+
+A layer with experts is computed twice but for these (model/routed.py), which are read beside.
+
+On the CPU the next stage is read during the pass; while a shard is written one thread prunes and another hashes and
+writes, and on as many cores as the kernels use their times add up:
+
+    shard       max(prune and refit + hash / cores, hash, written ÷ writing speed)
+
+Without a pass (statistics are given) reading overlaps as well, but reading and writing share one disk. On a device
+weights travel during the pass before where two layers fit there, and shards are written during the next one where
+three do; a stage then takes what is slowest of computing, travelling, hashing and the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from streamprune.model.shapes import attention_width, forgotten, linear_shape, routed_share
+from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.planning.refit_cost import NO_REFIT, RefitWork
+
+PER_BATCH = 0.5e-3
+"""Seconds a batch takes in a layer whatever its size: threads of the activation cache, hooks."""
+
+PER_COLUMN = 1.5e-5
+"""Seconds of the calls for a column where a refit visits one after the other."""
+
+PER_FLUSH = 2.5e-3
+"""Seconds of one fsync with nothing to write."""
+
+FLUSHES = {"embed": 10, "layer": 12, "head": 10}
+"""fsyncs of a stage with a pass: cache, manifest, statistics, shard, journal and their folders; of the head with the
+side files, the index and the report."""
+
+FLUSHES_WITHOUT_PASS = 3
+"""Of these, the shard's, its folder's and the journal's."""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a machine does in a second. Operations are floating-point, a multiply-add is two."""
+
+    products: float
+    """Operations in the linears of a layer."""
+    float32: float
+    """Operations of products in float32, as of rows with a Gram; does not matter without a refit."""
+    attention: float
+    """Operations of causal attention, half of the full product."""
+    elementwise: float
+    """Bytes of `Work.traffic` in all else that a layer does: norms, rotary embedding, activation function, sums."""
+    embedding: float
+    """Bytes of `embedding_bytes` before the first layer."""
+    statistics: float
+    """Bytes of `Work.inputs`."""
+    selection: float
+    """Bytes of weights pruned."""
+    scanning: float
+    """Bytes of mapped weights looked at for NaN and Inf by the CPU, page faults included."""
+    hashing: float
+    """Bytes hashed and gathered for the disk by one thread."""
+    reading: float
+    """Bytes from the disk that the checkpoint is on."""
+    writing: float
+    """Bytes to the disk that the output is on; the same disk."""
+    link: float
+    """Bytes from the host to the device; does not matter on the CPU."""
+    loading: float
+    """Not a speed: seconds that kernels and modules take once, on their first use."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one stage is: bytes as stored; operations and bytes of activations are those of one token."""
+
+    kind: str
+    nbytes: int
+    pruned: int
+    """Bytes of the linears that are pruned."""
+    products: int
+    attention: int
+    traffic: int
+    """Bytes of 32 states of the hidden size and 4 of each linear's output: about what a Llama's layer moves."""
+    inputs: int
+    """Bytes of each linear's input, shared or not."""
+    again: int = 0
+    """Bytes of experts that are read anew for each group of batches and to be pruned: memory does not keep them."""
+    last: bool = False
+    """Whether this is the last layer: one pass for its statistics will do, and nobody needs what comes out."""
+    refit: RefitWork = NO_REFIT
+
+
+PAIRED_FORWARDS = 6
+"""About how often the tokens of asymmetric calibration go through a layer: both halves once, both halves once more as
+far as each input that linears share, which comes to one and a half passes, and the pruned half for the next cache."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a run goes: see model/budget.py for `layers` (on the device at once) and `resident`."""
+
+    tokens: int
+    """All calibration tokens; 0 where statistics are given."""
+    batches: int
+    groups: int
+    """Of batches that experts compute for at once."""
+    forwards: int
+    """Passes of all tokens through a layer: 2 with --propagate pruned, PAIRED_FORWARDS with asymmetric."""
+    state_bytes: int
+    """Of one token's hidden state in the activation cache."""
+    threads: int
+    """Cores that the kernels use."""
+    on_device: bool = False
+    layers: int = 1
+    resident: bool = False
+
+    @property
+    def cached(self) -> int:
+        """Bytes of activations that each layer writes to disk; 0 where they stay on the device."""
+        return 0 if self.resident else self.tokens * self.state_bytes
+
+    def passes(self, work: Work) -> int:
+        """How often all tokens go through a stage."""
+        return max(self.forwards - 1, 1) if work.last else self.forwards
+
+
+@dataclass(frozen=True)
+class Split:
+    """Seconds of a stage or a run. `disk` is what is waited for: what overlaps with the rest is not counted twice."""
+
+    forward: float = 0.0
+    statistics: float = 0.0
+    selection: float = 0.0
+    disk: float = 0.0
+    refit: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Their sum, the time of the stage."""
+        return self.forward + self.statistics + self.selection + self.disk + self.refit
+
+    def __add__(self, other: Split) -> Split:
+        return Split(
+            self.forward + other.forward, self.statistics + other.statistics,
+            self.selection + other.selection, self.disk + other.disk, self.refit + other.refit,
+        )  # fmt: skip
+
+
+def work_of(skeleton: Skeleton, stage: Stage, chosen: Collection[str], seqlen: int, itemsize: int) -> Work:
+    """The work of a stage with windows of `seqlen` tokens computed with `itemsize` bytes; `chosen` are pruned."""
+    pruned = sum(ref.nbytes for name, ref in stage.linears.items() if name in chosen)
+    if stage.kind != "layer":
+        return Work(stage.kind, stage.nbytes, pruned, 0, 0, 0, 0)
+    share, times = routed_share(skeleton), 1 + len(stage.experts)
+    routed = {name for experts in stage.experts for name in experts.linears}
+    shapes = [(name in routed, *linear_shape(skeleton, name, stage)) for name in stage.linears]
+    computed = [(share if apart else times, rows, width) for apart, rows, width in shapes]
+    states = 32 * times * skeleton.hidden_size
+    return Work(
+        kind=stage.kind, nbytes=stage.nbytes, pruned=pruned,
+        products=int(2 * sum(part * rows * width for part, rows, width in computed)),
+        attention=2 * seqlen * attention_width(skeleton) * times,
+        traffic=int(itemsize * (states + 4 * sum(part * rows for part, rows, _ in computed))),
+        inputs=int(itemsize * sum((share if apart else 1) * width for apart, _, width in shapes)),
+        again=forgotten(stage), last=stage.index == len(skeleton.layers) - 1,
+    )  # fmt: skip
+
+
+def embedding_bytes(states: int, layers: int) -> int:
+    """Bytes moved to bring `states` bytes before layer 0: a recorder a layer compares them with its own."""
+    return states * (4 + 2 * layers)
+
+
+def stage_seconds(works: Sequence[Work], course: Course, speeds: Speeds) -> list[Split]:
+    """Seconds of each stage: embed, layers, head, in this order. The first one bears what is loaded once."""
+    found: list[Split] = []
+    room = 0.0  # time in which the next stage's weights are read unnoticed
+    for work in works:
+        if work.kind == "embed" and course.tokens:
+            split = _embed(works, course, speeds)
+        elif course.on_device and work.kind == "layer":
+            split = _layer_on_device(work, course, speeds)
+        elif not course.tokens:
+            split = _copied(work, course, speeds)
+        else:
+            split = _layer(work, course, speeds, room)
+        room = split.total - split.disk
+        found.append(split + Split(forward=speeds.loading) if course.tokens and not found else split)
+    if not course.tokens and found:
+        found[0] += Split(selection=speeds.loading)
+        found[-1] += Split(disk=PER_FLUSH * FLUSHES["head"])
+    return found
+
+
+def _forward(work: Work, course: Course, s: Speeds) -> Split:
+    """The passes through a layer, the statistics of the first, and what a refit adds."""
+    a_token = work.products / s.products + work.attention / s.attention + work.traffic / s.elementwise
+    a_pass = course.tokens * a_token + course.batches * PER_BATCH
+    r = work.refit
+    refit = r.float32 / s.float32 + r.native / s.products + r.traffic / s.elementwise + r.selected / s.selection
+    return Split(
+        forward=course.passes(work) * a_pass, statistics=course.tokens * work.inputs / s.statistics,
+        refit=refit + r.columns * PER_COLUMN + r.passes * a_pass,
+    )  # fmt: skip
+
+
+def _layer(work: Work, course: Course, s: Speeds, room: float) -> Split:
+    """A layer, or the head, on the CPU; `room` is what hides reading it."""
+    look = work.nbytes / s.scanning
+    prune = look + work.pruned / s.selection
+    waited = max(0.0, (work.nbytes - work.again) / s.reading - room) + _flushes(work, course)
+    forward = _forward(work, course, s) if work.kind == "layer" else Split()
+    waited += max(0.0, course.groups * course.passes(work) * work.again / s.reading - forward.forward)
+    waited += work.again / s.reading  # when it is pruned
+    fill = prune + forward.refit
+    waited += _shard(work, course, s, fill, work.nbytes / s.writing) - fill
+    if work.kind != "layer":
+        return Split(selection=prune, disk=waited)
+    waited += 0.0 if work.last else _cache(course, s)
+    if course.passes(work) > 1:
+        waited += work.nbytes / s.reading  # what has just been written is read back for the second pass
+    return forward + Split(selection=look + prune, disk=waited)
+
+
+def _embed(works: Sequence[Work], course: Course, s: Speeds) -> Split:
+    """The weights outside of the layers are read and looked at, tokens become states, and the shard is written."""
+    work, both = works[0], works[0].nbytes + works[-1].nbytes
+    look, again = both / s.scanning, work.nbytes / s.scanning
+    waited = max(0.0, both / s.reading - look) + _cache(course, s) + _flushes(work, course)
+    waited += _shard(work, course, s, again, work.nbytes / s.reading + work.nbytes / s.writing) - again
+    states = course.tokens * course.state_bytes
+    return Split(embedding_bytes(states, len(works) - 2) / s.embedding, 0.0, look + again, waited)
+
+
+def _copied(work: Work, course: Course, s: Speeds) -> Split:
+    """A stage without a pass: read, pruned and written, all at once; both ways share the disk. Its commit follows."""
+    prune = work.nbytes / s.scanning + work.pruned / s.selection
+    filled = _shard(work, course, s, prune, work.nbytes / s.reading + work.nbytes / s.writing)
+    return Split(selection=prune, disk=max(filled, PER_FLUSH * FLUSHES_WITHOUT_PASS) - prune)
+
+
+def _layer_on_device(work: Work, course: Course, s: Speeds) -> Split:
+    """A layer on a device: what overlaps depends on how many fit there."""
+    look = 3 * work.nbytes / s.elementwise
+    forward = _forward(work, course, s) if course.tokens else Split()
+    prune = look + work.pruned / s.selection
+    computed = forward + Split(selection=prune + (look if course.tokens else 0.0))
+    fill = prune + forward.refit
+    arrives = max(work.nbytes / s.link, work.nbytes / s.reading)
+    leaves = max(work.pruned / s.link, work.nbytes / s.hashing, work.nbytes / s.writing)
+    states = 0.0 if course.resident else 2 * course.passes(work) * course.tokens * course.state_bytes / s.link
+    waited = _flushes(work, course) + (0.0 if work.last else _cache(course, s))
+    if course.passes(work) > 1:
+        waited += arrives + leaves
+    if course.layers > 2 or not course.tokens:
+        disk = work.nbytes / s.reading + work.nbytes / s.writing
+        whole = max(computed.total, arrives + states, leaves, disk)
+    elif course.layers == 2:
+        whole = max(computed.total - fill, arrives + states) + max(fill, leaves)
+    else:
+        whole = arrives + max(computed.total - fill, states) + max(fill, leaves)
+    return computed + Split(disk=whole - computed.total + waited)
+
+
+def _shard(work: Work, course: Course, s: Speeds, prune: float, disk: float) -> float:
+    """Seconds until a shard is filled, with `prune` seconds of kernels on all cores and `disk` of the disk."""
+    follow = work.nbytes / s.hashing
+    return max(prune + follow / course.threads, follow, disk)
+
+
+def _cache(course: Course, s: Speeds) -> float:
+    """Activations of one stage: hashed, copied and made durable, then read and checked beside the next pass."""
+    return course.cached / s.writing + 2 * course.cached / s.hashing / course.threads
+
+
+def _flushes(work: Work, course: Course) -> float:
+    return PER_FLUSH * (FLUSHES[work.kind] if course.tokens else FLUSHES_WITHOUT_PASS)

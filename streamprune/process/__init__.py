@@ -1,0 +1,1 @@
+"""What belongs to the running process: memory, threads, signals, streams, versions."""

@@ -1,0 +1,67 @@
+"""Memory: what this process holds, what the machine has left, and amounts of it as people write them."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import resource
+import sys
+from pathlib import Path
+
+from streamprune.errors import UsageError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now, mapped file pages counted."""
+    return _kilobytes("/proc/self/status", "VmRSS") or _highest()
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident memory of this process so far, mapped file pages counted."""
+    return _kilobytes("/proc/self/status", "VmHWM") or _highest()
+
+
+def available_bytes() -> int | None:
+    """What the machine could still give to processes without swapping; None where it does not say."""
+    return _kilobytes("/proc/meminfo", "MemAvailable")
+
+
+def _kilobytes(file: str, field: str) -> int | None:
+    path = Path(file)
+    found = re.search(rf"^{field}:\s+(\d+) kB", path.read_text(), re.MULTILINE) if path.exists() else None
+    return int(found.group(1)) << 10 if found else None
+
+
+def _highest() -> int:
+    """Where there is no /proc: in bytes on macOS, in KiB elsewhere."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def give_back_free_memory() -> None:
+    """Returns what the heap holds free to the system; otherwise it grows a little with every layer. glibc only."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from "8GiB", "500 MB", "1.5e9". Raises UsageError for anything else."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = found.group(2).upper() if found else "?"
+    unit = {"K": "KIB", "M": "MIB", "G": "GIB", "T": "TIB"}.get(unit, unit)
+    if not found or unit not in _UNITS or not 0 < float(found.group(1)) * _UNITS[unit] < 2**63:
+        raise UsageError(f"{text!r} is not an amount of memory; write for example 8GiB or 500MB")
+    return int(float(found.group(1)) * _UNITS[unit])
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people: "712 MiB", "1.43 GiB"."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            number = count / size
+            return f"{number:.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
+    return f"{count:.0f} B"
