@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from streamprune.process.background import Behind
+from streamprune.process.background import BackgroundWorker
 
 
 def test_items_are_worked_on_in_order_and_all_before_leaving() -> None:
@@ -17,7 +17,7 @@ def test_items_are_worked_on_in_order_and_all_before_leaving() -> None:
         time.sleep(0.001)
         seen.append(item)
 
-    with Behind(slow, 2) as behind:
+    with BackgroundWorker(slow, 2) as behind:
         for i in range(50):
             behind.put(i)
     assert seen == list(range(50))
@@ -31,14 +31,14 @@ def test_no_more_than_the_allowed_items_wait() -> None:
         gate.wait()
         worked.append(item)
 
-    def feed() -> None:
-        with Behind(wait, 2) as behind:
+    def loader() -> None:
+        with BackgroundWorker(wait, 2) as behind:
             for i in range(10):
                 behind.put(i)
                 fed.append(i)
 
     fed: list[int] = []
-    feeder = threading.Thread(target=feed)
+    feeder = threading.Thread(target=loader)
     feeder.start()
     for _ in range(200):
         if len(fed) >= 3:
@@ -59,7 +59,7 @@ def test_an_error_at_work_reaches_whoever_puts_and_ends_the_work() -> None:
         if item == 3:
             raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"), Behind(fail, 1) as behind:
+    with pytest.raises(OSError, match="disk full"), BackgroundWorker(fail, 1) as behind:
         for i in range(100):
             behind.put(i)
     assert seen[-1] == 3
@@ -69,7 +69,7 @@ def test_an_error_in_the_last_item_is_not_lost() -> None:
     def fail(item: int) -> None:
         raise OSError("late")
 
-    with pytest.raises(OSError, match="late"), Behind(fail, 1) as behind:
+    with pytest.raises(OSError, match="late"), BackgroundWorker(fail, 1) as behind:
         behind.put(1)
 
 
@@ -81,7 +81,7 @@ def test_an_error_of_the_producer_wins_and_drops_what_waits() -> None:
         time.sleep(0.02)
         seen.append(item)
 
-    with pytest.raises(KeyboardInterrupt), Behind(slow, 4) as behind:
+    with pytest.raises(KeyboardInterrupt), BackgroundWorker(slow, 4) as behind:
         for i in range(5):
             behind.put(i)
         raise KeyboardInterrupt

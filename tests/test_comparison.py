@@ -28,7 +28,7 @@ from streamprune.evaluation import two_models as comparison
 from streamprune.evaluation.evaluate import Evaluation, evaluate
 from streamprune.evaluation.two_models import Subject, divergence, fit_two, predictions, ram_of_two
 from streamprune.model.budget import CONTEXT, RESERVE, Layout, estimate, memory_of
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.model.skeleton import build_skeleton
 from streamprune.progress import Progress
 from streamprune.pruning.job import prune
@@ -460,7 +460,7 @@ def test_the_path_of_a_device(
     """Every layout finds the same; on disk is what does not stay on the device, and the check counts just that."""
     layouts = [Layout(2, layers, r, 0) for r in resident]
     monkeypatch.setattr("streamprune.evaluation.evaluate.lay_out_two", lambda *args: (*layouts, keep))
-    monkeypatch.setattr("streamprune.evaluation.evaluate.Feed", functools.partial(Feed, copies=True))
+    monkeypatch.setattr("streamprune.evaluation.evaluate.WeightLoader", functools.partial(WeightLoader, copies=True))
     size, most = WINDOWS * N * 32 * 4, 0
     before = threading.active_count()
 

@@ -23,7 +23,7 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.model.blank_layer import LAYER_BYTES, BlankLayer, window_size
 from streamprune.model.skeleton import build_skeleton
 from streamprune.planning import speeds as measuring
-from streamprune.planning.cost import PER_BATCH, PER_COLUMN, Course, Speeds, Split, Work, stage_seconds
+from streamprune.planning.cost import PER_BATCH, PER_COLUMN, RunShape, Speeds, Split, Work, stage_seconds
 from streamprune.planning.plan import plan
 from streamprune.planning.refit_cost import RefitWork
 from streamprune.planning.refits import inputs_shared
@@ -39,10 +39,10 @@ GIGA = Speeds(
 """A machine of round numbers."""
 LAYER = Work("layer", 10**9, 9 * 10**8, 10**9, 10**8, 10**6, 10**5)
 WORKS = (Work("embed", 10**8, 0, 0, 0, 0, 0), LAYER, replace(LAYER, last=True), Work("head", 10**8, 0, 0, 0, 0, 0))
-COURSE = Course(tokens=10**5, batches=50, groups=50, forwards=1, state_bytes=8192, threads=2)
+COURSE = RunShape(tokens=10**5, batches=50, groups=50, forwards=1, state_bytes=8192, threads=2)
 
 
-def total(course: Course, speeds: Speeds = GIGA, works: tuple[Work, ...] = WORKS) -> float:
+def total(course: RunShape, speeds: Speeds = GIGA, works: tuple[Work, ...] = WORKS) -> float:
     return sum(stage_seconds(works, course, speeds), Split()).total
 
 

@@ -25,7 +25,7 @@ from streamprune.evaluation.evaluate import evaluate
 from streamprune.model import budget, passes
 from streamprune.model.activations import Activations
 from streamprune.model.budget import Layout, lay_out, memory_of
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.model.skeleton import build_skeleton
 from streamprune.progress import Progress
 from streamprune.pruning.job import JobResult, calibrate, prune
@@ -48,7 +48,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
         monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
         monkeypatch.setattr("streamprune.evaluation.evaluate.layout_for", lambda *args, **more: layout)
         for place in ("pruning.run", "pruning.forward", "evaluation.evaluate"):
-            monkeypatch.setattr(f"streamprune.{place}.Feed", functools.partial(Feed, copies=True))
+            monkeypatch.setattr(f"streamprune.{place}.WeightLoader", functools.partial(WeightLoader, copies=True))
 
     yield set_layout
     names = [t.name for t in threading.enumerate()]
@@ -242,27 +242,27 @@ def test_a_resumed_run_does_not_try_the_large_batch_again(
 def test_what_is_expected_arrives(models: Models) -> None:
     checkpoint = open_checkpoint(models())
     refs = list(checkpoint.tensors.values())
-    with ShardMaps(checkpoint) as maps, Feed(maps, CPU, copies=True) as feed:
-        feed.expect(refs)
-        feed.expect(refs[:3])
+    with ShardMaps(checkpoint) as maps, WeightLoader(maps, CPU, copies=True) as loader:
+        loader.expect(refs)
+        loader.expect(refs[:3])
         for ref in reversed(refs):
-            arrived = feed.tensor(ref)
+            arrived = loader.tensor(ref)
             assert torch.equal(arrived, maps.tensor(ref))
-            assert arrived.data_ptr() == feed.tensor(ref).data_ptr() != maps.tensor(ref).data_ptr()
-        two = feed.rows(refs[0], 1, 3)
+            assert arrived.data_ptr() == loader.tensor(ref).data_ptr() != maps.tensor(ref).data_ptr()
+        two = loader.rows(refs[0], 1, 3)
         assert torch.equal(two, maps.tensor(refs[0])[1:3])
-        feed.release(refs)
-        assert feed.tensor(refs[0]).data_ptr() != arrived.data_ptr()
-        assert torch.equal(feed.rows(refs[0], 1, 3), two)
+        loader.release(refs)
+        assert loader.tensor(refs[0]).data_ptr() != arrived.data_ptr()
+        assert torch.equal(loader.rows(refs[0], 1, 3), two)
 
 
 def test_many_pieces(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamprune.model.feed._PIECE_BYTES", 100)
+    monkeypatch.setattr("streamprune.model.loader._PIECE_BYTES", 100)
     checkpoint = open_checkpoint(models(dtype="float32"))
     refs = list(checkpoint.tensors.values())
-    with ShardMaps(checkpoint) as maps, Feed(maps, CPU, copies=True) as feed:
-        feed.expect(refs)
-        assert all(torch.equal(feed.tensor(ref), maps.tensor(ref)) for ref in refs)
+    with ShardMaps(checkpoint) as maps, WeightLoader(maps, CPU, copies=True) as loader:
+        loader.expect(refs)
+        assert all(torch.equal(loader.tensor(ref), maps.tensor(ref)) for ref in refs)
 
 
 def test_an_error_on_the_way_is_raised_where_the_tensor_is_used(
@@ -270,28 +270,28 @@ def test_an_error_on_the_way_is_raised_where_the_tensor_is_used(
 ) -> None:
     checkpoint = open_checkpoint(models())
     first, second, *_ = checkpoint.tensors.values()
-    with ShardMaps(checkpoint) as maps, Feed(maps, CPU, copies=True) as feed:
-        carry = Feed._carry
+    with ShardMaps(checkpoint) as maps, WeightLoader(maps, CPU, copies=True) as loader:
+        carry = WeightLoader._carry
 
-        def failing(self: Feed, ref: Any) -> Any:
+        def failing(self: WeightLoader, ref: Any) -> Any:
             if ref is first:
                 raise CheckpointError("gone")
             return carry(self, ref)
 
-        monkeypatch.setattr(Feed, "_carry", failing)
-        feed.expect([first, second])
+        monkeypatch.setattr(WeightLoader, "_carry", failing)
+        loader.expect([first, second])
         with pytest.raises(CheckpointError, match="gone"):
-            feed.tensor(first)
-        assert torch.equal(feed.tensor(second), maps.tensor(second))
-        assert torch.equal(feed.tensor(first), maps.tensor(first)), "it is tried again without haste"
+            loader.tensor(first)
+        assert torch.equal(loader.tensor(second), maps.tensor(second))
+        assert torch.equal(loader.tensor(first), maps.tensor(first)), "it is tried again without haste"
 
 
 def test_the_mapped_file_itself_on_the_cpu(models: Models) -> None:
     checkpoint = open_checkpoint(models())
     refs = list(checkpoint.tensors.values())
-    with ShardMaps(checkpoint) as maps, Feed(maps, CPU) as feed:
-        feed.expect(refs)
-        assert all(feed.tensor(ref).data_ptr() == maps.tensor(ref).data_ptr() for ref in refs)
+    with ShardMaps(checkpoint) as maps, WeightLoader(maps, CPU) as loader:
+        loader.expect(refs)
+        assert all(loader.tensor(ref).data_ptr() == maps.tensor(ref).data_ptr() for ref in refs)
 
 
 # ---- states on their way
@@ -410,9 +410,9 @@ def test_no_more_layers_are_held_than_the_layout_says(
 ) -> None:  # fmt: skip
     """Also when the disk is slow to make a shard durable."""
     held: list[int] = []
-    expect, fsync = Feed.expect, durable.os.fsync
+    expect, fsync = WeightLoader.expect, durable.os.fsync
 
-    def counting(self: Feed, refs: Any) -> None:
+    def counting(self: WeightLoader, refs: Any) -> None:
         expect(self, refs)
         held.append(len({ref.name.split(".")[2] for ref in self._parcels}))
 
@@ -421,7 +421,7 @@ def test_no_more_layers_are_held_than_the_layout_says(
         fsync(fd)
 
     use(layers, resident)
-    monkeypatch.setattr(Feed, "expect", counting)
+    monkeypatch.setattr(WeightLoader, "expect", counting)
     monkeypatch.setattr(durable.os, "fsync", slow)
     job(models, text, "llama", tmp_path / "out", **how)
     assert held and max(held) <= max(layers, 1)
@@ -431,13 +431,13 @@ def test_weights_that_found_no_room_are_sent_again(models: Models, monkeypatch: 
     checkpoint = open_checkpoint(models())
     (ref, *_) = checkpoint.tensors.values()
 
-    def full(self: Feed, ref: Any) -> Any:
+    def full(self: WeightLoader, ref: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(Feed, "_carry", full)
-    with ShardMaps(checkpoint) as maps, Feed(maps, CPU, copies=True) as feed:
-        feed.expect([ref])
-        assert torch.equal(feed.tensor(ref), maps.tensor(ref))
+    monkeypatch.setattr(WeightLoader, "_carry", full)
+    with ShardMaps(checkpoint) as maps, WeightLoader(maps, CPU, copies=True) as loader:
+        loader.expect([ref])
+        assert torch.equal(loader.tensor(ref), maps.tensor(ref))
 
 
 def test_pruning_in_halves_where_temporaries_do_not_fit(

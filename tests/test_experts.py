@@ -45,10 +45,10 @@ from streamprune.evaluation.evaluate import evaluate
 from streamprune.model.binding import _ExpertWeights
 from streamprune.model.budget import EXPERT_TOKENS, GROUP_BYTES, Budget, Layout, estimate, group_of, waiting_bytes
 from streamprune.model.experts import check_experts, is_experts
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.model.routed import Routed, padded_rows
 from streamprune.model.skeleton import build_skeleton
-from streamprune.pruning.forward import Pass
+from streamprune.pruning.forward import CalibrationPass
 from streamprune.pruning.job import JobResult, calibrate, prune
 from streamprune.pruning.prepare import layout_of
 
@@ -311,13 +311,13 @@ def test_room_for_grams(make: Make, text: Path, tmp_path: Path, monkeypatch: pyt
     """However little room there is, the Grams are the same; what is routed to an expert is looked at for it alone."""
     job = {"method": "obs-admm", "pattern": "2:4", "expert_tokens": LEAST, "only": r"layers\.1\."}
     source, out, asked = make(kind), {}, []
-    gather = Pass.gather
+    gather = CalibrationPass.gather
 
-    def spy(forward: Pass, stage: Any, make: Any, inputs: Any) -> Any:
+    def spy(forward: CalibrationPass, stage: Any, make: Any, inputs: Any) -> Any:
         asked.append((room, sorted(inputs)))
         return gather(forward, stage, make, inputs)
 
-    monkeypatch.setattr(Pass, "gather", spy)
+    monkeypatch.setattr(CalibrationPass, "gather", spy)
     one = 4 * 32 * 32
     for room in (99 * one, 4 * one, one, one // 3):
         monkeypatch.setattr(
@@ -465,7 +465,7 @@ def test_on_a_device(
     layout = Layout(BATCH, layers, resident, 0)
     monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
     monkeypatch.setattr("streamprune.evaluation.evaluate.layout_for", lambda *args, **more: layout)
-    monkeypatch.setattr("streamprune.model.feed._PIECE_BYTES", 3000)
+    monkeypatch.setattr("streamprune.model.loader._PIECE_BYTES", 3000)
     with plugged_in(Card()):
         out = run(source, tmp_path / "out", text, device="cuda:0", **more).out
         found = evaluate(out, held, seqlen=32, dtype="float32", device="cuda:0", work=tmp_path)
@@ -478,16 +478,16 @@ def test_few_experts_on_a_device(
     make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Job
 ) -> None:
     """Also where they are pruned: one at work, one on its way, however many a layer has."""
-    monkeypatch.setattr("streamprune.pruning.run.Feed", functools.partial(Feed, copies=True))
-    expect, most = Feed.expect, list[int]()
+    monkeypatch.setattr("streamprune.pruning.run.WeightLoader", functools.partial(WeightLoader, copies=True))
+    expect, most = WeightLoader.expect, list[int]()
 
-    def spy(feed: Feed, refs: Any) -> None:
-        expect(feed, refs)
-        there = {re.match(r".*experts\.\d+", ref.name) for ref in feed._parcels}
+    def spy(loader: WeightLoader, refs: Any) -> None:
+        expect(loader, refs)
+        there = {re.match(r".*experts\.\d+", ref.name) for ref in loader._parcels}
         names = {found.group() for found in there if found}
         most.append(len(names))
 
-    monkeypatch.setattr(Feed, "expect", spy)
+    monkeypatch.setattr(WeightLoader, "expect", spy)
     run(make("qwen3_moe"), tmp_path / "out", text, how | {"pattern": "2:4", "backend": "torch"})
     assert max(most) == 2 and len([n for n in most if n]) > 8
 

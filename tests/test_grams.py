@@ -27,9 +27,9 @@ from streamprune.methods.inverse import Damping
 from streamprune.methods.refits import METHODS, Choice, Method, Prepared, Sample
 from streamprune.methods.selection import Amount
 from streamprune.model.budget import Budget, RefitNeeds, _room, layout_for
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.model.skeleton import build_skeleton
-from streamprune.model.walk import Walk
+from streamprune.model.streamed import StreamedModel
 from streamprune.pruning.refit import LayerRefit, Outcome, Refit
 
 SEQLEN = 16
@@ -419,9 +419,9 @@ def test_a_real_layer(models: Callable[..., Path], tmp_path: Path, kind: str) ->
     skeleton = build_skeleton(checkpoint, torch.float32)
     ids = torch.randint(0, 199, (4, 16), generator=torch.Generator().manual_seed(1))
     inputs: dict[str, list[torch.Tensor]] = {}
-    with ShardMaps(checkpoint) as maps, Feed(maps, torch.device("cpu")) as feed:
-        walk = Walk(skeleton, feed, torch.float32)
-        states = list(walk.embed([ids[:3], ids[3:]]))
+    with ShardMaps(checkpoint) as maps, WeightLoader(maps, torch.device("cpu")) as loader:
+        streamed = StreamedModel(skeleton, loader, torch.float32)
+        states = list(streamed.embed([ids[:3], ids[3:]]))
         stage = skeleton.layer_stages[0]
         linears = {name: 4 * 32 if name.endswith(("4h_to_h", "mlp.c_proj")) else 32 for name in stage.linears}
         if kind == "llama":
@@ -436,7 +436,7 @@ def test_a_real_layer(models: Callable[..., Path], tmp_path: Path, kind: str) ->
             stats.watch(name, x)
             beside.watch(name, x)
 
-        with walk.layer(stage, watch=watch) as run:
+        with streamed.layer(stage, watch=watch) as run:
             for batch in states:
                 run(batch)
                 stats.end_batch()

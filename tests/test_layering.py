@@ -44,11 +44,11 @@ HOUSE: dict[str, list[str]] = {
     "calibration": ["gram_sums statistics_header text_files", "grams records statistics", "texts", "tokens", "windows"],
     "model": [
         "beside configuration copies device experts pairs",
-        "activations feed naming",
+        "activations loader naming",
         "finite skeleton",
         "routed shapes zeros",
         "binding budget",
-        "walk",
+        "streamed",
         "blank_layer passes",
         "differentiable",
     ],

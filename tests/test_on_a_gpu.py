@@ -32,7 +32,7 @@ from streamprune.evaluation.evaluate import evaluate
 from streamprune.kernels import Selection, cpu, cpu_fp8, torch_fp8, torch_ops
 from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping, normalised_inverse
-from streamprune.methods.refits import METHODS, Ask
+from streamprune.methods.refits import METHODS, RefitRequest
 from streamprune.methods.selection import Pattern, select
 from streamprune.model import budget
 from streamprune.model.budget import Layout
@@ -235,7 +235,7 @@ def test_refits(device: torch.device, name: str, amount: dict[str, Any]) -> None
             return found
 
         state = method.prepare(gram, Damping(method.damping)).state
-        ask = Ask(amount.get("sparsity"), amount.get("pattern"), keep, "torch")
+        ask = RefitRequest(amount.get("sparsity"), amount.get("pattern"), keep, "torch")
         masked = weight.masked_fill(~keep(weight, 1.0), 0.0)
         return method.solve(weight, masked, gram, state, ask).cpu()
 

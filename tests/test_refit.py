@@ -25,7 +25,7 @@ from streamprune.methods import gram as gram_module
 from streamprune.methods.conjugate import Metric, descend, gradually
 from streamprune.methods.gram import Gram, Mapped
 from streamprune.methods.inverse import Damping
-from streamprune.methods.refits import METHODS, Ask, Choice, Method, Prepared, Sample, choose
+from streamprune.methods.refits import METHODS, Choice, Method, Prepared, RefitRequest, Sample, choose
 from streamprune.methods.selection import Amount, Pattern, prune_count, select
 from streamprune.process.memory import resident_bytes
 
@@ -267,14 +267,14 @@ def mixed(tokens: int, width: int, seed: int) -> torch.Tensor:
     return normal(tokens, width, seed=seed + 100) @ mixing
 
 
-def case(tokens: int, held: torch.Tensor, width: int = 48) -> tuple[dict[str, Sample], Gram, dict[str, Ask]]:
+def case(tokens: int, held: torch.Tensor, width: int = 48) -> tuple[dict[str, Sample], Gram, dict[str, RefitRequest]]:
     """Two linears that share an input and prune different parts."""
     x = mixed(tokens, width, 1)
     gram = Gram(x.T @ x, held, tokens)
     samples, asks = {}, {}
     for name, seed, sparsity in (("k", 11, 0.5), ("q", 12, 0.25)):
         weight = normal(20, width, seed=seed)
-        asks[name] = Ask(sparsity, None, chooser(gram.diagonal, Amount(sparsity)))
+        asks[name] = RefitRequest(sparsity, None, chooser(gram.diagonal, Amount(sparsity)))
         samples[name] = Sample(weight, weight * asks[name].select(weight, 1.0))
     return samples, gram, asks
 
@@ -364,7 +364,7 @@ def test_judges_that_are_all_zero() -> None:
 def test_a_refit_that_fails_does_not_hide_a_good_one(order: tuple[float, float]) -> None:
     """A damping with which weights are not finite is no candidate; the other one is perfect."""
 
-    def solve(weight: torch.Tensor, masked: torch.Tensor, gram: Gram, state: float, ask: Ask) -> torch.Tensor:
+    def solve(weight: torch.Tensor, masked: torch.Tensor, gram: Gram, state: float, ask: RefitRequest) -> torch.Tensor:
         return weight + state
 
     method = Method(1.0, (), lambda gram, damping: Prepared(order[int(damping.value)], damping), solve, 0)

@@ -13,7 +13,7 @@ from streamprune.calibration.gram_sums import GramCollector, HoldOut
 from streamprune.calibration.grams import LayerGrams
 from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping
-from streamprune.methods.refits import METHODS, Ask
+from streamprune.methods.refits import METHODS, RefitRequest
 from streamprune.planning.refit_cost import EFFORTS, Refitted, RefitWork, Trials, gathered, refit_work, triangle
 
 
@@ -49,7 +49,7 @@ def test_efforts_are_what_methods_do(name: str) -> None:
         state = method.prepare(gram, Damping(method.damping)).state
     weight = torch.randn(rows, width)
     with Counted() as solved:
-        method.solve(weight, torch.where(keep(weight, 1.0), weight, 0.0), gram, state, Ask(0.5, None, keep))
+        method.solve(weight, torch.where(keep(weight, 1.0), weight, 0.0), gram, state, RefitRequest(0.5, None, keep))
     asked = effort.products * rows * width**2
     assert solved.products == asked if name != "sparsegpt" else 0.3 * asked < solved.products < 0.6 * asked
     assert prepared.factors == {"sparsegpt": 1}.get(name, round(2 * effort.inverses))

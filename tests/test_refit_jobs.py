@@ -37,9 +37,9 @@ from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.methods import conjugate as refit
 from streamprune.model.budget import Layout
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.progress import Progress
-from streamprune.pruning.forward import Pass
+from streamprune.pruning.forward import CalibrationPass
 from streamprune.pruning.job import JobResult, calibrate, prune
 from streamprune.pruning.shard import StageWriter
 
@@ -535,7 +535,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         layout = Layout(BATCH, layers, resident, 0, nbytes)
         monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
         for place in ("pruning.run", "pruning.forward"):
-            monkeypatch.setattr(f"streamprune.{place}.Feed", functools.partial(Feed, copies=True))
+            monkeypatch.setattr(f"streamprune.{place}.WeightLoader", functools.partial(WeightLoader, copies=True))
 
     return set_layout
 
@@ -623,16 +623,16 @@ def test_memory_that_runs_out_in_a_pass_for_grams(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The smaller batch is recorded, or whoever goes on after a crash would compute in larger ones."""
-    gather, failed = Pass.gather, []
+    gather, failed = CalibrationPass.gather, []
 
-    def scarce(forward: Pass, stage: Any, make: Any, inputs: Any) -> Any:
+    def scarce(forward: CalibrationPass, stage: Any, make: Any, inputs: Any) -> Any:
         if stage.index == 1 and not failed:
             failed.append(stage.name)
-            forward.walk.give_way()
+            forward.streamed.give_way()
         return gather(forward, stage, make, inputs)
 
     room(PANELS["llama"])
-    monkeypatch.setattr(Pass, "gather", scarce)
+    monkeypatch.setattr(CalibrationPass, "gather", scarce)
     result = run(models("llama", 2), tmp_path / "out", text, refit="cg", sparsity=0.5)
     assert failed and result.report["out_of_memory_batch"] == 1
 

@@ -18,8 +18,8 @@ from streamprune.errors import ResourceError
 from streamprune.evaluation.evaluate import evaluate
 from streamprune.model import budget
 from streamprune.model.budget import Layout
-from streamprune.model.copies import Lane, Sent
-from streamprune.model.feed import Feed
+from streamprune.model.copies import CopyStream, Sent
+from streamprune.model.loader import WeightLoader
 from streamprune.pruning.job import JobResult, prune
 
 pytestmark = pytest.mark.usefixtures("one_thread", "_small_batches")
@@ -90,7 +90,7 @@ def test_nothing_is_used_before_it_has_arrived(
     job(model, text, tmp_path / "cpu", "cpu")
     here = evaluate(model, few, device="cpu", **given)
     use_layout(monkeypatch, layers, resident)
-    monkeypatch.setattr("streamprune.model.feed._PIECE_BYTES", 3000)
+    monkeypatch.setattr("streamprune.model.loader._PIECE_BYTES", 3000)
     with plugged_in(Card()):
         job(model, text, tmp_path / "out")
         job(model, text, tmp_path / "propagated", propagate="pruned")
@@ -195,30 +195,32 @@ def without(what: str) -> Callable[[pytest.MonkeyPatch], None]:
             torch.cuda.current_stream(sent.tensor.device).wait_event(sent.arrived)
         return sent.tensor
 
-    def unmarked(self: Lane, tensor: torch.Tensor, after: Any, fetch: Any = Lane.fetch) -> torch.Tensor:
+    def unmarked(self: CopyStream, tensor: torch.Tensor, after: Any, fetch: Any = CopyStream.fetch) -> torch.Tensor:
         return fetch(self, tensor, None)
 
-    def impatient(self: Lane, tensor: torch.Tensor, after: Any) -> torch.Tensor:
+    def impatient(self: CopyStream, tensor: torch.Tensor, after: Any) -> torch.Tensor:
         with self.on():
             if after is not None:
                 self._stream.wait_event(after)
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             return host.copy_(tensor.detach(), non_blocking=True)
 
-    def on_host(self: Feed, ref: Any, tensor: Any = Feed.tensor) -> torch.Tensor:
+    def on_host(self: WeightLoader, ref: Any, tensor: Any = WeightLoader.tensor) -> torch.Tensor:
         return self.maps.tensor(ref) if "down_proj" in ref.name else tensor(self, ref)
 
     def broken(patch: pytest.MonkeyPatch) -> None:
-        if what in ("feed waits", "states wait"):
-            patch.setattr(f"streamprune.model.{'feed' if what == 'feed waits' else 'activations'}.take", unwaited)
+        if what in ("loader waits", "states wait"):
+            patch.setattr(
+                f"streamprune.model.{'loader' if what == 'loader waits' else 'activations'}.received", unwaited
+            )
         elif what == "the stream is recorded":
-            patch.setattr("streamprune.model.feed.take", unrecorded)
+            patch.setattr("streamprune.model.loader.received", unrecorded)
         elif what == "a fetch waits for what is fetched":
-            patch.setattr(Lane, "fetch", unmarked)
+            patch.setattr(CopyStream, "fetch", unmarked)
         elif what == "the host waits for a fetch":
-            patch.setattr(Lane, "fetch", impatient)
+            patch.setattr(CopyStream, "fetch", impatient)
         else:
-            patch.setattr(Feed, "tensor", on_host)
+            patch.setattr(WeightLoader, "tensor", on_host)
 
     return broken
 
@@ -226,7 +228,7 @@ def without(what: str) -> Callable[[pytest.MonkeyPatch], None]:
 @pytest.mark.parametrize(
     ("what", "error"),
     [
-        ("feed waits", "may not be done with"),
+        ("loader waits", "may not be done with"),
         ("states wait", "may not be done with"),
         ("the stream is recorded", "record_stream is missing"),
         ("a fetch waits for what is fetched", "may not be done with"),

@@ -23,7 +23,7 @@ from streamprune.methods import tuning
 from streamprune.methods.tuning import BETAS, Tuned, error_sum, filled, schedule, token_weights
 from streamprune.model.beside import RefitNeeds, TuneNeeds, beside_pass, least_beside
 from streamprune.model.budget import Budget, Layout
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.planning.plan import plan
 from streamprune.progress import Progress
 from streamprune.pruning.job import JobResult, prune
@@ -351,7 +351,7 @@ def test_every_layout_gives_the_same(
     layout = Layout(2, *layers_resident, 0, windows=1)
     monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
     for place in ("pruning.run", "pruning.forward"):
-        monkeypatch.setattr(f"streamprune.{place}.Feed", functools.partial(Feed, copies=True))
+        monkeypatch.setattr(f"streamprune.{place}.WeightLoader", functools.partial(WeightLoader, copies=True))
     run(models(), tmp_path / "out", text, **how)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
 

@@ -26,7 +26,7 @@ def refits(arguments: argparse.Namespace) -> Iterator[Row]:
     """Every refit at 50 %: preparing for a Gram, and refitting rows; in products of the rows with the Gram."""
     from streamprune.methods.gram import Gram
     from streamprune.methods.inverse import Damping
-    from streamprune.methods.refits import METHODS, Ask
+    from streamprune.methods.refits import METHODS, RefitRequest
     from streamprune.methods.selection import Amount, select
 
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", arguments.shape)
@@ -48,7 +48,7 @@ def refits(arguments: argparse.Namespace) -> Iterator[Row]:
         assert kept is not None
         return kept
 
-    ask = Ask(0.5, None, keep)
+    ask = RefitRequest(0.5, None, keep)
     masked = weight * keep(weight, 1.0)
 
     def timed(name: str, work: object) -> dict[str, float]:

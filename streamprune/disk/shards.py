@@ -16,7 +16,7 @@ from typing import Any
 
 from streamprune.disk.durable import AtomicFile, Buffer, replace_file
 from streamprune.disk.header import DTYPE_BITS, TensorRef
-from streamprune.process.background import Behind
+from streamprune.process.background import BackgroundWorker
 
 PIECES_AHEAD = 2
 """Pieces that may wait to be written."""
@@ -88,7 +88,7 @@ def fill_in_order(
 
     try:
         file.write(header)
-        with Behind(write, PIECES_AHEAD) as behind:
+        with BackgroundWorker(write, PIECES_AHEAD) as behind:
             for tensor in ordered:
                 size = 0
                 for data in content(tensor):

@@ -46,10 +46,10 @@ from streamprune.evaluation.two_models import (
 )
 from streamprune.model.budget import Layout, layout_for
 from streamprune.model.device import compute_dtype, exact_products, resolve_device
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import Batches, out_of_memory_named
 from streamprune.model.skeleton import build_skeleton, stored_dtype
-from streamprune.model.walk import Walk
+from streamprune.model.streamed import StreamedModel
 from streamprune.process import interrupts
 from streamprune.process.memory import format_bytes, give_back_free_memory, peak_resident_bytes
 from streamprune.progress import Progress, ProgressCallback, no_progress
@@ -132,10 +132,10 @@ def evaluate(
         layouts, keep = _lay_out(subjects, cut.shape, target, max_ram, max_vram)
         runs = []
         for c, subject, layout in zip(checkpoints, subjects, layouts, strict=True):
-            feed = stack.enter_context(Feed(stack.enter_context(ShardMaps(c)), target))
+            loader = stack.enter_context(WeightLoader(stack.enter_context(ShardMaps(c)), target))
             place = folder / "reference" if c is dense else folder
             durable.make_folder(place)
-            runs.append(Run(subject, feed, place, layout, keep=keep, is_reference=c is dense))
+            runs.append(Run(subject, loader, place, layout, keep=keep, is_reference=c is dense))
         if states := disk_bytes(runs, cut.size):
             _check_disk(folder, states + (64 << 20))
         nats, apart = _stream(runs, Batches(cut, layouts[0].batch), progress)
@@ -203,33 +203,33 @@ def _stream(runs: list[Run], batches: Sequence[Tensor], progress: ProgressCallba
         progress(Progress(run.name_of(stage), done, len(steps) + 1, time.perf_counter() - at))
     at = time.perf_counter()
     for run in runs:
-        if not run.walk.feed.copies:
-            run.walk.feed.expect(run.stages[-1].tensors)
+        if not run.streamed.loader.copies:
+            run.streamed.loader.expect(run.stages[-1].tensors)
         run.check(run.stages[-1])
     states = [run.last_states() for run in runs]
     apart = None
     if len(runs) == 1:
-        nats = _loss(runs[0].walk, batches, states[0])
+        nats = _loss(runs[0].streamed, batches, states[0])
     else:
-        walk = runs[1].walk
+        streamed = runs[1].streamed
         pairs = zip(*states, strict=True)
-        apart = compare_heads(runs[0].walk, walk, pairs, batches, LOGITS_BYTES[walk.device.type])
+        apart = compare_heads(runs[0].streamed, streamed, pairs, batches, LOGITS_BYTES[streamed.device.type])
         nats = apart.nll
     for run in runs:
-        run.walk.feed.release(run.stages[-1].tensors)
+        run.streamed.loader.release(run.stages[-1].tensors)
     give_back_free_memory()
     progress(Progress("head" if len(runs) == 1 else "heads", len(steps) + 1, len(steps) + 1, time.perf_counter() - at))
     return nats, apart
 
 
-def _loss(walk: Walk, batches: Sequence[Tensor], chunks: Iterator[Tensor]) -> Tensor:
+def _loss(streamed: StreamedModel, batches: Sequence[Tensor], chunks: Iterator[Tensor]) -> Tensor:
     """Nats of each window (windows,) float64, from the states after the last layer."""
     seqlen = batches[0].shape[1]  # more positions a model may not have
-    step = max(1, min(seqlen, LOGITS_BYTES[walk.device.type] // (walk.skeleton.vocab_size * 8)))
+    step = max(1, min(seqlen, LOGITS_BYTES[streamed.device.type] // (streamed.skeleton.vocab_size * 8)))
     windows = []
-    with walk.head() as head:
+    with streamed.head() as head:
         for states, ids in zip(chunks, batches, strict=True):
-            flat = states[:, :-1].reshape(-1, walk.skeleton.hidden_size)
+            flat = states[:, :-1].reshape(-1, streamed.skeleton.hidden_size)
             wanted = ids[:, 1:].reshape(-1)
             parts = zip(torch.split(flat, step), torch.split(wanted, step), strict=True)
             found = [_nll(head(some), ids_of_some) for some, ids_of_some in parts]

@@ -15,10 +15,10 @@ from streamprune.errors import CheckpointError
 from streamprune.evaluation.two_models import Subject
 from streamprune.model.activations import Activations
 from streamprune.model.budget import Layout
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import check_weights, embed_pass, layer_pass, retry_smaller
 from streamprune.model.skeleton import Stage
-from streamprune.model.walk import Walk
+from streamprune.model.streamed import StreamedModel
 from streamprune.process.memory import give_back_free_memory
 
 
@@ -29,13 +29,13 @@ class Run:
     """
 
     def __init__(
-        self, subject: Subject, feed: Feed, folder: Path, layout: Layout, *, keep: bool, is_reference: bool
+        self, subject: Subject, loader: WeightLoader, folder: Path, layout: Layout, *, keep: bool, is_reference: bool
     ) -> None:
         self.subject, self.layout, self.keep, self._is_reference = subject, layout, keep, is_reference
         self.stages = subject.skeleton.stages
-        self.walk = Walk(subject.skeleton, feed, subject.dtype)
-        self.walk.group = layout.group
-        self._activations = Activations(folder, self.walk.cache_dtype, feed.device, resident=layout.resident)
+        self.streamed = StreamedModel(subject.skeleton, loader, subject.dtype)
+        self.streamed.group = layout.group
+        self._activations = Activations(folder, self.streamed.cache_dtype, loader.device, resident=layout.resident)
 
     def name_of(self, stage: Stage) -> str:
         """What progress calls a stage."""
@@ -44,7 +44,7 @@ class Run:
     def check(self, stage: Stage) -> None:
         """As check_weights; says so where it is the reference that is damaged."""
         with self._whose():
-            retry_smaller(self.walk, partial(check_weights, self.walk.feed, self.subject.skeleton, stage))
+            retry_smaller(self.streamed, partial(check_weights, self.streamed.loader, self.subject.skeleton, stage))
 
     @contextmanager
     def _whose(self) -> Iterator[None]:
@@ -57,30 +57,30 @@ class Run:
 
     def do(self, stage: Stage, batches: Sequence[Tensor], *, last: bool) -> None:
         """Embeds `batches`, or runs one layer; of the `last` model, the head comes near beside its last layer."""
-        walk, resident, activations = self.walk, self.layout.resident, self._activations
+        streamed, resident, activations = self.streamed, self.layout.resident, self._activations
         stages = self.stages if last else self.stages[:-1]
         position = stage.index + 1
-        for near in stages[position : position + (2 if self.layout.layers > 1 or not walk.feed.copies else 1)]:
-            if near.kind == "layer" or not walk.feed.copies:
-                walk.feed.expect(near.together)
+        for near in stages[position : position + (2 if self.layout.layers > 1 or not streamed.loader.copies else 1)]:
+            if near.kind == "layer" or not streamed.loader.copies:
+                streamed.loader.expect(near.resident_tensors)
         self.check(stage)
         persist = not resident or (stage is self.stages[-2] and not self.keep)
         if stage.kind == "embed":
-            retry_smaller(walk, partial(embed_pass, walk, batches, activations, persist=persist))
+            retry_smaller(streamed, partial(embed_pass, streamed, batches, activations, persist=persist))
         else:
             with self._whose():
-                retry_smaller(walk, partial(layer_pass, walk, stage, activations, write=True, persist=persist))
+                retry_smaller(streamed, partial(layer_pass, streamed, stage, activations, write=True, persist=persist))
             if not resident:
                 remove_cache(activations.folder, stage.index)
-        walk.feed.release(stage.tensors)
+        streamed.loader.release(stage.tensors)
         give_back_free_memory()
 
     def make_room(self) -> None:
         """After the last layer, for another model, or another head beside its own."""
         if self.layout.resident and not self.keep:  # they are on disk as well, and read from there
-            self._activations = Activations(self._activations.folder, self.walk.cache_dtype, self.walk.device)
-        if self.walk.device.type == "cuda":
-            torch.cuda.empty_cache()  # what one feed's stream has freed is of no use to the other's
+            self._activations = Activations(self._activations.folder, self.streamed.cache_dtype, self.streamed.device)
+        if self.streamed.device.type == "cuda":
+            torch.cuda.empty_cache()  # memory freed on one loader's stream cannot serve the other's
 
     def last_states(self) -> Iterator[Tensor]:
         """The states after the last layer, batch by batch: (batch, seqlen, hidden)."""

@@ -41,7 +41,7 @@ from streamprune.model.budget import (
 )
 from streamprune.model.device import cache_dtype
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.walk import Walk
+from streamprune.model.streamed import StreamedModel
 from streamprune.process.memory import format_bytes
 
 POSITION_BYTES = 12
@@ -196,7 +196,11 @@ def fit_two(
 
 
 def compare_heads(
-    reference: Walk, model: Walk, states: Iterable[tuple[Tensor, Tensor]], batches: Sequence[Tensor], limit: int
+    reference: StreamedModel,
+    model: StreamedModel,
+    states: Iterable[tuple[Tensor, Tensor]],
+    batches: Sequence[Tensor],
+    limit: int,
 ) -> Divergence:
     """Both heads on the same positions, few enough for `limit` bytes of logits and what is made of them.
 

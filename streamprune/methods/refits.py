@@ -27,7 +27,7 @@ from streamprune.methods.selection import Pattern
 
 
 @dataclass(frozen=True)
-class Ask:
+class RefitRequest:
     """What a refit is asked for. Exactly one of sparsity and pattern is set."""
 
     sparsity: float | None
@@ -57,8 +57,8 @@ class Method:
     others: tuple[float, ...]
     """Stronger ones, relative as well, that may be tried beside it."""
     prepare: Callable[[Gram, Damping], Prepared]
-    solve: Callable[[Tensor, Tensor, Gram, Any, Ask], Tensor]
-    """(weights to come close to, the dense ones with zeros where the recipe's mask prunes, Gram, state, Ask) -> new
+    solve: Callable[[Tensor, Tensor, Gram, Any, RefitRequest], Tensor]
+    """(weights to come close to, the dense ones with zeros where the recipe's mask prunes, Gram, state, request) -> new
     weights, (n, in) float32."""
     matrices: int
     """Matrices of the Gram's size that it holds beside it at the most; none means that the Gram may be in a file."""
@@ -68,12 +68,12 @@ def _metric(gram: Gram, damping: Damping) -> Prepared:
     return Prepared(Metric.of(gram, damping), damping)
 
 
-def _cg(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, ask: Ask) -> Tensor:
+def _cg(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, ask: RefitRequest) -> Tensor:
     keep = ask.select(weight, 1.0)
     return descend(weight, torch.where(keep, weight, 0.0), keep, state, 10)
 
 
-def _gradual(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, ask: Ask) -> Tensor:
+def _gradual(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, ask: RefitRequest) -> Tensor:
     return gradually(weight, ask.select, state, steps=16, iterations=5, last=10)
 
 
@@ -86,8 +86,8 @@ def _operator(variant: admm.Variant) -> Callable[[Gram, Damping], Prepared]:
     return prepare
 
 
-def _alternating(variant: admm.Variant) -> Callable[[Tensor, Tensor, Gram, admm.Operator, Ask], Tensor]:
-    def solve(weight: Tensor, masked: Tensor, gram: Gram, state: admm.Operator, ask: Ask) -> Tensor:
+def _alternating(variant: admm.Variant) -> Callable[[Tensor, Tensor, Gram, admm.Operator, RefitRequest], Tensor]:
+    def solve(weight: Tensor, masked: Tensor, gram: Gram, state: admm.Operator, ask: RefitRequest) -> Tensor:
         return admm.solve(
             weight, state, sparsity=ask.sparsity, pattern=ask.pattern, variant=variant, backend=ask.backend
         )[0]  # fmt: skip
@@ -100,7 +100,7 @@ def _sparsegpt_factor(gram: Gram, damping: Damping) -> Prepared:
     return Prepared(factor, damping._replace(value=factor.damping))
 
 
-def _sparsegpt(weight: Tensor, masked: Tensor, gram: Gram, state: Factor, ask: Ask) -> Tensor:
+def _sparsegpt(weight: Tensor, masked: Tensor, gram: Gram, state: Factor, ask: RefitRequest) -> Tensor:
     return sparsegpt.solve(weight, state, sparsity=ask.sparsity, pattern=ask.pattern, backend=ask.backend)[0]
 
 
@@ -134,7 +134,11 @@ class Sample(NamedTuple):
 
 
 def choose(
-    method: Method, samples: Mapping[str, Sample], gram: Gram, asks: Mapping[str, Ask], dampings: Sequence[Damping]
+    method: Method,
+    samples: Mapping[str, Sample],
+    gram: Gram,
+    asks: Mapping[str, RefitRequest],
+    dampings: Sequence[Damping],
 ) -> dict[str, Choice]:
     """For each of the linears that share an input, how it is refitted: judged by what was kept out of the Gram.
 

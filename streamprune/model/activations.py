@@ -16,8 +16,8 @@ from torch import Tensor
 
 from streamprune.disk.cache import CacheReader, CacheWriter
 from streamprune.disk.scratch import ScratchMatrix
-from streamprune.model.copies import Event, Lane, Sent, take
-from streamprune.process.background import Behind, read_ahead
+from streamprune.model.copies import CopyStream, Event, Sent, received
+from streamprune.process.background import BackgroundWorker, read_ahead
 
 
 class Activations:
@@ -28,7 +28,7 @@ class Activations:
         self._held: tuple[int, list[Tensor]] = (-1, [])
         self._before = self._held  # what went into the last stage: it may be asked for again until the next one begins
         # for the whole job: torch deals out 32 streams in turn, and what its allocator keeps belongs to one of them
-        self._reading, self._writing = Lane(device), Lane(device)
+        self._reading, self._writing = CopyStream(device), CopyStream(device)
 
     def read(self, stage: int) -> Iterator[Tensor]:
         """The chunks before layer `stage`, on the device, in order. Raises CorruptStateError as CacheReader."""
@@ -37,7 +37,7 @@ class Activations:
                 yield from held
                 return
         for sent in read_ahead(_Sending(CacheReader(self.folder, stage), self._reading)):
-            yield take(sent)
+            yield received(sent)
 
     @contextmanager
     def write(self, stage: int, *, persist: bool = True) -> Iterator[Callable[[Tensor], None]]:
@@ -62,7 +62,7 @@ class Activations:
         waiting = None if self.resident else 1
         with (
             CacheWriter(self.folder, stage, self.dtype) if persist else nullcontext() as writer,
-            Behind(store, waiting) as behind,
+            BackgroundWorker(store, waiting) as behind,
         ):
             yield put
         self._before, self._held = self._held, (stage, held) if self.resident else (-1, [])
@@ -110,7 +110,7 @@ class Aside:
 class _Sending:
     """A cache's chunks as a sequence of tensors on their way to the device."""
 
-    def __init__(self, reader: CacheReader, lane: Lane) -> None:
+    def __init__(self, reader: CacheReader, lane: CopyStream) -> None:
         self._reader, self._lane = reader, lane
 
     def __len__(self) -> int:

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from streamprune.disk.float_quantized import SCALE, Scheme
 from streamprune.disk.header import TensorRef
 from streamprune.methods.fp8 import dequantise
-from streamprune.model.feed import Feed
-from streamprune.model.routed import Routed, Watch, in_place
+from streamprune.model.loader import WeightLoader
+from streamprune.model.routed import InputHook, Routed, in_place
 from streamprune.model.skeleton import Skeleton
 
 _PANEL_BYTES = 32 << 20
@@ -37,17 +37,17 @@ _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 def bound(
     skeleton: Skeleton,
     prefix: str | None,
-    feed: Feed,
+    loader: WeightLoader,
     dtype: torch.dtype,
     sources: Mapping[str, TensorRef] | None = None,
     head: bool = True,
-    watch: Watch | None = None,
+    watch: InputHook | None = None,
     weighted: bool = True,
     routed: Routed | None = None,
 ) -> Iterator[list[TensorRef]]:
     """Binds the parameters below `prefix`, or with None all parameters outside the decoder layers.
 
-    Within the context the modules compute in `dtype` on the feed's device; on leaving they are on the meta device
+    Within the context the modules compute in `dtype` on the loader's device; on leaving they are on the meta device
     again. Yields what is in use, for the caller to release. `sources` may name other tensors than the checkpoint's
     own. Without `head`, what makes logits is left out. Experts wait for a group of batches where `routed` collects what
     they are given; else they compute at once, and `watch` sees the inputs of their linears, `weighted` or not.
@@ -66,7 +66,7 @@ def bound(
                 continue
             full = ".".join(p for p in (prefix, path) if p)
             if full in skeleton.experts:
-                undo.append(_bind_experts(skeleton, module, full, feed, refs, watch, weighted, routed))
+                undo.append(_bind_experts(skeleton, module, full, loader, refs, watch, weighted, routed))
             names = [*module._parameters, *module._buffers]
             for leaf in names:
                 ref = refs.get(f"{full}.{leaf}" if full else leaf)
@@ -76,11 +76,15 @@ def bound(
                 scale = refs.get(f"{full}.{leaf}{SCALE}")
                 if scale is not None:
                     used.append(scale)
-                    undo.append(_bind_codes(module, feed.tensor(ref), feed.tensor(scale), skeleton.scheme, dtype))
-                elif module is embedding and leaf == "weight" and (feed.copies or feed.maps.tensor(ref).dtype != dtype):
-                    undo.append(_narrow(module, feed.maps.tensor(ref), dtype, feed.device))
+                    undo.append(_bind_codes(module, loader.tensor(ref), loader.tensor(scale), skeleton.scheme, dtype))
+                elif (
+                    module is embedding
+                    and leaf == "weight"
+                    and (loader.copies or loader.maps.tensor(ref).dtype != dtype)
+                ):
+                    undo.append(_narrow(module, loader.maps.tensor(ref), dtype, loader.device))
                 else:
-                    undo.append(_bind(module, leaf, feed.tensor(ref), dtype))
+                    undo.append(_bind(module, leaf, loader.tensor(ref), dtype))
         yield used
     finally:
         for restore in reversed(undo):
@@ -151,16 +155,16 @@ class _ExpertWeights:
     FP8 experts stay as they are: transformers, unlike vLLM, rounds those of its nn.Linear only.
     """
 
-    def __init__(self, skeleton: Skeleton, feed: Feed, refs: Mapping[str, TensorRef]) -> None:
-        self._skeleton, self._feed, self._refs = skeleton, feed, refs
+    def __init__(self, skeleton: Skeleton, loader: WeightLoader, refs: Mapping[str, TensorRef]) -> None:
+        self._skeleton, self._loader, self._refs = skeleton, loader, refs
         self._held: dict[str, tuple[Tensor, ...]] = {}
-        self.device = feed.device
+        self.device = loader.device
 
     def stored(self, name: str) -> tuple[TensorRef, Tensor]:
         """A linear's weight as it is stored."""
         refs = self._of(name)
         if name not in self._held:
-            self._held[name] = tuple(self._feed.tensor(ref) for ref in refs)
+            self._held[name] = tuple(self._loader.tensor(ref) for ref in refs)
         return refs[0], self._held[name][0]
 
     def product(self, name: str, x: Tensor) -> Tensor:
@@ -178,13 +182,13 @@ class _ExpertWeights:
     def expect(self, names: Collection[str]) -> None:
         """Begins to bring weights near."""
         if names:
-            self._feed.expect(ref for name in names for ref in self._of(name))
+            self._loader.expect(ref for name in names for ref in self._of(name))
 
     def release(self, names: Collection[str]) -> None:
         """Lets go of weights."""
         for name in names:
             self._held.pop(name, None)
-        self._feed.release(ref for name in names for ref in self._of(name))
+        self._loader.release(ref for name in names for ref in self._of(name))
 
     def release_all(self) -> None:
         """Lets go of what is still at hand."""
@@ -196,11 +200,11 @@ class _ExpertWeights:
 
 
 def _bind_experts(
-    skeleton: Skeleton, module: nn.Module, path: str, feed: Feed, refs: Mapping[str, TensorRef],
-    watch: Watch | None, weighted: bool, routed: Routed | None,
+    skeleton: Skeleton, module: nn.Module, path: str, loader: WeightLoader, refs: Mapping[str, TensorRef],
+    watch: InputHook | None, weighted: bool, routed: Routed | None,
 ) -> Callable[[], None]:  # fmt: skip
     """Lets a module of experts work one expert at a time; returns what ends that."""
-    weights, experts = _ExpertWeights(skeleton, feed, refs), skeleton.experts[path]
+    weights, experts = _ExpertWeights(skeleton, loader, refs), skeleton.experts[path]
     if routed is None:
         module.__dict__["forward"] = in_place(module, experts, weights, watch, weighted)
     else:

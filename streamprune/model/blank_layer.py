@@ -21,9 +21,9 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.model.budget import token_bytes
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.walk import Walk
+from streamprune.model.streamed import StreamedModel
 
 LAYER_BYTES = {"cpu": 160 << 20, "cuda": 1 << 30}
 """Memory of the layer's activations: more than the processor's caches hold, where a batch's are."""
@@ -124,8 +124,8 @@ class BlankLayer:
         self, checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, device: torch.device,
         windows: int, length: int,
     ) -> None:  # fmt: skip
-        feed = Feed(_Blank(checkpoint, dtype, device), device, copies=False)
-        self.walk, self._stage = Walk(skeleton, feed, dtype), skeleton.layer_stages[0]
+        loader = WeightLoader(_Blank(checkpoint, dtype, device), device, copies=False)
+        self.streamed, self._stage = StreamedModel(skeleton, loader, dtype), skeleton.layer_stages[0]
         self._ids = torch.zeros(windows, length, dtype=torch.long)
         self._without_products, self._inputs = _NoProducts(), _Inputs()
         self.tokens, self.length, self.depth = windows * length, length, len(skeleton.layers)
@@ -141,17 +141,17 @@ class BlankLayer:
 
     def embed(self) -> None:
         """Makes the states, by the model's own code before its first layer."""
-        (states,) = self.walk.embed([self._ids])
-        self.states = states.to(self.walk.cache_dtype)
+        (states,) = self.streamed.embed([self._ids])
+        self.states = states.to(self.streamed.cache_dtype)
 
     @contextmanager
     def ready(self) -> Iterator[Callable[[], None]]:
         """A function that runs the layer once."""
-        with self.walk.layer(self._stage, watch=self._inputs.watch) as layer, self._without_products:
+        with self.streamed.layer(self._stage, watch=self._inputs.watch) as layer, self._without_products:
 
             def run() -> None:
                 self._without_products.rewind()
                 self._inputs.widths.clear()
-                layer(self.states).to(self.walk.cache_dtype)
+                layer(self.states).to(self.streamed.cache_dtype)
 
             yield run

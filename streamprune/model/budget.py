@@ -295,7 +295,9 @@ def memory_of(
     """Estimated peak bytes on a device: see Layout. While a layer computes, its inputs and outputs are resident."""
     weights = max((layers * s.resident for s in skeleton.layer_stages), default=0)
     if head:  # its matrix may be the embedding's
-        weights = max(weights, *(t.nbytes for s in (skeleton.stages[0], skeleton.stages[-1]) for t in s.together))
+        weights = max(
+            weights, *(t.nbytes for s in (skeleton.stages[0], skeleton.stages[-1]) for t in s.resident_tensors)
+        )
     state = seqlen * skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize
     states = 2 * samples * state if resident else 0
     in_flight = 4 * batch * state

@@ -1,7 +1,7 @@
 """Copies between host and device beside the computation: a stream of their own, through pinned memory.
 
 On the CPU the same calls copy at once or not at all, so what uses them has one path. Copies are ordered by events: what
-was sent is used after `take`, on whichever stream the caller computes.
+was sent is used after `received`, on whichever stream the caller computes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Sent(NamedTuple):
     arrived: Event | None
 
 
-class Lane:
+class CopyStream:
     """One direction of traffic to or from a device. Each thread has its own; methods do not lock."""
 
     def __init__(self, device: torch.device) -> None:
@@ -91,7 +91,7 @@ def is_of_device(error: BaseException) -> bool:
     return (kind is not None and isinstance(error, kind)) or str(error).startswith(("CUDA error", "HIP error"))
 
 
-def take(sent: Sent) -> Tensor:
+def received(sent: Sent) -> Tensor:
     """The tensor, safe to use on the caller's current stream from now on."""
     if sent.arrived is not None and sent.tensor.is_cuda:
         stream: Any = torch.cuda.current_stream(sent.tensor.device)

@@ -20,7 +20,7 @@ from streamprune.errors import UnsupportedError
 from streamprune.model.binding import holding
 from streamprune.model.blank_layer import BlankLayer
 from streamprune.model.skeleton import Skeleton, Stage
-from streamprune.model.walk import Call, Walk
+from streamprune.model.streamed import Call, StreamedModel
 
 Run = Callable[[Tensor], Tensor]
 
@@ -29,18 +29,18 @@ _LENGTH = 16
 
 
 @contextmanager
-def trainable(walk: Walk, stage: Stage, tensors: Mapping[str, Tensor]) -> Iterator[Run]:
+def trainable(streamed: StreamedModel, stage: Stage, tensors: Mapping[str, Tensor]) -> Iterator[Run]:
     """A layer that computes with `tensors`, named within it: a function from states to states with a graph.
 
     States are (batch, seqlen, hidden) in the dtype that is computed in, on the device. Each batch size is recorded
     once; leave it out of inference mode.
     """
-    layer, known = walk.skeleton.layers[stage.index], dict[int, Call]()
+    layer, known = streamed.skeleton.layers[stage.index], dict[int, Call]()
 
     def run(states: Tensor) -> Tensor:
         samples = states.shape[0]
         if samples not in known:
-            known[samples] = _plain(walk.calls_of(samples)[stage.index], torch.clone)
+            known[samples] = _plain(streamed.calls_of(samples)[stage.index], torch.clone)
         return _called(layer, known[samples], states)
 
     with holding(layer, tensors):
@@ -64,11 +64,13 @@ def survey(
         parts = [(path, type(module), str(module.extra_repr())) for path, module in layer.named_modules()]
         key = (names, *parts)
         if names and key not in found:
-            found[key] = _kept_bytes(skeleton, stage, hollow.walk, dtype, names)
+            found[key] = _kept_bytes(skeleton, stage, hollow.streamed, dtype, names)
     return max(found.values(), default=0)
 
 
-def _kept_bytes(skeleton: Skeleton, stage: Stage, walk: Walk, dtype: torch.dtype, names: Collection[str]) -> int:
+def _kept_bytes(
+    skeleton: Skeleton, stage: Stage, streamed: StreamedModel, dtype: torch.dtype, names: Collection[str]
+) -> int:
     layer, kept = skeleton.layers[stage.index], dict[int, tuple[Tensor, int]]()
     blank = {
         name: torch.empty(p.shape, dtype=dtype if p.is_floating_point() else p.dtype, device="meta")
@@ -83,7 +85,7 @@ def _kept_bytes(skeleton: Skeleton, stage: Stage, walk: Walk, dtype: torch.dtype
             kept[storage._cdata] = (tensor, storage.nbytes())
         return tensor
 
-    call = _plain(walk.calls_of(1)[stage.index], lambda t: torch.empty_like(t, device="meta"))
+    call = _plain(streamed.calls_of(1)[stage.index], lambda t: torch.empty_like(t, device="meta"))
     states = torch.empty(1, _LENGTH, skeleton.hidden_size, dtype=dtype, device="meta")
     reason = ""
     try:

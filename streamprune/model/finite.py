@@ -11,10 +11,10 @@ from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError
 from streamprune.kernels import cpu, torch_ops
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 
 
-def rows_of(source: Feed | ShardMaps, ref: TensorRef, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
+def rows_of(source: WeightLoader | ShardMaps, ref: TensorRef, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
     """A stored tensor in chunks of whole rows, each with the number of its first; a scalar in one piece."""
     count = ref.shape[0] if ref.shape else 1
     step = max(1, chunk_bytes * count // max(ref.nbytes, 1))
@@ -23,7 +23,7 @@ def rows_of(source: Feed | ShardMaps, ref: TensorRef, chunk_bytes: int) -> Itera
 
 
 def finite_rows(
-    source: Feed | ShardMaps, ref: TensorRef, chunk_bytes: int, whole: TensorRef | None = None
+    source: WeightLoader | ShardMaps, ref: TensorRef, chunk_bytes: int, whole: TensorRef | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """As rows_of. Raises CheckpointError naming file, tensor and index of the first NaN or Inf."""
     for begin, rows in rows_of(source, ref, chunk_bytes):

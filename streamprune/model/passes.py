@@ -17,11 +17,11 @@ from streamprune.disk.header import TensorRef
 from streamprune.errors import ResourceError
 from streamprune.model.activations import Activations
 from streamprune.model.copies import is_out_of_memory
-from streamprune.model.feed import Feed
 from streamprune.model.finite import finite_rows
-from streamprune.model.routed import Kept, Routed, Watch
+from streamprune.model.loader import WeightLoader
+from streamprune.model.routed import InputHook, Routed, RoutedInputs
 from streamprune.model.skeleton import Skeleton, Stage
-from streamprune.model.walk import Walk
+from streamprune.model.streamed import StreamedModel
 
 _CHECK_BYTES = 16 << 20
 
@@ -58,15 +58,17 @@ class Batches(Sequence[Tensor]):
         return torch.from_numpy(self._windows[begin : begin + self._batch])
 
 
-def embed_pass(walk: Walk, batches: Sequence[Tensor], activations: Activations, *, persist: bool = True) -> None:
+def embed_pass(
+    streamed: StreamedModel, batches: Sequence[Tensor], activations: Activations, *, persist: bool = True
+) -> None:
     """Token ids to the states before layer 0."""
     with activations.write(0, persist=persist) as put:
-        for states in walk.embed(batches):
+        for states in streamed.embed(batches):
             put(states)
 
 
 def layer_pass(
-    walk: Walk,
+    streamed: StreamedModel,
     stage: Stage,
     activations: Activations,
     *,
@@ -74,14 +76,14 @@ def layer_pass(
     persist: bool = True,
     watchers: Sequence[Watcher] = (),
     flow: Callable[[Tensor, Tensor], None] | None = None,
-    feed: Feed | None = None,
+    loader: WeightLoader | None = None,
     sources: dict[str, TensorRef] | None = None,
     routed: Routed | None = None,
 ) -> None:
     """States before layer i through it to those before i + 1 (if `write`).
 
     `watchers` see its linears' inputs, `flow` the states before and after it; `persist` as for Activations.write.
-    `feed` and `sources` as for Walk.layer. `routed` is what collects for the layer's experts, made here unless given.
+    `loader` and `sources` as for StreamedModel.layer. `routed` collects for the layer's experts; by default a new one.
     """
 
     def watch(name: str, x: Tensor) -> None:
@@ -90,12 +92,12 @@ def layer_pass(
 
     see = watch if watchers else None
     if stage.experts and routed is None:
-        routed = routed_to(walk, stage)
+        routed = routed_to(streamed, stage)
     with (
-        walk.layer(stage, feed=feed, sources=sources, watch=see, routed=routed) as run,
+        streamed.layer(stage, loader=loader, sources=sources, watch=see, routed=routed) as run,
         activations.write(stage.index + 1, persist=persist) if write else nullcontext(_nowhere) as put,
     ):
-        for states in _with_experts(walk, stage, activations, run, routed, see):
+        for states in _with_experts(streamed, stage, activations, run, routed, see):
             after = run(states)
             if flow is not None:
                 flow(states, after)
@@ -104,14 +106,14 @@ def layer_pass(
                 watcher.end_batch()
 
 
-def routed_to(walk: Walk, stage: Stage, kept: Kept | None = None) -> Routed:
+def routed_to(streamed: StreamedModel, stage: Stage, kept: RoutedInputs | None = None) -> Routed:
     """What collects for a layer's experts; with `kept` there, too."""
-    return Routed({ref.name: ref for ref in stage.tensors}, walk.weighted, kept)
+    return Routed({ref.name: ref for ref in stage.tensors}, streamed.weighted, kept)
 
 
 def _with_experts(
-    walk: Walk, stage: Stage, activations: Activations, run: Callable[[Tensor], Tensor], routed: Routed | None,
-    see: Watch | None,
+    streamed: StreamedModel, stage: Stage, activations: Activations, run: Callable[[Tensor], Tensor],
+    routed: Routed | None, see: InputHook | None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The states before a layer, chunk by chunk, each when the layer's experts have done their part for it."""
     if routed is None:
@@ -122,37 +124,37 @@ def _with_experts(
         routed.begin()
         chunks = 0
         for reader in ahead:
-            for states in islice(reader, walk.together):
+            for states in islice(reader, streamed.batches_at_once):
                 run(states)
                 chunks += 1
             routed.compute(see)
         if not chunks:
             return
         routed.complete()
-        yield from islice(last, walk.together)
+        yield from islice(last, streamed.batches_at_once)
 
 
 def _nowhere(states: Tensor) -> None:
     """The states after the last layer that is run are not needed."""
 
 
-def check_weights(feed: Feed, skeleton: Skeleton, stage: Stage) -> None:
+def check_weights(loader: WeightLoader, skeleton: Skeleton, stage: Stage) -> None:
     """Looks at a stage's weights before they are used. Raises CheckpointError for NaN and Inf, as finite_rows.
 
     Those of experts are looked at when their turn comes.
     """
     known = {ref.name for ref in skeleton.sources.values()}
-    for ref in stage.together if stage.kind == "layer" else stage.tensors:
+    for ref in stage.resident_tensors if stage.kind == "layer" else stage.tensors:
         # of the embeddings and the head, a pass touches a few rows only
         in_passing = stage.kind != "layer"
         if ref.name in known:
-            for begin, rows in finite_rows(feed.maps if in_passing else feed, ref, _CHECK_BYTES):
+            for begin, rows in finite_rows(loader.maps if in_passing else loader, ref, _CHECK_BYTES):
                 if in_passing:
                     at = ref.begin + begin * (ref.nbytes // max(1, ref.shape[0] if ref.shape else 1))
-                    feed.maps.release([replace(ref, begin=at, end=at + rows.nbytes)], drop_cache=True)
+                    loader.maps.release([replace(ref, begin=at, end=at + rows.nbytes)], drop_cache=True)
 
 
-def retry_smaller(walk: Walk, work: Callable[[], Result]) -> Result:
+def retry_smaller(streamed: StreamedModel, work: Callable[[], Result]) -> Result:
     """What `work` returns; when it runs out of memory it starts again with batches of half the size.
 
     Raises ResourceError when a single sample does not fit.
@@ -163,7 +165,7 @@ def retry_smaller(walk: Walk, work: Callable[[], Result]) -> Result:
         except (torch.OutOfMemoryError, RuntimeError) as e:
             if not is_out_of_memory(e):
                 raise
-        walk.give_way()  # out here, where the failed attempt's tensors are no longer held by its traceback
+        streamed.give_way()  # out here, where the failed attempt's tensors are no longer held by its traceback
 
 
 @contextmanager

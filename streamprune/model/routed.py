@@ -5,7 +5,7 @@ their weights would be read as often as there are batches. So batches go through
 group leaves the layer where its experts are called, and collects what they are given. Then each expert computes for
 all that the group routes to it. A second pass goes through the layer as a whole; what the experts put out is there.
 
-What experts are given may be kept in files (Kept), for a refit to look at it again, expert by expert.
+What experts are given may be kept in files (RoutedInputs), for a refit to look at it again, expert by expert.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from streamprune.model.experts import DOWN, UP, Experts
 from streamprune.model.finite import refuse_nonfinite
 from streamprune.process.memory import give_back_free_memory
 
-Watch = Callable[[str, Tensor], None]
+InputHook = Callable[[str, Tensor], None]
 """(linear, its inputs (tokens, in))."""
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -106,7 +106,7 @@ class _Mixture:
         return result if bias is None else result + bias[expert]
 
     def compute(
-        self, hidden: Tensor, chosen: Tensor, shares: Tensor, see: Watch | None, weighted: bool, rows: int,
+        self, hidden: Tensor, chosen: Tensor, shares: Tensor, see: InputHook | None, weighted: bool, rows: int,
         check: Callable[[str], None] | None = None,
     ) -> Tensor:  # fmt: skip
         """As Forward, expert after expert, no more than `rows` tokens at once; `check(linear)` comes before its use."""
@@ -135,14 +135,14 @@ def padded_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _show(see: Watch | None, names: Sequence[str], x: Tensor, share: Tensor, weighted: bool) -> None:
+def _show(see: InputHook | None, names: Sequence[str], x: Tensor, share: Tensor, weighted: bool) -> None:
     if see is not None:
         seen = x * share if weighted else x
         for name in names:
             see(name, seen)
 
 
-def in_place(module: Any, experts: Experts, weights: Weights, see: Watch | None, weighted: bool) -> Forward:
+def in_place(module: Any, experts: Experts, weights: Weights, see: InputHook | None, weighted: bool) -> Forward:
     """What takes the place of an experts module's forward where each batch is computed at once.
 
     `see` sees the linears' inputs, times the routing's weights if `weighted`.
@@ -158,7 +158,7 @@ class Routed:
     then the pass that goes all the way. With `kept`, `again` is possible afterwards.
     """
 
-    def __init__(self, stored: Mapping[str, TensorRef], weighted: bool, kept: Kept | None = None) -> None:
+    def __init__(self, stored: Mapping[str, TensorRef], weighted: bool, kept: RoutedInputs | None = None) -> None:
         self._stored, self._weighted, self._kept = stored, weighted, kept
         self._mixtures: dict[str, _Mixture] = {}
         self._checked: set[str] = set()
@@ -192,7 +192,7 @@ class Routed:
         for mixture in self._mixtures.values():
             mixture.outputs, mixture.given, mixture.replayed = None, [], 0
 
-    def compute(self, see: Watch | None) -> None:
+    def compute(self, see: InputHook | None) -> None:
         """The experts that the last pass has come to compute, for all of the group; `see` sees their linears' inputs.
 
         Raises CheckpointError for weights that are NaN or infinite.
@@ -216,7 +216,7 @@ class Routed:
         """The next pass goes all the way."""
         self.collecting = False
 
-    def again(self, names: Collection[str], see: Watch, rows: int) -> None:
+    def again(self, names: Collection[str], see: InputHook, rows: int) -> None:
         """`see` sees the inputs of these linears, of experts whose module is bound, once more; `rows` at a time."""
         assert self._kept is not None
         for mixture in self._mixtures.values():
@@ -239,7 +239,7 @@ class Routed:
             self._checked.add(name)
 
 
-class Kept:
+class RoutedInputs:
     """What the experts of a layer are given, for `tokens` in all, in unnamed files in `folder`.
 
     Raises ResourceError when the disk has no room for it.

@@ -59,7 +59,7 @@ class Stage:
         return sum(t.nbytes for t in self.tensors)
 
     @property
-    def together(self) -> list[TensorRef]:
+    def resident_tensors(self) -> list[TensorRef]:
         """The tensors that are at work together: all but those of experts and those that nothing claims."""
         apart = self.unclaimed | {self.linears[name].name for experts in self.experts for name in experts.linears}
         return [t for t in self.tensors if t.name not in apart]
@@ -82,7 +82,7 @@ class Stage:
             for experts in self.experts
             for up, down in zip(experts.up, experts.down, strict=True)
         ]
-        return sum(t.nbytes for t in self.together) + 2 * max(of_one, default=0)
+        return sum(t.nbytes for t in self.resident_tensors) + 2 * max(of_one, default=0)
 
 
 @dataclass(frozen=True)

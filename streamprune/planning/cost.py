@@ -105,7 +105,7 @@ far as each input that linears share, which comes to one and a half passes, and 
 
 
 @dataclass(frozen=True)
-class Course:
+class RunShape:
     """How a run goes: see model/budget.py for `layers` (on the device at once) and `resident`."""
 
     tokens: int
@@ -180,7 +180,7 @@ def embedding_bytes(states: int, layers: int) -> int:
     return states * (4 + 2 * layers)
 
 
-def stage_seconds(works: Sequence[Work], course: Course, speeds: Speeds) -> list[Split]:
+def stage_seconds(works: Sequence[Work], course: RunShape, speeds: Speeds) -> list[Split]:
     """Seconds of each stage: embed, layers, head, in this order. The first one bears what is loaded once."""
     found: list[Split] = []
     room = 0.0  # time in which the next stage's weights are read unnoticed
@@ -201,7 +201,7 @@ def stage_seconds(works: Sequence[Work], course: Course, speeds: Speeds) -> list
     return found
 
 
-def _forward(work: Work, course: Course, s: Speeds) -> Split:
+def _forward(work: Work, course: RunShape, s: Speeds) -> Split:
     """The passes through a layer, the statistics of the first, and what a refit adds."""
     a_token = work.products / s.products + work.attention / s.attention + work.traffic / s.elementwise
     a_pass = course.tokens * a_token + course.batches * PER_BATCH
@@ -213,7 +213,7 @@ def _forward(work: Work, course: Course, s: Speeds) -> Split:
     )  # fmt: skip
 
 
-def _layer(work: Work, course: Course, s: Speeds, room: float) -> Split:
+def _layer(work: Work, course: RunShape, s: Speeds, room: float) -> Split:
     """A layer, or the head, on the CPU; `room` is what hides reading it."""
     look = work.nbytes / s.scanning
     prune = look + work.pruned / s.selection
@@ -231,7 +231,7 @@ def _layer(work: Work, course: Course, s: Speeds, room: float) -> Split:
     return forward + Split(selection=look + prune, disk=waited)
 
 
-def _embed(works: Sequence[Work], course: Course, s: Speeds) -> Split:
+def _embed(works: Sequence[Work], course: RunShape, s: Speeds) -> Split:
     """The weights outside of the layers are read and looked at, tokens become states, and the shard is written."""
     work, both = works[0], works[0].nbytes + works[-1].nbytes
     look, again = both / s.scanning, work.nbytes / s.scanning
@@ -241,14 +241,14 @@ def _embed(works: Sequence[Work], course: Course, s: Speeds) -> Split:
     return Split(embedding_bytes(states, len(works) - 2) / s.embedding, 0.0, look + again, waited)
 
 
-def _copied(work: Work, course: Course, s: Speeds) -> Split:
+def _copied(work: Work, course: RunShape, s: Speeds) -> Split:
     """A stage without a pass: read, pruned and written, all at once; both ways share the disk. Its commit follows."""
     prune = work.nbytes / s.scanning + work.pruned / s.selection
     filled = _shard(work, course, s, prune, work.nbytes / s.reading + work.nbytes / s.writing)
     return Split(selection=prune, disk=max(filled, PER_FLUSH * FLUSHES_WITHOUT_PASS) - prune)
 
 
-def _layer_on_device(work: Work, course: Course, s: Speeds) -> Split:
+def _layer_on_device(work: Work, course: RunShape, s: Speeds) -> Split:
     """A layer on a device: what overlaps depends on how many fit there."""
     look = 3 * work.nbytes / s.elementwise
     forward = _forward(work, course, s) if course.tokens else Split()
@@ -271,16 +271,16 @@ def _layer_on_device(work: Work, course: Course, s: Speeds) -> Split:
     return computed + Split(disk=whole - computed.total + waited)
 
 
-def _shard(work: Work, course: Course, s: Speeds, prune: float, disk: float) -> float:
+def _shard(work: Work, course: RunShape, s: Speeds, prune: float, disk: float) -> float:
     """Seconds until a shard is filled, with `prune` seconds of kernels on all cores and `disk` of the disk."""
     follow = work.nbytes / s.hashing
     return max(prune + follow / course.threads, follow, disk)
 
 
-def _cache(course: Course, s: Speeds) -> float:
+def _cache(course: RunShape, s: Speeds) -> float:
     """Activations of one stage: hashed, copied and made durable, then read and checked beside the next pass."""
     return course.cached / s.writing + 2 * course.cached / s.hashing / course.threads
 
 
-def _flushes(work: Work, course: Course) -> float:
+def _flushes(work: Work, course: RunShape) -> float:
     return PER_FLUSH * (FLUSHES[work.kind] if course.tokens else FLUSHES_WITHOUT_PASS)

@@ -31,7 +31,7 @@ from streamprune.model.budget import Budget, Layout, estimate, layout_for, memor
 from streamprune.model.device import cache_dtype, compute_dtype, resolve_device
 from streamprune.model.shapes import linear_shape
 from streamprune.model.skeleton import Skeleton, build_skeleton, stored_dtype
-from streamprune.planning.cost import PAIRED_FORWARDS, Course, Speeds, Split, Work, stage_seconds, work_of
+from streamprune.planning.cost import PAIRED_FORWARDS, RunShape, Speeds, Split, Work, stage_seconds, work_of
 from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
 from streamprune.pruning.linears import selected_linears
@@ -216,13 +216,13 @@ def _memory(
 def course_of(
     skeleton: Skeleton, samples: int, seqlen: int, dtype: torch.dtype, layout: Layout, propagate: str, on_device: bool,
     epochs: int = 0,
-) -> Course:  # fmt: skip
+) -> RunShape:  # fmt: skip
     """How a run over `samples` windows goes in a layout; with samples = 0 there is no pass.
 
     An epoch of tuning is three passes, of which the backward one takes two.
     """
     batches = -(-samples // max(1, layout.batch))
-    return Course(
+    return RunShape(
         tokens=samples * seqlen, batches=batches, groups=-(-batches // layout.group),
         forwards={"dense": 1, "pruned": 2, "asymmetric": PAIRED_FORWARDS}[propagate] + 3 * epochs,
         state_bytes=skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize,
@@ -231,7 +231,7 @@ def course_of(
 
 
 def _stages(
-    skeleton: Skeleton, chosen: Collection[str], works: Sequence[Work], course: Course, seconds: Sequence[Split]
+    skeleton: Skeleton, chosen: Collection[str], works: Sequence[Work], course: RunShape, seconds: Sequence[Split]
 ) -> tuple[StagePlan, ...]:
     return tuple(
         StagePlan(
@@ -249,7 +249,7 @@ def _layout_in_words(layout: Layout, samples: int) -> str:
     return f"{layers}, {'all activations stay there' if layout.resident else 'activations go to the disk and back'}"
 
 
-def _in_words(s: Speeds, course: Course, recipe: Recipe) -> str:
+def _in_words(s: Speeds, course: RunShape, recipe: Recipe) -> str:
     """What a reader can check: the speeds that matter most."""
     found = []
     if course.tokens:

@@ -30,7 +30,7 @@ from streamprune.model.blank_layer import BlankLayer, Called, window_size
 from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.shapes import linear_shape
 from streamprune.model.skeleton import Skeleton, Stage
-from streamprune.planning.cost import Course, Speeds, Work, embedding_bytes
+from streamprune.planning.cost import RunShape, Speeds, Work, embedding_bytes
 
 READ_BYTES = 64 << 20
 _SECONDS = 0.08
@@ -85,7 +85,7 @@ class Clock:
 
 
 def measure(
-    checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, device: torch.device, work: Work, course: Course,
+    checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, device: torch.device, work: Work, course: RunShape,
     batch: int, seqlen: int, *, now: Callable[[], float] = time.perf_counter,
 ) -> Speeds:  # fmt: skip
     """The speeds of this machine for `work`, a layer's, in batches of `batch` windows of `seqlen` tokens.
@@ -270,7 +270,7 @@ def _hashing(clock: Clock) -> float:
 
 
 def _link(clock: Clock) -> float:
-    """Bytes a second from mapped memory to the device, as model/feed.py sends them."""
+    """Bytes a second from mapped memory to the device, as model/loader.py sends them."""
     if clock.device.type != "cuda":
         return inf
     piece = torch.zeros(32 << 20, dtype=torch.uint8)

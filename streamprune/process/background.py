@@ -27,7 +27,7 @@ class _Mark:
         self.reached: queue.SimpleQueue[None] = queue.SimpleQueue()
 
 
-class Behind(Generic[Item]):
+class BackgroundWorker(Generic[Item]):
     """Calls `work(item)` in a thread of its own for each item that is put, in order, `ahead` waiting at most.
 
     Leaving the context waits for the last item. What `work` raises is raised by the next `put`, by `drain` or on
@@ -131,7 +131,7 @@ def read_ahead(items: Readable[Item]) -> Iterator[Item]:
         except BaseException as e:  # noqa: BLE001 - raised by whoever takes the item
             ready.put((None, e))
 
-    with Behind(fetch) as behind:
+    with BackgroundWorker(fetch) as behind:
         if len(items):
             behind.put(0)
         for following in range(1, len(items) + 1):

@@ -89,7 +89,7 @@ def _weights(writer: StageWriter, linears: Iterable[str]) -> int:
 
 def _errors(writer: StageWriter, ref: TensorRef, name: str, power: Tensor, levels: list[float]) -> list[float]:
     """What pruning the lowest w²a of each row takes away of the linear's sum of w²a, at each level."""
-    feature = (power / power.max().clamp_min(torch.finfo(power.dtype).tiny)).float().to(writer.feed.device)
+    feature = (power / power.max().clamp_min(torch.finfo(power.dtype).tiny)).float().to(writer.loader.device)
     removed, total = [0.0] * len(levels), 0.0
     for rows in _rows(writer, ref, name):
         for i, level in enumerate(levels):
@@ -114,16 +114,16 @@ def _owl(writer: StageWriter, given: StatisticsFile, sparsity: float) -> dict[st
 def _scores(writer: StageWriter, given: StatisticsFile, stage: Stage) -> Iterator[Tensor]:
     """|w| √a of all weights of a layer's linears, a chunk at a time, float32."""
     for name, width in writer.in_order(stage).items():
-        feature = _power(given, name, width).sqrt().float().to(writer.feed.device)
+        feature = _power(given, name, width).sqrt().float().to(writer.loader.device)
         for rows in _rows(writer, writer.skeleton.sources[f"{name}.weight"], name):
             yield rows.abs().float().mul_(feature)
 
 
 def _rows(writer: StageWriter, ref: TensorRef, name: str) -> Iterator[Tensor]:
     transposed = name in writer.skeleton.transposed
-    for _, rows in rows_of(writer.feed, ref, ref.nbytes if transposed else CHUNK_BYTES):
+    for _, rows in rows_of(writer.loader, ref, ref.nbytes if transposed else CHUNK_BYTES):
         yield rows.t().contiguous() if transposed else rows
-    writer.feed.maps.release([ref])
+    writer.loader.maps.release([ref])
 
 
 def _power(given: StatisticsFile, name: str, width: int) -> Tensor:

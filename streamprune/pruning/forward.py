@@ -21,7 +21,7 @@ from streamprune.disk.float_quantized import SCALE
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.model.activations import Activations
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import (
     Batches,
     Watcher,
@@ -31,24 +31,24 @@ from streamprune.model.passes import (
     retry_smaller,
     routed_to,
 )
-from streamprune.model.routed import Kept, Routed
+from streamprune.model.routed import Routed, RoutedInputs
 from streamprune.model.skeleton import Stage
-from streamprune.model.walk import Walk
+from streamprune.model.streamed import StreamedModel
 
 PERSIST_SECONDS = 60
 """Activations that stay on the device are written to disk this often: what a crash costs at most, beside one layer."""
 
 
-class Pass:
+class CalibrationPass:
     """Runs `windows` (samples, seqlen) through the model in batches of `batch`; cache n is what goes into layer n.
 
-    Where memory runs out, a stage is done again in smaller parts; `walk.most` says how small.
+    Where memory runs out, a stage is done again in smaller parts; `streamed.max_samples` says how small.
     """
 
     def __init__(
-        self, walk: Walk, windows: Tokens, batch: int, activations: Activations, accumulate: Accumulate
+        self, streamed: StreamedModel, windows: Tokens, batch: int, activations: Activations, accumulate: Accumulate
     ) -> None:
-        self.walk, self.windows, self.activations = walk, windows, activations
+        self.streamed, self.windows, self.activations = streamed, windows, activations
         self._batches = Batches(windows, batch)
         self._accumulate = accumulate
         self._routed: Routed | None = None
@@ -59,7 +59,7 @@ class Pass:
     @property
     def cache_bytes(self) -> int:
         """What one stage's cache takes on disk."""
-        return self.windows.size * self.walk.skeleton.hidden_size * self.walk.cache_dtype.itemsize
+        return self.windows.size * self.streamed.skeleton.hidden_size * self.streamed.cache_dtype.itemsize
 
     def persists(self) -> bool:
         """Whether the next cache is to be durable: always, or once a minute where activations stay on the device."""
@@ -74,8 +74,8 @@ class Pass:
         if newest < 0:
             self.embed(persist)
         else:
-            self.walk.learn_calls(self._batches)
-        for stage in self.walk.skeleton.stages[max(newest, 0) + 1 : done]:
+            self.streamed.learn_calls(self._batches)
+        for stage in self.streamed.skeleton.stages[max(newest, 0) + 1 : done]:
             if shards is None:
                 self._layer(stage, persist)
             else:
@@ -86,13 +86,15 @@ class Pass:
     def embed(self, persist: bool) -> None:
         """Tokens to the states before layer 0. The head's weights are looked at as well: a bad one is found early."""
         self.check_outside()
-        retry_smaller(self.walk, lambda: embed_pass(self.walk, self._batches, self.activations, persist=persist))
+        retry_smaller(
+            self.streamed, lambda: embed_pass(self.streamed, self._batches, self.activations, persist=persist)
+        )
 
     def check_outside(self) -> None:
         """Looks at the weights outside the layers. Raises CheckpointError for NaN and Inf."""
-        stages = self.walk.skeleton.stages
+        stages = self.streamed.skeleton.stages
         for stage in (stages[0], stages[-1]):
-            check_weights(self.walk.feed, self.walk.skeleton, stage)
+            check_weights(self.streamed.loader, self.streamed.skeleton, stage)
 
     def layer(self, stage: Stage, write: bool, persist: bool, grams: LayerGrams | None = None) -> Collector:
         """One layer: its outputs, if `write`, and the statistics of its linears' inputs; Grams if there is room.
@@ -104,18 +106,18 @@ class Pass:
         def attempt() -> tuple[Collector, GramCollector | None]:
             self._routed = None  # before another takes as much disk
             if keeps:
-                self._routed = routed_to(self.walk, stage, Kept(self.activations.folder, self.windows.size))
-            check_weights(self.walk.feed, self.walk.skeleton, stage)
+                self._routed = routed_to(self.streamed, stage, RoutedInputs(self.activations.folder, self.windows.size))
+            check_weights(self.streamed.loader, self.streamed.skeleton, stage)
             collector = Collector(self._accumulate)
             beside = grams.first_pass() if grams else None
             watchers: list[Watcher] = [collector, beside] if beside else [collector]
             layer_pass(
-                self.walk, stage, self.activations, write=write, persist=persist, watchers=watchers,
+                self.streamed, stage, self.activations, write=write, persist=persist, watchers=watchers,
                 flow=collector.flow, routed=self._routed,
             )  # fmt: skip
             return collector, beside
 
-        collector, beside = retry_smaller(self.walk, attempt)
+        collector, beside = retry_smaller(self.streamed, attempt)
         if grams is not None:
             grams.gathered(beside, collector.groups, collector.tokens)
         return collector
@@ -130,51 +132,58 @@ class Pass:
         def attempt() -> GramCollector:
             collector = make()
             if not paths:
-                layer_pass(self.walk, stage, self.activations, write=False, watchers=[collector])
+                layer_pass(self.streamed, stage, self.activations, write=False, watchers=[collector])
             for path in paths:
                 assert self._routed is not None
-                with self.walk.experts(path, self._routed):
-                    rows = (self.walk.most or len(self._batches[0])) * self.windows.shape[1]
+                with self.streamed.experts(path, self._routed):
+                    rows = (self.streamed.max_samples or len(self._batches[0])) * self.windows.shape[1]
                     self._routed.again(inputs, collector.watch, rows)
                 collector.end_batch()
             return collector
 
-        return retry_smaller(self.walk, attempt)
+        return retry_smaller(self.streamed, attempt)
 
     def _layer(self, stage: Stage, persist: bool) -> None:
         retry_smaller(
-            self.walk,
-            functools.partial(layer_pass, self.walk, stage, self.activations, write=True, persist=persist),
+            self.streamed,
+            functools.partial(layer_pass, self.streamed, stage, self.activations, write=True, persist=persist),
         )
-        self.walk.feed.release(stage.tensors)
+        self.streamed.loader.release(stage.tensors)
 
     def pairs(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
         """What a layer that has passed is given, and what is wanted of it; by chunks."""
-        with self.walk.layer(stage) as run:
+        with self.streamed.layer(stage) as run:
             for states in self.activations.read(stage.index):
                 yield states, run(states)
 
     def again(self, stage: Stage, shard: Path, persist: bool) -> None:
         """What a layer that is pruned already makes of the activations."""
         self.pruned_layer(stage, shard, persist)
-        self.walk.feed.release(stage.tensors)
+        self.streamed.loader.release(stage.tensors)
 
     def pruned_layer(self, stage: Stage, shard: Path, persist: bool) -> None:
         """The second pass of `--propagate pruned`, with the weights that have just been written to `shard`."""
         self._routed = None
-        with self.written(shard, stage) as (feed, sources):
+        with self.written(shard, stage) as (loader, sources):
             again = functools.partial(
-                layer_pass, self.walk, stage, self.activations, write=True, persist=persist, feed=feed, sources=sources
+                layer_pass,
+                self.streamed,
+                stage,
+                self.activations,
+                write=True,
+                persist=persist,
+                loader=loader,
+                sources=sources,
             )
-            retry_smaller(self.walk, again)
+            retry_smaller(self.streamed, again)
 
     @contextmanager
-    def written(self, shard: Path, stage: Stage) -> Iterator[tuple[Feed, dict[str, TensorRef]]]:
+    def written(self, shard: Path, stage: Stage) -> Iterator[tuple[WeightLoader, dict[str, TensorRef]]]:
         """The weights of a layer's shard: what brings them, and which parameter is which of its tensors."""
         written = open_shard(shard)
         sources: dict[str, TensorRef] = {}
         before = {ref.name: ref for ref in stage.tensors}
-        for name, ref in self.walk.skeleton.sources.items():
+        for name, ref in self.streamed.skeleton.sources.items():
             if name.startswith(stage.prefix + "."):
                 now = written.tensors[ref.name]
                 if ref.shape != now.shape:  # one expert's part of a tensor
@@ -183,5 +192,5 @@ class Pass:
                 sources[name] = now
                 if ref.name + SCALE in written.tensors:
                     sources[name + SCALE] = written.tensors[ref.name + SCALE]
-        with ShardMaps(written) as maps, Feed(maps, self.walk.device) as feed:
-            yield feed, sources
+        with ShardMaps(written) as maps, WeightLoader(maps, self.streamed.device) as loader:
+            yield loader, sources

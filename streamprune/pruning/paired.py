@@ -33,7 +33,7 @@ from streamprune.model.binding import in_their_place
 from streamprune.model.passes import check_weights, retry_smaller
 from streamprune.model.routed import Enough
 from streamprune.model.skeleton import Skeleton, Stage
-from streamprune.pruning.forward import Pass
+from streamprune.pruning.forward import CalibrationPass
 
 _MOST_WRITERS = 8
 """Linears that are tried as writers of the residual stream: their sets are, all of them."""
@@ -42,7 +42,7 @@ _UNEXPLAINED = 0.1
 """Of what a layer adds to a token, this part may be something else than what writers' outputs add up to: rounding."""
 
 
-class PairedPass(Pass):
+class PairedPass(CalibrationPass):
     """Runs `windows` (samples, seqlen) through both models; `batch` counts windows, so chunks of a cache have twice
     as many states. For models without experts."""
 
@@ -60,19 +60,19 @@ class PairedPass(Pass):
         return 2 * super().cache_bytes
 
     def embed(self, persist: bool) -> None:
-        """As Pass.embed; both models' states are the same here."""
+        """As CalibrationPass.embed; both models' states are the same here."""
         self.check_outside()
 
         def attempt() -> None:
             with self.activations.write(0, persist=persist) as put:
-                for states in self.walk.embed(self._batches):
+                for states in self.streamed.embed(self._batches):
                     put(torch.cat((states, states)))
 
-        retry_smaller(self.walk, attempt)
+        retry_smaller(self.streamed, attempt)
 
     def layer(self, stage: Stage, write: bool, persist: bool, grams: LayerGrams | None = None) -> Collector:
         """Step 1. Nothing is written."""
-        check_weights(self.walk.feed, self.walk.skeleton, stage)
+        check_weights(self.streamed.loader, self.streamed.skeleton, stage)
 
         def attempt() -> Collector:
             self.placed, self.dense = {}, self._aside()
@@ -82,7 +82,7 @@ class PairedPass(Pass):
                 if pruned_half:
                     collector.watch(name, x)
 
-            with self.walk.layer(stage, watch=watch) as run:
+            with self.streamed.layer(stage, watch=watch) as run:
                 for chunk, states in enumerate(self.activations.read(stage.index)):
                     dense, states = states.chunk(2)
                     pruned_half = False
@@ -94,9 +94,9 @@ class PairedPass(Pass):
                     collector.end_batch()
             return collector
 
-        hidden = self.walk.skeleton.hidden_size
+        hidden = self.streamed.skeleton.hidden_size
         candidates = [name for name, ref in stage.linears.items() if hidden in ref.shape]
-        collector = retry_smaller(self.walk, attempt)
+        collector = retry_smaller(self.streamed, attempt)
         if grams is not None:
             grams.gathered(None, collector.groups, collector.tokens)
         self._calls = {name: collector.tokens(name) for name in collector.groups}
@@ -107,19 +107,22 @@ class PairedPass(Pass):
         self, names: Collection[str], run: Callable[[Tensor], Tensor], states: Tensor
     ) -> list[str]:  # fmt: skip
         """Of linears of the dense layer, those that write into the residual stream; seen on a few states."""
-        with outputs_of(self.walk.skeleton, names) as made:
+        with outputs_of(self.streamed.skeleton, names) as made:
             after = run(states)
         added = after.float() - states.to(after.device).float()
         return writers_of(added, {name: y for name, y in made.items() if y.shape == added.shape})
 
     def place(self, name: str, weight: Tensor) -> None:
         """From here on the pruned half computes with a linear's new weight, in its stored shape."""
-        self.placed[name] = weight.to(self.walk.device)
+        self.placed[name] = weight.to(self.streamed.device)
 
     def gather(self, stage: Stage, make: Callable[[], GramCollector], inputs: Set[str]) -> GramCollector:
         """Step 2, for one input, named by the first linear that has it."""
         (name,) = inputs
-        walk, once = self.walk, self._calls[name] == self.windows.size  # what is called again is not to be cut short
+        streamed, once = (
+            self.streamed,
+            self._calls[name] == self.windows.size,
+        )  # what is called again is not to be cut short
         before = self._writers[: self._writers.index(name)] if name in self._writers else []
 
         def attempt() -> GramCollector:
@@ -134,16 +137,16 @@ class PairedPass(Pass):
             def half(run: Callable[[Tensor], Tensor], states: Tensor) -> tuple[list[Tensor], Tensor]:
                 """What the linear is fed, and the residual stream where its outputs are added to it."""
                 seen.clear()
-                with outputs_of(walk.skeleton, before) as made:
+                with outputs_of(streamed.skeleton, before) as made:
                     run(states)
-                return list(seen), sum((made[writer] for writer in before), states.to(walk.device).float())
+                return list(seen), sum((made[writer] for writer in before), states.to(streamed.device).float())
 
-            with walk.layer(stage, watch=watch) as run:
+            with streamed.layer(stage, watch=watch) as run:
                 for chunk in self.activations.read(stage.index):
-                    halves = (torch.split(states, walk.most or len(states)) for states in chunk.chunk(2))
+                    halves = (torch.split(states, streamed.max_samples or len(states)) for states in chunk.chunk(2))
                     for dense, states in zip(*halves, strict=True):
                         wanted, stream = half(run, dense)
-                        with in_their_place(walk.skeleton, self.placed):
+                        with in_their_place(streamed.skeleton, self.placed):
                             given, own = half(run, states)
                         if len(given) != len(wanted):
                             raise UnsupportedError(f"{name} is not called as often as in the dense model")
@@ -152,10 +155,10 @@ class PairedPass(Pass):
                             collector.watch_pair(name, a, b, missing)
             return collector
 
-        return retry_smaller(walk, attempt)
+        return retry_smaller(streamed, attempt)
 
     def pairs(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
-        """As Pass.pairs: the pruned half, and what the dense model makes of its own."""
+        """As CalibrationPass.pairs: the pruned half, and what the dense model makes of its own."""
         self.dense.rewind()
         for chunk in self.activations.read(stage.index):
             given = chunk.chunk(2)[1]
@@ -168,15 +171,15 @@ class PairedPass(Pass):
         def attempt() -> None:
             self.dense.rewind()
             with (
-                self.written(shard, stage) as (feed, sources),
-                self.walk.layer(stage, feed=feed, sources=sources) as run,
+                self.written(shard, stage) as (loader, sources),
+                self.streamed.layer(stage, loader=loader, sources=sources) as run,
                 self.activations.write(stage.index + 1, persist=persist) as put,
             ):
                 for states in self.activations.read(stage.index):
                     after = run(states.chunk(2)[1])
                     put(torch.cat((self.dense.take(after).to(after.dtype), after)))
 
-        retry_smaller(self.walk, attempt)
+        retry_smaller(self.streamed, attempt)
         del self.dense
 
     def again(self, stage: Stage, shard: Path, persist: bool) -> None:
@@ -184,16 +187,16 @@ class PairedPass(Pass):
 
         def attempt() -> None:
             self.dense = self._aside()
-            with self.walk.layer(stage) as run:
+            with self.streamed.layer(stage) as run:
                 for states in self.activations.read(stage.index):
                     self.dense.put(run(states.chunk(2)[0]))
 
-        retry_smaller(self.walk, attempt)
+        retry_smaller(self.streamed, attempt)
         self.pruned_layer(stage, shard, persist)
 
     def _aside(self) -> Aside:
-        states, hidden = self.activations, self.walk.skeleton.hidden_size
-        return Aside(states.folder, self.windows.size, hidden, self.walk.cache_dtype, resident=states.resident)
+        states, hidden = self.activations, self.streamed.skeleton.hidden_size
+        return Aside(states.folder, self.windows.size, hidden, self.streamed.cache_dtype, resident=states.resident)
 
 
 @contextmanager

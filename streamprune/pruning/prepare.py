@@ -36,11 +36,11 @@ from streamprune.model.budget import (
 )
 from streamprune.model.device import cache_dtype
 from streamprune.model.differentiable import survey
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.model.shapes import linear_shape
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.process.memory import format_bytes
-from streamprune.pruning.forward import Pass
+from streamprune.pruning.forward import CalibrationPass
 from streamprune.pruning.linears import check_widths, selected_linears
 from streamprune.pruning.paired import PairedPass
 from streamprune.pruning.quantise import Quantisation, check_codable
@@ -54,7 +54,7 @@ SLACK_BYTES = 64 << 20
 """Disk for everything besides weights and activations."""
 
 
-def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> StageWriter | None:
+def make_writer(spec: JobSpec, skeleton: Skeleton, loader: WeightLoader, backend: str) -> StageWriter | None:
     """The writer of a prune job, None for calibrate. Raises UsageError for filters and patterns that do not fit."""
     if spec.recipe is None:
         return None
@@ -68,7 +68,7 @@ def make_writer(spec: JobSpec, skeleton: Skeleton, feed: Feed, backend: str) -> 
     if quantisation is not None:
         check_codable(chosen, skeleton)
     check_widths(amount.pattern, chosen, skeleton)
-    return StageWriter(skeleton, feed, target, frozenset(chosen), allow_zeros=spec.allow_zeros)
+    return StageWriter(skeleton, loader, target, frozenset(chosen), allow_zeros=spec.allow_zeros)
 
 
 def propagated(propagate: str, skeleton: Skeleton) -> str:
@@ -138,7 +138,7 @@ def beside_grams(skeleton: Skeleton, chosen: Collection[str]) -> int:
 
 
 def layer_grams(
-    writer: StageWriter, forward: Pass, stage: Stage, room: int, folder: Path, dtype: torch.dtype
+    writer: StageWriter, forward: CalibrationPass, stage: Stage, room: int, folder: Path, dtype: torch.dtype
 ) -> LayerGrams | None:
     """The Grams of a layer whose linears are refitted, in `room` bytes or the `folder`; None where none is."""
     linears = writer.in_order(stage)

@@ -18,7 +18,7 @@ from streamprune.calibration.gram_sums import MOST_HELD
 from streamprune.calibration.grams import LayerGrams
 from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping
-from streamprune.methods.refits import METHODS, Ask, Choice, Method, Prepared, Sample, choose
+from streamprune.methods.refits import METHODS, Choice, Method, Prepared, RefitRequest, Sample, choose
 from streamprune.methods.selection import Amount
 from streamprune.model.beside import RefitNeeds
 
@@ -189,8 +189,8 @@ class LayerRefit:
         if self._prepared is not None and not self.grams.holds(self._prepared[0]):
             self._prepared = None
 
-    def _ask(self, name: str) -> Ask:
-        return Ask(*self.amount(name), lambda weight, share: self.select(name, weight, share), self.backend)
+    def _ask(self, name: str) -> RefitRequest:
+        return RefitRequest(*self.amount(name), lambda weight, share: self.select(name, weight, share), self.backend)
 
     def _prepare(self, gram: Gram, damping: Damping) -> Prepared:
         if self._prepared is None or self._prepared[0] is not gram or self._prepared[1] != damping:

@@ -42,18 +42,18 @@ from streamprune.methods.stats import InputStats
 from streamprune.model.activations import Activations
 from streamprune.model.device import compute_dtype, exact_products, resolve_device
 from streamprune.model.experts import is_pooled, pool
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import out_of_memory_named
 from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
-from streamprune.model.walk import Walk
+from streamprune.model.streamed import StreamedModel
 from streamprune.model.zeros import refuse_empty
 from streamprune.process import interrupts
-from streamprune.process.background import Behind
+from streamprune.process.background import BackgroundWorker
 from streamprune.process.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.progress import Progress, ProgressCallback
 from streamprune.pruning.allocate import share_out
 from streamprune.pruning.finish import calibration_of, save_statistics, write_files
-from streamprune.pruning.forward import Pass
+from streamprune.pruning.forward import CalibrationPass
 from streamprune.pruning.paired import PairedPass
 from streamprune.pruning.prepare import (
     begin,
@@ -71,6 +71,8 @@ from streamprune.pruning.report import build_report, source_of
 from streamprune.pruning.spec import JobSpec
 from streamprune.pruning.tuned_shard import LayerTuning
 from streamprune.pruning.windows import windows_of
+
+Commit = Callable[[], None]
 
 
 class Run:
@@ -92,8 +94,8 @@ class Run:
             raise UsageError(f"--backend numba runs on the CPU only, not on {self.device}; leave it out or use torch")
         self.dtype = compute_dtype(resolved.get("dtype", spec.dtype), stored_dtype(checkpoint), self.device)
         self.skeleton = build_skeleton(checkpoint, self.dtype, trust_remote_code=spec.trust_remote_code)
-        self.feed = Feed(self.maps, self.device, drop_cache=spec.verb == "prune")
-        self.writer = make_writer(spec, self.skeleton, self.feed, self.backend)
+        self.loader = WeightLoader(self.maps, self.device, drop_cache=spec.verb == "prune")
+        self.writer = make_writer(spec, self.skeleton, self.loader, self.backend)
         known = open_given(spec, checkpoint, self.skeleton, self.writer)
         shares = share_out(spec, self.writer, known, resolved)
         self.propagate = propagated(spec.propagate, self.skeleton)
@@ -116,25 +118,25 @@ class Run:
         self.spent = float(unfinished[1].get("spent", spent)) if unfinished else spent
         """Seconds of work that was done for this job before it, see job.py."""
 
-    def _make_pass(self, windows: Tokens, batch: int) -> Pass:
-        walk = Walk(self.skeleton, self.feed, self.dtype)
-        walk.weighted, walk.group = self.spec.expert_stats == "weighted", self.layout.group
+    def _make_pass(self, windows: Tokens, batch: int) -> CalibrationPass:
+        streamed = StreamedModel(self.skeleton, self.loader, self.dtype)
+        streamed.weighted, streamed.group = self.spec.expert_stats == "weighted", self.layout.group
         most = [self.layout.batch, *(r["batch"] for r in self.records if r["batch"])]
-        walk.most = min(most) if min(most) < batch else None
+        streamed.max_samples = min(most) if min(most) < batch else None
         resident = self.layout.resident
-        activations = Activations(self.state.cache, walk.cache_dtype, self.device, resident=resident)
-        kind = PairedPass if self.propagate == "asymmetric" else Pass
-        return kind(walk, windows, batch, activations, (cpu if self.backend == "numba" else torch_ops).accumulate)
+        activations = Activations(self.state.cache, streamed.cache_dtype, self.device, resident=resident)
+        kind = PairedPass if self.propagate == "asymmetric" else CalibrationPass
+        return kind(streamed, windows, batch, activations, (cpu if self.backend == "numba" else torch_ops).accumulate)
 
     def __enter__(self) -> Run:
-        self.feed.__enter__()
+        self.loader.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.feed.__exit__(kind, error, trace)
+            self.loader.__exit__(kind, error, trace)
         finally:
             self.maps.close()
 
@@ -162,7 +164,7 @@ class Run:
             with out_of_memory_named(self.device):
                 self.forward.catch_up(self._newest_cache(), done, None if self.propagate == "dense" else self._shard)
         try:
-            with out_of_memory_named(self.device), Behind[Callable[[], None]](lambda work: work(), 1) as commits:
+            with out_of_memory_named(self.device), BackgroundWorker[Commit](lambda commit: commit(), 1) as commits:
                 for position in range(done, len(stages)):
                     interrupts.check()
                     self._stage(position, stages, commits)
@@ -193,14 +195,13 @@ class Run:
         """The number of the last cache that is durable, -1 if there is none: record n is of the stage that makes it."""
         return max((n for n, record in enumerate(self.records) if record["cache"]), default=-1)
 
-    def _stage(self, position: int, stages: Sequence[Stage], commits: Behind[Callable[[], None]]) -> None:
+    def _stage(self, position: int, stages: Sequence[Stage], commits: BackgroundWorker[Commit]) -> None:
         """Steps 1 and 2 of a stage; 3 to 5 follow behind, at most one stage late."""
         stage = stages[position]
         give_back_free_memory()
         self._expect(stages[position : position + 2])
-        record: dict[str, Any] = {
-            "stage": stage.name, "shard": None, "statistics": None, "linears": [], "cache": False, "batch": None,
-        }  # fmt: skip
+        record: dict[str, Any] = {"stage": stage.name, "shard": None, "statistics": None, "linears": []}
+        record |= {"cache": False, "batch": None}
         stats: dict[str, InputStats] = {}
         grams = None
         if self.writer is not None and self.forward is not None:
@@ -228,7 +229,7 @@ class Run:
             file = None
             record["cache"] = self.forward.persists()
             self.forward.pruned_layer(stage, path, record["cache"])
-            record["batch"] = self.forward.walk.most
+            record["batch"] = self.forward.streamed.max_samples
         commits.put(lambda: self._commit(stage, record, file))
 
     def _durable(self, file: durable.AtomicFile) -> None:
@@ -240,28 +241,28 @@ class Run:
 
     def _expect(self, stages: Sequence[Stage]) -> None:
         """Begins to bring the weights of this stage and the next near; a device needs those of layers only."""
-        for stage in stages[: self.layout.layers] if self.feed.copies else stages:
-            if not self.feed.copies or (stage.kind == "layer" and self.forward is not None):
-                self.feed.expect(stage.tensors if self.forward is None else stage.together)
+        for stage in stages[: self.layout.layers] if self.loader.copies else stages:
+            if not self.loader.copies or (stage.kind == "layer" and self.forward is not None):
+                self.loader.expect(stage.tensors if self.forward is None else stage.resident_tensors)
             elif self.writer is not None:
-                self.feed.expect(stage.linears[n] for n in self.writer.in_order(stage) if n not in stage.expert_of)
+                self.loader.expect(stage.linears[n] for n in self.writer.in_order(stage) if n not in stage.expert_of)
 
     def _more(self, stage: Stage) -> bool:
         """Whether a layer comes after this one."""
         return stage.kind == "layer" and stage.index + 1 < len(self.skeleton.layers)
 
     def _pass(
-        self, forward: Pass, stage: Stage, record: dict[str, Any], grams: LayerGrams | None
+        self, forward: CalibrationPass, stage: Stage, record: dict[str, Any], grams: LayerGrams | None
     ) -> dict[str, InputStats]:
         """The forward pass through the embedding or a layer; returns the statistics of each linear's input."""
         persist = forward.persists()
         if stage.kind == "embed":
             forward.embed(persist)
-            record["cache"], record["batch"] = persist, forward.walk.most
+            record["cache"], record["batch"] = persist, forward.streamed.max_samples
             return {}
         write = self._more(stage) and self.propagate == "dense"
         collector = forward.layer(stage, write, persist, grams)
-        record["cache"], record["batch"] = write and persist, forward.walk.most
+        record["cache"], record["batch"] = write and persist, forward.streamed.max_samples
         found = collector.finish()
         if fallen := pool(stage.experts, found, collector.groups, self.spec.expert_tokens):
             record["pooled"] = fallen
@@ -287,8 +288,9 @@ class Run:
             if self.given and (fallen := [n for n in stage.linears if is_pooled(self.given.groups.get(n))]):
                 record["pooled"] = fallen
             if grams is not None and self.forward is not None:  # whose memory may have run out once more
-                record |= {"batch": self.forward.walk.most} | ({"gram_passes": grams.passes} if grams.passes else {})
-        self.feed.release(stage.tensors)  # now, not when all is durable: the layer after the next is about to be sent
+                record["batch"] = self.forward.streamed.max_samples
+                record |= {"gram_passes": grams.passes} if grams.passes else {}
+        self.loader.release(stage.tensors)  # now, not when all is durable: the layer after the next is about to be sent
         return file
 
     def _commit(self, stage: Stage, record: dict[str, Any], file: durable.AtomicFile | None) -> None:

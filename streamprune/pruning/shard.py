@@ -27,9 +27,9 @@ from streamprune.methods.fp8 import dequantise
 from streamprune.methods.refits import Sample
 from streamprune.methods.selection import Amount, prune_count
 from streamprune.methods.stats import InputStats
-from streamprune.model.copies import Lane, is_out_of_memory
-from streamprune.model.feed import Feed
+from streamprune.model.copies import CopyStream, is_out_of_memory
 from streamprune.model.finite import finite_rows, refuse_nonfinite, rows_of
+from streamprune.model.loader import WeightLoader
 from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
 from streamprune.model.zeros import refuse_zeros
@@ -45,7 +45,7 @@ class StageWriter:
     """Writes the shards of one job. `linears` collects a report of each pruned linear of the current stage."""
 
     skeleton: Skeleton
-    feed: Feed
+    loader: WeightLoader
     target: Target
     selected: frozenset[str]
     """Module paths of the linears to prune."""
@@ -54,7 +54,7 @@ class StageWriter:
     """Whether linears may hold nothing but zeros (model/zeros.py)."""
 
     def __post_init__(self) -> None:
-        self._lane = Lane(self.feed.device)
+        self._lane = CopyStream(self.loader.device)
         self._refit: LayerRefit | None = None
         self._scales: dict[str, list[Tensor]] = {}
         self._following: dict[TensorRef, TensorRef] = {}
@@ -102,7 +102,7 @@ class StageWriter:
         """
         self.linears = []
         parts = self._parts(stage)
-        self._features = Features(self.target, stats, self.feed.device)
+        self._features = Features(self.target, stats, self.loader.device)
         self._refit = self._layer_refit(grams) if grams is not None else None
         known = {ref.name for ref in self.skeleton.sources.values()}
         stored = self._stored = {ref.name: ref for ref in stage.tensors}
@@ -127,7 +127,7 @@ class StageWriter:
             elif ref.name in known:
                 yield from self._checked(ref)
             else:
-                yield from _pieces(self.feed.maps.raw(ref))
+                yield from _pieces(self.loader.maps.raw(ref))
 
         def release(ref: TensorRef, begin: int, end: int) -> None:
             """Lets go of the pages of a tensor whose bytes have been used."""
@@ -135,7 +135,7 @@ class StageWriter:
             if source is not None and begin < end:
                 times = source.nbytes // ref.nbytes
                 done = replace(source, begin=source.begin + times * begin, end=source.begin + times * end)
-                self.feed.maps.release([done], drop_cache=True)
+                self.loader.maps.release([done], drop_cache=True)
 
         with self._lane.on():
             return fill_shard(path, self.tensors_of(stage), content, written=release)
@@ -158,7 +158,7 @@ class StageWriter:
 
     def _checked(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of a tensor that is not pruned."""
-        chunks = finite_rows(self.feed.maps, ref, CHUNK_BYTES, self._stored[ref.name])
+        chunks = finite_rows(self.loader.maps, ref, CHUNK_BYTES, self._stored[ref.name])
         for _, rows in self._filled(ref, chunks) if ref.name in self._holds_linears else chunks:
             yield _bytes(rows)
 
@@ -187,7 +187,7 @@ class StageWriter:
     def _sample(self, name: str) -> Sample:
         """The rows of a linear that decide how it is refitted."""
         ref = self.skeleton.sources[f"{name}.weight"]
-        stored = self.feed.tensor(ref)
+        stored = self.loader.tensor(ref)
         if name in self.skeleton.transposed:
             stored = stored.t()
         which = sampled(len(stored)).to(stored.device)
@@ -198,7 +198,7 @@ class StageWriter:
 
     def _pruned(self, ref: TensorRef, name: str) -> Iterator[Buffer]:
         if ref in self._following:
-            self.feed.expect([self._following[ref]])
+            self.loader.expect([self._following[ref]])
         transposed = name in self.skeleton.transposed
         in_features = _width(ref, transposed)
         feature, power = self._features.of(name, in_features)
@@ -207,7 +207,7 @@ class StageWriter:
         codes = self._codes(ref, name)
         chunk = CHUNK_BYTES if outcome is None else chunk_rows(in_features) * in_features * _itemsize(ref)
         removed = total = 0.0
-        for begin, rows in self._filled(ref, rows_of(self.feed, ref, ref.nbytes if transposed else chunk)):
+        for begin, rows in self._filled(ref, rows_of(self.loader, ref, ref.nbytes if transposed else chunk)):
             parts: list[Tensor] = []
             exact = rows.t().contiguous() if transposed else rows
             for result in self._select(name, exact, feature, power):
@@ -235,8 +235,8 @@ class StageWriter:
         if codes is not None:
             self.linears[-1] |= codes.report(outcome is not None)
             self._scales[coded(ref)[1].name] = [self._lane.fetch(part, None) for part in codes.scales]
-        if self.feed.copies and ref in self._following:
-            self.feed.release([ref])
+        if self.loader.copies and ref in self._following:
+            self.loader.release([ref])
 
     def _codes(self, ref: TensorRef, name: str) -> LinearCodes | None:
         how = self.target.quantisation

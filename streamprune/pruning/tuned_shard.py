@@ -1,6 +1,6 @@
 """The tuning side of a job: from a layer's shard, through tuning.py, to its shard once more.
 
-    1  what the layer is given and what is wanted of it, window by window: both from the pass (Pass.pairs)
+    1  what the layer is given and what is wanted of it, window by window: both from the pass (CalibrationPass.pairs)
     2  the layer's weights come from the shard that has just been written; they are tuned
     3  the shard is filled again, the tuned tensors new and all others byte for byte
 
@@ -22,10 +22,10 @@ from streamprune.disk.header import TensorRef
 from streamprune.disk.shards import fill_shard
 from streamprune.errors import ResourceError
 from streamprune.model.copies import is_out_of_memory
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.model.pairs import Pairs
 from streamprune.model.skeleton import Stage
-from streamprune.pruning.forward import Pass
+from streamprune.pruning.forward import CalibrationPass
 from streamprune.pruning.shard import CHUNK_BYTES, StageWriter
 from streamprune.pruning.spec import JobSpec
 from streamprune.pruning.tuning import BlockTuner, New, Tuning, tuned_names
@@ -34,13 +34,13 @@ from streamprune.pruning.tuning import BlockTuner, New, Tuning, tuned_names
 class LayerTuning:
     """Tunes the layers of one job, `most` windows at a time; fewer once memory has run out."""
 
-    def __init__(self, writer: StageWriter, forward: Pass, tuning: Tuning, most: int) -> None:
+    def __init__(self, writer: StageWriter, forward: CalibrationPass, tuning: Tuning, most: int) -> None:
         self._writer, self._forward, self._tuning, self._most = writer, forward, tuning, most
         self._whole = most
 
     @classmethod
     def of(
-        cls, windows: int, spec: JobSpec, writer: StageWriter | None, forward: Pass | None
+        cls, windows: int, spec: JobSpec, writer: StageWriter | None, forward: CalibrationPass | None
     ) -> LayerTuning | None:  # fmt: skip
         """That of a job, None where it tunes nothing; `windows` are what memory allows at once."""
         if spec.tune_epochs is None or spec.tune_lr is None or writer is None or forward is None:
@@ -56,19 +56,19 @@ class LayerTuning:
         if not names:
             return None
         pairs = self._pairs(stage)
-        with self._forward.written(shard, stage) as (feed, sources):
+        with self._forward.written(shard, stage) as (loader, sources):
             within = {n.removeprefix(stage.prefix + "."): ref for n, ref in sources.items()}
 
             def tensors() -> Iterator[tuple[str, Tensor]]:
                 for name, ref in within.items():
-                    yield name, feed.tensor(ref)
-                    feed.release([ref])
+                    yield name, loader.tensor(ref)
+                    loader.release([ref])
 
             made, record["tune"] = self._tune(stage, tensors, names, pairs)
             if not made:
                 return None
             new = {within[n].name: make for n, make in made.items()}
-            file = self._fill(shard, self._writer.tensors_of(stage), new, feed)
+            file = self._fill(shard, self._writer.tensors_of(stage), new, loader)
         record["shard"] = {"name": shard.name, "bytes": file.size, "xxh3_128": file.digest}
         return file
 
@@ -77,7 +77,7 @@ class LayerTuning:
     ) -> tuple[dict[str, New], dict[str, Any]]:  # fmt: skip
         while True:
             try:
-                made, report = BlockTuner(self._forward.walk, self._tuning, self._most).tune(
+                made, report = BlockTuner(self._forward.streamed, self._tuning, self._most).tune(
                     stage, tensors(), names, pairs
                 )
             except (torch.OutOfMemoryError, RuntimeError) as e:
@@ -87,35 +87,35 @@ class LayerTuning:
                 return made, report | ({"out_of_memory_windows": self._most} if self._most < self._whole else {})
             if self._most == 1:
                 raise ResourceError(
-                    f"{self._forward.walk.device} ran out of memory while {stage.name} was tuned one window at a time; "
-                    "free some, or take a smaller --seqlen"
+                    f"{self._forward.streamed.device} ran out of memory while {stage.name} was tuned one window "
+                    "at a time; free some, or take a smaller --seqlen"
                 )
             self._most = -(-self._most // 2)  # out here, where nothing holds the failed attempt's tensors
-            if self._forward.walk.device.type == "cuda":
+            if self._forward.streamed.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _pairs(self, stage: Stage) -> Pairs:
-        walk, states = self._forward.walk, self._forward.activations
+        streamed, states = self._forward.streamed, self._forward.activations
         samples, seqlen = self._forward.windows.shape
         pairs = Pairs(
-            states.folder, samples, seqlen, walk.skeleton.hidden_size, walk.cache_dtype, walk.device,
+            states.folder, samples, seqlen, streamed.skeleton.hidden_size, streamed.cache_dtype, streamed.device,
             resident=states.resident,
         )  # fmt: skip
         for given, wanted in self._forward.pairs(stage):
             pairs.put(given, wanted)
         return pairs
 
-    def _fill(self, path: Path, refs: list[TensorRef], new: Mapping[str, New], feed: Feed) -> AtomicFile:
+    def _fill(self, path: Path, refs: list[TensorRef], new: Mapping[str, New], loader: WeightLoader) -> AtomicFile:
         there = open_shard(path).tensors
 
         def content(ref: TensorRef) -> Iterator[Buffer]:
             if ref.name in new:
-                made = new[ref.name](feed.tensor(there[ref.name])).cpu()
+                made = new[ref.name](loader.tensor(there[ref.name])).cpu()
                 data: memoryview = made.reshape(-1).view(torch.uint8).numpy().data
             else:
-                data = feed.maps.raw(there[ref.name])
+                data = loader.maps.raw(there[ref.name])
             for begin in range(0, len(data), CHUNK_BYTES):
                 yield data[begin : begin + CHUNK_BYTES]
-            feed.release([there[ref.name]])
+            loader.release([there[ref.name]])
 
         return fill_shard(path, refs, content)

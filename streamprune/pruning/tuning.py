@@ -26,7 +26,7 @@ from streamprune.methods.tuning import Tuned, error_sum, filled, schedule
 from streamprune.model.differentiable import Run, trainable
 from streamprune.model.pairs import Pairs
 from streamprune.model.skeleton import Skeleton, Stage
-from streamprune.model.walk import Walk
+from streamprune.model.streamed import StreamedModel
 
 STEP_TOKENS = 1024
 """Tokens of a step."""
@@ -76,10 +76,10 @@ def held_out(samples: int) -> range:
 
 
 class BlockTuner:
-    """Tunes layers with `walk`, `most` windows at a time."""
+    """Tunes layers with `streamed`, `most` windows at a time."""
 
-    def __init__(self, walk: Walk, tuning: Tuning, most: int) -> None:
-        self._walk, self._tuning, self._most = walk, tuning, most
+    def __init__(self, streamed: StreamedModel, tuning: Tuning, most: int) -> None:
+        self._streamed, self._tuning, self._most = streamed, tuning, most
 
     def tune(
         self, stage: Stage, tensors: Iterable[tuple[str, Tensor]], names: Mapping[str, bool], pairs: Pairs
@@ -95,7 +95,7 @@ class BlockTuner:
             own[name] = self._own(stored, name in names)
             if name in names:
                 tuned[name] = Tuned.of(own[name], stored, masked=names[name])
-        with trainable(self._walk, stage, own) as run, _repeatable(self._walk.device):
+        with trainable(self._streamed, stage, own) as run, _repeatable(self._streamed.device):
             best, report = self._search(run, list(tuned.values()), pairs, stage.index)
         report["seconds"] = round(time.perf_counter() - since, 3)
         if best is None:
@@ -104,8 +104,8 @@ class BlockTuner:
         return {name: functools.partial(filled, where=each.where, kept=kept) for (name, each), kept in made}, report
 
     def _own(self, stored: Tensor, learns: bool) -> Tensor:
-        dtype = self._walk.dtype if stored.is_floating_point() else stored.dtype
-        own = stored.to(self._walk.device, dtype, copy=True).contiguous()
+        dtype = self._streamed.dtype if stored.is_floating_point() else stored.dtype
+        own = stored.to(self._streamed.device, dtype, copy=True).contiguous()
         return torch.nn.Parameter(own, requires_grad=learns) if own.is_floating_point() else own
 
     def _search(
@@ -154,7 +154,7 @@ class BlockTuner:
                 return
 
     def _loss(self, run: Run, pairs: Pairs, windows: Tensor) -> Tensor:
-        given, wanted, weights = pairs.of(windows, self._walk.dtype)
+        given, wanted, weights = pairs.of(windows, self._streamed.dtype)
         return error_sum(run(given), wanted, weights)
 
     def _error(self, run: Run, pairs: Pairs, windows: Tensor) -> float:

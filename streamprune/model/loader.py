@@ -19,8 +19,8 @@ from torch import Tensor
 
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
-from streamprune.model.copies import Event, Lane, Sent, is_out_of_memory, take
-from streamprune.process.background import Behind
+from streamprune.model.copies import CopyStream, Event, Sent, is_out_of_memory, received
+from streamprune.process.background import BackgroundWorker
 
 _PIECE_BYTES = 32 << 20
 _PIECES_IN_FLIGHT = 2
@@ -36,7 +36,7 @@ class _Parcel:
     error: BaseException | None = None
 
 
-class Feed:
+class WeightLoader:
     """The tensors of a checkpoint on `device`. A context manager; what it was told to expect arrives in the background.
 
     `copies` forces the path of a device, which on the CPU copies too; `drop_cache` forgets the system's cached pages
@@ -50,8 +50,8 @@ class Feed:
         self.copies = device.type != "cpu" if copies is None else copies
         self._drop_cache = drop_cache
         self._parcels: dict[TensorRef, _Parcel] = {}
-        self._own_lane: Lane | None = None
-        self._behind: Behind[_Parcel | list[TensorRef]] = Behind(self._work)
+        self._own_lane: CopyStream | None = None
+        self._behind: BackgroundWorker[_Parcel | list[TensorRef]] = BackgroundWorker(self._work)
 
     def __enter__(self) -> Self:
         self._behind.__enter__()
@@ -80,7 +80,7 @@ class Feed:
         if parcel is not None:
             parcel.done.wait()
             if parcel.sent is not None:
-                return take(parcel.sent)
+                return received(parcel.sent)
             self._parcels.pop(ref, None)
             if parcel.error is not None and not is_out_of_memory(parcel.error):
                 raise parcel.error
@@ -125,8 +125,8 @@ class Feed:
             return
 
     @property
-    def _lane(self) -> Lane:
-        self._own_lane = self._own_lane or Lane(self.device)  # when first used: many a feed is told to expect nothing
+    def _lane(self) -> CopyStream:
+        self._own_lane = self._own_lane or CopyStream(self.device)  # created lazily: many loaders never prefetch
         return self._own_lane
 
     def _carry(self, ref: TensorRef) -> Sent:

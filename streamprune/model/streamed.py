@@ -24,8 +24,8 @@ from streamprune.errors import ResourceError, UnsupportedError
 from streamprune.model.binding import bound
 from streamprune.model.copies import is_of_device, is_out_of_memory
 from streamprune.model.device import cache_dtype
-from streamprune.model.feed import Feed
-from streamprune.model.routed import Enough, ReachedExperts, Routed, Watch
+from streamprune.model.loader import WeightLoader
+from streamprune.model.routed import Enough, InputHook, ReachedExperts, Routed
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
 
 
@@ -71,17 +71,17 @@ class _Recorder(nn.Module):
         return (out, _BESIDE) if self.as_tuple else out
 
 
-class Walk:
+class StreamedModel:
     """Runs a skeleton's stages on batches of token ids (batch, seqlen) or hidden states (batch, seqlen, hidden).
 
-    `dtype` is what is computed in, on the device of `feed`. All methods must be called with the same seqlen. `most`,
+    `dtype` is what is computed in, on the device of `loader`. All methods must be called with the same seqlen. `most`,
     when set, is how many samples a layer is given at once: a batch is then computed in parts.
     """
 
-    def __init__(self, skeleton: Skeleton, feed: Feed, dtype: torch.dtype) -> None:
-        self.skeleton, self.feed, self.dtype, self.device = skeleton, feed, dtype, feed.device
+    def __init__(self, skeleton: Skeleton, loader: WeightLoader, dtype: torch.dtype) -> None:
+        self.skeleton, self.loader, self.dtype, self.device = skeleton, loader, dtype, loader.device
         self.cache_dtype = cache_dtype(skeleton.dtype, dtype)
-        self.most: int | None = None
+        self.max_samples: int | None = None
         self.weighted = True
         """Whether `watch` sees what is routed to experts times the weights that the routing gives it."""
         self.group = 1
@@ -102,7 +102,7 @@ class Walk:
         """
         with self._outside(head=False):
             for ids in batches:
-                states = [self._embed(part) for part in torch.split(ids.to(self.device), self.most or len(ids))]
+                states = [self._embed(part) for part in torch.split(ids.to(self.device), self.max_samples or len(ids))]
                 yield states[0] if len(states) == 1 else torch.cat(states)
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -124,32 +124,32 @@ class Walk:
 
     def give_way(self) -> None:
         """Halves `most`, because memory ran out. Raises ResourceError when it is one sample already."""
-        largest = self.most or (1 if self._example is None else len(self._example))
+        largest = self.max_samples or (1 if self._example is None else len(self._example))
         if largest == 1:
             flag = "--max-ram or" if self.device.type == "cpu" else "--max-vram or"
             raise ResourceError(
                 f"{self.device} ran out of memory with a single sample at a time; free some ({flag} other programs "
                 "may hold it), or take a smaller --seqlen"
             )
-        self.most = -(-largest // 2)
-        self.feed.forget()
+        self.max_samples = -(-largest // 2)
+        self.loader.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @property
-    def together(self) -> int:
+    def batches_at_once(self) -> int:
         """Batches that experts compute for at once; fewer after memory has run out."""
         largest = 1 if self._example is None else len(self._example)
-        return max(1, self.group * min(self.most or largest, largest) // largest)
+        return max(1, self.group * min(self.max_samples or largest, largest) // largest)
 
     @contextmanager
     def _outside(self, head: bool) -> Iterator[None]:
         """The parameters outside the decoder layers, bound; without `head`, those that make logits are not."""
-        with bound(self.skeleton, None, self.feed, self.dtype, head=head) as used:
+        with bound(self.skeleton, None, self.loader, self.dtype, head=head) as used:
             try:
                 yield
             finally:
-                self.feed.release(used)
+                self.loader.release(used)
 
     @torch.inference_mode()
     def _record(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
@@ -178,16 +178,16 @@ class Walk:
         self,
         stage: Stage,
         *,
-        feed: Feed | None = None,
+        loader: WeightLoader | None = None,
         sources: dict[str, Any] | None = None,
-        watch: Watch | None = None,
+        watch: InputHook | None = None,
         routed: Routed | None = None,
     ) -> Iterator[Callable[[Tensor], Tensor]]:
         """One decoder layer with its weights bound: a function from states to states, (batch, seqlen, hidden).
 
         `watch(linear, x)` sees the input (tokens, in) of each linear. With `routed`, whose it is to show those of
         experts, what comes out while it collects is of no use, and nothing is seen. Where `watch` raises Enough, what
-        comes out is of no use either. `feed` and `sources` may take the weights from elsewhere, as when the pruned
+        comes out is of no use either. `loader` and `sources` may take the weights from elsewhere, as when the pruned
         layer is run. On a device the weights stay there until the caller
         releases them; on the CPU their pages are given back on leaving.
         """
@@ -215,10 +215,10 @@ class Walk:
             return result
 
         def run(states: Tensor) -> Tensor:
-            parts = [part(some) for some in torch.split(states, self.most or len(states))]
+            parts = [part(some) for some in torch.split(states, self.max_samples or len(states))]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        source = feed or self.feed
+        source = loader or self.loader
         try:
             with bound(
                 self.skeleton, stage.prefix, source, self.dtype, sources, watch=watch, weighted=self.weighted,
@@ -236,12 +236,12 @@ class Walk:
     @contextmanager
     def experts(self, path: str, routed: Routed) -> Iterator[None]:
         """One module of experts with its weights bound, for `routed.again`."""
-        with bound(self.skeleton, path, self.feed, self.dtype, routed=routed) as used:
+        with bound(self.skeleton, path, self.loader, self.dtype, routed=routed) as used:
             try:
                 yield
             finally:
-                if not self.feed.copies:
-                    self.feed.release(used)
+                if not self.loader.copies:
+                    self.loader.release(used)
 
     def calls_of(self, samples: int) -> list[Call]:
         """The layers' arguments for so many samples, recorded if there was no such batch yet."""
@@ -274,7 +274,7 @@ class Walk:
             yield run
 
 
-def _watching(watch: Watch, name: str, routed: Routed | None) -> Callable[..., None]:
+def _watching(watch: InputHook, name: str, routed: Routed | None) -> Callable[..., None]:
     """A hook that shows a linear's input, however it is passed."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -23,9 +23,9 @@ from streamprune.errors import CheckpointError, StreampruneError, UnsupportedErr
 from streamprune.evaluation.evaluate import evaluate
 from streamprune.model import binding
 from streamprune.model.binding import bound
-from streamprune.model.feed import Feed
+from streamprune.model.loader import WeightLoader
 from streamprune.model.skeleton import Skeleton, build_skeleton, is_linear, stored_dtype
-from streamprune.model.walk import Walk
+from streamprune.model.streamed import StreamedModel
 from streamprune.pruning.job import calibrate, prune
 
 Models = Callable[..., Path]
@@ -48,12 +48,12 @@ def walked(folder: Path, batches: list[torch.Tensor], dtype: torch.dtype = torch
     """Logits of each batch, through every stage in memory."""
     checkpoint = open_checkpoint(folder)
     with ShardMaps(checkpoint) as maps:
-        walk = Walk(build_skeleton(checkpoint, dtype), Feed(maps, CPU), dtype)
-        states = list(walk.embed(batches))
-        for stage in walk.skeleton.layer_stages:
-            with walk.layer(stage) as layer:
+        streamed = StreamedModel(build_skeleton(checkpoint, dtype), WeightLoader(maps, CPU), dtype)
+        states = list(streamed.embed(batches))
+        for stage in streamed.skeleton.layer_stages:
+            with streamed.layer(stage) as layer:
                 states = [layer(s) for s in states]
-        with walk.head() as head:
+        with streamed.head() as head:
             return [torch.stack([head(sample) for sample in batch]) for batch in states]
 
 
@@ -140,14 +140,14 @@ def test_bound_and_unbound(models: Models) -> None:
     layer = skeleton.layers[1]
     with ShardMaps(checkpoint) as maps:
         before = {n: id(p) for n, p in layer.named_parameters()}
-        with bound(skeleton, "model.layers.1", Feed(maps, CPU), torch.float32):
+        with bound(skeleton, "model.layers.1", WeightLoader(maps, CPU), torch.float32):
             for name, parameter in layer.named_parameters():
                 assert torch.equal(parameter.float(), stored[f"model.layers.1.{name}"].float()), name
             assert all(p.device.type == "meta" for p in skeleton.layers[0].parameters())
             assert "forward" in layer.mlp.up_proj.__dict__
         assert {n: id(p) for n, p in layer.named_parameters()} == before
         assert "forward" not in layer.mlp.up_proj.__dict__
-        with pytest.raises(RuntimeError, match="stop"), bound(skeleton, None, Feed(maps, CPU), torch.float32):
+        with pytest.raises(RuntimeError, match="stop"), bound(skeleton, None, WeightLoader(maps, CPU), torch.float32):
             assert not any(p.device.type == "meta" for p in skeleton.model.model.norm.parameters())  # type: ignore[union-attr]
             assert all(p.device.type == "meta" for p in layer.parameters())
             raise RuntimeError("stop")
@@ -159,7 +159,7 @@ def test_bound_and_unbound(models: Models) -> None:
 def test_nothing_is_copied_where_dtypes_agree(models: Models) -> None:
     checkpoint = open_checkpoint(models(dtype="float32"))
     skeleton = build_skeleton(checkpoint, torch.float32)
-    with ShardMaps(checkpoint) as maps, bound(skeleton, "model.layers.0", Feed(maps, CPU), torch.float32):
+    with ShardMaps(checkpoint) as maps, bound(skeleton, "model.layers.0", WeightLoader(maps, CPU), torch.float32):
         for name, parameter in skeleton.layers[0].named_parameters():
             mapped = maps.tensor(skeleton.sources[f"model.layers.0.{name}"])
             assert parameter.data_ptr() == mapped.data_ptr(), name
@@ -204,9 +204,9 @@ def test_sliding_windows_reach_their_layers(models: Models, ids: torch.Tensor) -
     """gemma2 alternates two kinds of mask; each layer is called with its own."""
     checkpoint = open_checkpoint(models("gemma2", dtype="float32"))
     with ShardMaps(checkpoint) as maps:
-        walk = Walk(build_skeleton(checkpoint, torch.float32), Feed(maps, CPU), torch.float32)
-        list(walk.embed([ids]))
-        masks = [call.kwargs.get("attention_mask") for call in walk._calls[len(ids)]]
+        streamed = StreamedModel(build_skeleton(checkpoint, torch.float32), WeightLoader(maps, CPU), torch.float32)
+        list(streamed.embed([ids]))
+        masks = [call.kwargs.get("attention_mask") for call in streamed._calls[len(ids)]]
     assert len(masks) == 3
     assert any((masks[0] is None) != (m is None) or (m is not None and not torch.equal(m, masks[0])) for m in masks[1:])
 
@@ -217,12 +217,13 @@ def test_a_walk_that_begins_in_the_middle(models: Models, ids: torch.Tensor) -> 
     batches = [ids[:4], ids[4:]]
     with ShardMaps(checkpoint) as maps:
         first, second = (
-            Walk(build_skeleton(checkpoint, torch.float32), Feed(maps, CPU), torch.float32) for _ in range(2)
+            StreamedModel(build_skeleton(checkpoint, torch.float32), WeightLoader(maps, CPU), torch.float32)
+            for _ in range(2)
         )
         states = list(first.embed(batches))
         second.learn_calls(batches)
-        for walk in (first, second):
-            with walk.layer(walk.skeleton.layer_stages[1]) as layer:
+        for streamed in (first, second):
+            with streamed.layer(streamed.skeleton.layer_stages[1]) as layer:
                 states.extend(layer(s) for s in states[:2])
     assert torch.equal(states[2], states[4]) and torch.equal(states[3], states[5])
 
@@ -230,14 +231,14 @@ def test_a_walk_that_begins_in_the_middle(models: Models, ids: torch.Tensor) -> 
 def test_watch_sees_every_linear(models: Models, ids: torch.Tensor) -> None:
     checkpoint = open_checkpoint(models("gpt2", dtype="float32"))
     with ShardMaps(checkpoint) as maps:
-        walk = Walk(build_skeleton(checkpoint, torch.float32), Feed(maps, CPU), torch.float32)
-        (states,) = walk.embed([ids])
-        stage = walk.skeleton.layer_stages[0]
+        streamed = StreamedModel(build_skeleton(checkpoint, torch.float32), WeightLoader(maps, CPU), torch.float32)
+        (states,) = streamed.embed([ids])
+        stage = streamed.skeleton.layer_stages[0]
         seen: dict[str, torch.Size] = {}
-        with walk.layer(stage, watch=lambda name, x: seen.update({name: x.shape})) as layer:
+        with streamed.layer(stage, watch=lambda name, x: seen.update({name: x.shape})) as layer:
             layer(states)
         assert {n: s[-1] for n, s in seen.items()} == {n: ref.shape[0] for n, ref in stage.linears.items()}
-        with walk.layer(stage) as layer:
+        with streamed.layer(stage) as layer:
             seen.clear()
             layer(states)
         assert not seen, "hooks are gone"
