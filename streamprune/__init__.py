@@ -2,11 +2,13 @@
 
     import streamprune
 
-    streamprune.prune("meta-llama/Llama-3.1-8B", "llama-2of4", pattern="2:4")
+    calibration = streamprune.Calibration("c4.jsonl", samples=64, seqlen=2048)
+    streamprune.prune("meta-llama/Llama-3.1-8B", "llama-2of4", "2:4", "obs-admm", calibration=calibration)
     streamprune.evaluate("llama-2of4", "wiki.txt", seqlen=2048).perplexity
 
-The same verbs as on the command line: prune, calibrate, evaluate, plan, inspect, pack, unpack. Errors are those of
-streamprune.errors. Nothing heavy is imported before a verb is called.
+The same verbs as on the command line: prune, calibrate, evaluate, plan, inspect, pack, unpack. Recipe, Calibration and
+Resources hold what the flags of the command line say. Errors are those of streamprune.errors. Nothing heavy is imported
+before a verb is called.
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from streamprune.evaluation.evaluate import evaluate
     from streamprune.inspection.inspect import inspect
+    from streamprune.methods.recipes import Recipe
     from streamprune.packing.job import pack, unpack
     from streamprune.planning.plan import plan
     from streamprune.pruning.job import calibrate, prune
+    from streamprune.settings import Calibration, Resources
 
-__all__ = ["calibrate", "evaluate", "inspect", "pack", "plan", "prune", "unpack"]
+__all__ = [
+    "Calibration", "Recipe", "Resources", "calibrate", "evaluate", "inspect", "pack", "plan", "prune", "unpack",
+]  # fmt: skip
 
 _HOMES = {
     "prune": "pruning.job",
@@ -31,6 +37,9 @@ _HOMES = {
     "inspect": "inspection.inspect",
     "pack": "packing.job",
     "unpack": "packing.job",
+    "Recipe": "methods.recipes",
+    "Calibration": "settings",
+    "Resources": "settings",
 }
 
 

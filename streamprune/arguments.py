@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from typing import NoReturn
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NoReturn, TypeVar
 
 from streamprune.errors import UsageError
+from streamprune.methods.recipes import Recipe
+from streamprune.settings import Calibration, Resources, flags_of
 
 EXIT_CODES = """exit codes:
   0    done, or already done
@@ -22,6 +24,8 @@ EXIT_CODES = """exit codes:
 """
 
 Handler = Callable[[argparse.Namespace], int]
+Group = argparse._ActionsContainer
+Settings = TypeVar("Settings")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,7 +60,7 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     p = add("inspect", "show sparsity, pattern, faults and bytes of every linear of MODEL, dense or packed")
     _inspect_options(p)
     _filter_options(p)
-    _plan_options(
+    _job_options(
         add("plan", "say what pruning MODEL will take: memory, disk, arithmetic, time; measures for about two seconds")
     )
     p = add("pack", "pack the pruned checkpoint MODEL into OUT, for storing and sending: nonzeros and bitmasks")
@@ -86,108 +90,54 @@ def _link_option(p: argparse.ArgumentParser) -> None:
 def _prune_options(p: argparse.ArgumentParser) -> None:
     _out_options(p)
     _link_option(p)
-    _method_options(p)
-    _calibration_options(p)
-    p.add_argument("--stats", metavar="FILE", help="use these statistics instead of calibrating")
+    _job_options(p)
     p.add_argument("--save-stats", metavar="FILE", help="also keep the statistics for later --stats")
-    p.add_argument("--propagate", choices=("dense", "pruned", "asymmetric"),
-                   help="which layer's outputs the next layer is calibrated on: the dense one's (default without a "
-                        "refit), the pruned one's (default of sparsegpt), or both, so that new values also make up "
-                        "for earlier layers (default of other refits and of --tune)")  # fmt: skip
+    _zeros_option(p)
+
+
+def _job_options(p: argparse.ArgumentParser) -> None:
+    """What prune does, and plan foretells."""
+    what = p.add_argument_group("what is pruned")
+    amount = what.add_mutually_exclusive_group()
+    amount.add_argument("--sparsity", type=float, metavar="S", help="prune this share of every row, 0 ≤ S < 1")
+    amount.add_argument("--pattern", metavar="N:M", help="keep N of every M consecutive inputs, such as 2:4")
+    _filter_options(what)
+    how = p.add_argument_group("how")
+    how.add_argument("--method", default="swiftprune", metavar="RECIPE",
+                     help="swiftprune (default), hwpq (the same in FP8), wanda, magnitude; with new values for the "
+                          "weights that stay: swiftprune-tuned, obs-admm, gradual-cg, admm, sparsegpt")  # fmt: skip
+    add_settings(how, Recipe, with_defaults=False)
+    given = _calibration_options(p)
+    given.add_argument("--stats", metavar="FILE", help="use these statistics instead of calibrating")
+    given.add_argument(
+        "--propagate", choices=("dense", "pruned", "asymmetric"),
+        help="whose outputs the next layer is calibrated on: the dense layer's (default without a refit), the pruned "
+             "layer's (default of sparsegpt), or both, so that new values also make up for earlier layers (default of "
+             "other refits and of --tune)",
+    )  # fmt: skip
     _resource_options(p)
 
 
 def _calibrate_options(p: argparse.ArgumentParser) -> None:
     _out_options(p, "STATS", "safetensors file to write")
     _calibration_options(p)
+    _zeros_option(p)
     _resource_options(p)
 
 
 def _eval_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--text", metavar="FILE", required=True, help="text, as prune's --calib")
-    _text_options(p)
+    add_settings(p, Calibration, only=("text_field", "bos", "seqlen"))
     p.add_argument("--windows", type=int, metavar="N", help="only the text's first N windows (default: all)")
     p.add_argument(
         "--reference", metavar="DENSE",
         help="also tell how far MODEL's predictions are from those of this model (same tokenizer)",
     )  # fmt: skip
-    p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
     p.add_argument(
         "--by-window", action="store_true",
         help="with --json, also the nats per token of each window, to compare models window by window",
     )  # fmt: skip
-    _resource_options(p, with_kernels=False)
-
-
-def _plan_options(p: argparse.ArgumentParser) -> None:
-    _method_option(p)
-    _refit_option(p)
-    _quantize_option(p)
-    _tune_option(p)
-    p.add_argument("--tune-epochs", type=int, metavar="N", help="as for prune")
-    _filter_options(p)
-    p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
-    p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
-    _bos_option(p)
-    p.add_argument("--stats", metavar="FILE", help="plan for a run with these statistics, without calibration")
-    p.add_argument("--propagate", choices=("dense", "pruned", "asymmetric"), help="as for prune")
-    _device_options(p)
-
-
-def _method_options(p: argparse.ArgumentParser) -> None:
-    amount = p.add_mutually_exclusive_group()
-    amount.add_argument("--sparsity", type=float, metavar="S", help="prune this share of every row, 0 ≤ S < 1")
-    amount.add_argument("--pattern", metavar="N:M", help="keep N of every M consecutive inputs, such as 2:4")
-    p.add_argument("--allocate", default="uniform", metavar="HOW",
-                   help="share a --sparsity out: uniform (default), owl (layers with outliers keep more), error (least "
-                        "sum of relative errors); these read all weights once more, and calibrate first")  # fmt: skip
-    _method_option(p)
-    p.add_argument("--score", help="another score: lscore, lscore-isotropic, wanda, magnitude")
-    p.add_argument("--selector", help="another selector for --sparsity: ewma, exact")
-    _refit_option(p)
-    p.add_argument("--damping", metavar="D",
-                   help="of a refit: auto (in proportion to each feature's power, chosen per linear on tokens that are "
-                        "kept out; default), such a number, or absolute (as published for sparsegpt)")  # fmt: skip
-    _quantize_option(p)
-    _tune_option(p)
-    p.add_argument("--fp8-scale", metavar="HOW",
-                   help="of each output channel: amax (its largest weight becomes 448; default), mse (least squared "
-                        "error, weighted by the inputs' power)")  # fmt: skip
-    p.add_argument(
-        "--fp8-rounding",
-        metavar="HOW",
-        help="nearest, or compensate (what one weight loses, the next make up for; default with a refit)",
-    )
-    p.add_argument("--tune-epochs", type=int, metavar="N", help="passes over the calibration (default: 6)")
-    p.add_argument("--tune-lr", type=float, metavar="R",
-                   help="of a step, relative to the weights' mean magnitude (default: 0.02)")  # fmt: skip
-    _filter_options(p)
-
-
-def _method_option(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--method", default="swiftprune", metavar="RECIPE",
-                   help="swiftprune (default), hwpq (the same in FP8), wanda, magnitude; with new values for the "
-                        "weights that stay: swiftprune-tuned, obs-admm, gradual-cg, admm, sparsegpt")  # fmt: skip
-
-
-def _quantize_option(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--quantize",
-        metavar="HOW",
-        help="fp8: store pruned linears in FP8 (E4M3, a scale an output channel), as compressed-tensors; none",
-    )
-
-
-def _tune_option(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--tune", metavar="HOW", help="block: let each layer, its mask fixed, learn to give what the dense one gave"
-    )
-
-
-def _refit_option(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--refit", metavar="REFIT",
-                   help="another refit: none, cg (on the mask of any score), "
-                        "obs-admm, gradual-cg, admm, sparsegpt")  # fmt: skip
+    _resource_options(p, "device", "dtype", "max_ram", "max_vram", "work")
 
 
 def _inspect_options(p: argparse.ArgumentParser) -> None:
@@ -202,65 +152,43 @@ def _inspect_options(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _filter_options(p: argparse.ArgumentParser) -> None:
+def _filter_options(p: Group) -> None:
     p.add_argument("--only", metavar="REGEX", help="only linears whose name matches somewhere")
     p.add_argument("--skip", metavar="REGEX", help="not linears whose name matches somewhere")
 
 
-def _calibration_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--calib", metavar="FILE",
-                   help="calibration text: plain, JSON records or Parquet, packed or not, a folder or pattern of them, "
-                        "or .npy of token ids (default: a built-in text)")  # fmt: skip
-    _text_options(p)
-    p.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
-    p.add_argument("--seqlen", type=int, metavar="N", help="window length (default: min(2048, the model's limit))")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="which windows (default: %(default)s)")
-    p.add_argument("--expert-stats", default="weighted", choices=("weighted", "routed"),
-                   help="of a mixture: tokens count for an expert as the routing weights them, or all that it is "
-                        "routed count alike (default: %(default)s)")  # fmt: skip
-    p.add_argument(
-        "--expert-tokens",
-        type=int,
-        default=64,
-        metavar="N",
-        help="an expert that sees fewer goes by what all of its layer see (default: %(default)s)",
-    )
+def _calibration_options(p: argparse.ArgumentParser) -> Group:
+    group = p.add_argument_group("calibration")
+    add_settings(group, Calibration)
+    return group
 
+
+def _zeros_option(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--allow-zeros", action="store_true",
         help="go on where a linear, or a long stretch of its rows, is all zeros, as in a broken download",
     )  # fmt: skip
 
 
-def _text_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--text-field", default="text", metavar="NAME",
-                   help="what is read of records: a string, or messages that go through the tokenizer's chat template "
-                        "(default: %(default)s)")  # fmt: skip
-    _bos_option(p)
+def _resource_options(p: argparse.ArgumentParser, *only: str) -> None:
+    group = p.add_argument_group("resources")
+    add_settings(group, Resources, only=only)
+    group.add_argument("--trust-remote-code", action="store_true", help="allow the checkpoint's own code to run")
 
 
-def _bos_option(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--bos", default="auto", choices=("auto", "always", "never"),
-                   help="begin each window with the BOS token (default: if the tokenizer does by itself)")  # fmt: skip
+def add_settings(p: Group, settings: type, *, only: Collection[str] = (), with_defaults: bool = True) -> None:
+    """A flag for each field of `settings`, or for those named by `only`; without defaults, None is not given."""
+    for name, default, flag in flags_of(settings):
+        if not only or name in only:
+            how: dict[str, Any] = {"metavar": flag.metavar} if flag.metavar else {}
+            how |= {"choices": flag.choices} if flag.choices else {}
+            how |= {"type": flag.kind} if flag.kind else {}
+            p.add_argument(flag.name, dest=name, default=default if with_defaults else None, help=flag.help, **how)
 
 
-def _device_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")
-    p.add_argument("--max-vram", metavar="SIZE", help="memory of the GPU to stay within (default: what is free there)")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                   help="what to compute in (default: the stored dtype where it is fast, else float32)")  # fmt: skip
-    p.add_argument("--trust-remote-code", action="store_true", help="allow the checkpoint's own Python code to run")
-
-
-def _resource_options(p: argparse.ArgumentParser, with_kernels: bool = True) -> None:
-    _device_options(p)
-    if with_kernels:
-        p.add_argument(
-            "--backend", default="auto", choices=("auto", "numba", "torch"),
-            help="kernels that prune: numba (CPU) or torch (any device); default by device",
-        )  # fmt: skip
-    p.add_argument("--max-ram", metavar="SIZE", help="resident memory to stay within, such as 4GiB")
-    p.add_argument("--work", metavar="DIR", help="folder for the activation cache (a fast disk)")
+def settings_of(settings: type[Settings], args: argparse.Namespace) -> Settings:
+    """The object that the flags of `settings` describe. Raises UsageError for what cannot be."""
+    return settings(**{name: getattr(args, name) for name, *_ in flags_of(settings) if hasattr(args, name)})
 
 
 def _version() -> str:

@@ -11,12 +11,14 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from streamprune.arguments import Handler, make_parser
+from streamprune.arguments import Handler, make_parser, settings_of
 from streamprune.disk.claims import check_folder
 from streamprune.disk.places import settle_hub_caches
 from streamprune.errors import INTERRUPTED, ResourceError, StreampruneError, UsageError
+from streamprune.methods.recipes import Recipe
 from streamprune.process import interrupts
 from streamprune.process.console import aside, speaks_unicode, stdout_kept_clean
+from streamprune.settings import Calibration, Resources, flags_of
 
 if TYPE_CHECKING:
     from streamprune.packing.job import PackResult
@@ -133,24 +135,20 @@ def _fail(args: argparse.Namespace, error: BaseException, message: str, code: in
     return code
 
 
-def _resources(args: argparse.Namespace) -> dict[str, Any]:
-    from streamprune.process.memory import parse_bytes
-
-    return {
-        "device": args.device, "dtype": args.dtype, "work": args.work, "trust_remote_code": args.trust_remote_code,
-        "max_ram": parse_bytes(args.max_ram) if args.max_ram else None,
-        "max_vram": parse_bytes(args.max_vram) if args.max_vram else None,
-    }  # fmt: skip
-
-
-def _calibration(args: argparse.Namespace) -> dict[str, Any]:
-    own = ("calib", "text_field", "bos", "samples", "seqlen", "seed", "expert_stats", "expert_tokens")
-    return {k: getattr(args, k) for k in (*own, "restart", "backend", "allow_zeros")}
-
-
 def _print_json(value: object) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
     _say(text if speaks_unicode(text) else json.dumps(value, indent=2))
+
+
+def _job(args: argparse.Namespace) -> dict[str, Any]:
+    """What prune and plan are asked for alike. Raises UsageError for what cannot be."""
+    amount = args.sparsity if args.pattern is None else args.pattern
+    changes = {name: getattr(args, name) for name, *_ in flags_of(Recipe)}
+    return {
+        **({} if amount is None else {"amount": amount}), "recipe": Recipe.named(args.method, **changes),
+        "calibration": settings_of(Calibration, args), "resources": settings_of(Resources, args),
+        **{k: getattr(args, k) for k in ("stats", "propagate", "only", "skip", "trust_remote_code")},
+    }  # fmt: skip
 
 
 def _prune(args: argparse.Namespace) -> int:
@@ -158,14 +156,13 @@ def _prune(args: argparse.Namespace) -> int:
     from streamprune.progress import show_progress
     from streamprune.pruning.job import prune
 
-    own = (
-        "sparsity", "pattern", "method", "score", "selector", "refit", "damping", "allocate", "quantize", "fp8_scale",
-        "fp8_rounding", "tune", "tune_epochs", "tune_lr", "only", "skip", "stats", "save_stats", "propagate",
-    )  # fmt: skip
+    job = _job(args)
+    if "amount" not in job:
+        raise UsageError("say how much to prune: either --sparsity S or --pattern N:M")
     with show_progress("prune", args.quiet) as progress:
         result = prune(
-            args.model, args.out, follow_links=args.follow_links, **{k: getattr(args, k) for k in own},
-            **_calibration(args), **_resources(args), progress=progress,
+            args.model, args.out, **job, save_stats=args.save_stats, follow_links=args.follow_links,
+            allow_zeros=args.allow_zeros, restart=args.restart, progress=progress,
         )  # fmt: skip
     if args.json:
         _print_json({
@@ -187,7 +184,11 @@ def _calibrate(args: argparse.Namespace) -> int:
     from streamprune.pruning.job import calibrate
 
     with show_progress("calibrate", args.quiet) as progress:
-        result = calibrate(args.model, args.out, **_calibration(args), **_resources(args), progress=progress)
+        result = calibrate(
+            args.model, args.out, calibration=settings_of(Calibration, args), resources=settings_of(Resources, args),
+            allow_zeros=args.allow_zeros, restart=args.restart, trust_remote_code=args.trust_remote_code,
+            progress=progress,
+        )  # fmt: skip
     if args.json:
         _print_json({
             "status": result.status, "out": str(result.out), "seconds": result.seconds,
@@ -213,7 +214,8 @@ def _eval(args: argparse.Namespace) -> int:
     with show_progress("eval", args.quiet) as progress:
         found = evaluate(
             args.model, args.text, reference=args.reference, seqlen=args.seqlen, windows=args.windows,
-            text_field=args.text_field, bos=args.bos, **_resources(args), progress=progress,
+            text_field=args.text_field, bos=args.bos, resources=settings_of(Resources, args),
+            trust_remote_code=args.trust_remote_code, progress=progress,
         )  # fmt: skip
     if args.json:
         given = {k: str(v) for k in ("model", "text", "reference") if (v := getattr(args, k)) is not None}
@@ -244,17 +246,10 @@ def _inspect(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     check_folder(args.model)
     from streamprune.planning.plan import plan
-    from streamprune.process.memory import parse_bytes
     from streamprune.tables import plan_table
 
     with stdout_kept_clean():
-        found = plan(
-            args.model, method=args.method, refit=args.refit, quantize=args.quantize, tune=args.tune,
-            tune_epochs=args.tune_epochs, only=args.only, skip=args.skip, samples=args.samples, seqlen=args.seqlen,
-            bos=args.bos, with_stats=args.stats is not None, propagate=args.propagate, device=args.device,
-            dtype=args.dtype, max_vram=parse_bytes(args.max_vram) if args.max_vram else None,
-            trust_remote_code=args.trust_remote_code,
-        )  # fmt: skip
+        found = plan(args.model, **_job(args))
     if args.json:
         _print_json(found.to_json())
     elif not args.quiet:

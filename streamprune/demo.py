@@ -11,6 +11,7 @@ from streamprune.evaluation.evaluate import evaluate
 from streamprune.inspection.inspect import inspect
 from streamprune.progress import Progress, ProgressCallback
 from streamprune.pruning.job import JobResult, prune
+from streamprune.settings import Calibration, Resources
 
 SAMPLES, SEQLEN = 64, 256
 
@@ -18,25 +19,26 @@ SAMPLES, SEQLEN = 64, 256
 def run_demo(progress: ProgressCallback) -> list[dict[str, Any]]:
     """Prunes the demo model to 50 % and to 2:4, evaluates all three on held-out text; a row a model."""
     package = importlib.resources.files("streamprune")
-    jobs: list[tuple[str, dict[str, Any]]] = [
-        ("dense", {}),
-        ("50 % (swiftprune)", {"sparsity": 0.5}),
-        ("2:4 (swiftprune)", {"pattern": "2:4"}),
-        ("50 % (magnitude)", {"sparsity": 0.5, "method": "magnitude"}),
+    jobs: list[tuple[str, float | str | None, str]] = [
+        ("dense", None, ""),
+        ("50 % (swiftprune)", 0.5, "swiftprune"),
+        ("2:4 (swiftprune)", "2:4", "swiftprune"),
+        ("50 % (magnitude)", 0.5, "magnitude"),
     ]
+    calibration = Calibration(samples=SAMPLES, seqlen=SEQLEN)
     rows = []
     with (
         importlib.resources.as_file(package / "demo_model") as model,
         importlib.resources.as_file(package / "text" / "heldout.txt.gz") as text,
         tempfile.TemporaryDirectory(prefix="streamprune-demo-") as folder,
     ):
-        for number, (name, amount) in enumerate(jobs):
+        for number, (name, amount, recipe) in enumerate(jobs):
             result: JobResult | None = None
             out = model
-            if amount:
+            if amount is not None:
                 out = Path(folder) / f"out{number}"
-                result = prune(model, out, samples=SAMPLES, seqlen=SEQLEN, **amount)
-            found = evaluate(out, text, seqlen=SEQLEN, work=folder)
+                result = prune(model, out, amount, recipe, calibration=calibration)
+            found = evaluate(out, text, seqlen=SEQLEN, resources=Resources(work=folder))
             zeros = inspect(out).totals
             pattern = next((p for p, count in zeros.patterns.items() if count == zeros.linears and p != "none"), None)
             rows.append({

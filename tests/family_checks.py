@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from calls import evaluate
 from families import save_model
 from mixtures import EVERY, look, save_mixture, watch_experts, weights_of_experts
 from whole_model import (
@@ -35,7 +36,6 @@ from whole_model import (
 
 from streamprune.calibration.statistics import StatisticsFile
 from streamprune.errors import UnsupportedError
-from streamprune.evaluation.evaluate import evaluate
 from streamprune.inspection.inspect import inspect
 from streamprune.pruning.job import JobResult
 

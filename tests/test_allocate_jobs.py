@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from calls import calibrate, prune
 from safetensors import safe_open
 
 from streamprune.calibration.statistics import Collector, StatisticsFile
 from streamprune.cli import main
 from streamprune.errors import StateError, UsageError
 from streamprune.progress import Progress
-from streamprune.pruning.job import calibrate, prune
 
 GIVEN: dict[str, Any] = {"samples": 4, "seqlen": 32, "dtype": "float32"}
 
@@ -194,8 +194,8 @@ def stop_at(step: int) -> Callable[[Progress], None]:
 def test_a_resumed_job_counts_what_was_gathered_before(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     job: dict[str, Any] = {"sparsity": 0.5, "allocate": "owl", "calib": text, **GIVEN}
     out = tmp_path / "out"
-    with pytest.raises(StoppedError):  # 4 stages gather, then there are 5
-        prune(models("llama", 3), out, progress=stop_at(6), **job)
+    with pytest.raises(StoppedError):  # 4 stages gather, 3 layers are weighed up, then there are 5 stages
+        prune(models("llama", 3), out, progress=stop_at(9), **job)
     spent = json.loads((tmp_path / "out.partial" / ".streamprune" / "job.json").read_text())["spent"]
     report = prune(models("llama", 3), out, **job).report
     assert spent > 0 and report["seconds"] > spent + sum(stage["seconds"] for stage in report["stages"]) - 0.01

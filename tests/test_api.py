@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect as inspect_module
 import json
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import calls
 import pytest
 
 import streamprune
@@ -21,6 +23,7 @@ from streamprune.progress import Progress
 
 Models = Callable[..., Path]
 VERBS = ["calibrate", "evaluate", "inspect", "pack", "plan", "prune", "unpack"]
+SETTINGS = ["Calibration", "Recipe", "Resources"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,13 +34,13 @@ def how(text: Path) -> dict[str, Any]:
 
 
 def test_exports() -> None:
-    assert sorted(streamprune.__all__) == VERBS
-    assert set(VERBS) <= set(dir(streamprune))
+    assert sorted(streamprune.__all__) == SETTINGS + VERBS
+    assert {*SETTINGS, *VERBS} <= set(dir(streamprune))
     with pytest.raises(AttributeError, match="no attribute 'unheard_of'"):
         streamprune.unheard_of  # noqa: B018
     scope: dict[str, Any] = {}
     exec("from streamprune import *", scope)
-    assert {n for n in scope if not n.startswith("__")} == set(VERBS)
+    assert {n for n in scope if not n.startswith("__")} == {*SETTINGS, *VERBS}
 
 
 def test_importing_is_light() -> None:
@@ -56,26 +59,41 @@ def test_signatures(name: str) -> None:
     parameters = inspect_module.signature(verb).parameters
     assert hints.keys() == {*parameters, "return"}
     positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    second = {"evaluate": ["text"], "plan": [], "inspect": []}.get(name, ["out"])
-    assert positional == ["model", *second]
+    others = {
+        "evaluate": ["text"], "plan": ["amount", "recipe"], "inspect": [], "prune": ["out", "amount", "recipe"],
+    }.get(name, ["out"])  # fmt: skip
+    assert positional == ["model", *others]
+    may_be_left_out = {"recipe", "amount"} if name == "plan" else {"recipe"}
     for p in parameters.values():
-        assert (p.default is p.empty) == (p.name in positional)
+        assert (p.default is p.empty) == (p.name in positional and p.name not in may_be_left_out)
 
 
 @pytest.mark.parametrize("name", VERBS)
 def test_the_command_line_offers_all_of_it(name: str) -> None:
-    """Every keyword of a verb has its flag, with the same default."""
+    """Every keyword of a verb has its flag, with the same default, and so has every field of its settings."""
     from streamprune.cli import build_parser
 
+    settings: dict[str, type] = {"calibration": streamprune.Calibration, "resources": streamprune.Resources}
     command = {"evaluate": "eval"}.get(name, name)
     given = {"prune": ["m", "o", "--sparsity", "0.5"], "eval": ["m", "--text", "t"], "plan": ["m"], "inspect": ["m"]}
     args = vars(build_parser().parse_args([command, *given.get(command, ["m", "o"])]))
-    rename = {"with_stats": "stats", "on_linear": None, "progress": None, "revision": None, "speeds": None}
+    rename = {"amount": "sparsity", "recipe": "method", "on_linear": None, "progress": None, "revision": None}
+    rename |= {"speeds": None, "save_stats": "save_stats" if name == "prune" else None}
     for p in inspect_module.signature(getattr(streamprune, name)).parameters.values():
+        if p.name in settings:
+            made = settings[p.name](
+                **{f.name: args[f.name] for f in dataclasses.fields(settings[p.name]) if f.name in args}
+            )
+            assert made == p.default
+            missing = {f.name for f in dataclasses.fields(settings[p.name])} - args.keys()
+            assert missing == ({"backend"} if name == "evaluate" else set()), missing
+            continue
+        if p.name == "recipe":
+            assert {f.name for f in dataclasses.fields(streamprune.Recipe)} <= args.keys()
         flag = rename.get(p.name, p.name)
         if flag is not None:
             assert flag in args, f"{command} has no --{flag.replace('_', '-')}"
-            if p.default is not p.empty and flag not in ("sparsity", "stats"):
+            if p.default is not p.empty and flag not in ("sparsity", "stats", "save_stats"):
                 assert args[flag] == p.default, flag
 
 
@@ -94,7 +112,7 @@ def test_readme_example_in_the_docstring() -> None:
 
 def test_result_of_prune(models: Models, how: dict[str, Any], tmp_path: Path) -> None:
     steps: list[Progress] = []
-    result = streamprune.prune(str(models()), str(tmp_path / "out"), pattern="2:4", progress=steps.append, **how)
+    result = calls.prune(str(models()), str(tmp_path / "out"), pattern="2:4", progress=steps.append, **how)
     assert (result.status, result.out, result.recipe, result.sparsity) == ("done", tmp_path / "out", "swiftprune", 0.5)
     assert result.seconds > 0 and result.peak_rss_bytes > 1 << 20
     assert result.report["resolved"]["batch"] == 6 and result.report["resolved"]["dtype"] in ("float32", "bfloat16")
@@ -105,13 +123,13 @@ def test_result_of_prune(models: Models, how: dict[str, Any], tmp_path: Path) ->
     assert all(s.seconds >= 0 for s in steps)
     with pytest.raises(AttributeError):
         result.status = "other"  # type: ignore[misc]
-    again = streamprune.prune(models(), tmp_path / "out", pattern="2:4", progress=steps.append, **how)
+    again = calls.prune(models(), tmp_path / "out", pattern="2:4", progress=steps.append, **how)
     assert (again.status, again.sparsity, again.recipe) == ("up-to-date", 0.5, "swiftprune")
     assert len(steps) == 5 and again.report["linears"] == list(result.report["linears"])
 
 
 def test_result_of_calibrate(models: Models, how: dict[str, Any], tmp_path: Path) -> None:
-    result = streamprune.calibrate(models(), tmp_path / "s", **how)
+    result = calls.calibrate(models(), tmp_path / "s", **how)
     assert (result.status, result.out, result.recipe, result.sparsity) == ("done", tmp_path / "s", None, None)
     assert result.seconds > 0 and result.peak_rss_bytes > 1 << 20
 
@@ -127,10 +145,10 @@ def test_an_exception_in_progress_is_the_callers(models: Models, how: dict[str, 
             raise StopError
 
     with pytest.raises(StopError):
-        streamprune.prune(models(), tmp_path / "out", sparsity=0.5, progress=stop, **how)
+        calls.prune(models(), tmp_path / "out", sparsity=0.5, progress=stop, **how)
     assert {p.name for p in tmp_path.iterdir()} == {"out.partial"}
     steps: list[Progress] = []
-    assert streamprune.prune(models(), tmp_path / "out", sparsity=0.5, progress=steps.append, **how).status == "done"
+    assert calls.prune(models(), tmp_path / "out", sparsity=0.5, progress=steps.append, **how).status == "done"
     assert [s.name for s in steps] == ["layer 2", "head"]
 
 
@@ -156,8 +174,8 @@ def _named(error: ResourceError) -> int:
 def test_max_ram(models: Models, how: dict[str, Any], tmp_path: Path, verb: str) -> None:
     def call(out: str, **more: Any) -> Any:
         if verb == "calibrate":
-            return streamprune.calibrate(models(), tmp_path / out, **how, **more)
-        return streamprune.prune(models(), tmp_path / out, sparsity=0.5, **how, **more)
+            return calls.calibrate(models(), tmp_path / out, **how, **more)
+        return calls.prune(models(), tmp_path / out, sparsity=0.5, **how, **more)
 
     with pytest.raises(ResourceError) as caught:
         call("a", max_ram=1 << 20)
@@ -182,26 +200,26 @@ def test_less_memory_makes_smaller_batches(
         found = estimate(*args, **more)
         return budget.Budget(found.base, found.reserve, found.stage, 50 << 20)
 
-    for place in ("streamprune.model.budget.estimate", "streamprune.pruning.prepare.estimate"):
+    for place in ("streamprune.model.budget.estimate", "streamprune.pruning.memory.estimate"):
         monkeypatch.setattr(place, large)
     room = BASE + budget.RESERVE + (1 << 20)  # the stages are smaller than 1 MiB
     for batch in (6, 4, 1):
         limit = room + batch * (50 << 20)
-        result = streamprune.prune(models(), tmp_path / f"out{batch}", sparsity=0.5, max_ram=limit, **how)
+        result = calls.prune(models(), tmp_path / f"out{batch}", sparsity=0.5, max_ram=limit, **how)
         assert result.report["resolved"]["batch"] == batch
     with pytest.raises(ResourceError) as caught:
-        streamprune.prune(models(), tmp_path / "none", sparsity=0.5, max_ram=room, **how)
-    assert streamprune.prune(models(), tmp_path / "n", sparsity=0.5, max_ram=_named(caught.value), **how)
+        calls.prune(models(), tmp_path / "none", sparsity=0.5, max_ram=room, **how)
+    assert calls.prune(models(), tmp_path / "n", sparsity=0.5, max_ram=_named(caught.value), **how)
 
     def stop(step: Progress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        streamprune.prune(models(), tmp_path / "r", sparsity=0.5, progress=stop, **how)
+        calls.prune(models(), tmp_path / "r", sparsity=0.5, progress=stop, **how)
     with pytest.raises(ResourceError, match=r"began with batches of 6 .*--restart") as caught:
-        streamprune.prune(models(), tmp_path / "r", sparsity=0.5, max_ram=room + (60 << 20), **how)
+        calls.prune(models(), tmp_path / "r", sparsity=0.5, max_ram=room + (60 << 20), **how)
     enough = int(re.findall(r"--max-ram (\d+)MiB", str(caught.value))[0]) << 20
-    resumed = streamprune.prune(models(), tmp_path / "r", sparsity=0.5, max_ram=enough, **how)
+    resumed = calls.prune(models(), tmp_path / "r", sparsity=0.5, max_ram=enough, **how)
     assert resumed.report["resolved"]["batch"] == 6
 
 
@@ -209,8 +227,8 @@ def test_less_memory_makes_smaller_batches(
 def test_without_calibration_little_is_needed(models: Models, tmp_path: Path) -> None:
     more = {"sparsity": 0.5, "method": "magnitude"}
     with pytest.raises(ResourceError) as caught:
-        streamprune.prune(models(), tmp_path / "a", max_ram=1 << 20, **more)  # type: ignore[arg-type]
-    assert streamprune.prune(models(), tmp_path / "a", max_ram=_named(caught.value), **more).status == "done"  # type: ignore[arg-type]
+        calls.prune(models(), tmp_path / "a", max_ram=1 << 20, **more)  # type: ignore[arg-type]
+    assert calls.prune(models(), tmp_path / "a", max_ram=_named(caught.value), **more).status == "done"  # type: ignore[arg-type]
 
 
 def test_the_named_memory_is_enough_for_the_program(models: Models, text: Path, tmp_path: Path) -> None:
@@ -234,18 +252,18 @@ def test_the_named_memory_is_enough_for_the_program(models: Models, text: Path, 
     "wrong",
     [
         {"dtype": "int8"}, {"backend": "jax"}, {"propagate": "both"}, {"method": "none"}, {"score": "none"},
-        {"selector": "none"}, {"sparsity": float("nan")}, {"sparsity": None}, {"pattern": "2:4"}, {"samples": 0},
+        {"selector": "none"}, {"sparsity": float("nan")}, {"sparsity": None}, {"samples": 0},
         {"seed": -1}, {"only": "("},
     ],
     ids=str,
 )  # fmt: skip
 def test_wrong_arguments(models: Models, how: dict[str, Any], tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        streamprune.prune(models(), tmp_path / "out", **{"sparsity": 0.5, **how, **wrong})
+        calls.prune(models(), tmp_path / "out", **{"sparsity": 0.5, **how, **wrong})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("wrong", [{"dtype": "int8"}, {"propagate": "both"}, {"samples": 0}, {"seqlen": 1}], ids=str)
 def test_wrong_arguments_of_plan(models: Models, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        streamprune.plan(models(), **wrong)
+        calls.plan(models(), **wrong)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import calibrate, evaluate, plan, prune
 from families import DENSE, RECURRENT, REFUSED, SEEING, save_model
 from family_checks import CHECKS, MixtureTrial, Trial, check_fp8, check_refit, write_tokens
 from mixtures import EVERY
@@ -20,9 +21,6 @@ from safetensors.torch import load_file, save_file
 from whole_model import in_memory, linears_of, stored
 
 from streamprune.errors import UnsupportedError
-from streamprune.evaluation.evaluate import evaluate
-from streamprune.planning.plan import plan
-from streamprune.pruning.job import calibrate, prune
 
 FITTING = [*DENSE, *RECURRENT, *SEEING]
 REFITTED = {"gpt2", "phi3", "mpt", "falcon_h1", "qwen3_vl"}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import plan, prune
 from families import FAMILIES
 from mixtures import save_mixture
 from test_device_path import LAYOUTS, Use, use, weights_of  # noqa: F401 -- use is a fixture
@@ -19,9 +20,8 @@ from streamprune.calibration.gram_sums import GramCollector, HoldOut
 from streamprune.errors import UnsupportedError, UsageError
 from streamprune.methods import gram as gram_module
 from streamprune.methods.gram import Debt, Gram
-from streamprune.planning.plan import plan
 from streamprune.progress import Progress
-from streamprune.pruning.job import JobResult, prune
+from streamprune.pruning.job import JobResult
 from streamprune.pruning.paired import writers_of
 
 Models = Callable[..., Path]

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from calls import prune
 from safetensors.torch import load_file
 
 from streamprune.errors import UsageError
-from streamprune.pruning.job import prune
 
 
 @pytest.mark.parametrize("amount", [{"sparsity": 0.6}, {"pattern": "2:4"}, {"sparsity": 0.5, "method": "wanda"}])

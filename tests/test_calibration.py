@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calls import prune
 from refusals import refused
 from windows import cut, drawn
 
 from streamprune.calibration.texts import Text, check_seqlen, default_seqlen
 from streamprune.calibration.windows import STREAM_WINDOWS, tokens_digest
 from streamprune.errors import CheckpointError, UsageError
-from streamprune.pruning.job import prune
 
 VOCAB = 199
 Models = Callable[..., Path]

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import calibrate, prune
 
 from streamprune import arguments
 from streamprune.cli import build_parser, main
 from streamprune.disk.cache import CacheReader
-from streamprune.pruning.job import calibrate, prune
 
 Models = Callable[..., Path]
 WINDOW = ["--samples", "3", "--seqlen", "16"]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import evaluate, prune
 from conftest import save_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,13 +26,12 @@ from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from streamprune.evaluation import evaluate as evaluation
 from streamprune.evaluation import two_models as comparison
-from streamprune.evaluation.evaluate import Evaluation, evaluate
+from streamprune.evaluation.evaluate import Evaluation
 from streamprune.evaluation.two_models import Subject, divergence, fit_two, predictions, ram_of_two
 from streamprune.model.budget import CONTEXT, RESERVE, Layout, estimate, memory_of
 from streamprune.model.loader import WeightLoader
 from streamprune.model.skeleton import build_skeleton
 from streamprune.progress import Progress
-from streamprune.pruning.job import prune
 
 N = 24
 WINDOWS = 11

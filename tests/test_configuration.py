@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import evaluate, plan, prune
 from families import DENSE, OTHERS, SEEING, tiny_config, whole_class
 from refusals import refused
 
@@ -17,10 +18,7 @@ from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.claims import check_claims
 from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError
-from streamprune.evaluation.evaluate import evaluate
 from streamprune.model.skeleton import build_skeleton
-from streamprune.planning.plan import plan
-from streamprune.pruning.job import prune
 
 Models = Callable[..., Path]
 
@@ -88,7 +86,7 @@ def test_what_no_checkpoint_holds(
     def never(*args: object, **more: object) -> None:
         raise AssertionError("something is built")
 
-    for module in ("pruning.run", "planning.plan", "evaluation.evaluate"):
+    for module in ("pruning.setup", "evaluation.evaluate"):
         monkeypatch.setattr(f"streamprune.{module}.build_skeleton", never)
     needles = ("config.json", name, "download the checkpoint again")
     refused(CheckpointError, lambda: prune(source, tmp_path / "out", pattern="2:4", calib=text), *needles)

@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from calls import prune
 from conftest import save_tokenizer, tiny_config
 from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
@@ -23,7 +24,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from streamprune.inspection.inspect import inspect
 from streamprune.methods.recipes import RECIPES
-from streamprune.pruning.job import prune
 
 LAYERS, HEADS, KV_HEADS = 2, 4, 2
 QUANTISED = [name for name, recipe in RECIPES.items() if getattr(recipe, "quantize", None) is not None]

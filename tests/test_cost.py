@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import calibrate, plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamprune.calibration.statistics import StatisticsFile
@@ -24,10 +25,8 @@ from streamprune.model.blank_layer import LAYER_BYTES, BlankLayer, window_size
 from streamprune.model.skeleton import build_skeleton
 from streamprune.planning import speeds as measuring
 from streamprune.planning.cost import PER_BATCH, PER_COLUMN, RunShape, Speeds, Split, Work, stage_seconds
-from streamprune.planning.plan import plan
 from streamprune.planning.refit_cost import RefitWork
 from streamprune.planning.refits import inputs_shared
-from streamprune.pruning.job import calibrate
 
 Models = Callable[..., Path]
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]

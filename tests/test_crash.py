@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calls import calibrate, prune
 from conftest import VOCAB
 from crashing import CrashDisk, FaultyOs, NoSync, Tree, recorded, replace_os, restore, tree_of
 
 from streamprune.disk import durable
 from streamprune.errors import ResourceError
-from streamprune.pruning.job import JobResult, calibrate, prune
+from streamprune.pruning.job import JobResult
 
 Job = Callable[[], JobResult]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calls import calibrate, prune
 from conftest import VOCAB
 from crashing import NoSync, replace_os
 from test_packed import two_four
@@ -17,7 +18,6 @@ from test_packing import LEGACY, save
 from streamprune.errors import CorruptStateError, StreampruneError
 from streamprune.packing.job import pack, unpack
 from streamprune.progress import Progress
-from streamprune.pruning.job import calibrate, prune
 
 Job = Callable[..., Any]
 Place = tuple[str | int, ...]

@@ -15,20 +15,20 @@ from typing import Any
 
 import pytest
 import torch
+from calls import calibrate, evaluate, prune
 
 from streamprune.disk import durable
 from streamprune.disk.cache import CacheReader
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, ResourceError, UsageError
-from streamprune.evaluation.evaluate import evaluate
 from streamprune.model import budget, passes
 from streamprune.model.activations import Activations
 from streamprune.model.budget import Layout, lay_out, memory_of
 from streamprune.model.loader import WeightLoader
 from streamprune.model.skeleton import build_skeleton
 from streamprune.progress import Progress
-from streamprune.pruning.job import JobResult, calibrate, prune
+from streamprune.pruning.job import JobResult
 
 CPU = torch.device("cpu")
 LAYOUTS = {
@@ -45,7 +45,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
 
     def set_layout(layers: int, resident: bool, batch: int = 2) -> None:
         layout = Layout(batch, layers, resident, 0)
-        monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
+        monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: layout)
         monkeypatch.setattr("streamprune.evaluation.evaluate.layout_for", lambda *args, **more: layout)
         for place in ("pruning.run", "pruning.forward", "evaluation.evaluate"):
             monkeypatch.setattr(f"streamprune.{place}.WeightLoader", functools.partial(WeightLoader, copies=True))

@@ -172,7 +172,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: i
 
 def test_a_whole_shard(tmp_path: Path, models: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A pruned model is the same, written past the cache or through it."""
-    from streamprune.pruning.job import prune
+    from calls import prune
 
     monkeypatch.setattr(durable, "_LARGE_PIECE", 1 << 10)
     prune(models(), tmp_path / "past", sparsity=0.5, method="magnitude")

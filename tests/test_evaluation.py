@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import evaluate, prune
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from streamprune.disk.lock import Lock
 from streamprune.errors import CheckpointError, ResourceError, UsageError
 from streamprune.evaluation import evaluate as evaluation
-from streamprune.evaluation.evaluate import evaluate
-from streamprune.pruning.job import prune
 
 N = 24
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]
@@ -170,7 +169,7 @@ def test_a_killed_evaluation(models: Models, short: Path, tmp_path: Path) -> Non
     """What SIGKILL leaves is what the next evaluation removes."""
     work = tmp_path / "work"
     code = (
-        "import os, sys\nfrom streamprune.evaluation.evaluate import evaluate\n"
+        "import os, sys\nfrom calls import evaluate\n"
         "evaluate(sys.argv[1], sys.argv[2], seqlen=24, work=sys.argv[3], progress=lambda s: os.kill(os.getpid(), 9))"
     )
     done = subprocess.run([sys.executable, "-c", code, models("llama"), short, work], check=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import calibrate, evaluate, prune
 from families import HIDDEN, SEEING, VOCAB, save_tokenizer
 from family_checks import same_sums
 from mixtures import FUSED, MIXTURES, look, names_of, save_mixture, watch_experts, weights_of_experts
@@ -41,7 +42,6 @@ from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, StateError, UnsupportedError, UsageError
-from streamprune.evaluation.evaluate import evaluate
 from streamprune.model.binding import _ExpertWeights
 from streamprune.model.budget import EXPERT_TOKENS, GROUP_BYTES, Budget, Layout, estimate, group_of, waiting_bytes
 from streamprune.model.experts import check_experts, is_experts
@@ -49,8 +49,8 @@ from streamprune.model.loader import WeightLoader
 from streamprune.model.routed import Routed, padded_rows
 from streamprune.model.skeleton import build_skeleton
 from streamprune.pruning.forward import CalibrationPass
-from streamprune.pruning.job import JobResult, calibrate, prune
-from streamprune.pruning.prepare import layout_of
+from streamprune.pruning.job import JobResult
+from streamprune.pruning.memory import layout_of
 
 PAIRS = {"pattern": "2:4", "method": "wanda", "score": "wanda"}
 HALF = {"sparsity": 0.5, "method": "swiftprune", "score": "lscore", "selector": "ewma"}
@@ -321,7 +321,7 @@ def test_room_for_grams(make: Make, text: Path, tmp_path: Path, monkeypatch: pyt
     one = 4 * 32 * 32
     for room in (99 * one, 4 * one, one, one // 3):
         monkeypatch.setattr(
-            "streamprune.pruning.run.layout_of", lambda *a, room=room: replace(layout_of(*a), room=room)
+            "streamprune.pruning.prepare.layout_of", lambda *a, room=room: replace(layout_of(*a), room=room)
         )
         out[room] = run(source, tmp_path / f"{room}", text, job).out
     wanted = weights_of(out[99 * one])
@@ -463,7 +463,7 @@ def test_on_a_device(
     more = {"backend": "torch", "expert_tokens": LEAST, **how}
     run(source, tmp_path / "plain", text, **more)
     layout = Layout(BATCH, layers, resident, 0)
-    monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
+    monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: layout)
     monkeypatch.setattr("streamprune.evaluation.evaluate.layout_for", lambda *args, **more: layout)
     monkeypatch.setattr("streamprune.model.loader._PIECE_BYTES", 3000)
     with plugged_in(Card()):

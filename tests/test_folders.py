@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import calibrate, evaluate, plan, prune
 from refusals import refused
 from safetensors.torch import load_file, save_file
 
@@ -18,12 +19,9 @@ from streamprune.calibration import tokens
 from streamprune.cli import main
 from streamprune.disk import journal
 from streamprune.errors import CheckpointError, StateError, UnsupportedError
-from streamprune.evaluation.evaluate import evaluate
 from streamprune.inspection.inspect import inspect
 from streamprune.packing.job import pack, unpack
-from streamprune.planning.plan import plan
 from streamprune.progress import Progress
-from streamprune.pruning.job import calibrate, prune
 
 Models = Callable[..., Path]
 HOW: dict[str, Any] = {"pattern": "2:4", "samples": 2, "seqlen": 8}

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import evaluate, plan, prune
 from safetensors import safe_open
 from test_crash import Crasher
 from test_planning import EVEN
@@ -26,11 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.errors import CheckpointError, StreampruneError, UnsupportedError, UsageError
-from streamprune.evaluation.evaluate import evaluate
 from streamprune.methods.fp8 import dequantise, quantise
 from streamprune.methods.recipes import RECIPES
-from streamprune.planning.plan import plan
-from streamprune.pruning.job import JobResult, prune
+from streamprune.pruning.job import JobResult
 
 Models = Callable[..., Path]
 FP8 = torch.float8_e4m3fn

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from calls import prune
 from conftest import VOCAB
 from crashing import NoSync, recorded, replace_os, restore, tree_of
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from streamprune.disk import durable, journal
 from streamprune.errors import CorruptStateError
-from streamprune.pruning.job import JobResult, prune
+from streamprune.pruning.job import JobResult
 
 RECORDS: list[dict[str, Any]] = [
     {"stage": "embed", "n": 1},

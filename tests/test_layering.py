@@ -19,6 +19,7 @@ HOUSE: dict[str, list[str]] = {
     "errors": [],
     "process": ["background console interrupts memory versions"],
     "progress": [],
+    "settings": [],
     "disk": [
         "direct header",
         "durable folder",
@@ -56,10 +57,11 @@ HOUSE: dict[str, list[str]] = {
     "inspection": ["stored", "scales", "difference", "report", "count", "inspect"],
     "evaluation": ["two_models", "one_model", "evaluate"],
     "pruning": [
-        "forward linears quantise refit spec tuning",
-        "checks paired report target windows",
-        "shard",
-        "allocate finish prepare tuned_shard",
+        "linears quantise records refit spec tuning",
+        "checks describe report target windows",
+        "finish forward setup shard",
+        "allocate memory paired tuned_shard",
+        "prepare",
         "run",
         "job",
     ],
@@ -77,7 +79,16 @@ Modules on one line do not know each other; neither do the verbs, but for planni
 VERBS = {"packing", "inspection", "evaluation", "pruning", "planning"}
 BETWEEN_VERBS = {("planning", "pruning")}
 NO_TORCH = ["errors", "cli", "__main__", "progress", "process.memory", "process.interrupts", "process.console"]
-NO_TORCH += ["methods.recipes", "pruning.spec", "pruning.job", "pruning.checks", "pruning.report", "calibration.texts"]
+NO_TORCH += [
+    "methods.recipes",
+    "pruning.spec",
+    "pruning.job",
+    "pruning.checks",
+    "pruning.describe",
+    "pruning.report",
+    "settings",
+    "calibration.texts",
+]
 NO_TORCH += ["disk.durable", "disk.header", "disk.checkpoint", "disk.hub", "disk.journal", "disk.state", "disk.shards"]
 NO_TORCH += ["disk.lock", "disk.direct", "disk.linears", "disk.packed", "packing.job", "packing.files"]
 

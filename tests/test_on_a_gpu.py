@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import evaluate, prune
 from conftest import VOCAB, save_model
 from safetensors.torch import load_file
 from stand_in import Card, plugged_in
 from torch import Tensor
 
 from streamprune.calibration.gram_sums import GramCollector, HoldOut
-from streamprune.evaluation.evaluate import evaluate
 from streamprune.kernels import Selection, cpu, cpu_fp8, torch_fp8, torch_ops
 from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping, normalised_inverse
@@ -37,7 +37,7 @@ from streamprune.methods.selection import Pattern, select
 from streamprune.model import budget
 from streamprune.model.budget import Layout
 from streamprune.model.device import exact_products
-from streamprune.pruning.job import JobResult, prune
+from streamprune.pruning.job import JobResult
 
 ROOT = Path(__file__).resolve().parent.parent
 Models = Callable[..., Path]
@@ -331,7 +331,7 @@ def test_every_layout_gives_the_same_bytes(
     found = set()
     for layers, resident in ((1, False), (2, False), (2, True), (3, True), (3, False)):
         layout = Layout(2, layers, resident, 0)
-        monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args, layout=layout: layout)
+        monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args, layout=layout: layout)
         out = tmp_path / f"{layers}-{resident}"
         job(models(layers=2), text, out, str(device), only="down_proj|q_proj", **how)
         found.add(b"".join(p.read_bytes() for p in sorted(out.glob("*.safetensors"))))
@@ -454,7 +454,7 @@ def test_memory_that_runs_out_in_the_middle(
     """The batch halves, the report says so, and what is pruned is right but for TIES: sums come in another order."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args: Layout(2, 1, False, 0))
+    monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: Layout(2, 1, False, 0))
     forward, calls = LlamaMLP.forward, list[int]()
     job(models(layers=2), text, tmp_path / "whole", str(device))
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from calls import prune
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamprune.inspection.inspect import inspect
-from streamprune.pruning.job import prune
 
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]
 Models = Callable[..., Path]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import evaluate, prune
 from checkpoint_files import entry
 from refusals import refused
 from safetensors.torch import load_file
@@ -35,9 +36,7 @@ from streamprune.errors import (
     UnsupportedError,
     UsageError,
 )
-from streamprune.evaluation.evaluate import evaluate
 from streamprune.packing.job import pack, unpack
-from streamprune.pruning.job import prune
 
 LEGACY = Path(__file__).parent / "data" / "legacy_packed"
 ITEM = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F8_E4M3": np.uint8, "U8": np.uint8}

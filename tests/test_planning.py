@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from calls import calibrate, plan, prune
 from safetensors.torch import load_file, save_file
 
 from streamprune.disk import durable
-from streamprune.errors import ResourceError, UnsupportedError, UsageError
+from streamprune.errors import ResourceError, StreampruneError, UnsupportedError, UsageError
 from streamprune.model.budget import Layout, RefitNeeds, estimate
 from streamprune.model.device import resolve_device
 from streamprune.planning import speeds as measuring
 from streamprune.planning.cost import Speeds, Split
-from streamprune.planning.plan import Plan, plan
-from streamprune.pruning.job import prune
-from streamprune.pruning.prepare import layout_of, models_at_once, refit_needs
+from streamprune.planning.plan import Plan
+from streamprune.pruning.memory import layout_of, models_at_once, refit_needs
+from streamprune.pruning.setup import Setup
 from streamprune.tables import plan_table, table
 
 Models = Callable[..., Path]
@@ -74,13 +75,19 @@ def test_arithmetic(models: Models) -> None:
     assert plan(models(), samples=20, seqlen=20).flops == 2 * found.flops
 
 
-def test_with_statistics(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def stats(models: Models, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A statistics file of the usual model."""
+    return calibrate(models(), tmp_path_factory.mktemp("stats") / "stats", calib=text, samples=2, seqlen=16).out
+
+
+def test_with_statistics(models: Models, stats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a pass none is planned for, and none is measured."""
     monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
     without = plan(models())
     monkeypatch.setattr(measuring, "BlankLayer", None)
     monkeypatch.setattr(measuring, "_products", None)
-    found = plan(models(), with_stats=True)
+    found = plan(models(), stats=stats)
     assert found.flops == 0 and found.cache_bytes == 0
     assert found.disk_bytes == found.output_bytes + (64 << 20)
     assert found.peak_ram_bytes < without.peak_ram_bytes
@@ -165,31 +172,19 @@ def test_memory_of_a_refit(
     def resolve(device: str) -> torch.device:
         return torch.device("meta") if device == "meta" else resolve_device(device)
 
-    monkeypatch.setattr("streamprune.planning.plan.resolve_device", resolve)
-    monkeypatch.setattr("streamprune.pruning.run.resolve_device", resolve)
+    monkeypatch.setattr("streamprune.pruning.setup.resolve_device", resolve)
     seen: list[tuple[Layout, RefitNeeds, int]] = []
 
-    def stop(
-        spec: Any,
-        model: Any,
-        skeleton: Any,
-        dtype: Any,
-        device: Any,
-        resolved: Any,
-        writer: Any,
-        propagate: str,
-        shape: Any,
-    ) -> Layout:
-        layout = layout_of(spec, model, skeleton, dtype, device, resolved, writer, propagate, shape)
-        needs = refit_needs(writer, propagate)
+    def stop(setup: Setup, resolved: Any, shape: tuple[int, int]) -> Layout:
+        layout, needs = layout_of(setup, resolved, shape), refit_needs(setup)
         assert needs is not None
-        on_device = device.type != "cpu"
-        budget = estimate(skeleton, 24 * models_at_once(propagate), dtype, on_device=on_device)
+        on_device = setup.device.type != "cpu"
+        budget = estimate(setup.skeleton, 24 * models_at_once(setup.propagate), setup.dtype, on_device=on_device)
         budget = budget if on_device else budget.refitting(needs, layout.room)
         seen.append((layout, needs, budget.peak(layout.batch)))
         raise ResourceError("seen enough")
 
-    monkeypatch.setattr("streamprune.pruning.run.layout_of", stop)
+    monkeypatch.setattr("streamprune.pruning.prepare.layout_of", stop)
     both = {"samples": 7, "seqlen": 24, **how, **more}
     if "device" in more:  # so that all but the refit is as without one
         both["propagate"] = "pruned"
@@ -253,30 +248,78 @@ def test_time_of_a_refit(models: Models) -> None:
     assert "refit 0." in plan_table(found["cg"]) and "refit" not in plan_table(plain)
 
 
-@pytest.mark.parametrize("more", [{}, {"propagate": "pruned"}, {"with_stats": True}], ids=str)
-def test_recipes_without_a_refit(models: Models, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("given", ["none", "pruned", "stats"])
+def test_recipes_without_a_refit(models: Models, stats: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     """Nothing changes, and nothing of a refit is looked for; magnitude needs no pass."""
     monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
     monkeypatch.setattr("streamprune.planning.refits.inputs_shared", None)
+    more = {"none": {}, "pruned": {"propagate": "pruned"}, "stats": {"stats": stats}}[given]
     how: dict[str, Any] = {"samples": 8, "seqlen": 32, "speeds": EVEN, **more}
     plain = plan(models(), **how)
     assert plan(models(), method="wanda", **how) == plan(models(), method="admm", refit="none", **how) == plain
     without = plan(models(), method="magnitude", **how)
-    assert without == (plain if more else plan(models(), with_stats=True, **how))
+    assert without == (plain if more else plan(models(), **(how | {"stats": stats})))
 
 
 def test_a_refit_cannot_do_with_statistics(models: Models, tmp_path: Path) -> None:
     """In the same words as prune."""
-    for how in ({"method": "obs-admm"}, {"refit": "cg"}):
-        with pytest.raises(UsageError) as planned:
-            plan(models(), with_stats=True, **how)
-        with pytest.raises(UsageError) as pruned:
-            prune(models(), tmp_path / "out", sparsity=0.5, stats=tmp_path / "stats", **how)
-        assert str(planned.value) == str(pruned.value)
+    for how in ({"method": "obs-admm"}, {"refit": "cg"}, {"tune": "block"}):
+        same_refusal(models(), tmp_path, stats=tmp_path / "stats", sparsity=0.5, **how)
     with pytest.raises(UsageError, match="--method"):
         plan(models(), method="nothing")
     with pytest.raises(UsageError, match="--refit"):
         plan(models(), refit="nothing")
+
+
+def same_refusal(source: Path, tmp_path: Path, **job: Any) -> str:
+    """What prune says of a job, and plan in the same words."""
+    with pytest.raises(StreampruneError) as pruned:
+        prune(source, tmp_path / "out", **job)
+    with pytest.raises(type(pruned.value)) as planned:
+        plan(source, **job)
+    assert str(planned.value) == str(pruned.value)
+    assert not (tmp_path / "out").exists()
+    return str(pruned.value)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"sparsity": 1.0}, {"pattern": "3:5"}, {"pattern": "0:4"}, {"pattern": "2:4", "allocate": "owl"},
+        {"sparsity": 0.5, "propagate": "asymmetric"}, {"sparsity": 0.5, "calib": "nowhere.txt"},
+        {"sparsity": 0.5, "stats": "nowhere"}, {"sparsity": 0.5, "tune": "block", "samples": 1},
+        {"sparsity": 0.5, "backend": "numba", "device": "meta"}, {"sparsity": 0.5, "only": "nothing"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_prune_refuses(models: Models, tmp_path: Path, job: dict[str, Any]) -> None:
+    assert same_refusal(models(), tmp_path, **job)
+
+
+def test_a_statistics_file_is_looked_into(models: Models, text: Path, stats: Path, tmp_path: Path) -> None:
+    other = calibrate(models("llama", 2), tmp_path / "other", calib=text, samples=2, seqlen=16).out
+    assert "another model" in same_refusal(models(), tmp_path, sparsity=0.5, stats=other)
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(stats.read_bytes()[:-40])
+    assert str(damaged) in same_refusal(models(), tmp_path, sparsity=0.5, stats=damaged)
+
+
+def test_sharing_a_sparsity_out_takes_time(models: Models, stats: Path) -> None:
+    """All linears are selected from several times; with a refit, statistics take a pass of their own."""
+    how: dict[str, Any] = {"sparsity": 0.5, "samples": 8, "seqlen": 32, "speeds": EVEN}
+    plain, owl, error = (plan(models(), allocate=kind, **how).split for kind in ("uniform", "owl", "error"))
+    assert plain.selection < owl.selection < error.selection and plain.disk < owl.disk == error.disk
+    assert plain.forward == owl.forward
+    given = plan(models(), stats=stats, allocate="error", **how).split
+    assert given.forward == 0 and given.selection > plan(models(), stats=stats, **how).split.selection
+    refit = {"refit": "cg", "propagate": "dense", **how}
+    assert plan(models(), allocate="owl", **refit).split.forward > plan(models(), **refit).split.forward * 1.5
+
+
+def test_the_memory_asked_for_is_kept_to(models: Models, tmp_path: Path) -> None:
+    least = plan(models(), samples=4, seqlen=32).least_ram_bytes
+    assert plan(models(), samples=4, seqlen=32, max_ram=least + (1 << 20)).peak_ram_bytes <= least + (1 << 20)
+    assert "--max-ram" in same_refusal(models(), tmp_path, sparsity=0.5, samples=4, seqlen=32, max_ram="1MiB")
 
 
 def test_nothing_is_written(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import calibrate, prune
 from conftest import VOCAB
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
@@ -40,8 +41,8 @@ from streamprune.model.budget import Layout
 from streamprune.model.loader import WeightLoader
 from streamprune.progress import Progress
 from streamprune.pruning.forward import CalibrationPass
-from streamprune.pruning.job import JobResult, calibrate, prune
-from streamprune.pruning.shard import StageWriter
+from streamprune.pruning.job import JobResult
+from streamprune.pruning.shard import ShardWriter
 
 Models = Callable[..., Path]
 SAMPLES, SEQLEN, SEED, BATCH = 6, 32, 3, 2
@@ -533,7 +534,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def set_layout(layers: int, resident: bool, nbytes: int) -> None:
         layout = Layout(BATCH, layers, resident, 0, nbytes)
-        monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
+        monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: layout)
         for place in ("pruning.run", "pruning.forward"):
             monkeypatch.setattr(f"streamprune.{place}.WeightLoader", functools.partial(WeightLoader, copies=True))
 
@@ -570,10 +571,10 @@ def test_one_shard_at_a_time(
     models: Models, text: Path, tmp_path: Path, use: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stage without a refit is written beside the next pass; one with a refit must wait for it."""
-    fill, others = StageWriter.fill, threading.Semaphore(0)
+    fill, others = ShardWriter.fill, threading.Semaphore(0)
     at_work: list[str] = []
 
-    def slow(self: StageWriter, path: Path, stage: Any, *args: Any) -> Any:
+    def slow(self: ShardWriter, path: Path, stage: Any, *args: Any) -> Any:
         assert not at_work, f"{stage.name} while {at_work}"
         at_work.append(stage.name)
         if stage.name in ("embed", "layer 0"):
@@ -586,7 +587,7 @@ def test_one_shard_at_a_time(
     use(3, True, 1 << 30)
     job: dict[str, Any] = {"refit": "cg", "sparsity": 0.5, "backend": "torch", "only": r"layers\.1"}
     run(models("llama", 2), tmp_path / "plain", text, **job)
-    monkeypatch.setattr(StageWriter, "fill", slow)
+    monkeypatch.setattr(ShardWriter, "fill", slow)
     result = run(models("llama", 2), tmp_path / "out", text, **job)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
     assert len(result.report["linears"]) == 7

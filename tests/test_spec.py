@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,15 @@ from hypothesis import strategies as st
 
 from streamprune.disk.linears import compile_filter
 from streamprune.errors import UsageError
-from streamprune.methods.recipes import RECIPES, SCORES, SELECTORS, make_recipe
+from streamprune.methods.recipes import RECIPES, SCORES, SELECTORS, Recipe
 from streamprune.process.memory import format_bytes, parse_bytes
-from streamprune.pruning.report import recipe_name
-from streamprune.pruning.spec import Calibration, JobSpec
+from streamprune.pruning.spec import DrawnText, JobSpec
+from streamprune.settings import Calibration, Resources
 
 SPEC = JobSpec(
     verb="prune", model={"config": "c", "shards": "s"}, recipe=RECIPES["swiftprune"], sparsity=0.5, pattern=None,
-    only=None, skip=None, propagate="dense", calibration=Calibration(Path("a.txt"), "d1", 128, 2048, 0), stats=None,
-    device="auto", dtype="auto", backend="auto", source=Path("model"), out=Path("out"),
+    only=None, skip=None, propagate="dense", calibration=DrawnText(Path("a.txt"), "d1", 128, 2048, 0), stats=None,
+    source=Path("model"), out=Path("out"),
 )  # fmt: skip
 
 FIXED: list[tuple[dict[str, Any], str]] = [
@@ -30,13 +32,13 @@ FIXED: list[tuple[dict[str, Any], str]] = [
     ({"recipe": replace(RECIPES["swiftprune"], selector="exact")}, "selector"),
     ({"recipe": replace(RECIPES["swiftprune"], refit="cg")}, "refit"),
     ({"recipe": RECIPES["hwpq"]}, "quantize"),
-    ({"fp8_scale": "mse"}, "fp8_scale"),
-    ({"fp8_rounding": "nearest"}, "fp8_rounding"),
-    ({"damping": "absolute"}, "damping"),
+    ({"recipe": Recipe.named("hwpq", fp8_scale="mse").filled()}, "fp8_scale"),
+    ({"recipe": Recipe.named("hwpq", fp8_rounding="nearest").filled()}, "fp8_rounding"),
+    ({"recipe": Recipe.named("obs-admm", damping="absolute").filled()}, "damping"),
     ({"recipe": RECIPES["swiftprune-tuned"]}, "tune"),
-    ({"tune_epochs": 3}, "tune_epochs"),
-    ({"tune_lr": 0.01}, "tune_lr"),
-    ({"allocate": "owl"}, "allocate"),
+    ({"recipe": Recipe.named("swiftprune-tuned", tune_epochs=3).filled()}, "tune_epochs"),
+    ({"recipe": Recipe.named("swiftprune-tuned", tune_lr=0.01).filled()}, "tune_lr"),
+    ({"recipe": Recipe.named("swiftprune", allocate="owl").filled()}, "allocate"),
     ({"recipe": None}, "score"),
     ({"sparsity": 0.6}, "sparsity"),
     ({"sparsity": None, "pattern": "2:4"}, "pattern"),
@@ -44,22 +46,23 @@ FIXED: list[tuple[dict[str, Any], str]] = [
     ({"skip": "mlp"}, "skip"),
     ({"propagate": "pruned"}, "propagate"),
     ({"calibration": None}, "calib"),
-    ({"calibration": Calibration(Path("a.txt"), "d2", 128, 2048, 0)}, "calib"),
-    ({"calibration": Calibration(Path("a.txt"), "d1", 64, 2048, 0)}, "samples"),
-    ({"calibration": Calibration(Path("a.txt"), "d1", 128, 1024, 0)}, "seqlen"),
-    ({"calibration": Calibration(Path("a.txt"), "d1", 128, 2048, 1)}, "seed"),
+    ({"calibration": DrawnText(Path("a.txt"), "d2", 128, 2048, 0)}, "calib"),
+    ({"calibration": DrawnText(Path("a.txt"), "d1", 64, 2048, 0)}, "samples"),
+    ({"calibration": DrawnText(Path("a.txt"), "d1", 128, 1024, 0)}, "seqlen"),
+    ({"calibration": DrawnText(Path("a.txt"), "d1", 128, 2048, 1)}, "seed"),
     ({"expert_stats": "routed"}, "expert_stats"),
     ({"expert_tokens": 8}, "expert_tokens"),
     ({"stats": "digest"}, "stats"),
-    ({"device": "cpu"}, "device"),
-    ({"dtype": "float32"}, "dtype"),
-    ({"backend": "torch"}, "backend"),
+    ({"resources": Resources(device="cpu")}, "device"),
+    ({"resources": Resources(dtype="float32")}, "dtype"),
+    ({"resources": Resources(backend="torch")}, "backend"),
 ]
 CHANGEABLE: list[dict[str, Any]] = [
-    {"source": Path("moved")}, {"out": Path("other")}, {"max_ram": 1 << 30}, {"max_vram": 1 << 30},
-    {"save_stats": Path("s")}, {"work": Path("w")}, {"restart": True}, {"trust_remote_code": True},
+    {"source": Path("moved")}, {"out": Path("other")}, {"resources": Resources(max_ram=1 << 30)},
+    {"resources": Resources(max_vram="1GiB")},
+    {"save_stats": Path("s")}, {"resources": Resources(work="w")}, {"restart": True}, {"trust_remote_code": True},
     {"stats_path": Path("s")}, {"allow_zeros": True}, {"content": str}, {"notes": ["told at the end"]},
-    {"calibration": Calibration(Path("renamed.txt"), "d1", 128, 2048, 0)},
+    {"calibration": DrawnText(Path("renamed.txt"), "d1", 128, 2048, 0)},
 ]  # fmt: skip
 
 
@@ -145,19 +148,54 @@ def test_filters() -> None:
 
 
 def test_recipes() -> None:
-    assert make_recipe("swiftprune") == RECIPES["swiftprune"]
-    mixed = make_recipe("swiftprune", score="wanda")
-    assert (mixed.score, mixed.selector) == ("wanda", "ewma")
-    assert recipe_name(replace(SPEC, recipe=mixed)) == "wanda+ewma"
-    assert recipe_name(replace(SPEC, recipe=make_recipe("magnitude", "wanda"))) == "wanda"
-    assert recipe_name(replace(SPEC, recipe=None)) is None
-    for call, flag in (
-        (lambda: make_recipe("x"), "--method x"),
-        (lambda: make_recipe("wanda", score="x"), "--score x"),
-        (lambda: make_recipe("wanda", selector="x"), "--selector x"),
-    ):
-        with pytest.raises(UsageError, match=flag):
-            call()
+    assert Recipe.named("swiftprune") == RECIPES["swiftprune"]
+    mixed = Recipe.named("swiftprune", score="wanda")
+    assert (mixed.score, mixed.selector, mixed.name) == ("wanda", "ewma", "wanda+ewma")
+    assert Recipe.named("magnitude", score="wanda").name == "wanda"
+    assert Recipe.named("hwpq", quantize="none", allocate="uniform") == RECIPES["swiftprune"]
+    assert Recipe.named("obs-admm", damping=0.1, allocate="owl").name == "obs-admm", "settings make no other recipe"
+    with pytest.raises(UsageError, match="--method x"):
+        Recipe.named("x")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_filling_in_twice_changes_nothing(name: str) -> None:
+    once = RECIPES[name].filled()
+    assert once.filled() == once and once.name == name
+    assert (once.damping is None) == (once.refit is None)
+    assert (once.fp8_scale is None) == (once.fp8_rounding is None) == (once.quantize is None)
+    assert (once.tune_epochs is None) == (once.tune_lr is None) == (once.tune is None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"score": "x"}, "--score x"), ({"selector": "x"}, "--selector x"), ({"refit": "x"}, "--refit x"),
+        ({"allocate": "x"}, "--allocate x"), ({"damping": 0.1}, "--damping"), ({"tune_lr": 0.1}, "--tune-lr"),
+        ({"refit": "cg", "damping": "-1"}, "--damping -1"), ({"fp8_scale": "mse"}, "--fp8-scale"),
+        ({"quantize": "fp8", "fp8_rounding": "compensate"}, "--fp8-rounding compensate"),
+        ({"quantize": "fp8", "tune": "block"}, "--tune block"),
+        ({"tune": "block", "tune_epochs": 0}, "--tune-epochs 0"),
+    ],
+)  # fmt: skip
+def test_recipes_refuse(changes: dict[str, Any], flag: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(flag)):
+        Recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "flag"),
+    [
+        (lambda: Calibration(samples=0), "--samples"), (lambda: Calibration(seed=-1), "--seed"),
+        (lambda: Calibration(bos="yes"), "--bos yes"), (lambda: Calibration(expert_stats="all"), "--expert-stats all"),
+        (lambda: Calibration(expert_tokens=0), "--expert-tokens"), (lambda: Calibration(samples=10**9), "--samples"),
+        (lambda: Resources(dtype="int8"), "--dtype int8"), (lambda: Resources(backend="jax"), "--backend jax"),
+        (lambda: Resources(max_ram="much"), "much"), (lambda: Resources(max_vram="0"), "0"),
+    ],
+)  # fmt: skip
+def test_settings_refuse(make: Callable[[], object], flag: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(flag)):
+        make()
 
 
 def test_names_of_the_parts_agree() -> None:
@@ -166,4 +204,6 @@ def test_names_of_the_parts_agree() -> None:
 
     assert tuple(scores.SCORES) == SCORES
     assert tuple(selection.SELECTORS) == SELECTORS
-    assert {name for name in SCORES if not make_recipe("wanda", name).needs_statistics} == scores.WITHOUT_STATISTICS
+    assert {
+        name for name in SCORES if not Recipe.named("wanda", score=name).needs_statistics
+    } == scores.WITHOUT_STATISTICS

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from calls import evaluate, prune
 from stand_in import Card, DeviceTensor, Fault, plugged_in
 
 from streamprune.errors import ResourceError
-from streamprune.evaluation.evaluate import evaluate
 from streamprune.model import budget
 from streamprune.model.budget import Layout
 from streamprune.model.copies import CopyStream, Sent
 from streamprune.model.loader import WeightLoader
-from streamprune.pruning.job import JobResult, prune
+from streamprune.pruning.job import JobResult
 
 pytestmark = pytest.mark.usefixtures("one_thread", "_small_batches")
 
@@ -65,7 +65,7 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 
 def use_layout(patch: pytest.MonkeyPatch, layers: int, resident: bool) -> None:
     layout = Layout(2, layers, resident, 0)
-    patch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
+    patch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: layout)
     patch.setattr("streamprune.evaluation.evaluate.layout_for", lambda *args, **more: layout)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import refusals
+from calls import calibrate, prune
 from conftest import VOCAB
 from crashing import NoSync, Tree, replace_os, restore, tree_of
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ from streamprune.disk.state import REPORT, lock_of, partial_of
 from streamprune.errors import CorruptStateError, ResourceError, StateError, StreampruneError, UsageError
 from streamprune.evaluation.evaluate import _scratch
 from streamprune.progress import Progress
-from streamprune.pruning.job import JobResult, calibrate, prune
+from streamprune.pruning.job import JobResult
 
 Prune = Callable[..., JobResult]
 

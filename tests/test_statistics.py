@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import calibrate, prune
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +22,6 @@ from streamprune.disk.header import read_shard
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UsageError
 from streamprune.kernels import cpu
 from streamprune.methods.stats import InputStats
-from streamprune.pruning.job import calibrate, prune
 
 Models = Callable[..., Path]
 

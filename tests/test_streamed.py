@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import calibrate, evaluate, prune
 from conftest import VOCAB, tiny_config
 from refusals import refused
 from safetensors.torch import load_file, save_file
@@ -20,13 +21,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, StreampruneError, UnsupportedError
-from streamprune.evaluation.evaluate import evaluate
 from streamprune.model import binding
 from streamprune.model.binding import bound
 from streamprune.model.loader import WeightLoader
 from streamprune.model.skeleton import Skeleton, build_skeleton, is_linear, stored_dtype
 from streamprune.model.streamed import StreamedModel
-from streamprune.pruning.job import calibrate, prune
 
 Models = Callable[..., Path]
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]

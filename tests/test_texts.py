@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import evaluate, plan, prune
 from refusals import refused
 from test_calibration import read
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
@@ -26,9 +27,6 @@ from streamprune.calibration.text_files import BLOCK
 from streamprune.calibration.texts import Piece, Text
 from streamprune.calibration.tokens import OVERLAP, encode
 from streamprune.errors import UsageError
-from streamprune.evaluation.evaluate import evaluate
-from streamprune.planning.plan import plan
-from streamprune.pruning.job import prune
 from streamprune.pruning.report import notes_of
 
 Models = Callable[..., Path]

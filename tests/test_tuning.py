@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import plan, prune
 from conftest import VOCAB
 from families import FAMILIES
 from mixtures import MIXTURES, save_mixture
@@ -24,9 +25,8 @@ from streamprune.methods.tuning import BETAS, Tuned, error_sum, filled, schedule
 from streamprune.model.beside import RefitNeeds, TuneNeeds, beside_pass, least_beside
 from streamprune.model.budget import Budget, Layout
 from streamprune.model.loader import WeightLoader
-from streamprune.planning.plan import plan
 from streamprune.progress import Progress
-from streamprune.pruning.job import JobResult, prune
+from streamprune.pruning.job import JobResult
 from streamprune.pruning.tuning import BlockTuner, held_out, windows_a_step
 
 Models = Callable[..., Path]
@@ -349,7 +349,7 @@ def test_every_layout_gives_the_same(
     how = {"propagate": propagate, "backend": "torch", "tune_epochs": 1}
     run(models(), tmp_path / "plain", text, **how)
     layout = Layout(2, *layers_resident, 0, windows=1)
-    monkeypatch.setattr("streamprune.pruning.run.layout_of", lambda *args: layout)
+    monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: layout)
     for place in ("pruning.run", "pruning.forward"):
         monkeypatch.setattr(f"streamprune.{place}.WeightLoader", functools.partial(WeightLoader, copies=True))
     run(models(), tmp_path / "out", text, **how)
@@ -360,7 +360,7 @@ def test_less_memory_means_fewer_windows_at_once(
     models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 500 << 20)
-    monkeypatch.setattr("streamprune.pruning.prepare.estimate", functools.partial(_estimate, base=500 << 20))
+    monkeypatch.setattr("streamprune.pruning.memory.estimate", functools.partial(_estimate, base=500 << 20))
     monkeypatch.setattr("streamprune.pruning.tuning._LEAST_STEPS", 1)
     source = models("llama", 2)
     with pytest.raises(ResourceError, match=r"needs --max-ram (\d+)MiB") as refused:
@@ -471,7 +471,7 @@ def test_statistics_do_not_suffice(models: Models, text: Path, tmp_path: Path) -
     with pytest.raises(UsageError, match="learns from states"):
         prune(models(), tmp_path / "out", pattern="2:4", tune="block", stats=tmp_path / "s")
     with pytest.raises(UsageError, match="learns from states"):
-        plan(models(), tune="block", with_stats=True)
+        plan(models(), tune="block", stats=tmp_path / "s")
 
 
 def test_jobs_that_do_not_tune_are_as_they_were(models: Models, text: Path, tmp_path: Path) -> None:

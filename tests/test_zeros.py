@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import calibrate, prune
 from refusals import refused
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +19,6 @@ from streamprune.errors import CheckpointError
 from streamprune.inspection.inspect import inspect
 from streamprune.methods.counting import long_run
 from streamprune.model.zeros import zero_rows
-from streamprune.pruning.job import calibrate, prune
 
 Models = Callable[..., Path]
 HOW: dict[str, Any] = {"pattern": "2:4", "samples": 2, "seqlen": 8}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import references
 import torch
+from calls import prune
 from families import FAMILIES, VOCAB, whole_class
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -22,7 +23,7 @@ from windows import drawn
 
 from streamprune.calibration.statistics import StatisticsFile
 from streamprune.kernels import EWMA_ALPHA
-from streamprune.pruning.job import JobResult, prune
+from streamprune.pruning.job import JobResult
 
 SAMPLES, SEQLEN, SEED, BATCH = 5, 24, 3, 2
 TIE = 1e-5

@@ -43,7 +43,7 @@ Todo = tuple[Method, str, int]
 def parse_methods(text: str | None) -> list[Method]:
     """What --methods names, all recipes without it. Raises BenchError for a recipe or refit that is not there."""
     from streamprune.errors import UsageError
-    from streamprune.methods.recipes import QUANTIZE, RECIPES, REFITS, make_recipe
+    from streamprune.methods.recipes import QUANTIZE, RECIPES, REFITS, Recipe
 
     found = {}
     for name in text.split(",") if text is not None else RECIPES:
@@ -52,7 +52,7 @@ def parse_methods(text: str | None) -> list[Method]:
         quantize = more.pop() if more and more[-1] in QUANTIZE[1:] else None
         refit = more.pop() if more else None
         try:
-            recipe = make_recipe(base if not more else name, refit=refit, quantize=quantize, tune=tune)
+            recipe = Recipe.named(base if not more else name, refit=refit, quantize=quantize, tune=tune)
         except UsageError as e:
             there = f"recipes are {', '.join(RECIPES)}, refits {', '.join(REFITS)}"
             raise BenchError(

@@ -66,10 +66,12 @@ def refusal(kind: str, folder: Path) -> str:
 
     from streamprune.errors import UnsupportedError
     from streamprune.pruning.job import prune
+    from streamprune.settings import Calibration
 
     save_model(folder / "model", kind, 2, "float32")
     try:
-        prune(folder / "model", folder / "out", sparsity=HALF["sparsity"], calib=write_tokens(folder / "tokens.npy"))
+        calibration = Calibration(write_tokens(folder / "tokens.npy"))
+        prune(folder / "model", folder / "out", HALF["sparsity"], calibration=calibration)
     except UnsupportedError as e:
         return str(e)
     say(f"{kind} was not refused")

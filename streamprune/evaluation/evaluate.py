@@ -53,9 +53,12 @@ from streamprune.model.streamed import StreamedModel
 from streamprune.process import interrupts
 from streamprune.process.memory import format_bytes, give_back_free_memory, peak_resident_bytes
 from streamprune.progress import Progress, ProgressCallback, no_progress
+from streamprune.settings import Resources
 
 LOGITS_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
 """Memory of one call's logits in float32, twice: a device is kept busy by more positions at a time."""
+
+_RESOURCES = Resources()
 
 
 @dataclass(frozen=True)
@@ -90,17 +93,16 @@ class Evaluation:
 @exact_products()
 def evaluate(
     model: str | Path, text: str | Path, *, reference: str | Path | None = None, seqlen: int | None = None,
-    windows: int | None = None, text_field: str = "text", bos: str = "auto",
-    device: str = "auto", dtype: str = "auto", max_ram: int | None = None, max_vram: int | None = None,
-    work: str | Path | None = None, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
+    windows: int | None = None, text_field: str = "text", bos: str = "auto", resources: Resources = _RESOURCES,
+    trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
 ) -> Evaluation:  # fmt: skip
     """Perplexity of `model` on the file `text` in windows of `seqlen` tokens (default min(2048, model's limit)).
 
     With `reference`, a model of the same tokenizer, also how far the predictions are from its own: see Evaluation.
     `windows` takes only so many, from the text's beginning. `text` is also a folder or pattern of files; of records
     (JSON, Parquet) `text_field` is read. `bos` says whether windows begin with a BOS token (calibration.Source).
-    Activations are kept in a folder of their own below `work` (default: the user's cache folder) and removed at
-    the end. `max_ram` and `max_vram` (of a GPU) are in bytes. Raises the errors of streamprune.errors.
+    Activations are kept in a folder of their own below `resources.work` (default: the user's cache folder) and removed
+    at the end. Raises the errors of streamprune.errors.
     """
     begun = time.perf_counter()
     checkpoint = open_checkpoint(resolve_model(str(model)))
@@ -114,14 +116,14 @@ def evaluate(
         raise UsageError("--windows must be at least 1")
     check_seqlen(length, checkpoint.config)
     dense = open_reference(reference, length) if reference is not None else None
-    target = resolve_device(device)
+    target = resolve_device(resources.device)
     checkpoints = [dense, checkpoint] if dense else [checkpoint]
-    subjects = [_subject(c, dtype, target, trust_remote_code) for c in checkpoints]
+    subjects = [_subject(c, resources.dtype, target, trust_remote_code) for c in checkpoints]
     vocabulary = subjects[-1].skeleton.vocab_size
     source = Source(named, checkpoint.path, checkpoint.config, vocabulary, bos, trust_remote_code)
     with (
         interrupts.work(),
-        _scratch(Path(work) if work is not None else cache_folder()) as folder,
+        _scratch(resources.work_folder or cache_folder()) as folder,
         ScratchTokens(folder) as ids,
         ExitStack() as stack,
         out_of_memory_named(target),
@@ -129,7 +131,7 @@ def evaluate(
         cut = cut_windows(source, length, ids, windows)
         if dense:
             check_reference(dense, subjects[0], subjects[1], source, cut, folder)
-        layouts, keep = _lay_out(subjects, cut.shape, target, max_ram, max_vram)
+        layouts, keep = _lay_out(subjects, cut.shape, target, resources.ram, resources.vram)
         runs = []
         for c, subject, layout in zip(checkpoints, subjects, layouts, strict=True):
             loader = stack.enter_context(WeightLoader(stack.enter_context(ShardMaps(c)), target))

@@ -33,8 +33,7 @@ class Run:
     ) -> None:
         self.subject, self.layout, self.keep, self._is_reference = subject, layout, keep, is_reference
         self.stages = subject.skeleton.stages
-        self.streamed = StreamedModel(subject.skeleton, loader, subject.dtype)
-        self.streamed.group = layout.group
+        self.streamed = StreamedModel(subject.skeleton, loader, subject.dtype, group=layout.group)
         self._activations = Activations(folder, self.streamed.cache_dtype, loader.device, resident=layout.resident)
 
     def name_of(self, stage: Stage) -> str:

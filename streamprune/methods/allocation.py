@@ -33,6 +33,9 @@ little."""
 STEPS = 9
 """Sparsities at which the error of a linear is looked at."""
 
+LOOKS = {"owl": 2, "error": STEPS}
+"""How often each way of sharing out goes through the weights of a linear."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -48,6 +51,11 @@ def levels_around(sparsity: float) -> list[float]:
     reach = min(REACH, max(0.05, sparsity - LITTLE))
     low, high = max(0.0, sparsity - reach), min(max(0.98, sparsity), sparsity + reach)
     return [low + (high - low) * i / (STEPS - 1) for i in range(STEPS)]
+
+
+def least_share(kind: str, sparsity: float) -> float:
+    """The lowest sparsity of a layer that sharing out `sparsity` can come to; `kind` is "owl" or "error"."""
+    return levels_around(sparsity)[0] if kind == "error" else max(0.0, sparsity - 2 * SPREAD)
 
 
 def owl(outliers: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:

@@ -21,8 +21,10 @@ with any of them (fp8.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from streamprune.errors import UsageError
+from streamprune.settings import option
 
 SCORES = ("lscore", "lscore-isotropic", "wanda", "magnitude")
 SELECTORS = ("ewma", "exact")
@@ -39,15 +41,120 @@ FP8_ROUNDINGS = ("compensate", "nearest")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to every linear: `score` ranks its weights, `selector` finds the ones to prune, `refit`, if any,
-    gives those that stay new values, `quantize`, if any, stores them in fewer bits, and `tune`, if any, lets each layer
-    as a whole learn to give what the dense one gave."""
+    """What is done to every linear. Raises UsageError for unknown names, and for choices that do not go together.
 
-    score: str
-    selector: str
-    refit: str | None = None
-    quantize: str | None = None
-    tune: str | None = None
+    `score` ranks its weights, `selector` finds the ones to prune, `refit`, if any, gives those that stay new values,
+    `quantize`, if any, stores them in fewer bits, and `tune`, if any, lets each layer as a whole learn to give what the
+    dense one gave. None in what follows is the recipe's own choice, see `filled`.
+    """
+
+    score: str = option("lscore", f"another score: {', '.join(SCORES)}")
+    selector: str = option("ewma", f"another selector for --sparsity: {', '.join(SELECTORS)}")
+    refit: str | None = option(
+        None, f"another refit: none, cg (on the mask of any score), {', '.join(REFITS[2:])}", metavar="REFIT"
+    )
+    quantize: str | None = option(
+        None, "fp8: store pruned linears in FP8 (E4M3, a scale for each output channel), as compressed-tensors; none",
+        metavar="HOW",
+    )  # fmt: skip
+    tune: str | None = option(
+        None, "block: with its mask fixed, train each layer to reproduce the dense layer's outputs; none", metavar="HOW"
+    )
+    damping: str | float | None = option(
+        None, "of a refit: auto (in proportion to each feature's power, chosen per linear on held-out tokens; "
+        "default), such a number, or absolute (as published for sparsegpt)", metavar="D",
+    )  # fmt: skip
+    fp8_scale: str | None = option(
+        None, "of each output channel: amax (its largest weight becomes 448; default), mse (least squared error, "
+        "weighted by the inputs' power)", metavar="HOW",
+    )  # fmt: skip
+    fp8_rounding: str | None = option(
+        None,
+        "nearest, or compensate (what one weight loses, the next make up for; default with a refit)",
+        metavar="HOW",
+    )
+    tune_epochs: int | None = option(
+        None, f"passes over the calibration (default: {TUNE_EPOCHS})", metavar="N", kind=int
+    )
+    tune_lr: float | None = option(
+        None, f"learning rate, relative to the weights' mean magnitude (default: {TUNE_LR})", metavar="R", kind=float
+    )
+    allocate: str | None = option(
+        None, "share a --sparsity out among layers: uniform (default), owl (layers with outliers keep more), error "
+        "(least sum of relative errors); the last two calibrate first and read all weights once more", metavar="HOW",
+    )  # fmt: skip
+
+    @classmethod
+    def named(cls, name: str, **changes: Any) -> Recipe:
+        """The recipe called `name`, with what is given (and not None) exchanged. Raises UsageError as Recipe."""
+        if name not in RECIPES:
+            raise UsageError(f"--method {name}: no such recipe; there are {', '.join(RECIPES)}")
+        return replace(RECIPES[name], **{key: value for key, value in changes.items() if value is not None})
+
+    def __post_init__(self) -> None:
+        known = {"score": SCORES, "selector": SELECTORS, "refit": REFITS, "quantize": QUANTIZE, "tune": TUNE}
+        for name, there in known.items():
+            value = getattr(self, name)
+            if value is not None and value not in there:
+                raise UsageError(f"--{name} {value}: no such {name}; there are {', '.join(there)}")
+            if value == "none":
+                object.__setattr__(self, name, None)
+        if self.allocate is not None and self.allocate not in ALLOCATIONS:
+            raise UsageError(f"--allocate {self.allocate}: choose {', '.join(ALLOCATIONS)}")
+        if self.allocate == "uniform":
+            object.__setattr__(self, "allocate", None)
+        self._check_tune()
+        self._check_fp8()
+        if self.damping is not None:
+            if not self.needs_gram:
+                raise UsageError("--damping is for a refit, and this recipe has none; see --refit")
+            _damping(self.damping)
+
+    def _check_fp8(self) -> None:
+        scale, rounding = self.fp8_scale, self.fp8_rounding
+        if self.quantize is None and (scale is not None or rounding is not None):
+            raise UsageError("--fp8-scale and --fp8-rounding are for --quantize fp8 and --method hwpq; leave them out")
+        if scale is not None and scale not in FP8_SCALES:
+            raise UsageError(f"--fp8-scale {scale}: choose {' or '.join(FP8_SCALES)}")
+        if rounding is not None and rounding not in FP8_ROUNDINGS:
+            raise UsageError(f"--fp8-rounding {rounding}: choose {' or '.join(FP8_ROUNDINGS)}")
+        if rounding == "compensate" and not self.needs_gram:
+            raise UsageError("--fp8-rounding compensate works within a refit, and this recipe has none; see --refit")
+
+    def _check_tune(self) -> None:
+        epochs, rate = self.tune_epochs, self.tune_lr
+        if self.tune is None:
+            if epochs is not None or rate is not None:
+                raise UsageError("--tune-epochs and --tune-lr are for --tune block; leave them out")
+            return
+        if self.quantize is not None:
+            raise UsageError(
+                "--tune block works on weights that are not quantised: tune first, and then let a second prune of the "
+                "result, with --sparsity 0 --quantize fp8, store it in FP8"
+            )
+        if epochs is not None and epochs < 1:
+            raise UsageError(f"--tune-epochs {epochs}: at least 1 is needed")
+        if rate is not None and not 0 <= rate < 1:
+            raise UsageError(f"--tune-lr {rate} is not in [0, 1); it is relative to the weights' mean magnitude")
+
+    def filled(self) -> Recipe:
+        """The same with the defaults of all that applies filled in; what does not apply is None."""
+        fp8, tuned, refitted = self.quantize is not None, self.tune is not None, self.needs_gram
+        rate = TUNE_LR if self.tune_lr is None else float(self.tune_lr)
+        return replace(
+            self,
+            damping=_damping("auto" if self.damping is None else self.damping) if refitted else None,
+            fp8_scale=(self.fp8_scale or "amax") if fp8 else None,
+            fp8_rounding=(self.fp8_rounding or ("compensate" if refitted else "nearest")) if fp8 else None,
+            tune_epochs=(self.tune_epochs or TUNE_EPOCHS) if tuned else None, tune_lr=rate if tuned else None,
+        )  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """What reports call it: its name, or "score+selector…" for one without."""
+        parts = _parts(self)
+        named = next((name for name, recipe in RECIPES.items() if _parts(recipe) == parts), None)
+        return named or "+".join(part for part in parts if part)
 
     @property
     def needs_statistics(self) -> bool:
@@ -70,6 +177,19 @@ class Recipe:
         return "pruned" if self.refit == "sparsegpt" and self.tune is None else "auto"
 
 
+RECIPES = {
+    "swiftprune": Recipe("lscore", "ewma"),
+    "swiftprune-tuned": Recipe("lscore", "ewma", tune="block"),
+    "hwpq": Recipe("lscore", "ewma", None, "fp8"),
+    "wanda": Recipe("wanda", "exact"),
+    "magnitude": Recipe("magnitude", "exact"),
+    "gradual-cg": Recipe("lscore", "exact", "gradual-cg"),
+    "obs-admm": Recipe("lscore", "exact", "obs-admm"),
+    "admm": Recipe("wanda", "exact", "admm"),
+    "sparsegpt": Recipe("wanda", "exact", "sparsegpt"),
+}
+
+
 def check_propagate(recipe: Recipe, propagate: str | None) -> str:
     """What a job is to propagate: as asked, or as the recipe has it. Raises UsageError for what cannot be."""
     if propagate is None:
@@ -84,20 +204,11 @@ def check_propagate(recipe: Recipe, propagate: str | None) -> str:
     return propagate
 
 
-RECIPES = {
-    "swiftprune": Recipe("lscore", "ewma"),
-    "swiftprune-tuned": Recipe("lscore", "ewma", tune="block"),
-    "hwpq": Recipe("lscore", "ewma", None, "fp8"),
-    "wanda": Recipe("wanda", "exact"),
-    "magnitude": Recipe("magnitude", "exact"),
-    "gradual-cg": Recipe("lscore", "exact", "gradual-cg"),
-    "obs-admm": Recipe("lscore", "exact", "obs-admm"),
-    "admm": Recipe("wanda", "exact", "admm"),
-    "sparsegpt": Recipe("wanda", "exact", "sparsegpt"),
-}
+def _parts(recipe: Recipe) -> tuple[str | None, ...]:
+    return recipe.score, recipe.selector, recipe.refit, recipe.quantize, recipe.tune
 
 
-def check_damping(damping: str | float) -> str:
+def _damping(damping: str | float) -> str:
     """ "auto", "absolute", or a number above 0 in one way of writing it. Raises UsageError for anything else."""
     if damping in ("auto", "absolute"):
         return str(damping)
@@ -108,65 +219,3 @@ def check_damping(damping: str | float) -> str:
     if not 0 < value < float("inf"):
         raise UsageError(f"--damping {damping}: choose auto, absolute, or a number above 0, such as 0.05")
     return repr(value)
-
-
-def check_fp8(recipe: Recipe, scale: str | None, rounding: str | None) -> tuple[str | None, str | None]:
-    """How a recipe chooses FP8 scales and rounds, with the defaults filled in; None where it does not apply.
-
-    Raises UsageError for unknown names, and for a choice that the recipe does not have.
-    """
-    if recipe.quantize is None:
-        if scale is not None or rounding is not None:
-            raise UsageError("--fp8-scale and --fp8-rounding are for --quantize fp8 and --method hwpq; leave them out")
-        return None, None
-    if scale is not None and scale not in FP8_SCALES:
-        raise UsageError(f"--fp8-scale {scale}: choose {' or '.join(FP8_SCALES)}")
-    if rounding is not None and rounding not in FP8_ROUNDINGS:
-        raise UsageError(f"--fp8-rounding {rounding}: choose {' or '.join(FP8_ROUNDINGS)}")
-    if rounding == "compensate" and not recipe.needs_gram:
-        raise UsageError("--fp8-rounding compensate works within a refit, and this recipe has none; see --refit")
-    return scale or "amax", rounding or ("compensate" if recipe.needs_gram else "nearest")
-
-
-def check_tune(recipe: Recipe, epochs: int | None, rate: float | None) -> tuple[int | None, float | None]:
-    """How a recipe tunes, with the defaults filled in; None where it does not.
-
-    Raises UsageError for a choice that the recipe does not have, and for what cannot be.
-    """
-    if recipe.tune is None:
-        if epochs is not None or rate is not None:
-            raise UsageError("--tune-epochs and --tune-lr are for --tune block; leave them out")
-        return None, None
-    if recipe.quantize is not None:
-        raise UsageError(
-            "--tune block works on weights that are not quantised: tune first, and then let a second prune of the "
-            "result, with --sparsity 0 --quantize fp8, store it in FP8"
-        )
-    if epochs is not None and epochs < 1:
-        raise UsageError(f"--tune-epochs {epochs}: at least 1 is needed")
-    if rate is not None and not 0 <= rate < 1:
-        raise UsageError(f"--tune-lr {rate} is not in [0, 1); it is relative to the weights' mean magnitude")
-    return epochs or TUNE_EPOCHS, TUNE_LR if rate is None else float(rate)
-
-
-def make_recipe(
-    method: str, score: str | None = None, selector: str | None = None, refit: str | None = None,
-    quantize: str | None = None, tune: str | None = None,
-) -> Recipe:  # fmt: skip
-    """The recipe called `method`, with what else is given exchanged. Raises UsageError for unknown names."""
-    if method not in RECIPES:
-        raise UsageError(f"--method {method}: no such recipe; there are {', '.join(RECIPES)}")
-    given = {
-        "score": (score, SCORES), "selector": (selector, SELECTORS), "refit": (refit, REFITS),
-        "quantize": (quantize, QUANTIZE), "tune": (tune, TUNE),
-    }  # fmt: skip
-    for name, (value, known) in given.items():
-        if value is not None and value not in known:
-            raise UsageError(f"--{name} {value}: no such {name}; there are {', '.join(known)}")
-    recipe = RECIPES[method]
-    return replace(
-        recipe, score=score or recipe.score, selector=selector or recipe.selector,
-        refit=recipe.refit if refit is None else None if refit == "none" else refit,
-        quantize=recipe.quantize if quantize is None else None if quantize == "none" else quantize,
-        tune=recipe.tune if tune is None else None if tune == "none" else tune,
-    )  # fmt: skip

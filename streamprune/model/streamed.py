@@ -74,18 +74,18 @@ class _Recorder(nn.Module):
 class StreamedModel:
     """Runs a skeleton's stages on batches of token ids (batch, seqlen) or hidden states (batch, seqlen, hidden).
 
-    `dtype` is what is computed in, on the device of `loader`. All methods must be called with the same seqlen. `most`,
-    when set, is how many samples a layer is given at once: a batch is then computed in parts.
+    `dtype` is what is computed in, on the device of `loader`. All methods must be called with the same seqlen. With
+    `max_samples` a layer is given no more samples at once: a batch is then computed in parts. `weighted`: whether
+    `watch` sees the inputs of experts times their routing weights. `group` batches share a pass over the experts.
     """
 
-    def __init__(self, skeleton: Skeleton, loader: WeightLoader, dtype: torch.dtype) -> None:
+    def __init__(
+        self, skeleton: Skeleton, loader: WeightLoader, dtype: torch.dtype, *,
+        max_samples: int | None = None, weighted: bool = True, group: int = 1,
+    ) -> None:  # fmt: skip
         self.skeleton, self.loader, self.dtype, self.device = skeleton, loader, dtype, loader.device
         self.cache_dtype = cache_dtype(skeleton.dtype, dtype)
-        self.max_samples: int | None = None
-        self.weighted = True
-        """Whether `watch` sees what is routed to experts times the weights that the routing gives it."""
-        self.group = 1
-        """Batches that experts compute for at once, at most."""
+        self.max_samples, self.weighted, self.group = max_samples, weighted, group
         self._example: Tensor | None = None
         self._calls: dict[int, list[Call]] = {}
         self._as_tuple: bool | None = None

@@ -16,35 +16,27 @@ from typing import Any
 
 import torch
 
-from streamprune.calibration.grams import largest_at_once
-from streamprune.calibration.texts import check_bos, check_seqlen, default_seqlen, positions
+from streamprune.calibration.texts import positions
 from streamprune.calibration.tokens import has_bos
-from streamprune.disk.checkpoint import open_checkpoint, refuse_quantised
-from streamprune.disk.claims import check_claims
-from streamprune.disk.hub import resolve_model
-from streamprune.disk.linears import compile_filter
-from streamprune.errors import UsageError
-from streamprune.methods.recipes import Recipe, check_propagate, check_tune, make_recipe
-from streamprune.methods.selection import Amount
-from streamprune.model.beside import RefitNeeds, TuneNeeds, least_beside
-from streamprune.model.budget import Budget, Layout, estimate, layout_for, memory_of
-from streamprune.model.device import cache_dtype, compute_dtype, resolve_device
-from streamprune.model.shapes import linear_shape
-from streamprune.model.skeleton import Skeleton, build_skeleton, stored_dtype
+from streamprune.methods.allocation import LOOKS
+from streamprune.methods.recipes import Recipe
+from streamprune.model.beside import least_beside
+from streamprune.model.budget import Layout, estimate, memory_of
+from streamprune.model.device import cache_dtype
+from streamprune.model.skeleton import Skeleton
 from streamprune.planning.cost import PAIRED_FORWARDS, RunShape, Speeds, Split, Work, stage_seconds, work_of
 from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
-from streamprune.pruning.linears import selected_linears
-from streamprune.pruning.prepare import (
-    SLACK_BYTES,
-    beside_grams,
-    models_at_once,
-    propagated,
-    scratch_bytes,
-    tune_needs,
-)
-from streamprune.pruning.quantise import check_codable, coded
-from streamprune.pruning.refit import Refit, needs_of
+from streamprune.pruning.describe import HALF, describe_prune, open_model
+from streamprune.pruning.memory import layout_of, models_at_once, refit_needs, scratch_bytes, tune_needs
+from streamprune.pruning.prepare import SLACK_BYTES
+from streamprune.pruning.setup import Setup, open_given
+from streamprune.pruning.target import Target
+from streamprune.settings import Calibration, Resources
+
+_CALIBRATION, _RESOURCES = Calibration(), Resources()
+_NOWHERE = Path("OUT")
+"""Nothing is written, so it does not matter where."""
 
 
 @dataclass(frozen=True)
@@ -96,135 +88,133 @@ class Plan:
 
 
 def plan(
-    model: str | Path, *, method: str = "swiftprune", refit: str | None = None, quantize: str | None = None,
-    tune: str | None = None, tune_epochs: int | None = None,
-    samples: int = 128, seqlen: int | None = None, bos: str = "auto", with_stats: bool = False,
-    propagate: str | None = None, only: str | None = None, skip: str | None = None,
-    device: str = "auto", dtype: str = "auto", max_vram: int | None = None, trust_remote_code: bool = False,
-    speeds: Speeds | None = None,
+    model: str | Path, amount: float | str = HALF, recipe: str | Recipe = "swiftprune", *,
+    calibration: Calibration = _CALIBRATION, stats: str | Path | None = None, save_stats: str | Path | None = None,
+    propagate: str | None = None, only: str | None = None, skip: str | None = None, resources: Resources = _RESOURCES,
+    trust_remote_code: bool = False, speeds: Speeds | None = None,
 ) -> Plan:  # fmt: skip
-    """Plans a prune of `model` calibrated on `samples` windows of `seqlen` tokens, or `with_stats` from a file.
+    """Plans the job that `prune` would do with the same arguments, and refuses what it would refuse.
 
-    `method`, `refit`, `quantize`, `tune` and `bos` are as for prune; what is tuned is taken to be half pruned.
-    `max_vram` (of a GPU) is in bytes. `speeds` take
-    the place of measuring. Raises the errors of streamprune.errors; up to 64 MiB of weights are read to time the disk.
+    `speeds` take the place of measuring. Raises the errors of streamprune.errors; up to 64 MiB of weights are read to
+    time the disk.
     """
-    recipe = _recipe(method, refit, quantize, tune, with_stats)
-    epochs = check_tune(recipe, tune_epochs, None)[0] or 0
-    checkpoint = open_checkpoint(resolve_model(str(model)))
-    refuse_quantised(checkpoint)
-    check_claims(checkpoint)
-    length = seqlen if seqlen is not None else default_seqlen(checkpoint.config)
-    propagation = check_propagate(recipe, propagate)
-    if samples < 1:
-        raise UsageError("--samples must be at least 1")
-    check_seqlen(length, checkpoint.config)
-    check_bos(bos)
-    target = resolve_device(device)
-    compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
-    skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)
-    propagation = propagated(propagation, skeleton)
-    chosen = selected_linears(skeleton.stages, compile_filter("--only", only), compile_filter("--skip", skip))
-    saved = 0
-    if recipe.quantize is not None:
-        check_codable(chosen, skeleton)
-        saved = sum(ref.nbytes - sum(new.nbytes for new in coded(ref)) for ref in chosen.values())
-    windows = samples if _has_pass(recipe, with_stats, propagation) else 0
-    length = positions(length, windows > 0 and has_bos(checkpoint.path, bos, trust_remote_code), checkpoint.config)
-    on_device = target.type != "cpu"
-    needs = _needs(recipe, skeleton, chosen, propagation)
-    models = models_at_once(propagation)
-    tuning = None
-    if recipe.tune is not None:
-        tuning = tune_needs(checkpoint, skeleton, chosen, lambda _: Amount(0.5), samples, length, compute, target)
-    budget = estimate(skeleton, models * length, compute, on_device=on_device)
-    layout = layout_for(skeleton, models * length, windows, compute, target, None, max_vram, refit=needs, tune=tuning)
-    course = course_of(skeleton, windows, length, compute, layout, propagation, on_device, epochs)
-    works = [work_of(skeleton, s, chosen, length, compute.itemsize) for s in skeleton.stages]
-    if recipe.refit is not None:
-        refits = planned_refits(recipe.refit, checkpoint, skeleton, chosen, compute, layout.room, windows, length)
-        works = [replace(w, refit=r) for w, r in zip(works, refits, strict=True)]
+    checkpoint = open_model(model)
+    spec = describe_prune(
+        checkpoint, _NOWHERE, amount, recipe, calibration=calibration, stats=stats, save_stats=save_stats,
+        propagate=propagate, only=only, skip=skip, resources=resources, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    setup = Setup.of(spec, checkpoint)
+    if spec.stats is not None:
+        open_given(setup)
+    run = _Run.of(setup)
+    refits = planned_refits(setup, run.layout.room, run.windows, run.length)
+    works = [replace(w, refit=r) for w, r in zip(run.works, refits, strict=True)]
     source = "given" if speeds else "measured now"
     if speeds is None:
         work = max(works[1:-1], key=lambda w: w.nbytes)
         work = replace(work, refit=max((w.refit for w in works), key=lambda r: r.float32))  # maybe not that layer's
-        speeds = measure(checkpoint, skeleton, compute, target, work, course, layout.batch, length)
-    seconds = stage_seconds(works, course, speeds)
+        speeds = measure(
+            checkpoint, setup.skeleton, setup.dtype, setup.device, work, run.shape, run.layout.batch, run.length
+        )
+    seconds = [
+        found + run.allocating(work, speeds)
+        for work, found in zip(works, stage_seconds(works, run.shape, speeds), strict=True)
+    ]
     split = sum(seconds, Split())
-    stages = _stages(skeleton, chosen, works, course, seconds)
-    cache = 2 * models * course.tokens * course.state_bytes
-    output = checkpoint.nbytes - saved
-    scratch = scratch_bytes(skeleton, chosen.keys() if needs else set(), layout, course.tokens, compute, propagation)
-    peak, least, least_vram = _memory(budget, layout, needs, tuning, windows, on_device)
-    if on_device:
-        least_vram += memory_of(skeleton, models * length, windows, compute, 1, False, min(windows, 1))
+    target = run.target
+    stages = _stages(setup.skeleton, target.selected, works, run.shape, seconds)
+    cache = 2 * models_at_once(setup.propagate) * run.shape.tokens * run.shape.state_bytes
+    cache += scratch_bytes(setup, run.layout, run.shape.tokens)
+    peak, least, least_vram = _memory(setup, run)
     return Plan(
         model=str(model), architecture=str(checkpoint.config.get("model_type")),
         parameters=sum(math.prod(t.shape) for t in checkpoint.tensors.values()), stages=stages,
-        peak_ram_bytes=peak, least_ram_bytes=least, vram_bytes=layout.nbytes, least_vram_bytes=least_vram,
-        layout=_layout_in_words(layout, windows) if on_device else "",
-        output_bytes=output, cache_bytes=cache + scratch, disk_bytes=output + cache + scratch + SLACK_BYTES,
-        flops=sum(s.flops for s in stages), seconds=split.total, split=split, batch=layout.batch,
-        dtype=str(compute).removeprefix("torch."), device=str(target),
-        rests_on=f"{source}: {_in_words(speeds, course, recipe)}",
+        peak_ram_bytes=peak, least_ram_bytes=least, vram_bytes=run.layout.nbytes, least_vram_bytes=least_vram,
+        layout=_layout_in_words(run.layout, run.windows) if run.shape.on_device else "",
+        output_bytes=target.output_bytes, cache_bytes=cache, disk_bytes=target.output_bytes + cache + SLACK_BYTES,
+        flops=sum(s.flops for s in stages), seconds=split.total, split=split, batch=run.layout.batch,
+        dtype=str(setup.dtype).removeprefix("torch."), device=str(setup.device),
+        rests_on=f"{source}: {_in_words(speeds, run.shape, target.recipe)}",
     )  # fmt: skip
 
 
-def _recipe(
-    method: str, refit: str | None, quantize: str | None, tune: str | None, with_stats: bool
-) -> Recipe:  # fmt: skip
-    recipe = make_recipe(method, refit=refit, quantize=quantize, tune=tune)
-    if with_stats and recipe.tune is not None:
-        raise UsageError("--stats has sums only, and --tune learns from states: leave one of them out")
-    if with_stats and recipe.needs_gram:  # in the words of job.prune
-        raise UsageError(f"--stats has sums only, and {recipe.refit} needs more: leave it out, or choose --refit none")
-    return recipe
+@dataclass(frozen=True)
+class _Run:
+    """How a job will go: `windows` of `length` tokens (0 without a pass) in a layout, and the work of each stage."""
+
+    target: Target
+    windows: int
+    length: int
+    layout: Layout
+    shape: RunShape
+    works: tuple[Work, ...]
+    looks: int
+    """How often a sparsity that is shared out has all weights selected for it."""
+
+    @classmethod
+    def of(cls, setup: Setup) -> _Run:
+        spec, skeleton, target = setup.spec, setup.skeleton, setup.target
+        assert target is not None
+        recipe, drawn = target.recipe, spec.calibration
+        samples = drawn.samples if drawn else 0
+        length = drawn.seqlen if drawn else 1
+        if drawn is not None:
+            begins = has_bos(setup.checkpoint.path, drawn.bos, spec.trust_remote_code)
+            length = positions(length, begins, setup.checkpoint.config)
+        layout = layout_of(setup, None, (samples, length))
+        # Statistics to share a sparsity out by take a pass of their own; without new values, pruning needs no other.
+        gathers = recipe.allocate is not None and spec.stats is None and recipe.aims
+        shape = shape_of(
+            skeleton, samples, length, setup.dtype, layout, setup.propagate, setup.device.type != "cpu",
+            epochs=recipe.tune_epochs or 0, gathers=gathers,
+        )  # fmt: skip
+        works = tuple(work_of(skeleton, s, target.selected, length, setup.dtype.itemsize) for s in skeleton.stages)
+        return cls(target, samples, length, layout, shape, works, LOOKS.get(recipe.allocate or "", 0))
+
+    def allocating(self, work: Work, s: Speeds) -> Split:
+        """What sharing a sparsity out takes of a stage: its linears are read and selected from."""
+        if not self.looks or work.kind != "layer":
+            return Split()
+        return Split(
+            selection=self.looks * work.pruned / s.selection,
+            disk=(1 + (not self.target.recipe.aims)) * work.pruned / s.reading,  # once more where the pass is its own
+        )
 
 
-def _has_pass(recipe: Recipe, with_stats: bool, propagate: str) -> bool:
-    return not with_stats and (recipe.needs_statistics or recipe.aims or propagate == "pruned")
-
-
-def _needs(recipe: Recipe, skeleton: Skeleton, chosen: Collection[str], propagate: str) -> RefitNeeds | None:
-    """The memory of a refit, as prepare.refit_needs has it."""
-    if recipe.refit is None:
-        return None
-    layers = []
-    for stage in skeleton.layer_stages:
-        widths = {name: linear_shape(skeleton, name, stage)[1] for name in stage.linears if name in chosen}
-        layers.append(largest_at_once(widths, stage.expert_of))
-    beside = beside_grams(skeleton, chosen) if propagate == "asymmetric" else None
-    return needs_of(Refit(recipe.refit, "auto"), layers, beside)
-
-
-def _memory(
-    budget: Budget, layout: Layout, needs: RefitNeeds | None, tune: TuneNeeds | None, windows: int, on_device: bool
-) -> tuple[int, int, int]:
-    """RAM at the peak, and the least that will do; on a device, the least for a refit and for tuning there."""
-    if not windows:
-        return budget.base + budget.reserve, budget.base + budget.reserve, 0
+def _memory(setup: Setup, run: _Run) -> tuple[int, int, int]:
+    """RAM at the peak, and the least that will do; on a device, the least there."""
+    layout, on_device = run.layout, run.shape.on_device
+    length = models_at_once(setup.propagate) * run.length
+    budget = estimate(setup.skeleton, length, setup.dtype, on_device=on_device)
+    refit, tune = refit_needs(setup), tune_needs(setup, run.windows, run.length)
+    weights = (
+        memory_of(setup.skeleton, length, run.windows, setup.dtype, 1, False, min(run.windows, 1)) if on_device else 0
+    )
+    if not run.windows:
+        return budget.base + budget.reserve, budget.base + budget.reserve, weights
     if on_device:
-        return budget.peak(layout.batch, layout.group), budget.peak(1), least_beside(needs, tune)
-    least = needs.least if needs else 0
+        return budget.peak(layout.batch, layout.group), budget.peak(1), weights + least_beside(refit, tune)
+    least = refit.least if refit else 0
     return (
-        budget.refitting(needs, layout.room).tuning(tune, layout.windows).peak(layout.batch, layout.group),
-        budget.refitting(needs, least).tuning(tune, 1).peak(1),
+        budget.refitting(refit, layout.room).tuning(tune, layout.windows).peak(layout.batch, layout.group),
+        budget.refitting(refit, least).tuning(tune, 1).peak(1),
         0,
     )
 
 
-def course_of(
+def shape_of(
     skeleton: Skeleton, samples: int, seqlen: int, dtype: torch.dtype, layout: Layout, propagate: str, on_device: bool,
-    epochs: int = 0,
+    epochs: int = 0, gathers: bool = False,
 ) -> RunShape:  # fmt: skip
     """How a run over `samples` windows goes in a layout; with samples = 0 there is no pass.
 
-    An epoch of tuning is three passes, of which the backward one takes two.
+    An epoch of tuning is three passes, of which the backward one takes two. A run that `gathers` statistics first makes
+    a pass more.
     """
     batches = -(-samples // max(1, layout.batch))
     return RunShape(
         tokens=samples * seqlen, batches=batches, groups=-(-batches // layout.group),
-        forwards={"dense": 1, "pruned": 2, "asymmetric": PAIRED_FORWARDS}[propagate] + 3 * epochs,
+        forwards={"dense": 1, "pruned": 2, "asymmetric": PAIRED_FORWARDS}[propagate] + 3 * epochs + gathers,
         state_bytes=skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize,
         threads=torch.get_num_threads(), on_device=on_device, layers=layout.layers, resident=layout.resident,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,22 +27,23 @@ from streamprune.planning.refit_cost import (
     refit_work,
 )
 from streamprune.pruning.refit import Refit, chunk_rows, sampled
+from streamprune.pruning.setup import Setup
 
 
-def planned_refits(
-    refit: str, checkpoint: Checkpoint, skeleton: Skeleton, chosen: Collection[str], dtype: torch.dtype, room: int,
-    samples: int, seqlen: int,
-) -> list[RefitWork]:  # fmt: skip
-    """What each stage's refit is, in the order of the stages."""
+def planned_refits(setup: Setup, room: int, samples: int, seqlen: int) -> list[RefitWork]:
+    """What each stage's refit is, in the order of the stages, with `samples` windows and `room` bytes for Grams."""
+    target, skeleton, dtype = setup.target, setup.skeleton, setup.dtype
+    if target is None or (refit := target.recipe.refit) is None:
+        return [NO_REFIT] * len(skeleton.stages)
     effort = EFFORTS[refit]
     effort = effort._replace(native=effort.native and dtype == torch.bfloat16)
-    tokens, dampings = samples * seqlen, min(TRIED, len(Refit(refit, "auto").dampings))
+    tokens, dampings = samples * seqlen, min(TRIED, len(Refit(refit, target.damping).dampings))
     routed = int(tokens * routed_share(skeleton))
     trials = Trials(dampings, HoldOut.of(tokens, seqlen).kept_out(tokens))
     of_expert = functools.partial(
         expert_work, effort, tokens=routed, trials=Trials(dampings, HoldOut.among(routed).kept_out(routed))
     )
-    shared = inputs_shared(checkpoint, skeleton, dtype, min(seqlen, 16))
+    shared = inputs_shared(setup.checkpoint, skeleton, dtype, min(seqlen, 16))
     known: dict[tuple[Refitted, ...], RefitWork] = {}  # experts of a model are alike
 
     def linear(stage: Stage, name: str, shares: str) -> Refitted:
@@ -52,15 +53,15 @@ def planned_refits(
 
     def of(stage: Stage) -> RefitWork:
         apart = stage.expert_of
-        names = [n for _, n in sorted((ref.name, n) for n, ref in stage.linears.items() if n in chosen)]
-        within = {name: name.removeprefix(stage.prefix) for name in names if name not in apart}
+        widths = target.linears_of(stage)
+        within = {name: name.removeprefix(stage.prefix) for name in widths if name not in apart}
         together = [linear(stage, n, shared.get(w, w)) for n, w in within.items()]
-        at_once = largest_at_once({n: linear_shape(skeleton, n, stage)[1] for n in names}, apart)
+        at_once = largest_at_once(widths, apart)
         left = room - gram_bytes(at_once) + gram_bytes(each.width for each in together)
         work = refit_work(effort, together, left, tokens, trials)
         for experts in stage.experts:
             for up, down in zip(experts.up, experts.down, strict=True):
-                ordered = sorted((n for n in (*up, down) if n in chosen), key=lambda n: stage.linears[n].name)
+                ordered = sorted((n for n in (*up, down) if n in widths), key=lambda n: stage.linears[n].name)
                 key = tuple(linear(stage, n, "down" if n == down else "up") for n in ordered)
                 if key and key not in known:
                     known[key] = of_expert(key, sum(math.prod(linear_shape(skeleton, n, stage)) for n in up))

@@ -7,125 +7,123 @@ the mathematics.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamprune.calibration.statistics import StatisticsFile
-from streamprune.disk.header import TensorRef
 from streamprune.errors import UsageError
 from streamprune.methods.allocation import OUTLIER, Curve, by_error, levels_around, owl
 from streamprune.methods.selection import select
 from streamprune.model.finite import rows_of
+from streamprune.model.loader import WeightLoader
 from streamprune.model.skeleton import Stage
-from streamprune.pruning.shard import CHUNK_BYTES, StageWriter
-from streamprune.pruning.spec import JobSpec
+from streamprune.process import interrupts
+from streamprune.progress import Progress, ProgressCallback, no_progress
+from streamprune.pruning.shard import CHUNK_BYTES
+from streamprune.pruning.target import Target
 
 
-def share_out(
-    spec: JobSpec, writer: StageWriter | None, known: StatisticsFile | None, resolved: Mapping[str, Any]
-) -> dict[str, float]:
-    """Gives `writer` the sparsity of each linear where it is not the same for all, and returns it.
+def allocate(
+    kind: str, target: Target, loader: WeightLoader, given: StatisticsFile, sparsity: float,
+    progress: ProgressCallback = no_progress,
+) -> dict[str, float]:  # fmt: skip
+    """The sparsity of each linear that `target` prunes; `kind` is "owl" or "error".
 
-    As recorded when the job began (`resolved`), or by the statistics that are `known`.
+    Their mean, by weights, is `sparsity`. A step of `progress` is a layer. Raises what reading weights and statistics
+    raises.
     """
-    if writer is None or spec.allocate is None or spec.sparsity is None:
-        return {}
-    shares: dict[str, float] = resolved.get("allocation", {})
-    if not shares and known is not None:
-        shares = allocate(spec.allocate, writer, known, spec.sparsity)
-    writer.target = replace(writer.target, shares=shares)
-    return shares
+    work = _Allocation(target, loader, given)
+    return work.by_owl(sparsity, progress) if kind == "owl" else work.by_error(sparsity, progress)
 
 
-def allocate(kind: str, writer: StageWriter, given: StatisticsFile, sparsity: float) -> dict[str, float]:
-    """The sparsity of each linear that `writer` prunes; `kind` is "owl" or "error".
+class _Allocation:
+    """What one allocation reads: the weights of the linears in question, and statistics of their inputs."""
 
-    Their mean, by weights, is `sparsity`. Raises what reading weights and statistics raises.
-    """
-    if kind == "owl":
-        return _owl(writer, given, sparsity)
-    levels = levels_around(sparsity)
-    curves: dict[str, Curve] = {}
-    for stage, linears in _layers(writer):
-        tokens, update = given.updates.get(stage.prefix, (0.0, 0.0))
-        if not tokens > 0:
-            raise UsageError(f"{given.path} does not say what {stage.prefix} adds; make it again with `calibrate`")
-        errors = [0.0] * len(levels)
-        for name, width in linears.items():
-            ref = writer.skeleton.sources[f"{name}.weight"]
-            found = _errors(writer, ref, name, _power(given, name, width), levels)
-            errors = [a + b * update / tokens for a, b in zip(errors, found, strict=True)]
-        curves[stage.prefix] = Curve(_weights(writer, linears), levels, errors)
-    return _by_linear(writer, by_error(curves, sparsity))
+    def __init__(self, target: Target, loader: WeightLoader, given: StatisticsFile) -> None:
+        self._target, self._loader, self._given = target, loader, given
+        stages = target.skeleton.layer_stages
+        self._layers = [(stage, linears) for stage in stages if (linears := target.linears_of(stage))]
+        """The layers that are pruned, and their linears with in_features."""
 
+    def by_error(self, sparsity: float, progress: ProgressCallback) -> dict[str, float]:
+        """See methods/allocation.by_error."""
+        levels = levels_around(sparsity)
+        curves: dict[str, Curve] = {}
+        for stage, linears in self._counted(progress):
+            tokens, update = self._given.updates.get(stage.prefix, (0.0, 0.0))
+            if not tokens > 0:
+                raise UsageError(
+                    f"{self._given.path} does not say what {stage.prefix} adds; make it again with `calibrate`"
+                )
+            errors = [0.0] * len(levels)
+            for name, width in linears.items():
+                found = self._errors(name, width, levels)
+                errors = [a + b * update / tokens for a, b in zip(errors, found, strict=True)]
+            curves[stage.prefix] = Curve(self._weights(linears), levels, errors)
+        return self._by_linear(by_error(curves, sparsity))
 
-def _layers(writer: StageWriter) -> Iterator[tuple[Stage, dict[str, int]]]:
-    """The layers that are pruned, and their linears with in_features."""
-    for stage in writer.skeleton.layer_stages:
-        linears = writer.in_order(stage)
-        if linears:
+    def by_owl(self, sparsity: float, progress: ProgressCallback) -> dict[str, float]:
+        """See methods/allocation.owl."""
+        outliers: dict[str, float] = {}
+        sizes: dict[str, int] = {}
+        for stage, linears in self._counted(progress):
+            size = self._weights(linears)
+            total = sum(float(score.sum(dtype=torch.float64)) for score in self._scores(linears))
+            above = sum(int((score > OUTLIER * total / size).sum()) for score in self._scores(linears))
+            outliers[stage.prefix], sizes[stage.prefix] = above / size, size
+        found = owl(list(outliers.values()), list(sizes.values()), sparsity)
+        return self._by_linear(dict(zip(outliers, found, strict=True)))
+
+    def _counted(self, progress: ProgressCallback) -> Iterator[tuple[Stage, dict[str, int]]]:
+        for done, (stage, linears) in enumerate(self._layers, 1):
+            interrupts.check()
+            since = time.perf_counter()
             yield stage, linears
+            progress(Progress(f"allocate {stage.name}", done, len(self._layers), time.perf_counter() - since))
 
+    def _by_linear(self, shares: Mapping[str, float]) -> dict[str, float]:
+        """From the sparsity of each layer that of each linear, to the nearest whole number of weights in a row.
 
-def _by_linear(writer: StageWriter, shares: Mapping[str, float]) -> dict[str, float]:
-    """From the sparsity of each layer that of each linear, to the nearest whole number of weights in a row.
+        Half a weight more keeps floor() at that number; without it all of them would be rounded down.
+        """
+        return {
+            name: min((round(shares[stage.prefix] * width) + 0.5) / width, 1 - 0.5 / width)
+            for stage, linears in self._layers
+            for name, width in linears.items()
+        }
 
-    Half a weight more keeps floor() at that number; without it all of them would be rounded down.
-    """
-    return {
-        name: min((round(shares[stage.prefix] * width) + 0.5) / width, 1 - 0.5 / width)
-        for stage, linears in _layers(writer)
-        for name, width in linears.items()
-    }
+    def _weights(self, linears: Iterable[str]) -> int:
+        return sum(math.prod(self._target.skeleton.sources[f"{name}.weight"].shape) for name in linears)
 
+    def _errors(self, name: str, width: int, levels: list[float]) -> list[float]:
+        """What pruning the lowest w²a of each row takes away of the linear's sum of w²a, at each level."""
+        power = self._power(name, width)
+        feature = (power / power.max().clamp_min(torch.finfo(power.dtype).tiny)).float().to(self._loader.device)
+        removed, total = [0.0] * len(levels), 0.0
+        for rows in self._rows(name):
+            for i, level in enumerate(levels):
+                found = select(rows, feature, 2, selector="exact", sparsity=level, backend=self._target.backend)
+                removed[i] += found.removed
+            total += found.total
+        return [part / total if total > 0 else 0.0 for part in removed]
 
-def _weights(writer: StageWriter, linears: Iterable[str]) -> int:
-    return sum(math.prod(writer.skeleton.sources[f"{name}.weight"].shape) for name in linears)
+    def _scores(self, linears: Mapping[str, int]) -> Iterator[Tensor]:
+        """|w| √a of all weights of a layer's linears, a chunk at a time, float32."""
+        for name, width in linears.items():
+            feature = self._power(name, width).sqrt().float().to(self._loader.device)
+            for rows in self._rows(name):
+                yield rows.abs().float().mul_(feature)
 
+    def _rows(self, name: str) -> Iterator[Tensor]:
+        ref = self._target.skeleton.sources[f"{name}.weight"]
+        transposed = name in self._target.skeleton.transposed
+        for _, rows in rows_of(self._loader, ref, ref.nbytes if transposed else CHUNK_BYTES):
+            yield rows.t().contiguous() if transposed else rows
+        self._loader.maps.release([ref])
 
-def _errors(writer: StageWriter, ref: TensorRef, name: str, power: Tensor, levels: list[float]) -> list[float]:
-    """What pruning the lowest w²a of each row takes away of the linear's sum of w²a, at each level."""
-    feature = (power / power.max().clamp_min(torch.finfo(power.dtype).tiny)).float().to(writer.loader.device)
-    removed, total = [0.0] * len(levels), 0.0
-    for rows in _rows(writer, ref, name):
-        for i, level in enumerate(levels):
-            found = select(rows, feature, 2, selector="exact", sparsity=level, backend=writer.target.backend)
-            removed[i] += found.removed
-        total += found.total
-    return [part / total if total > 0 else 0.0 for part in removed]
-
-
-def _owl(writer: StageWriter, given: StatisticsFile, sparsity: float) -> dict[str, float]:
-    outliers: dict[str, float] = {}
-    sizes: dict[str, int] = {}
-    for stage, linears in _layers(writer):
-        size = _weights(writer, linears)
-        total = sum(float(score.sum(dtype=torch.float64)) for score in _scores(writer, given, stage))
-        above = sum(int((score > OUTLIER * total / size).sum()) for score in _scores(writer, given, stage))
-        outliers[stage.prefix], sizes[stage.prefix] = above / size, size
-    found = owl(list(outliers.values()), list(sizes.values()), sparsity)
-    return _by_linear(writer, dict(zip(outliers, found, strict=True)))
-
-
-def _scores(writer: StageWriter, given: StatisticsFile, stage: Stage) -> Iterator[Tensor]:
-    """|w| √a of all weights of a layer's linears, a chunk at a time, float32."""
-    for name, width in writer.in_order(stage).items():
-        feature = _power(given, name, width).sqrt().float().to(writer.loader.device)
-        for rows in _rows(writer, writer.skeleton.sources[f"{name}.weight"], name):
-            yield rows.abs().float().mul_(feature)
-
-
-def _rows(writer: StageWriter, ref: TensorRef, name: str) -> Iterator[Tensor]:
-    transposed = name in writer.skeleton.transposed
-    for _, rows in rows_of(writer.loader, ref, ref.nbytes if transposed else CHUNK_BYTES):
-        yield rows.t().contiguous() if transposed else rows
-    writer.loader.maps.release([ref])
-
-
-def _power(given: StatisticsFile, name: str, width: int) -> Tensor:
-    """a_j, (in,) float64."""
-    return given.load(name, width).mean_square
+    def _power(self, name: str, width: int) -> Tensor:
+        """a_j, (in,) float64."""
+        return self._given.load(name, width).mean_square

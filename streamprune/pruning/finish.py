@@ -14,15 +14,12 @@ from streamprune.disk.shards import write_index
 from streamprune.disk.state import JobState, file_digest
 from streamprune.errors import CorruptStateError
 from streamprune.model.skeleton import Skeleton
-from streamprune.pruning.shard import StageWriter
+from streamprune.pruning.records import Resolved, StageRecord
 from streamprune.pruning.spec import JobSpec
+from streamprune.pruning.target import Target
 
-Record = Mapping[str, Any]
 
-
-def calibration_of(
-    spec: JobSpec, resolved: Mapping[str, Any], given: StatisticsFile | None, propagate: str
-) -> dict[str, Any]:
+def calibration_of(spec: JobSpec, resolved: Resolved, given: StatisticsFile | None, propagate: str) -> dict[str, Any]:
     """Which tokens the statistics are of, for the report and for statistics files."""
     c = spec.calibration
     if c is None or given is not None:
@@ -30,40 +27,40 @@ def calibration_of(
         return {key: value for key, value in found.items() if key not in ("job", "content")}  # calibrate's own
     return {
         "text": c.path.name if c.path else "built-in", "digest": c.digest, "samples": c.samples, "seqlen": c.seqlen,
-        "seed": c.seed, "tokens": resolved["tokens"], "dtype": resolved["dtype"], "propagate": propagate,
-        **{key: resolved[key] for key in ("bos", "replaced", "text_tokens") if key in resolved},
+        "seed": c.seed, "tokens": resolved.tokens, "dtype": resolved.dtype, "propagate": propagate,
+        **{key: value for key in ("bos", "replaced", "text_tokens") if (value := getattr(resolved, key)) is not None},
     }  # fmt: skip
 
 
 def save_statistics(
-    path: Path, spec: JobSpec, state: JobState, checkpoint: Checkpoint, skeleton: Skeleton, records: Sequence[Record],
-    calibration: Mapping[str, Any],
+    path: Path, spec: JobSpec, state: JobState, checkpoint: Checkpoint, skeleton: Skeleton,
+    records: Sequence[StageRecord], calibration: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Joins the layers' statistics into the file `path`. Raises CorruptStateError where one is missing or damaged."""
     parts = []
     for stage, record in zip(skeleton.layer_stages, records[1:], strict=False):
         parts.append(state.layer_stats(stage.index))
-        if not parts[-1].is_file() or file_digest(parts[-1]) != record["statistics"]:
+        if not parts[-1].is_file() or file_digest(parts[-1]) != record.statistics:
             raise CorruptStateError(f"{parts[-1]} is damaged; start again with --restart")
     job = {"job": spec.fixed(), "content": checkpoint.content()} if spec.verb == "calibrate" else {}
     merge_statistics(path, parts, checkpoint.identity(), {**calibration, **job})
 
 
 def write_files(
-    state: JobState, checkpoint: Checkpoint, writer: StageWriter, records: Sequence[Record]
+    state: JobState, checkpoint: Checkpoint, target: Target, records: Sequence[StageRecord]
 ) -> list[dict[str, Any]]:
     """Writes side files and index; returns name, bytes and hash of every file of the output."""
-    files = [dict(r["shard"]) for r in records]
+    files = [dict(r.shard) for r in records if r.shard]
     for name in checkpoint.side_files().carried:
-        if name == "config.json" and writer.target.quantisation is not None:
-            text = configured(checkpoint.config, writer.stays())
+        if name == "config.json" and target.quantisation is not None:
+            text = configured(checkpoint.config, target.not_quantised())
             size, digest = len(text), durable.replace_file(state.partial / name, text)
         else:
             size, digest = durable.copy_file(checkpoint.path / name, state.partial / name)
         files.append({"name": name, "bytes": size, "xxh3_128": digest})
-    stages = zip(writer.skeleton.stages, records, strict=True)
-    where = {ref.name: r["shard"]["name"] for stage, r in stages for ref in writer.tensors_of(stage)}
+    stages = zip(target.skeleton.stages, records, strict=True)
+    where = {ref.name: r.shard["name"] for stage, r in stages if r.shard for ref in target.tensors_of(stage)}
     index = state.partial / "model.safetensors.index.json"
-    digest = write_index(index, checkpoint.index_metadata, writer.output_bytes, where)
+    digest = write_index(index, checkpoint.index_metadata, target.output_bytes, where)
     files.append({"name": index.name, "bytes": index.stat().st_size, "xxh3_128": digest})
     return files

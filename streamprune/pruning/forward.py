@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from streamprune.calibration.gram_sums import GramCollector
+from streamprune.calibration.gram_sums import GramCollector, HoldOut
 from streamprune.calibration.grams import LayerGrams
 from streamprune.calibration.statistics import Accumulate, Collector
 from streamprune.calibration.windows import Tokens
@@ -34,6 +35,7 @@ from streamprune.model.passes import (
 from streamprune.model.routed import Routed, RoutedInputs
 from streamprune.model.skeleton import Stage
 from streamprune.model.streamed import StreamedModel
+from streamprune.pruning.target import Target
 
 PERSIST_SECONDS = 60
 """Activations that stay on the device are written to disk this often: what a crash costs at most, beside one layer."""
@@ -53,7 +55,7 @@ class CalibrationPass:
         self._accumulate = accumulate
         self._routed: Routed | None = None
         """What went to the experts of the last layer, where they are refitted."""
-        self.kept = time.perf_counter()
+        self._durable_at = time.perf_counter()
         """When a cache became durable last."""
 
     @property
@@ -63,7 +65,27 @@ class CalibrationPass:
 
     def persists(self) -> bool:
         """Whether the next cache is to be durable: always, or once a minute where activations stay on the device."""
-        return not self.activations.resident or time.perf_counter() - self.kept >= PERSIST_SECONDS
+        return not self.activations.resident or time.perf_counter() - self._durable_at >= PERSIST_SECONDS
+
+    def made_durable(self) -> None:
+        """A cache has become durable."""
+        self._durable_at = time.perf_counter()
+
+    @property
+    def placing(self) -> Callable[[str, Tensor], None] | None:
+        """What puts a refitted linear's new weight where the next Grams' pass computes with it, if such a pass does."""
+        return None
+
+    def grams_of(self, target: Target, stage: Stage, room: int) -> LayerGrams | None:
+        """The Grams of a layer whose linears are refitted, in `room` bytes or in files; None where none is."""
+        linears = target.linears_of(stage)
+        if not target.recipe.needs_gram or stage.kind != "layer" or not linears:
+            return None
+        hold = HoldOut.of(self.windows.size, self.windows.shape[1])
+        products = torch.bfloat16 if self.streamed.dtype == torch.bfloat16 else torch.float32
+        rerun = functools.partial(self.gather, stage)
+        folder = self.activations.folder
+        return LayerGrams(linears, room, hold, folder, rerun, products, stage.expert_of, self.placing)
 
     def catch_up(self, newest: int, done: int, shards: Callable[[Stage], Path] | None) -> None:
         """Brings the activations to those before layer `done` - 1, from cache `newest`, or if that is -1 the tokens.

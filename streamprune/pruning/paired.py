@@ -112,6 +112,10 @@ class PairedPass(CalibrationPass):
         added = after.float() - states.to(after.device).float()
         return writers_of(added, {name: y for name, y in made.items() if y.shape == added.shape})
 
+    @property
+    def placing(self) -> Callable[[str, Tensor], None] | None:
+        return self.place
+
     def place(self, name: str, weight: Tensor) -> None:
         """From here on the pruned half computes with a linear's new weight, in its stored shape."""
         self.placed[name] = weight.to(self.streamed.device)
@@ -119,10 +123,8 @@ class PairedPass(CalibrationPass):
     def gather(self, stage: Stage, make: Callable[[], GramCollector], inputs: Set[str]) -> GramCollector:
         """Step 2, for one input, named by the first linear that has it."""
         (name,) = inputs
-        streamed, once = (
-            self.streamed,
-            self._calls[name] == self.windows.size,
-        )  # what is called again is not to be cut short
+        streamed = self.streamed
+        once = self._calls[name] == self.windows.size  # what is called again is not to be cut short
         before = self._writers[: self._writers.index(name)] if name in self._writers else []
 
         def attempt() -> GramCollector:

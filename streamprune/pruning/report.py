@@ -7,23 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamprune.disk.checkpoint import Checkpoint
-from streamprune.methods.recipes import RECIPES
 from streamprune.process.versions import version_of
+from streamprune.pruning.records import Resolved, StageRecord
 from streamprune.pruning.spec import JobSpec
 
 
-def recipe_name(spec: JobSpec) -> str | None:
-    """The recipe's name, or "score+selector" for one without a name."""
-    if spec.recipe is None:
-        return None
-    named = next((name for name, recipe in RECIPES.items() if recipe == spec.recipe), None)
-    parts = (spec.recipe.score, spec.recipe.selector, spec.recipe.refit, spec.recipe.quantize, spec.recipe.tune)
-    return named or "+".join(part for part in parts if part)
-
-
 def build_report(
-    spec: JobSpec, resolved: Mapping[str, Any], calibration: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]], files: Sequence[Mapping[str, Any]], source: Mapping[str, Any], *,
+    spec: JobSpec, resolved: Resolved, calibration: Mapping[str, Any],
+    records: Sequence[StageRecord], files: Sequence[Mapping[str, Any]], source: Mapping[str, Any], *,
     seconds: float, startup: float, peak: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The report of a finished job.
@@ -35,12 +26,12 @@ def build_report(
     (Checkpoint.content), files and tensors that were not carried over. `tune` says what tuning a layer came to:
     errors as in methods/tuning.py, of windows that were held out and of as many that were not, before and after.
     """
-    reduced = [r["batch"] for r in records if r["batch"]]
-    linears = [linear for record in records for linear in record["linears"]]
+    reduced = [r.batch for r in records if r.batch]
+    linears = [linear for record in records for linear in record.linears]
     pruned = sum(n["pruned"] for n in linears)
     weights = sum(n["rows"] * n["in_features"] for n in linears)
     return {
-        "recipe": recipe_name(spec),
+        "recipe": spec.recipe.name if spec.recipe else None,
         "sparsity": pruned / weights if weights else 0.0,
         "seconds": round(seconds, 3),
         "startup_seconds": round(startup, 3),
@@ -48,12 +39,12 @@ def build_report(
         **({"out_of_memory_batch": min(reduced)} if reduced else {}),
         "job": spec.fixed(),
         **source,
-        "resolved": dict(resolved),
+        "resolved": resolved.to_json(),
         "calibration": dict(calibration),
         "linears": linears,
         "stages": [
-            {"name": r["stage"], "seconds": round(r["seconds"], 3), "peak_rss_bytes": r["peak"]}
-            | {key: r[key] for key in ("gram_passes", "pooled", "tune") if key in r}
+            {"name": r.stage, "seconds": round(r.seconds, 3), "peak_rss_bytes": r.peak}
+            | {key: value for key in ("gram_passes", "pooled", "tune") if (value := getattr(r, key)) is not None}
             for r in records
         ],
         "files": list(files),

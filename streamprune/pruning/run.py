@@ -20,216 +20,199 @@ run goes on from the last that is, and runs the layers since then once more, for
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from streamprune.calibration.grams import LayerGrams
 from streamprune.calibration.statistics import write_statistics
-from streamprune.calibration.windows import Tokens
 from streamprune.disk import durable, journal
 from streamprune.disk.cache import remove_cache
-from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.shards import shard_name
-from streamprune.disk.state import JobState, new_state
 from streamprune.errors import UsageError
 from streamprune.kernels import cpu, torch_ops
 from streamprune.methods.stats import InputStats
 from streamprune.model.activations import Activations
-from streamprune.model.device import compute_dtype, exact_products, resolve_device
+from streamprune.model.device import exact_products
 from streamprune.model.experts import is_pooled, pool
 from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import out_of_memory_named
-from streamprune.model.skeleton import Stage, build_skeleton, stored_dtype
+from streamprune.model.skeleton import Stage
 from streamprune.model.streamed import StreamedModel
 from streamprune.model.zeros import refuse_empty
 from streamprune.process import interrupts
 from streamprune.process.background import BackgroundWorker
 from streamprune.process.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.progress import Progress, ProgressCallback
-from streamprune.pruning.allocate import share_out
+from streamprune.pruning.allocate import allocate
 from streamprune.pruning.finish import calibration_of, save_statistics, write_files
 from streamprune.pruning.forward import CalibrationPass
+from streamprune.pruning.memory import scratch_bytes
 from streamprune.pruning.paired import PairedPass
-from streamprune.pruning.prepare import (
-    begin,
-    check_disk,
-    clear_rubbish,
-    layer_grams,
-    layout_of,
-    make_writer,
-    open_given,
-    propagated,
-    resolve,
-    scratch_bytes,
-)
+from streamprune.pruning.prepare import Prepared, begin, check_disk, clear_rubbish
+from streamprune.pruning.records import StageRecord
 from streamprune.pruning.report import build_report, source_of
-from streamprune.pruning.spec import JobSpec
+from streamprune.pruning.shard import ShardWriter
 from streamprune.pruning.tuned_shard import LayerTuning
-from streamprune.pruning.windows import windows_of
 
 Commit = Callable[[], None]
 
 
 class Run:
-    """One run, from skeleton to report. A context manager: the checkpoint stays mapped while it is open."""
+    """One run of a job that is `prepared`. A context manager: the checkpoint stays mapped while it is open."""
 
-    def __init__(
-        self, spec: JobSpec, checkpoint: Checkpoint, unfinished: tuple[JobState, dict[str, Any]] | None,
-        progress: ProgressCallback, spent: float = 0.0,
-    ) -> None:  # fmt: skip
-        self.spec, self.checkpoint, self.progress = spec, checkpoint, progress
-        self.state = unfinished[0] if unfinished else new_state(spec)
-        self.begun = unfinished is not None
-        self.content = str((unfinished and unfinished[1].get("content")) or checkpoint.content())
-        resolved: dict[str, Any] = unfinished[1]["resolved"] if unfinished else {}
-        self.maps = ShardMaps(checkpoint)
-        self.device = resolve_device(resolved.get("device", spec.device))
-        self.backend = spec.backend if spec.backend != "auto" else "numba" if self.device.type == "cpu" else "torch"
-        if self.backend == "numba" and self.device.type != "cpu":
-            raise UsageError(f"--backend numba runs on the CPU only, not on {self.device}; leave it out or use torch")
-        self.dtype = compute_dtype(resolved.get("dtype", spec.dtype), stored_dtype(checkpoint), self.device)
-        self.skeleton = build_skeleton(checkpoint, self.dtype, trust_remote_code=spec.trust_remote_code)
-        self.loader = WeightLoader(self.maps, self.device, drop_cache=spec.verb == "prune")
-        self.writer = make_writer(spec, self.skeleton, self.loader, self.backend)
-        known = open_given(spec, checkpoint, self.skeleton, self.writer)
-        shares = share_out(spec, self.writer, known, resolved)
-        self.propagate = propagated(spec.propagate, self.skeleton)
-        self.records = journal.read(self.state.journal) if self.begun else []
-        at = time.perf_counter()
-        lay_out = functools.partial(
-            layout_of, spec, checkpoint, self.skeleton, self.dtype, self.device, resolved, self.writer, self.propagate
-        )
-        windows, met, self.layout = windows_of(spec, checkpoint, self.skeleton, self.state.tokens, resolved, lay_out)
-        self._reading = time.perf_counter() - at
-        batch = int(resolved.get("batch", self.layout.batch))
-        self.forward = None if windows is None else self._make_pass(windows, batch)
-        self.given = known if windows is None else None
-        self.tuner = LayerTuning.of(self.layout.windows, spec, self.writer, self.forward)
-        self.resolved = resolved or resolve(
-            spec, self.skeleton, self.layout, self.dtype, self.device, batch, windows, shares, met
-        )  # fmt: skip
+    def __init__(self, prepared: Prepared, progress: ProgressCallback) -> None:
+        self._job, self._progress = prepared, progress
+        setup = self._setup = prepared.setup
+        self._spec, self._skeleton = setup.spec, setup.skeleton
+        self._state, self._layout = prepared.state, prepared.layout
+        self._begun, self._resolved, self._target = prepared.begun, prepared.resolved, setup.target
+        self._records = list(prepared.records)
+        self._given = prepared.given if prepared.windows is None else None
         self._uncommitted: list[durable.AtomicFile] = []
-        self._since = time.perf_counter()
-        self.spent = float(unfinished[1].get("spent", spent)) if unfinished else spent
-        """Seconds of work that was done for this job before it, see job.py."""
-
-    def _make_pass(self, windows: Tokens, batch: int) -> CalibrationPass:
-        streamed = StreamedModel(self.skeleton, self.loader, self.dtype)
-        streamed.weighted, streamed.group = self.spec.expert_stats == "weighted", self.layout.group
-        most = [self.layout.batch, *(r["batch"] for r in self.records if r["batch"])]
-        streamed.max_samples = min(most) if min(most) < batch else None
-        resident = self.layout.resident
-        activations = Activations(self.state.cache, streamed.cache_dtype, self.device, resident=resident)
-        kind = PairedPass if self.propagate == "asymmetric" else CalibrationPass
-        return kind(streamed, windows, batch, activations, (cpu if self.backend == "numba" else torch_ops).accumulate)
+        self._since = 0.0
+        """When the stage at work began, by perf_counter."""
+        self._stack = ExitStack()
 
     def __enter__(self) -> Run:
-        self.loader.__enter__()
+        self._maps = self._stack.enter_context(ShardMaps(self._setup.checkpoint))
+        drop_cache = self._spec.verb == "prune"
+        loader = WeightLoader(self._maps, self._setup.device, drop_cache=drop_cache)
+        self._loader = self._stack.enter_context(loader)
+        self._forward = self._pass()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self.loader.__exit__(kind, error, trace)
-        finally:
-            self.maps.close()
+        self._stack.__exit__(kind, error, trace)
+
+    def _pass(self) -> CalibrationPass | None:
+        windows, setup = self._job.windows, self._setup
+        if windows is None:
+            return None
+        batch, layout = self._resolved.batch, self._layout
+        smallest = min([layout.batch, *(r.batch for r in self._records if r.batch)])
+        streamed = StreamedModel(
+            self._skeleton, self._loader, setup.dtype, max_samples=smallest if smallest < batch else None,
+            weighted=self._spec.expert_stats == "weighted", group=layout.group,
+        )  # fmt: skip
+        activations = Activations(
+            self._state.cache, streamed.cache_dtype, setup.device, resident=layout.resident
+        )  # fmt: skip
+        kind = PairedPass if setup.propagate == "asymmetric" else CalibrationPass
+        return kind(streamed, windows, batch, activations, (cpu if setup.backend == "numba" else torch_ops).accumulate)
 
     def discard(self) -> None:
         """Throws the unfinished work away: its input is at fault."""
-        if self.begun:
-            self.state.discard()
+        if self._begun:
+            self._state.discard()
 
     @exact_products()
     def work(self, startup: float) -> dict[str, Any]:
         """Does what is left to do; returns the report. `startup` is how many seconds it took to get here."""
-        self.startup, begun = startup, time.perf_counter()
+        begun = time.perf_counter()
         self._check_disk()
-        if not self.begun:
-            if not self.spec.allow_zeros:
-                refuse_empty(self.maps, [ref for stage in self.skeleton.stages for ref in stage.linears.values()])
-            self._create()
-        clear_rubbish(self.state, self._newest_cache(), self.records)
-        stages = self.skeleton.stages
-        if self.writer is None:
+        if not self._begun:
+            self._begin()
+        self._writer = self._shard_writer()
+        self._tuner = LayerTuning.of(self._layout.windows, self._target, self._forward)
+        clear_rubbish(self._state, self._newest_cache(), self._records)
+        stages = self._skeleton.stages
+        if self._target is None:
             stages = stages[:-1]  # statistics alone need no head
-        done = len(self.records)
-        self._since = begun - self._reading  # the first stage's seconds are with those that its tokens took
-        if self.forward is not None and 0 < done <= len(self.skeleton.layer_stages):
-            with out_of_memory_named(self.device):
-                self.forward.catch_up(self._newest_cache(), done, None if self.propagate == "dense" else self._shard)
+        done = len(self._records)
+        self._since = begun - self._job.reading  # the first stage's seconds are with those that its tokens took
+        if self._forward is not None and 0 < done <= len(self._skeleton.layer_stages):
+            shards = None if self._setup.propagate == "dense" else self._shard
+            with out_of_memory_named(self._setup.device):
+                self._forward.catch_up(self._newest_cache(), done, shards)
         try:
-            with out_of_memory_named(self.device), BackgroundWorker[Commit](lambda commit: commit(), 1) as commits:
+            with (
+                out_of_memory_named(self._setup.device),
+                BackgroundWorker[Commit](lambda commit: commit(), 1) as commits,
+            ):
                 for position in range(done, len(stages)):
                     interrupts.check()
                     self._stage(position, stages, commits)
         finally:
             for file in self._uncommitted:
                 file.abandon()
-        return self._finish(time.perf_counter() if done < len(stages) else begun)
+        return self._finish(startup, time.perf_counter() if done < len(stages) else begun)
+
+    def _shard_writer(self) -> ShardWriter | None:
+        if self._target is None:
+            return None
+        return ShardWriter(self._target, self._loader, allow_zeros=self._spec.allow_zeros)
 
     def _check_disk(self) -> None:
-        written = sum(r["shard"]["bytes"] for r in self.records if r["shard"])
-        output = self.writer.output_bytes - written if self.writer else 0
+        written = sum(r.shard["bytes"] for r in self._records if r.shard)
+        output = self._target.output_bytes - written if self._target else 0
         cache = 0
-        if self.forward is not None and len(self.records) < len(self.skeleton.stages) - 1:
-            behind = -1 < self._newest_cache() < len(self.records) - 1  # then that one is kept beside the two at work
-            cache = (3 if behind and not self.layout.resident else 2) * self.forward.cache_bytes
-            refitted = self.writer.refitted if self.writer else frozenset()
-            tokens = self.forward.windows.size
-            cache += scratch_bytes(self.skeleton, refitted, self.layout, tokens, self.dtype, self.propagate)
-        check_disk(self.state, output, cache)
+        if self._forward is not None and len(self._records) < len(self._skeleton.stages) - 1:
+            # A cache older than the two at work is kept beside them.
+            behind = -1 < self._newest_cache() < len(self._records) - 1
+            cache = (3 if behind and not self._layout.resident else 2) * self._forward.cache_bytes
+            cache += scratch_bytes(self._setup, self._layout, self._forward.windows.size)
+        check_disk(self._state, output, cache)
 
-    def _create(self) -> None:
-        self.begun = True
-        windows = self.forward.windows if self.forward is not None else None
-        job = {"job": self.spec.fixed(), "content": self.content, "spent": self.spent, "resolved": self.resolved}
-        begin(self.state, job, windows)
+    def _begin(self) -> None:
+        """Looks at the weights, shares a sparsity out, and writes down that the job has begun."""
+        spec, windows = self._spec, self._job.windows
+        if not spec.allow_zeros:
+            refuse_empty(self._maps, [ref for stage in self._skeleton.stages for ref in stage.linears.values()])
+        known, kind = self._job.given, self._target.recipe.allocate if self._target else None
+        if self._target is not None and kind and spec.sparsity is not None and known is not None:
+            shares = allocate(kind, self._target, self._loader, known, spec.sparsity, self._progress)
+            self._target = self._target.sharing(shares)
+            self._resolved = replace(self._resolved, allocation=shares)
+        self._begun = True
+        job = {"job": spec.fixed(), "content": self._job.content, "spent": self._job.spent}
+        begin(self._state, job | {"resolved": self._resolved.to_json()}, windows)
 
     def _newest_cache(self) -> int:
         """The number of the last cache that is durable, -1 if there is none: record n is of the stage that makes it."""
-        return max((n for n, record in enumerate(self.records) if record["cache"]), default=-1)
+        return max((n for n, record in enumerate(self._records) if record.cache), default=-1)
 
     def _stage(self, position: int, stages: Sequence[Stage], commits: BackgroundWorker[Commit]) -> None:
         """Steps 1 and 2 of a stage; 3 to 5 follow behind, at most one stage late."""
-        stage = stages[position]
+        stage, forward = stages[position], self._forward
         give_back_free_memory()
         self._expect(stages[position : position + 2])
-        record: dict[str, Any] = {"stage": stage.name, "shard": None, "statistics": None, "linears": []}
-        record |= {"cache": False, "batch": None}
+        record = StageRecord(stage.name)
         stats: dict[str, InputStats] = {}
         grams = None
-        if self.writer is not None and self.forward is not None:
-            grams = layer_grams(self.writer, self.forward, stage, self.layout.room, self.state.cache, self.dtype)
-        if self.forward is not None and stage.kind != "head":
-            if self.forward.persists():
+        if self._target is not None and forward is not None:
+            grams = forward.grams_of(self._target, stage, self._layout.room)
+        if forward is not None and stage.kind != "head":
+            if forward.persists():
                 commits.drain()  # before the next cache grows, so that there are never more than two
-            stats = self._pass(self.forward, stage, record, grams)
+            stats = self._calibrate(forward, stage, record, grams)
         path = self._shard(stage)
-        dense = self.propagate == "dense"
-        if self.layout.layers > 2 and dense:
-            commits.drain()  # the writer has one stage at a time
-            if grams is None and self.tuner is None:
+        dense = self._setup.propagate == "dense"
+        if self._layout.layers > 2 and dense:
+            commits.drain()  # one shard is filled at a time
+            if grams is None and self._tuner is None:
                 commits.put(lambda: self._commit(stage, record, self._fill(path, stage, stats, record)))
                 return
         file = self._fill(path, stage, stats, record, grams)
         del grams  # whose room tuning is given
-        if self.tuner is not None and file is not None and stage.kind == "layer":
+        if self._tuner is not None and file is not None and stage.kind == "layer":
             self._durable(file)
-            file = self.tuner.layer(stage, path, record)
+            file = self._tuner.layer(stage, path, record)
             self._uncommitted += [] if file is None else [file]
-        if self.forward is not None and self.writer is not None and not dense and self._more(stage):
+        if forward is not None and self._target is not None and not dense and self._more(stage):
             if file is not None:
                 self._durable(file)
             file = None
-            record["cache"] = self.forward.persists()
-            self.forward.pruned_layer(stage, path, record["cache"])
-            record["batch"] = self.forward.streamed.max_samples
+            record.cache = forward.persists()
+            forward.pruned_layer(stage, path, record.cache)
+            record.batch = forward.streamed.max_samples
         commits.put(lambda: self._commit(stage, record, file))
 
     def _durable(self, file: durable.AtomicFile) -> None:
@@ -237,105 +220,104 @@ class Run:
         self._uncommitted.remove(file)
 
     def _shard(self, stage: Stage) -> Path:
-        return self.state.partial / shard_name(self.skeleton.stages.index(stage) + 1, len(self.skeleton.stages))
+        return self._state.partial / shard_name(self._skeleton.stages.index(stage) + 1, len(self._skeleton.stages))
 
     def _expect(self, stages: Sequence[Stage]) -> None:
         """Begins to bring the weights of this stage and the next near; a device needs those of layers only."""
-        for stage in stages[: self.layout.layers] if self.loader.copies else stages:
-            if not self.loader.copies or (stage.kind == "layer" and self.forward is not None):
-                self.loader.expect(stage.tensors if self.forward is None else stage.resident_tensors)
-            elif self.writer is not None:
-                self.loader.expect(stage.linears[n] for n in self.writer.in_order(stage) if n not in stage.expert_of)
+        copies, target = self._loader.copies, self._target
+        for stage in stages[: self._layout.layers] if copies else stages:
+            if not copies or (stage.kind == "layer" and self._forward is not None):
+                self._loader.expect(stage.tensors if self._forward is None else stage.resident_tensors)
+            elif target is not None:
+                self._loader.expect(stage.linears[n] for n in target.linears_of(stage) if n not in stage.expert_of)
 
     def _more(self, stage: Stage) -> bool:
         """Whether a layer comes after this one."""
-        return stage.kind == "layer" and stage.index + 1 < len(self.skeleton.layers)
+        return stage.kind == "layer" and stage.index + 1 < len(self._skeleton.layers)
 
-    def _pass(
-        self, forward: CalibrationPass, stage: Stage, record: dict[str, Any], grams: LayerGrams | None
+    def _calibrate(
+        self, forward: CalibrationPass, stage: Stage, record: StageRecord, grams: LayerGrams | None
     ) -> dict[str, InputStats]:
         """The forward pass through the embedding or a layer; returns the statistics of each linear's input."""
         persist = forward.persists()
         if stage.kind == "embed":
             forward.embed(persist)
-            record["cache"], record["batch"] = persist, forward.streamed.max_samples
+            record.cache, record.batch = persist, forward.streamed.max_samples
             return {}
-        write = self._more(stage) and self.propagate == "dense"
+        write = self._more(stage) and self._setup.propagate == "dense"
         collector = forward.layer(stage, write, persist, grams)
-        record["cache"], record["batch"] = write and persist, forward.streamed.max_samples
+        record.cache, record.batch = write and persist, forward.streamed.max_samples
         found = collector.finish()
-        if fallen := pool(stage.experts, found, collector.groups, self.spec.expert_tokens):
-            record["pooled"] = fallen
+        if pooled := pool(stage.experts, found, collector.groups, self._spec.expert_tokens):
+            record.pooled = pooled
             if grams is not None:
-                grams.leave_out(fallen)
-        path = self.state.layer_stats(stage.index)
-        record["statistics"] = write_statistics(
+                grams.leave_out(pooled)
+        path = self._state.layer_stats(stage.index)
+        record.statistics = write_statistics(
             path, found.items(), collector.groups, {}, {}, {stage.prefix: collector.update}
         )  # fmt: skip
         return {name: found[leader] for name, leader in collector.groups.items()}
 
     def _fill(
-        self, path: Path, stage: Stage, stats: dict[str, InputStats], record: dict[str, Any],
+        self, path: Path, stage: Stage, stats: dict[str, InputStats], record: StageRecord,
         grams: LayerGrams | None = None,
     ) -> durable.AtomicFile | None:  # fmt: skip
         """The stage's shard, all but committed; None for a job that writes none."""
         file = None
-        if self.writer is not None:
-            file = self.writer.fill(path, stage, lambda name, width: self._stats(stats, name, width), grams)
+        if self._writer is not None:
+            file, record.linears = self._writer.fill(
+                path, stage, lambda name, width: self._stats(stats, name, width), grams
+            )
             self._uncommitted.append(file)
-            record["shard"] = {"name": path.name, "bytes": file.size, "xxh3_128": file.digest}
-            record["linears"] = self.writer.linears
-            if self.given and (fallen := [n for n in stage.linears if is_pooled(self.given.groups.get(n))]):
-                record["pooled"] = fallen
-            if grams is not None and self.forward is not None:  # whose memory may have run out once more
-                record["batch"] = self.forward.streamed.max_samples
-                record |= {"gram_passes": grams.passes} if grams.passes else {}
-        self.loader.release(stage.tensors)  # now, not when all is durable: the layer after the next is about to be sent
+            record.shard = {"name": path.name, "bytes": file.size, "xxh3_128": file.digest}
+            if self._given and (pooled := [n for n in stage.linears if is_pooled(self._given.groups.get(n))]):
+                record.pooled = pooled
+            if grams is not None and self._forward is not None:  # whose memory may have run out once more
+                record.batch, record.gram_passes = self._forward.streamed.max_samples, grams.passes or None
+        self._loader.release(stage.tensors)  # now: the layer after the next is about to be sent
         return file
 
-    def _commit(self, stage: Stage, record: dict[str, Any], file: durable.AtomicFile | None) -> None:
+    def _commit(self, stage: Stage, record: StageRecord, file: durable.AtomicFile | None) -> None:
         """Steps 3 (its fsync and rename), 4 and 5 of a stage."""
         if file is not None:
             self._durable(file)
         now = time.perf_counter()
-        record |= {"seconds": now - self._since, "peak": peak_resident_bytes()}
+        record.seconds, record.peak = now - self._since, peak_resident_bytes()
         self._since = now
         before = self._newest_cache()
-        journal.append(self.state.journal, record)
-        self.records.append(record)
-        if self.forward is not None and (record["cache"] or (stage.kind == "layer" and not self._more(stage))):
-            for old in range(max(before, 0), len(self.records) - 1):  # with those that a resumed run made to catch up
-                remove_cache(self.state.cache, old)
-        if record["cache"] and self.forward is not None:
-            self.forward.kept = now
-        stages = len(self.skeleton.stages) - (self.writer is None)
-        self.progress(Progress(stage.name, len(self.records), stages, record["seconds"]))
+        journal.append(self._state.journal, record.to_json())
+        self._records.append(record)
+        if self._forward is not None and (record.cache or (stage.kind == "layer" and not self._more(stage))):
+            for old in range(max(before, 0), len(self._records) - 1):  # also those made by a resumed run to catch up
+                remove_cache(self._state.cache, old)
+        if record.cache and self._forward is not None:
+            self._forward.made_durable()
+        stages = len(self._skeleton.stages) - (self._target is None)
+        self._progress(Progress(stage.name, len(self._records), stages, record.seconds))
 
     def _stats(self, gathered: dict[str, InputStats], name: str, in_features: int) -> InputStats:
-        if self.given is not None:
-            return self.given.load(name, in_features)
+        if self._given is not None:
+            return self._given.load(name, in_features)
         if name not in gathered:
             raise UsageError(f"{name} was not used on this text, so there are no statistics for it; --skip it")
         return gathered[name]
 
-    def _finish(self, since: float) -> dict[str, Any]:
-        calibration = calibration_of(self.spec, self.resolved, self.given, self.propagate)
-        statistics = self.spec.save_stats if self.writer else self.spec.out
+    def _finish(self, startup: float, since: float) -> dict[str, Any]:
+        spec, state, checkpoint, target = self._spec, self._state, self._setup.checkpoint, self._target
+        calibration = calibration_of(spec, self._resolved, self._given, self._setup.propagate)
+        statistics = spec.save_stats if target else spec.out
         if statistics is not None:
-            save_statistics(
-                statistics, self.spec, self.state, self.checkpoint, self.skeleton, self.records, calibration
-            )
-        files = [] if self.writer is None else write_files(self.state, self.checkpoint, self.writer, self.records)
+            save_statistics(statistics, spec, state, checkpoint, self._skeleton, self._records, calibration)
+        files = [] if target is None else write_files(state, checkpoint, target, self._records)
         report = build_report(
-            self.spec, self.resolved, calibration, self.records, files,
-            source_of(self.checkpoint, self.content, self.writer is not None),
-            seconds=self.spent + sum(r["seconds"] for r in self.records) + time.perf_counter() - since,
-            startup=self.startup,
-            peak=max(peak_resident_bytes(), *(r["peak"] for r in self.records)),
+            spec, self._resolved, calibration, self._records, files,
+            source_of(checkpoint, self._job.content, target is not None),
+            seconds=self._job.spent + sum(r.seconds for r in self._records) + time.perf_counter() - since,
+            startup=startup, peak=max(peak_resident_bytes(), *(r.peak for r in self._records)),
         )  # fmt: skip
-        if self.writer is None:
-            self.state.discard()
+        if target is None:
+            state.discard()
             return report
-        journal.write_json(self.state.partial / "streamprune.json", "report", report)
-        self.state.publish()
+        journal.write_json(state.partial / "streamprune.json", "report", report)
+        state.publish()
         return report

@@ -11,18 +11,17 @@ The fixed fields go into `job.json` while the job is unfinished and into `stream
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from streamprune.disk.journal import differences, is_touched
 from streamprune.methods.recipes import Recipe
-
-_CHANGEABLE = {"fixed": False}
+from streamprune.settings import Calibration, Resources
 
 
 @dataclass(frozen=True)
-class Calibration:
+class DrawnText:
     """Which text the statistics come from: `samples` windows of `seqlen` tokens, drawn by `seed`."""
 
     path: Path | None
@@ -46,78 +45,61 @@ class JobSpec:
     model: Mapping[str, str]
     """The checkpoint's fingerprint (disk/checkpoint.py)."""
     recipe: Recipe | None
+    """Filled in (Recipe.filled); None for calibrate."""
     sparsity: float | None
     pattern: str | None
     only: str | None
     skip: str | None
     propagate: str
-    calibration: Calibration | None
+    calibration: DrawnText | None
     stats: str | None
     """xxh3_128 of the statistics file given with --stats."""
-    device: str
-    dtype: str
-    backend: str
-    source: Path = field(metadata=_CHANGEABLE)
-    out: Path = field(metadata=_CHANGEABLE)
-    stats_path: Path | None = field(default=None, metadata=_CHANGEABLE)
-    """Statistics that are there before the job begins: those of `stats`, or what `allocate` goes by."""
-    max_ram: int | None = field(default=None, metadata=_CHANGEABLE)
-    """Bytes of resident memory that may be used."""
-    max_vram: int | None = field(default=None, metadata=_CHANGEABLE)
-    """Bytes of the device's memory that may be used."""
-    save_stats: Path | None = field(default=None, metadata=_CHANGEABLE)
-    work: Path | None = field(default=None, metadata=_CHANGEABLE)
-    damping: str | None = None
-    """Of a refit: "auto", "absolute" or a number; None where nothing is refitted."""
-    allocate: str | None = None
-    """How the sparsity is shared out; None is evenly."""
-    fp8_scale: str | None = None
-    """How FP8 scales are chosen (recipes.check_fp8); None where nothing is quantised."""
-    fp8_rounding: str | None = None
-    tune_epochs: int | None = None
-    """How long layers are tuned; None where they are not."""
-    tune_lr: float | None = None
-    expert_stats: str = "weighted"
+    source: Path
+    out: Path
+    resources: Resources = field(default_factory=Resources)
+    expert_stats: str = Calibration.expert_stats
     """Whether the inputs of experts count times the weights of the routing ("weighted"), or as they are ("routed")."""
-    expert_tokens: int = 64
+    expert_tokens: int = Calibration.expert_tokens
     """An expert that sees fewer tokens goes by what all experts of its layer see."""
-    restart: bool = field(default=False, metadata=_CHANGEABLE)
-    allow_zeros: bool = field(default=False, metadata=_CHANGEABLE)
+    stats_path: Path | None = None
+    """Statistics that are there before the job begins: those of `stats`, or what `allocate` goes by."""
+    save_stats: Path | None = None
+    restart: bool = False
+    allow_zeros: bool = False
     """Whether linears may hold nothing but zeros (model/zeros.py)."""
-    content: Callable[[], str] | None = field(default=None, metadata=_CHANGEABLE, compare=False)
+    trust_remote_code: bool = False
+    content: Callable[[], str] | None = field(default=None, compare=False)
     """What tells whether the checkpoint is the same where only times differ (Checkpoint.content)."""
-    notes: list[str] = field(default_factory=list, metadata=_CHANGEABLE, compare=False)
+    notes: list[str] = field(default_factory=list, compare=False)
     """What is to be told of the job when it is done."""
-    trust_remote_code: bool = field(default=False, metadata=_CHANGEABLE)
+
+    @property
+    def work(self) -> Path | None:
+        """The folder that was asked for as that of the activation cache."""
+        return self.resources.work_folder
 
     def fixed(self) -> dict[str, Any]:
         """The fixed fields as flat JSON values, under the names of the command line."""
-        flat: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if not f.metadata.get("fixed", True) or (f.name.startswith("tune_") and value is None):
-                continue
-            if f.name == "model":
-                flat |= {f"model {k}": v for k, v in value.items()}
-            elif f.name == "recipe":
-                flat["score"] = value.score if value else None
-                flat["selector"] = value.selector if value and self.pattern is None else None
-                flat["refit"] = value.refit if value else None
-                flat["quantize"] = value.quantize if value else None
-                flat |= {"tune": value.tune} if value and value.tune else {}
-            elif f.name == "calibration":
-                flat |= dict.fromkeys(("calib", "samples", "seqlen", "seed", "bos"))
-                if value:
-                    flat |= {
-                        "calib": value.digest,
-                        "samples": value.samples,
-                        "seqlen": value.seqlen,
-                        "seed": value.seed,
-                        "bos": value.bos,
-                    }
-            else:
-                flat[f.name] = value
-        return flat
+        drawn, recipe = self.calibration, self.recipe
+        return {
+            "verb": self.verb,
+            **{f"model {k}": v for k, v in self.model.items()},
+            "score": recipe.score if recipe else None,
+            "selector": recipe.selector if recipe and self.pattern is None else None,
+            "refit": recipe.refit if recipe else None,
+            "quantize": recipe.quantize if recipe else None,
+            **({"tune": recipe.tune} if recipe and recipe.tune else {}),
+            "sparsity": self.sparsity, "pattern": self.pattern, "only": self.only, "skip": self.skip,
+            "propagate": self.propagate,
+            "calib": drawn.digest if drawn else None, "samples": drawn.samples if drawn else None,
+            "seqlen": drawn.seqlen if drawn else None, "seed": drawn.seed if drawn else None,
+            "bos": drawn.bos if drawn else None,
+            "stats": self.stats, "device": self.resources.device, "dtype": self.resources.dtype,
+            "backend": self.resources.backend,
+            **{key: getattr(recipe, key, None) for key in ("damping", "allocate", "fp8_scale", "fp8_rounding")},
+            **({"tune_epochs": recipe.tune_epochs, "tune_lr": recipe.tune_lr} if recipe and recipe.tune else {}),
+            "expert_stats": self.expert_stats, "expert_tokens": self.expert_tokens,
+        }  # fmt: skip
 
     def differences(self, recorded: Mapping[str, Any]) -> str:
         """Says in words which fixed fields differ from those of another job; empty when none does."""

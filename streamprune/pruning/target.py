@@ -1,38 +1,90 @@
-"""How much of each linear is pruned and how, and by what its weights are scored."""
+"""What is pruned of a model, how much of each linear goes, and by which scores.
+
+Known from headers alone: nothing here reads or writes a weight. `plan` and the jobs ask the same object.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from streamprune.disk.header import TensorRef
+from streamprune.disk.linears import compile_filter
+from streamprune.disk.shards import in_order
 from streamprune.kernels import Selection
+from streamprune.methods.allocation import least_share
 from streamprune.methods.recipes import Recipe
 from streamprune.methods.scores import SCORES
-from streamprune.methods.selection import Amount, select
+from streamprune.methods.selection import Amount, parse_pattern, select
 from streamprune.methods.stats import InputStats
-from streamprune.pruning.quantise import Quantisation
+from streamprune.model.naming import TORCH_DTYPES
+from streamprune.model.shapes import linear_shape
+from streamprune.model.skeleton import Skeleton, Stage, is_linear
+from streamprune.pruning.linears import check_widths, selected_linears
+from streamprune.pruning.quantise import Quantisation, check_codable, coded
+from streamprune.pruning.spec import JobSpec
 
 
 @dataclass(frozen=True)
 class Target:
-    """How much to prune, and how."""
+    """How much to prune of which linears, and how."""
 
+    skeleton: Skeleton
+    selected: frozenset[str]
+    """Module paths of the linears to prune."""
     recipe: Recipe
     amount: Amount
     backend: str | None = None
     """Which kernels: "numba", "torch", or by device."""
     damping: str = "auto"
-    """Of a refit, see refitting.Refit."""
+    """Of a refit, see refit.Refit."""
     quantisation: Quantisation | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
     """Linears that prune another share of their weights than `amount` says."""
+    least: Amount | None = None
+    """What a linear may come to prune at the least, while a sparsity has not been shared out yet."""
+
+    @classmethod
+    def of_job(cls, spec: JobSpec, skeleton: Skeleton, backend: str) -> Target | None:
+        """That of a prune job, None for calibrate. Raises UsageError for filters and patterns that do not fit."""
+        if spec.recipe is None:
+            return None
+        amount = Amount(spec.sparsity, parse_pattern(spec.pattern) if spec.pattern else None)
+        quantisation = None
+        if spec.recipe.quantize is not None:
+            compensates = spec.recipe.fp8_rounding == "compensate"
+            quantisation = Quantisation(spec.recipe.fp8_scale or "amax", compensates, backend)
+        only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
+        chosen = selected_linears(skeleton.stages, only, skip)
+        if quantisation is not None:
+            check_codable(chosen, skeleton)
+        check_widths(amount.pattern, chosen, skeleton)
+        kind = spec.recipe.allocate
+        least = Amount(least_share(kind, spec.sparsity)) if kind and spec.sparsity else None
+        return cls(
+            skeleton, frozenset(chosen), spec.recipe, amount, backend, str(spec.recipe.damping or "auto"), quantisation,
+            least=least,
+        )  # fmt: skip
+
+    def sharing(self, shares: Mapping[str, float]) -> Target:
+        """The same with another share of some linears, by module path."""
+        return replace(self, shares=shares, least=None)
+
+    @property
+    def refitted(self) -> frozenset[str]:
+        """Module paths of the linears that get new values, unless it turns out that too little is known of them."""
+        return self.selected if self.recipe.needs_gram else frozenset()
 
     def of(self, name: str) -> Amount:
         """How much of a linear is pruned."""
         return Amount(self.shares[name]) if name in self.shares else self.amount
+
+    def least_of(self, name: str) -> Amount:
+        """How much of a linear is pruned at the least, as far as that is known."""
+        return self.least or self.of(name)
 
     def select(self, name: str, weight: Tensor, feature: Tensor, power: int) -> Selection:
         """Prunes rows (n, in) of a linear; see selection.select."""
@@ -48,6 +100,39 @@ class Target:
         ).keep  # fmt: skip
         assert keep is not None
         return keep
+
+    def tensors_of(self, stage: Stage) -> list[TensorRef]:
+        """What is written of a stage; quantised tensors have no file offset yet."""
+        if self.quantisation is None:
+            return list(stage.tensors)
+        chosen = {ref.name for name, ref in stage.linears.items() if name in self.selected}
+        return [new for ref in stage.tensors for new in (coded(ref) if ref.name in chosen else (ref,))]
+
+    def linears_of(self, stage: Stage) -> dict[str, int]:
+        """The linears of a stage that are pruned, in the order in which they lie in its shard, with in_features."""
+        names = [name for name in stage.linears if name in self.selected]
+        if not names:
+            return {}
+        place = {ref.name: i for i, ref in enumerate(in_order(self.tensors_of(stage)))}
+        names.sort(key=lambda name: (place[stage.linears[name].name], stage.linears[name].begin))
+        return {name: linear_shape(self.skeleton, name, stage)[1] for name in names}
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(ref.nbytes for stage in self.skeleton.stages for ref in self.tensors_of(stage))
+
+    def not_quantised(self) -> list[str]:
+        """Linears by module path, and layers' other matrices (routers) as they are stored."""
+        modules = self.skeleton.model.named_modules()
+        names = [name for name, module in modules if is_linear(module) and name not in self.selected]
+        for stage in self.skeleton.stages:
+            refs = self.tensors_of(stage)
+            if stage.kind != "layer":
+                refs = [ref for ref in refs if ref.name in stage.unclaimed]
+            plain = (ref for ref in refs if ref.dtype in TORCH_DTYPES and len(ref.shape) == 2)
+            names += [n.removesuffix(".weight") for n in (ref.name for ref in plain) if n.endswith(".weight")]
+        return list(dict.fromkeys(names))
 
 
 class Features:

@@ -26,33 +26,34 @@ from streamprune.model.loader import WeightLoader
 from streamprune.model.pairs import Pairs
 from streamprune.model.skeleton import Stage
 from streamprune.pruning.forward import CalibrationPass
-from streamprune.pruning.shard import CHUNK_BYTES, StageWriter
-from streamprune.pruning.spec import JobSpec
+from streamprune.pruning.records import StageRecord
+from streamprune.pruning.shard import CHUNK_BYTES
+from streamprune.pruning.target import Target
 from streamprune.pruning.tuning import BlockTuner, New, Tuning, tuned_names
 
 
 class LayerTuning:
     """Tunes the layers of one job, `most` windows at a time; fewer once memory has run out."""
 
-    def __init__(self, writer: StageWriter, forward: CalibrationPass, tuning: Tuning, most: int) -> None:
-        self._writer, self._forward, self._tuning, self._most = writer, forward, tuning, most
+    def __init__(self, target: Target, forward: CalibrationPass, tuning: Tuning, most: int) -> None:
+        self._target, self._forward, self._tuning, self._most = target, forward, tuning, most
         self._whole = most
 
     @classmethod
     def of(
-        cls, windows: int, spec: JobSpec, writer: StageWriter | None, forward: CalibrationPass | None
+        cls, windows: int, target: Target | None, forward: CalibrationPass | None
     ) -> LayerTuning | None:  # fmt: skip
         """That of a job, None where it tunes nothing; `windows` are what memory allows at once."""
-        if spec.tune_epochs is None or spec.tune_lr is None or writer is None or forward is None:
+        if target is None or forward is None or (recipe := target.recipe).tune_epochs is None or recipe.tune_lr is None:
             return None
-        return cls(writer, forward, Tuning(spec.tune_epochs, spec.tune_lr), windows)
+        return cls(target, forward, Tuning(recipe.tune_epochs, recipe.tune_lr), windows)
 
-    def layer(self, stage: Stage, shard: Path, record: dict[str, Any]) -> AtomicFile | None:
+    def layer(self, stage: Stage, shard: Path, record: StageRecord) -> AtomicFile | None:
         """Tunes a layer whose `shard` is there: the shard anew, all but committed, and in `record`.
 
         None where the layer stays as it was. Nothing is recorded where nothing of it was pruned.
         """
-        names = tuned_names(self._writer.skeleton, stage, self._writer.selected)
+        names = tuned_names(self._target.skeleton, stage, self._target.selected)
         if not names:
             return None
         pairs = self._pairs(stage)
@@ -64,12 +65,12 @@ class LayerTuning:
                     yield name, loader.tensor(ref)
                     loader.release([ref])
 
-            made, record["tune"] = self._tune(stage, tensors, names, pairs)
+            made, record.tune = self._tune(stage, tensors, names, pairs)
             if not made:
                 return None
             new = {within[n].name: make for n, make in made.items()}
-            file = self._fill(shard, self._writer.tensors_of(stage), new, loader)
-        record["shard"] = {"name": shard.name, "bytes": file.size, "xxh3_128": file.digest}
+            file = self._fill(shard, self._target.tensors_of(stage), new, loader)
+        record.shard = {"name": shard.name, "bytes": file.size, "xxh3_128": file.digest}
         return file
 
     def _tune(

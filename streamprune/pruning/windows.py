@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import CorruptStateError
 from streamprune.model.budget import Layout
 from streamprune.model.skeleton import Skeleton
-from streamprune.pruning.spec import Calibration, JobSpec
+from streamprune.pruning.records import Resolved
+from streamprune.pruning.spec import DrawnText, JobSpec
 
 
-def calibration_for_pass(spec: JobSpec) -> Calibration | None:
+def calibration_for_pass(spec: JobSpec) -> DrawnText | None:
     """The text that a job passes through the model; None where statistics that are there already will do."""
     recipe = spec.recipe
     if spec.stats_path is None or recipe is None or recipe.aims or spec.propagate == "pruned" or spec.save_stats:
@@ -26,7 +27,7 @@ def calibration_for_pass(spec: JobSpec) -> Calibration | None:
 
 
 def windows_of(
-    spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton, kept: Path, resolved: Mapping[str, Any],
+    spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton, kept: Path, resolved: Resolved | None,
     lay_out: Callable[[tuple[int, int]], Layout],
 ) -> tuple[Tokens | None, dict[str, Any], Layout]:  # fmt: skip
     """Calibration windows, those in `kept` or drawn now, what is to be remembered of them, and the job's layout.
@@ -34,7 +35,7 @@ def windows_of(
     The job is laid out before a text is read. Raises as what it calls.
     """
     if resolved:
-        windows = kept_windows(spec, kept, resolved["tokens"])
+        windows = kept_windows(spec, kept, resolved.tokens)
         return windows, {}, lay_out((0, 1) if windows is None else windows.shape)
     opened = open_text(spec, checkpoint, skeleton)
     if opened is None:
@@ -66,7 +67,7 @@ def windows_from(spec: JobSpec, opened: Opened) -> tuple[Tokens, dict[str, Any]]
     return windows, met
 
 
-def kept_windows(spec: JobSpec, kept: Path, digest: str) -> Tokens | None:
+def kept_windows(spec: JobSpec, kept: Path, digest: str | None) -> Tokens | None:
     """Calibration windows (samples, tokens) as they were kept when the job began; None without calibration.
 
     Raises CorruptStateError when they are damaged, not those of `digest`.

@@ -1,0 +1,125 @@
+"""From what a user asks for to a JobSpec: whatever contradicts itself is refused before anything is written.
+
+`prune`, `calibrate` and `plan` describe their jobs here, so that they accept and refuse the same. Only headers and
+texts are read, so a finished job is recognised at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
+from streamprune.disk.claims import check_claims
+from streamprune.disk.hub import resolve_model
+from streamprune.disk.packed import is_packed
+from streamprune.disk.state import file_digest, statistics_of
+from streamprune.errors import UnsupportedError, UsageError
+from streamprune.methods.recipes import Recipe, check_propagate
+from streamprune.pruning.spec import DrawnText, JobSpec
+from streamprune.settings import Calibration, Resources
+
+HALF = 0.5
+"""What a plan takes to be pruned when it is not told."""
+
+
+def open_model(model: str | Path, follow_links: bool = False) -> Checkpoint:
+    """The checkpoint of a folder or a hub name. Raises CheckpointError or UnsupportedError if it cannot be pruned."""
+    checkpoint = open_checkpoint(resolve_model(str(model)), follow_links=follow_links)
+    refuse_quantised(checkpoint)
+    check_claims(checkpoint)
+    if is_packed(checkpoint):
+        raise UnsupportedError(f"{checkpoint.path}: the weights are packed; make them plain with `unpack`")
+    return checkpoint
+
+
+def describe_prune(
+    checkpoint: Checkpoint, out: Path, amount: float | str, recipe: str | Recipe, *,
+    calibration: Calibration, stats: str | Path | None, save_stats: str | Path | None, propagate: str | None,
+    only: str | None, skip: str | None, resources: Resources, restart: bool = False, allow_zeros: bool = False,
+    trust_remote_code: bool = False,
+) -> JobSpec:  # fmt: skip
+    """A prune job; arguments as for job.prune. Raises UsageError for what contradicts itself."""
+    recipe = (Recipe.named(recipe) if isinstance(recipe, str) else recipe).filled()
+    sparsity, pattern = _amount(amount)
+    _check_aims(recipe, stats, calibration.samples)
+    if recipe.allocate is not None and pattern is not None:
+        raise UsageError(
+            f"--allocate {recipe.allocate} shares out a --sparsity; --pattern {pattern} says what each linear keeps"
+        )
+    propagation = check_propagate(recipe, propagate)
+    if stats is not None:
+        if calibration.text is not None or save_stats is not None or propagation != "dense":
+            raise UsageError("--stats takes the place of calibration: leave out --calib, --save-stats and --propagate")
+        if any(getattr(calibration, name) != getattr(Calibration, name) for name in ("expert_stats", "expert_tokens")):
+            raise UsageError("--stats were gathered already: leave out --expert-stats and --expert-tokens")
+    needs_pass = stats is None and (
+        recipe.needs_statistics or recipe.aims or save_stats is not None or propagation == "pruned"
+        or recipe.allocate is not None
+    )  # fmt: skip
+    known = Path(stats) if stats is not None else statistics_of(out) if recipe.allocate is not None else None
+    drawn = _drawn(checkpoint, calibration)
+    return JobSpec(
+        verb="prune", model=checkpoint.fingerprint(), recipe=recipe, sparsity=sparsity, pattern=pattern,
+        only=only, skip=skip, propagate=propagation, calibration=drawn if needs_pass else None,
+        stats=_stats_digest(Path(stats)) if stats is not None else None, stats_path=known,
+        expert_stats=calibration.expert_stats, expert_tokens=calibration.expert_tokens, resources=resources,
+        source=checkpoint.path, out=out, save_stats=Path(save_stats) if save_stats is not None else None,
+        restart=restart, trust_remote_code=trust_remote_code, content=checkpoint.content, allow_zeros=allow_zeros,
+    )  # fmt: skip
+
+
+def describe_calibrate(
+    checkpoint: Checkpoint, out: Path, calibration: Calibration, resources: Resources, *,
+    restart: bool = False, allow_zeros: bool = False, trust_remote_code: bool = False,
+) -> JobSpec:  # fmt: skip
+    """A calibrate job; arguments as for job.calibrate. Raises UsageError for what contradicts itself."""
+    return JobSpec(
+        verb="calibrate", model=checkpoint.fingerprint(), recipe=None, sparsity=None, pattern=None,
+        only=None, skip=None, propagate="dense", calibration=_drawn(checkpoint, calibration), stats=None,
+        expert_stats=calibration.expert_stats, expert_tokens=calibration.expert_tokens, resources=resources,
+        source=checkpoint.path, out=out, restart=restart, trust_remote_code=trust_remote_code,
+        content=checkpoint.content, allow_zeros=allow_zeros,
+    )  # fmt: skip
+
+
+def _amount(amount: float | str) -> tuple[float | None, str | None]:
+    """(sparsity, pattern), one of which is None. Raises UsageError for an amount that means nothing."""
+    if isinstance(amount, str) and ":" in amount:
+        from streamprune.methods.selection import parse_pattern
+
+        parse_pattern(amount)
+        return None, amount
+    try:
+        sparsity = float(amount)
+    except (TypeError, ValueError):
+        raise UsageError(f"{amount!r} is neither a sparsity, such as 0.5, nor a pattern, such as 2:4") from None
+    if not 0 <= sparsity < 1:
+        raise UsageError(f"--sparsity {amount} is not in [0, 1); 0.5 prunes half of each row")
+    return sparsity, None
+
+
+def _check_aims(recipe: Recipe, stats: str | Path | None, samples: int) -> None:
+    """What needs more than statistics is not given statistics."""
+    if stats is not None and recipe.needs_gram:
+        raise UsageError(f"--stats has sums only, and {recipe.refit} needs more: leave it out, or choose --refit none")
+    if stats is not None and recipe.tune is not None:
+        raise UsageError("--stats has sums only, and --tune learns from states: leave one of them out")
+    if samples < 2 and recipe.tune is not None:
+        raise UsageError("--tune holds a window out to judge by: --samples must be at least 2")
+
+
+def _drawn(checkpoint: Checkpoint, calibration: Calibration) -> DrawnText:
+    from streamprune.calibration.texts import Text, check_seqlen, default_seqlen
+
+    c = calibration
+    text = Text(Path(c.text) if c.text is not None else None, c.text_field)
+    length = c.seqlen if c.seqlen is not None else default_seqlen(checkpoint.config)
+    check_seqlen(length, checkpoint.config)
+    return DrawnText(text.path, text.digest(), c.samples, length, c.seed, c.text_field, c.bos)
+
+
+def _stats_digest(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError as e:
+        raise UsageError(f"--stats {path}: cannot be read ({e.strerror}); make it with `calibrate`") from e

@@ -1,0 +1,133 @@
+"""What a job takes in memory and in scratch files, and how it lies there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from streamprune.calibration.gram_sums import MOST_HELD
+from streamprune.calibration.grams import gram_bytes, largest_at_once
+from streamprune.errors import ResourceError, UnsupportedError
+from streamprune.methods.tuning import state_bytes
+from streamprune.model.beside import RefitNeeds, TuneNeeds
+from streamprune.model.budget import Layout, estimate, layout_for, token_bytes, waiting_bytes
+from streamprune.model.device import cache_dtype
+from streamprune.model.differentiable import survey
+from streamprune.model.shapes import linear_shape
+from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.pruning.records import Resolved
+from streamprune.pruning.refit import Refit, needs_of
+from streamprune.pruning.setup import Setup
+from streamprune.pruning.tuning import tuned_names, windows_a_step
+
+
+def layout_of(setup: Setup, resolved: Resolved | None, shape: tuple[int, int]) -> Layout:
+    """How the job lies in memory: with batches as recorded when it began, or as memory allows. Raises ResourceError.
+
+    `shape` is (windows, tokens of each), without calibration (0, 1).
+    """
+    samples, length = shape
+    skeleton, dtype, device = setup.skeleton, setup.dtype, setup.device
+    seqlen = length * models_at_once(setup.propagate)
+    needs, tune = refit_needs(setup), tune_needs(setup, samples, length)
+    resources = setup.spec.resources
+    layout = layout_for(skeleton, seqlen, samples, dtype, device, resources.ram, resources.vram, refit=needs, tune=tune)
+    if not samples or resolved is None:
+        return layout
+    group, windows = resolved.group or 1, resolved.tune_windows or 0
+    layout = replace(layout, room=resolved.gram_room or 0, group=group, windows=windows)
+    if device.type != "cpu":
+        return layout
+    budget = estimate(skeleton, seqlen, dtype).refitting(needs, layout.room).tuning(tune, windows)
+    recorded = resolved.batch
+    if resources.ram is not None and budget.peak(recorded, group) > resources.ram:
+        raise ResourceError(
+            f"this job began with batches of {recorded} samples and needs --max-ram "
+            f"{-(-budget.peak(recorded, group) >> 20) + 1}MiB to go on; or throw its work away with --restart"
+        )
+    return replace(layout, batch=recorded)
+
+
+def models_at_once(propagate: str) -> int:
+    """How many models' hidden states go through a layer: with two, a window counts twice wherever memory is counted."""
+    return 2 if propagate == "asymmetric" else 1
+
+
+def refit_needs(setup: Setup) -> RefitNeeds | None:
+    """The memory that a job's refit takes; None where it has none."""
+    target = setup.target
+    if target is None or target.recipe.refit is None:
+        return None
+    refit = Refit(target.recipe.refit, target.damping)
+    stages = target.skeleton.layer_stages
+    beside = beside_grams(target.skeleton, target.selected) if setup.propagate == "asymmetric" else None
+    return needs_of(refit, [largest_at_once(target.linears_of(stage), stage.expert_of) for stage in stages], beside)
+
+
+def tune_needs(setup: Setup, samples: int, seqlen: int) -> TuneNeeds | None:
+    """The memory that tuning takes with `samples` windows of `seqlen` tokens; None for a job that does not tune.
+
+    Raises UnsupportedError for mixtures of experts, and for layers through which gradients do not go.
+    """
+    target = setup.target
+    if not samples or target is None or target.recipe.tune is None:
+        return None
+    skeleton, dtype = setup.skeleton, setup.dtype
+    if skeleton.experts:
+        raise UnsupportedError(
+            "--tune block is for models without experts: it would hold a layer's experts all at once; leave it out, "
+            "and choose a --refit, which takes one expert at a time"
+        )
+    kept = survey(
+        setup.checkpoint, skeleton, dtype, setup.device, lambda stage: tuned_names(skeleton, stage, target.selected)
+    )
+    largest = 0
+    for stage in skeleton.layer_stages:
+        names, layer = tuned_names(skeleton, stage, target.selected), skeleton.layers[stage.index]
+        sizes = {name: p.numel() for name, p in layer.named_parameters()}
+        fixed = dtype.itemsize * sum(n for name, n in sizes.items() if name not in names)
+        for name, masked in names.items():
+            pruned = target.least_of(f"{stage.prefix}.{name.removesuffix('.weight')}").share if masked else 0.0
+            stays = math.ceil(sizes[name] * (1 - pruned))
+            fixed += state_bytes(sizes[name], stays, dtype.itemsize, skeleton.dtype.itemsize)
+        largest = max(largest, fixed)
+    states = skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize
+    per_window = seqlen * (kept + token_bytes(skeleton, seqlen, dtype) + 2 * states)
+    return TuneNeeds(largest, per_window, windows_a_step(seqlen, samples), 2 * samples * seqlen * states)
+
+
+def largest_refitted(stages: Sequence[Stage], chosen: Collection[str]) -> int:
+    """Bytes of the weights that are refitted of one layer, of the one with most."""
+    return max((sum(ref.nbytes for name, ref in s.linears.items() if name in chosen) for s in stages), default=0)
+
+
+def beside_grams(skeleton: Skeleton, chosen: Collection[str]) -> int:
+    """Bytes that asymmetric calibration takes beside a Gram and its drift: new weights, and one linear's debt."""
+    shapes = [ref.shape for stage in skeleton.layer_stages for name, ref in stage.linears.items() if name in chosen]
+    debt = 4 * skeleton.hidden_size * (max(map(max, shapes), default=0) + MOST_HELD)
+    return largest_refitted(skeleton.layer_stages, chosen) + debt
+
+
+def scratch_bytes(setup: Setup, layout: Layout, tokens: int) -> int:
+    """Disk beside the caches, at the most.
+
+    For the one Gram at a time that is larger than the room for them, for what experts are given, and with asymmetric
+    calibration for what the dense model makes of a layer and for the layer's new weights, for tuning its inputs and
+    targets and the shard that is replaced. `tokens` are those of calibration.
+    """
+    skeleton, dtype = setup.skeleton, setup.dtype
+    refitted = setup.target.refitted if setup.target else frozenset[str]()
+    sizes = [0]
+    kept = 0
+    for stage in skeleton.layer_stages:
+        names = stage.linears.keys() & refitted
+        sizes += [gram_bytes([linear_shape(skeleton, name, stage)[1]]) for name in names]
+        kept = max(kept, sum(not names.isdisjoint(experts.linears) for experts in stage.experts))
+    found = max(size if size > layout.room else 0 for size in sizes) + kept * tokens * waiting_bytes(skeleton, dtype)
+    states = 0 if layout.resident else tokens * skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize
+    if setup.propagate == "asymmetric":
+        found += largest_refitted(skeleton.layer_stages, refitted) + states
+    if layout.windows:
+        found += 2 * states + max(stage.nbytes for stage in skeleton.layer_stages)
+    return found

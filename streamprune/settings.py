@@ -1,0 +1,139 @@
+"""The objects that describe a job: frozen, checked when they are made, the same from Python and from the shell.
+
+A field made by `option` is a flag of the command line, too, with the field's default and help; `arguments.py` asks for
+them. A recipe's fields are in methods/recipes.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from streamprune.errors import UsageError
+from streamprune.process.memory import parse_bytes
+
+MOST_TOKENS = 1 << 27
+"""Calibration tokens of a job; their ids alone take a GiB then."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How a field is written on the command line."""
+
+    name: str
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    kind: Callable[[str], Any] | None = None
+
+
+def option(
+    default: Any, text: str, *, flag: str | None = None, metavar: str | None = None,
+    choices: tuple[str, ...] | None = None, kind: Callable[[str], Any] | None = None,
+) -> Any:  # fmt: skip
+    """A dataclass field that is a flag, called --NAME unless `flag` says otherwise; `text` is its help."""
+    return field(default=default, metadata={"flag": Flag(flag or "", text, metavar, choices, kind)})
+
+
+def flags_of(settings: type) -> Iterator[tuple[str, Any, Flag]]:
+    """(field, default, flag) of each field of a class of settings that is a flag."""
+    for f in fields(settings):
+        if (flag := f.metadata.get("flag")) is not None:
+            name = flag.name or "--" + f.name.replace("_", "-")
+            yield f.name, f.default, Flag(name, flag.help, flag.metavar, flag.choices, flag.kind)
+
+
+def check_choice(settings: object, *names: str) -> None:
+    """Raises UsageError for a field of `settings` that is none of its flag's choices."""
+    known = {name: flag for name, _, flag in flags_of(type(settings))}
+    for name in names:
+        value, flag = getattr(settings, name), known[name]
+        if flag.choices is not None and value not in flag.choices:
+            raise UsageError(f"{flag.name} {value}: choose {', '.join(flag.choices)}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that statistics come from, and which windows of it. Raises UsageError for what cannot be."""
+
+    text: str | Path | None = option(
+        None, "calibration text: plain, JSON records or Parquet, packed or not, a folder or pattern of them, or .npy "
+        "of token ids (default: a built-in text)", flag="--calib", metavar="FILE",
+    )  # fmt: skip
+    text_field: str = option(
+        "text", "what is read of records: a string, or messages that go through the tokenizer's chat template "
+        "(default: %(default)s)", metavar="NAME",
+    )  # fmt: skip
+    bos: str = option(
+        "auto", "begin each window with the BOS token (default: if the tokenizer does by itself)",
+        choices=("auto", "always", "never"),
+    )  # fmt: skip
+    samples: int = option(128, "calibration windows (default: %(default)s)", metavar="N", kind=int)
+    seqlen: int | None = option(
+        None, "window length in tokens (default: min(2048, the model's limit))", metavar="N", kind=int
+    )
+    seed: int = option(0, "which windows (default: %(default)s)", metavar="N", kind=int)
+    expert_stats: str = option(
+        "weighted", "for mixtures of experts: weighted counts a token as the routing weights it for the expert, routed "
+        "counts all tokens that it is sent alike (default: %(default)s)", choices=("weighted", "routed"),
+    )  # fmt: skip
+    expert_tokens: int = option(
+        64, "an expert that sees fewer tokens falls back to statistics pooled over its layer's experts (default: "
+        "%(default)s)", metavar="N", kind=int,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_choice(self, "bos", "expert_stats")
+        if self.expert_tokens < 1:
+            raise UsageError("--expert-tokens must be at least 1")
+        if self.samples < 1 or self.seed < 0:
+            raise UsageError("--samples must be at least 1, --seed not negative")
+        if self.samples * (self.seqlen or 2048) > MOST_TOKENS:
+            raise UsageError(
+                f"--samples {self.samples} is more than memory should hold; {MOST_TOKENS} tokens are the limit"
+            )
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job may use of a machine. Sizes are bytes, or text such as "8GiB". Raises UsageError for wrong ones."""
+
+    device: str = option("auto", "cpu, cuda, cuda:1 … (default: the GPU if there is one)")
+    dtype: str = option(
+        "auto", "what to compute in (default: the stored dtype where it is fast, else float32)",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )  # fmt: skip
+    backend: str = option(
+        "auto", "kernels that prune: numba (CPU) or torch (any device); default by device",
+        choices=("auto", "numba", "torch"),
+    )  # fmt: skip
+    max_ram: int | str | None = option(None, "resident memory to stay within, such as 4GiB", metavar="SIZE")
+    max_vram: int | str | None = option(
+        None, "memory of the GPU to stay within (default: what is free there)", metavar="SIZE"
+    )
+    work: str | Path | None = option(None, "folder for the activation cache (a fast disk)", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        check_choice(self, "dtype", "backend")
+        _ = self.ram, self.vram  # which read them
+
+    @property
+    def ram(self) -> int | None:
+        """`max_ram` in bytes."""
+        return _bytes(self.max_ram)
+
+    @property
+    def vram(self) -> int | None:
+        """`max_vram` in bytes."""
+        return _bytes(self.max_vram)
+
+    @property
+    def work_folder(self) -> Path | None:
+        """`work` as a path."""
+        return Path(self.work) if self.work is not None else None
+
+
+def _bytes(size: int | str | None) -> int | None:
+    return parse_bytes(size) if isinstance(size, str) else size
