@@ -24,7 +24,7 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.model.blank_layer import LAYER_BYTES, BlankLayer, window_size
 from streamprune.model.skeleton import build_skeleton
 from streamprune.planning import speeds as measuring
-from streamprune.planning.cost import PER_BATCH, PER_COLUMN, RunShape, Speeds, Split, Work, stage_seconds
+from streamprune.planning.cost import PER_BATCH, PER_COLUMN, RunShape, Speeds, Split, StageWork, stage_seconds
 from streamprune.planning.refit_cost import RefitWork
 from streamprune.planning.refits import inputs_shared
 
@@ -36,13 +36,18 @@ GIGA = Speeds(
     scanning=1e10, hashing=4e9, reading=1e9, writing=1e9, link=1e10, loading=0.0,
 )  # fmt: skip
 """A machine of round numbers."""
-LAYER = Work("layer", 10**9, 9 * 10**8, 10**9, 10**8, 10**6, 10**5)
-WORKS = (Work("embed", 10**8, 0, 0, 0, 0, 0), LAYER, replace(LAYER, last=True), Work("head", 10**8, 0, 0, 0, 0, 0))
+LAYER = StageWork("layer", 10**9, 9 * 10**8, 10**9, 10**8, 10**6, 10**5)
+WORKS = (
+    StageWork("embed", 10**8, 0, 0, 0, 0, 0),
+    LAYER,
+    replace(LAYER, last=True),
+    StageWork("head", 10**8, 0, 0, 0, 0, 0),
+)
 COURSE = RunShape(tokens=10**5, batches=50, groups=50, forwards=1, state_bytes=8192, threads=2)
 
 
-def total(course: RunShape, speeds: Speeds = GIGA, works: tuple[Work, ...] = WORKS) -> float:
-    return sum(stage_seconds(works, course, speeds), Split()).total
+def total(run: RunShape, speeds: Speeds = GIGA, works: tuple[StageWork, ...] = WORKS) -> float:
+    return sum(stage_seconds(works, run, speeds), Split()).total
 
 
 def test_a_layer_is_its_parts() -> None:
@@ -68,12 +73,10 @@ def test_planned_time_is_made_of_given_speeds(models: Models) -> None:
 )
 @pytest.mark.parametrize("name", [f.name for f in fields(Speeds)])
 def test_slower_is_never_sooner(name: str, how: dict[str, Any]) -> None:
-    course = replace(COURSE, **how)
-    times = [total(course, replace(GIGA, **{name: getattr(GIGA, name) * f})) for f in (4, 2, 1, 0.5, 0.01, 1e-4)]
+    run = replace(COURSE, **how)
+    times = [total(run, replace(GIGA, **{name: getattr(GIGA, name) * f})) for f in (4, 2, 1, 0.5, 0.01, 1e-4)]
     assert all(a <= b + 1e-9 for a, b in itertools.pairwise(times)) or name == "loading"
-    needed = {"link": course.on_device, "float32": False, "hashing": True, "loading": False}.get(
-        name, bool(course.tokens)
-    )
+    needed = {"link": run.on_device, "float32": False, "hashing": True, "loading": False}.get(name, bool(run.tokens))
     needed |= name in ("selection", "reading", "writing", "scanning")
     assert (times[-1] > 1.5 * times[0]) == needed, "what is used matters, what is not does not"
 
@@ -82,10 +85,10 @@ def test_slower_is_never_sooner(name: str, how: dict[str, Any]) -> None:
 def test_a_refit_adds_its_own_time(how: dict[str, Any]) -> None:
     """To the layers that have one, and to no other part of theirs but the disk, which it hides."""
     work = replace(LAYER, refit=RefitWork(2, 4e12, 3e12, 1e10, 2e9, 10**5))
-    course = replace(COURSE, **how)
+    run = replace(COURSE, **how)
     for speeds, more in ((GIGA, 0.0), (replace(GIGA, float32=5e10), 40.0)):
-        plain = stage_seconds(WORKS, course, speeds)[1]
-        found = stage_seconds((WORKS[0], work, *WORKS[2:]), course, speeds)[1]
+        plain = stage_seconds(WORKS, run, speeds)[1]
+        found = stage_seconds((WORKS[0], work, *WORKS[2:]), run, speeds)[1]
         refit = 2 * plain.forward + 40 + more + 3 + 1 + 2 + 10**5 * PER_COLUMN
         assert plain.refit == 0 and found.refit == pytest.approx(refit)
         assert (found.forward, found.statistics) == (plain.forward, plain.statistics)
@@ -113,10 +116,10 @@ def test_reading_hides_behind_the_pass_before() -> None:
 
 def test_without_a_pass_the_slowest_counts() -> None:
     """Both ways through one disk, or pruning, with hashing on one core of two."""
-    course = replace(COURSE, tokens=0)
+    run = replace(COURSE, tokens=0)
 
     def layer(**speeds: float) -> float:
-        return stage_seconds(WORKS, course, replace(GIGA, **speeds))[1].total
+        return stage_seconds(WORKS, run, replace(GIGA, **speeds))[1].total
 
     assert layer(reading=1e8, writing=2e8) == pytest.approx(10 + 5, rel=0.01)
     assert layer(selection=1e8) == pytest.approx(9 + 0.1 + 0.25 / 2, rel=0.01)

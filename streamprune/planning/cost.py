@@ -57,11 +57,11 @@ class Speeds:
     attention: float
     """Operations of causal attention, half of the full product."""
     elementwise: float
-    """Bytes of `Work.traffic` in all else that a layer does: norms, rotary embedding, activation function, sums."""
+    """Bytes of `StageWork.traffic` in the rest of a layer: norms, rotary embedding, activation function, sums."""
     embedding: float
     """Bytes of `embedding_bytes` before the first layer."""
     statistics: float
-    """Bytes of `Work.inputs`."""
+    """Bytes of `StageWork.inputs`."""
     selection: float
     """Bytes of weights pruned."""
     scanning: float
@@ -79,7 +79,7 @@ class Speeds:
 
 
 @dataclass(frozen=True)
-class Work:
+class StageWork:
     """What one stage is: bytes as stored; operations and bytes of activations are those of one token."""
 
     kind: str
@@ -128,7 +128,7 @@ class RunShape:
         """Bytes of activations that each layer writes to disk; 0 where they stay on the device."""
         return 0 if self.resident else self.tokens * self.state_bytes
 
-    def passes(self, work: Work) -> int:
+    def passes(self, work: StageWork) -> int:
         """How often all tokens go through a stage."""
         return max(self.forwards - 1, 1) if work.last else self.forwards
 
@@ -155,17 +155,17 @@ class Split:
         )  # fmt: skip
 
 
-def work_of(skeleton: Skeleton, stage: Stage, chosen: Collection[str], seqlen: int, itemsize: int) -> Work:
+def work_of(skeleton: Skeleton, stage: Stage, chosen: Collection[str], seqlen: int, itemsize: int) -> StageWork:
     """The work of a stage with windows of `seqlen` tokens computed with `itemsize` bytes; `chosen` are pruned."""
     pruned = sum(ref.nbytes for name, ref in stage.linears.items() if name in chosen)
     if stage.kind != "layer":
-        return Work(stage.kind, stage.nbytes, pruned, 0, 0, 0, 0)
+        return StageWork(stage.kind, stage.nbytes, pruned, 0, 0, 0, 0)
     share, times = routed_share(skeleton), 1 + len(stage.experts)
     routed = {name for experts in stage.experts for name in experts.linears}
     shapes = [(name in routed, *linear_shape(skeleton, name, stage)) for name in stage.linears]
     computed = [(share if apart else times, rows, width) for apart, rows, width in shapes]
     states = 32 * times * skeleton.hidden_size
-    return Work(
+    return StageWork(
         kind=stage.kind, nbytes=stage.nbytes, pruned=pruned,
         products=int(2 * sum(part * rows * width for part, rows, width in computed)),
         attention=2 * seqlen * attention_width(skeleton) * times,
@@ -180,107 +180,107 @@ def embedding_bytes(states: int, layers: int) -> int:
     return states * (4 + 2 * layers)
 
 
-def stage_seconds(works: Sequence[Work], course: RunShape, speeds: Speeds) -> list[Split]:
+def stage_seconds(works: Sequence[StageWork], run: RunShape, speeds: Speeds) -> list[Split]:
     """Seconds of each stage: embed, layers, head, in this order. The first one bears what is loaded once."""
     found: list[Split] = []
     room = 0.0  # time in which the next stage's weights are read unnoticed
     for work in works:
-        if work.kind == "embed" and course.tokens:
-            split = _embed(works, course, speeds)
-        elif course.on_device and work.kind == "layer":
-            split = _layer_on_device(work, course, speeds)
-        elif not course.tokens:
-            split = _copied(work, course, speeds)
+        if work.kind == "embed" and run.tokens:
+            split = _embed(works, run, speeds)
+        elif run.on_device and work.kind == "layer":
+            split = _layer_on_device(work, run, speeds)
+        elif not run.tokens:
+            split = _copied(work, run, speeds)
         else:
-            split = _layer(work, course, speeds, room)
+            split = _layer(work, run, speeds, room)
         room = split.total - split.disk
-        found.append(split + Split(forward=speeds.loading) if course.tokens and not found else split)
-    if not course.tokens and found:
+        found.append(split + Split(forward=speeds.loading) if run.tokens and not found else split)
+    if not run.tokens and found:
         found[0] += Split(selection=speeds.loading)
         found[-1] += Split(disk=PER_FLUSH * FLUSHES["head"])
     return found
 
 
-def _forward(work: Work, course: RunShape, s: Speeds) -> Split:
+def _forward(work: StageWork, run: RunShape, s: Speeds) -> Split:
     """The passes through a layer, the statistics of the first, and what a refit adds."""
     a_token = work.products / s.products + work.attention / s.attention + work.traffic / s.elementwise
-    a_pass = course.tokens * a_token + course.batches * PER_BATCH
+    a_pass = run.tokens * a_token + run.batches * PER_BATCH
     r = work.refit
     refit = r.float32 / s.float32 + r.native / s.products + r.traffic / s.elementwise + r.selected / s.selection
     return Split(
-        forward=course.passes(work) * a_pass, statistics=course.tokens * work.inputs / s.statistics,
+        forward=run.passes(work) * a_pass, statistics=run.tokens * work.inputs / s.statistics,
         refit=refit + r.columns * PER_COLUMN + r.passes * a_pass,
     )  # fmt: skip
 
 
-def _layer(work: Work, course: RunShape, s: Speeds, room: float) -> Split:
+def _layer(work: StageWork, run: RunShape, s: Speeds, room: float) -> Split:
     """A layer, or the head, on the CPU; `room` is what hides reading it."""
     look = work.nbytes / s.scanning
     prune = look + work.pruned / s.selection
-    waited = max(0.0, (work.nbytes - work.again) / s.reading - room) + _flushes(work, course)
-    forward = _forward(work, course, s) if work.kind == "layer" else Split()
-    waited += max(0.0, course.groups * course.passes(work) * work.again / s.reading - forward.forward)
+    waited = max(0.0, (work.nbytes - work.again) / s.reading - room) + _flushes(work, run)
+    forward = _forward(work, run, s) if work.kind == "layer" else Split()
+    waited += max(0.0, run.groups * run.passes(work) * work.again / s.reading - forward.forward)
     waited += work.again / s.reading  # when it is pruned
     fill = prune + forward.refit
-    waited += _shard(work, course, s, fill, work.nbytes / s.writing) - fill
+    waited += _shard(work, run, s, fill, work.nbytes / s.writing) - fill
     if work.kind != "layer":
         return Split(selection=prune, disk=waited)
-    waited += 0.0 if work.last else _cache(course, s)
-    if course.passes(work) > 1:
+    waited += 0.0 if work.last else _cache(run, s)
+    if run.passes(work) > 1:
         waited += work.nbytes / s.reading  # what has just been written is read back for the second pass
     return forward + Split(selection=look + prune, disk=waited)
 
 
-def _embed(works: Sequence[Work], course: RunShape, s: Speeds) -> Split:
+def _embed(works: Sequence[StageWork], run: RunShape, s: Speeds) -> Split:
     """The weights outside of the layers are read and looked at, tokens become states, and the shard is written."""
     work, both = works[0], works[0].nbytes + works[-1].nbytes
     look, again = both / s.scanning, work.nbytes / s.scanning
-    waited = max(0.0, both / s.reading - look) + _cache(course, s) + _flushes(work, course)
-    waited += _shard(work, course, s, again, work.nbytes / s.reading + work.nbytes / s.writing) - again
-    states = course.tokens * course.state_bytes
+    waited = max(0.0, both / s.reading - look) + _cache(run, s) + _flushes(work, run)
+    waited += _shard(work, run, s, again, work.nbytes / s.reading + work.nbytes / s.writing) - again
+    states = run.tokens * run.state_bytes
     return Split(embedding_bytes(states, len(works) - 2) / s.embedding, 0.0, look + again, waited)
 
 
-def _copied(work: Work, course: RunShape, s: Speeds) -> Split:
+def _copied(work: StageWork, run: RunShape, s: Speeds) -> Split:
     """A stage without a pass: read, pruned and written, all at once; both ways share the disk. Its commit follows."""
     prune = work.nbytes / s.scanning + work.pruned / s.selection
-    filled = _shard(work, course, s, prune, work.nbytes / s.reading + work.nbytes / s.writing)
+    filled = _shard(work, run, s, prune, work.nbytes / s.reading + work.nbytes / s.writing)
     return Split(selection=prune, disk=max(filled, PER_FLUSH * FLUSHES_WITHOUT_PASS) - prune)
 
 
-def _layer_on_device(work: Work, course: RunShape, s: Speeds) -> Split:
+def _layer_on_device(work: StageWork, run: RunShape, s: Speeds) -> Split:
     """A layer on a device: what overlaps depends on how many fit there."""
     look = 3 * work.nbytes / s.elementwise
-    forward = _forward(work, course, s) if course.tokens else Split()
+    forward = _forward(work, run, s) if run.tokens else Split()
     prune = look + work.pruned / s.selection
-    computed = forward + Split(selection=prune + (look if course.tokens else 0.0))
+    computed = forward + Split(selection=prune + (look if run.tokens else 0.0))
     fill = prune + forward.refit
     arrives = max(work.nbytes / s.link, work.nbytes / s.reading)
     leaves = max(work.pruned / s.link, work.nbytes / s.hashing, work.nbytes / s.writing)
-    states = 0.0 if course.resident else 2 * course.passes(work) * course.tokens * course.state_bytes / s.link
-    waited = _flushes(work, course) + (0.0 if work.last else _cache(course, s))
-    if course.passes(work) > 1:
+    states = 0.0 if run.resident else 2 * run.passes(work) * run.tokens * run.state_bytes / s.link
+    waited = _flushes(work, run) + (0.0 if work.last else _cache(run, s))
+    if run.passes(work) > 1:
         waited += arrives + leaves
-    if course.layers > 2 or not course.tokens:
+    if run.layers > 2 or not run.tokens:
         disk = work.nbytes / s.reading + work.nbytes / s.writing
         whole = max(computed.total, arrives + states, leaves, disk)
-    elif course.layers == 2:
+    elif run.layers == 2:
         whole = max(computed.total - fill, arrives + states) + max(fill, leaves)
     else:
         whole = arrives + max(computed.total - fill, states) + max(fill, leaves)
     return computed + Split(disk=whole - computed.total + waited)
 
 
-def _shard(work: Work, course: RunShape, s: Speeds, prune: float, disk: float) -> float:
+def _shard(work: StageWork, run: RunShape, s: Speeds, prune: float, disk: float) -> float:
     """Seconds until a shard is filled, with `prune` seconds of kernels on all cores and `disk` of the disk."""
     follow = work.nbytes / s.hashing
-    return max(prune + follow / course.threads, follow, disk)
+    return max(prune + follow / run.threads, follow, disk)
 
 
-def _cache(course: RunShape, s: Speeds) -> float:
+def _cache(run: RunShape, s: Speeds) -> float:
     """Activations of one stage: hashed, copied and made durable, then read and checked beside the next pass."""
-    return course.cached / s.writing + 2 * course.cached / s.hashing / course.threads
+    return run.cached / s.writing + 2 * run.cached / s.hashing / run.threads
 
 
-def _flushes(work: Work, course: RunShape) -> float:
-    return PER_FLUSH * (FLUSHES[work.kind] if course.tokens else FLUSHES_WITHOUT_PASS)
+def _flushes(work: StageWork, run: RunShape) -> float:
+    return PER_FLUSH * (FLUSHES[work.kind] if run.tokens else FLUSHES_WITHOUT_PASS)

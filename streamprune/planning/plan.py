@@ -24,7 +24,7 @@ from streamprune.model.beside import least_beside
 from streamprune.model.budget import Layout, estimate, memory_of
 from streamprune.model.device import cache_dtype
 from streamprune.model.skeleton import Skeleton
-from streamprune.planning.cost import PAIRED_FORWARDS, RunShape, Speeds, Split, Work, stage_seconds, work_of
+from streamprune.planning.cost import PAIRED_FORWARDS, RunShape, Speeds, Split, StageWork, stage_seconds, work_of
 from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
 from streamprune.pruning.describe import HALF, describe_prune, open_model
@@ -147,7 +147,7 @@ class _Run:
     length: int
     layout: Layout
     shape: RunShape
-    works: tuple[Work, ...]
+    works: tuple[StageWork, ...]
     looks: int
     """How often a sparsity that is shared out has all weights selected for it."""
 
@@ -171,7 +171,7 @@ class _Run:
         works = tuple(work_of(skeleton, s, target.selected, length, setup.dtype.itemsize) for s in skeleton.stages)
         return cls(target, samples, length, layout, shape, works, LOOKS.get(recipe.allocate or "", 0))
 
-    def allocating(self, work: Work, s: Speeds) -> Split:
+    def allocating(self, work: StageWork, s: Speeds) -> Split:
         """What sharing a sparsity out takes of a stage: its linears are read and selected from."""
         if not self.looks or work.kind != "layer":
             return Split()
@@ -221,12 +221,12 @@ def shape_of(
 
 
 def _stages(
-    skeleton: Skeleton, chosen: Collection[str], works: Sequence[Work], course: RunShape, seconds: Sequence[Split]
+    skeleton: Skeleton, chosen: Collection[str], works: Sequence[StageWork], run: RunShape, seconds: Sequence[Split]
 ) -> tuple[StagePlan, ...]:
     return tuple(
         StagePlan(
             stage.name, stage.nbytes, sum(name in chosen for name in stage.linears),
-            course.passes(work) * course.tokens * (work.products + work.attention), split.total,
+            run.passes(work) * run.tokens * (work.products + work.attention), split.total,
         )
         for stage, work, split in zip(skeleton.stages, works, seconds, strict=True)
     )  # fmt: skip
@@ -239,10 +239,10 @@ def _layout_in_words(layout: Layout, samples: int) -> str:
     return f"{layers}, {'all activations stay there' if layout.resident else 'activations go to the disk and back'}"
 
 
-def _in_words(s: Speeds, course: RunShape, recipe: Recipe) -> str:
+def _in_words(s: Speeds, run: RunShape, recipe: Recipe) -> str:
     """What a reader can check: the speeds that matter most."""
     found = []
-    if course.tokens:
+    if run.tokens:
         found += [
             f"matrix products {s.products / 1e9:.0f} GFLOP/s",
             f"other work in a layer {s.elementwise / 1e9:.1f} GB/s",
@@ -250,7 +250,7 @@ def _in_words(s: Speeds, course: RunShape, recipe: Recipe) -> str:
     if recipe.refit is not None:
         found += [f"products of a refit in float32 {s.float32 / 1e9:.0f} GFLOP/s"]
     found += [f"selecting {s.selection / 1e6:.0f} MB/s"]
-    if course.on_device:
+    if run.on_device:
         found += [f"to the GPU {s.link / 1e9:.1f} GB/s"]
     found += [f"reading the checkpoint {s.reading / 1e6:.0f} MB/s"]
     if s.writing == s.reading:

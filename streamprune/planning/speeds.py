@@ -30,7 +30,7 @@ from streamprune.model.blank_layer import BlankLayer, Called, window_size
 from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.shapes import linear_shape
 from streamprune.model.skeleton import Skeleton, Stage
-from streamprune.planning.cost import RunShape, Speeds, Work, embedding_bytes
+from streamprune.planning.cost import RunShape, Speeds, StageWork, embedding_bytes
 
 READ_BYTES = 64 << 20
 _SECONDS = 0.08
@@ -85,8 +85,8 @@ class Clock:
 
 
 def measure(
-    checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, device: torch.device, work: Work, course: RunShape,
-    batch: int, seqlen: int, *, now: Callable[[], float] = time.perf_counter,
+    checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, device: torch.device, work: StageWork,
+    run: RunShape, batch: int, seqlen: int, *, now: Callable[[], float] = time.perf_counter,
 ) -> Speeds:  # fmt: skip
     """The speeds of this machine for `work`, a layer's, in batches of `batch` windows of `seqlen` tokens.
 
@@ -96,7 +96,7 @@ def measure(
     stage = max(skeleton.layer_stages, key=lambda s: s.nbytes)
     shapes = [linear_shape(skeleton, name, stage) for name in stage.linears]
     speeds = UNKNOWN
-    if course.tokens:
+    if run.tokens:
         speeds, widths = _besides(checkpoint, skeleton, dtype, clock, work, batch, seqlen)
         products = _products(shapes, batch * seqlen, skeleton.dtype, dtype, clock)
         speeds = replace(speeds, products=products, statistics=_statistics(widths, batch * seqlen, work, dtype, clock))
@@ -144,7 +144,13 @@ def product_size(rows: int, width: int, tokens: int, device: str) -> tuple[int, 
 
 
 def _besides(
-    checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, clock: Clock, work: Work, batch: int, seqlen: int
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    dtype: torch.dtype,
+    clock: Clock,
+    work: StageWork,
+    batch: int,
+    seqlen: int,
 ) -> tuple[Speeds, list[int]]:
     """Speeds of all but the products, and the widths of the inputs of which there are statistics."""
     windows, length = window_size(skeleton, batch, seqlen, dtype, clock.device.type)
@@ -159,7 +165,7 @@ def _besides(
     return speeds, widths
 
 
-def _layer(layer: BlankLayer, work: Work, clock: Clock) -> Speeds:
+def _layer(layer: BlankLayer, work: StageWork, clock: Clock) -> Speeds:
     """Speeds before the layers, and of a layer besides products and attention by F.scaled_dot_product_attention."""
     before = clock.typical(layer.embed, loads=True)
     with layer.ready() as run:
@@ -169,7 +175,7 @@ def _layer(layer: BlankLayer, work: Work, clock: Clock) -> Speeds:
     return replace(UNKNOWN, elementwise=layer.tokens * work.traffic / rest, embedding=embedded / before)
 
 
-def growing(whole: Speeds, half: Speeds, length: int, work: Work, seqlen: int) -> Speeds:
+def growing(whole: Speeds, half: Speeds, length: int, work: StageWork, seqlen: int) -> Speeds:
     """Speeds for `seqlen` tokens, from those for `length` and for half of it, of a layer that attends in its own way.
 
     A token's seconds are a + b · length; a is elementwise work, b · seqlen is attention.
@@ -181,7 +187,7 @@ def growing(whole: Speeds, half: Speeds, length: int, work: Work, seqlen: int) -
     return replace(whole, elementwise=work.traffic / flat, attention=work.attention / (slope * seqlen))
 
 
-def _attention(called: Called, work: Work, seqlen: int, dtype: torch.dtype, clock: Clock) -> float:
+def _attention(called: Called, work: StageWork, seqlen: int, dtype: torch.dtype, clock: Clock) -> float:
     """Operations a second of attention over one whole window, with few heads where that is enough."""
     groups = max(1, called.query[1] // called.key[1])
     a_group = groups * work.attention * seqlen / max(1, called.query[1])
@@ -199,8 +205,8 @@ def _attention(called: Called, work: Work, seqlen: int, dtype: torch.dtype, cloc
     return some * a_group / spent
 
 
-def _statistics(widths: list[int], tokens: int, work: Work, dtype: torch.dtype, clock: Clock) -> float:
-    """Bytes of `Work.inputs` a second, when there are statistics of inputs of these widths."""
+def _statistics(widths: list[int], tokens: int, work: StageWork, dtype: torch.dtype, clock: Clock) -> float:
+    """Bytes of `StageWork.inputs` a second, when there are statistics of inputs of these widths."""
     accumulate = (cpu if clock.device.type == "cpu" else torch_ops).accumulate
     seconds = 0.0
     for width in sorted(set(widths)):
