@@ -91,6 +91,9 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
     _out_options(p)
     _link_option(p)
     _job_options(p)
+    p.add_argument("--shard-size", default="5GB", metavar="SIZE",
+                   help="write shards of up to this size; one file, without an index, where all fits (default: "
+                        "%(default)s)")  # fmt: skip
     p.add_argument("--save-stats", metavar="FILE", help="also keep the statistics for later --stats")
     _zeros_option(p)
 

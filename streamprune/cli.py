@@ -162,7 +162,7 @@ def _prune(args: argparse.Namespace) -> int:
     with show_progress("prune", args.quiet) as progress:
         result = prune(
             args.model, args.out, **job, save_stats=args.save_stats, follow_links=args.follow_links,
-            allow_zeros=args.allow_zeros, restart=args.restart, progress=progress,
+            allow_zeros=args.allow_zeros, shard_size=args.shard_size, restart=args.restart, progress=progress,
         )  # fmt: skip
     if args.json:
         _print_json({

@@ -59,8 +59,8 @@ HOUSE: dict[str, list[str]] = {
     "pruning": [
         "linears quantise records refit spec tuning",
         "checks describe report target windows",
-        "finish forward setup shard",
-        "allocate memory paired tuned_shard",
+        "forward output setup shard",
+        "allocate finish memory paired tuned_shard",
         "prepare",
         "run",
         "job",

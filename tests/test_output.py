@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from calls import prune
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from streamprune.errors import CorruptStateError, UsageError
 from streamprune.inspection.inspect import inspect
+from streamprune.progress import Progress
 
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]
 Models = Callable[..., Path]
@@ -25,8 +28,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pruned(source: Path, out: Path, text: Path, **more: Any) -> dict[str, Any]:
-    how = {"calib": text, "samples": 3, "seqlen": 16, **({"pattern": "2:4"} if "sparsity" not in more else {})}
-    return dict(prune(source, out, **how, **more).report)
+    """In shards of a stage each, unless `more` says otherwise."""
+    how = {
+        "calib": text,
+        "samples": 3,
+        "seqlen": 16,
+        "shard_size": 1,
+        **({"pattern": "2:4"} if "sparsity" not in more else {}),
+    }
+    return dict(prune(source, out, **(how | more)).report)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -112,6 +122,85 @@ def test_a_sharded_source(models: Models, text: Path, tmp_path: Path) -> None:
     assert all(torch.equal(t, two[n]) for n, t in one.items())
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": sum(t.nbytes for t in two.values()), "total_parameters": 12345}
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon"])
+def test_one_file_without_an_index(models: Models, text: Path, tmp_path: Path, kind: str) -> None:
+    """Where all of it fits into a shard; the same tensors as in many."""
+    pruned(models(kind), tmp_path / "one", text, shard_size="5GB")
+    pruned(models(kind), tmp_path / "many", text)
+    assert [p.name for p in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
+    one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many")
+    assert one.keys() == many.keys() and all(torch.equal(t, many[n]) for n, t in one.items())
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "one", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert inspect(tmp_path / "one", expect="2:4", against=models(kind)).ok
+
+
+@pytest.mark.parametrize("method", ["swiftprune", "hwpq", "obs-admm", "swiftprune-tuned"])
+def test_shards_are_as_large_as_asked(models: Models, text: Path, tmp_path: Path, method: str) -> None:
+    """Nothing is left out, all is aligned, and the report tells each file's size and hash."""
+    sizes = [t.nbytes for t in tensors_of(models("llama")).values()]
+    limit = sum(sizes) * 3 // 5
+    report = pruned(models("llama"), tmp_path / "out", text, shard_size=limit, method=method)
+    shards = bytes_of(tmp_path / "out")
+    assert sorted(shards) == [f"model-0000{i}-of-0000{len(shards)}.safetensors" for i in range(1, len(shards) + 1)]
+    assert 2 <= len(shards) <= 3 and max(map(len, shards.values())) < limit + 4096
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == tensors_of(tmp_path / "out").keys()
+    said = {f["name"]: (f["bytes"], f["xxh3_128"]) for f in report["files"]}
+    for name, data in shards.items():
+        assert said[name] == (len(data), xxhash.xxh3_128_hexdigest(data))
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        for tensor, entry in header.items():
+            if tensor != "__metadata__":
+                itemsize = {"BF16": 2, "F32": 4, "F8_E4M3": 1}[entry["dtype"]]
+                assert entry["data_offsets"][0] % itemsize == 0 and index[tensor] == name
+
+
+@pytest.mark.parametrize("method", ["swiftprune", "obs-admm", "swiftprune-tuned"])
+def test_a_stopped_job_goes_on_within_its_shard(models: Models, text: Path, tmp_path: Path, method: str) -> None:
+    """The bytes of an uninterrupted run, whatever lay behind the last stage; another size asked for changes nothing."""
+    pruned(models("llama"), tmp_path / "whole", text, shard_size="5GB", method=method)
+    whole = bytes_of(tmp_path / "whole")
+
+    def stop(step: Progress) -> None:
+        if step.name == "layer 1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pruned(models("llama"), tmp_path / "out", text, shard_size="5GB", method=method, progress=stop)
+    with (tmp_path / "out.partial" / "model.safetensors").open("ab") as f:
+        f.write(b"torn" * 99)
+    steps: list[str] = []
+    how = {"shard_size": 1, "method": method, "progress": lambda step: steps.append(step.name)}
+    pruned(models("llama"), tmp_path / "out", text, **how)
+    assert steps == ["layer 2", "head"] and bytes_of(tmp_path / "out") == whole
+
+
+def test_what_was_written_is_checked_before_a_shard_is_continued(models: Models, text: Path, tmp_path: Path) -> None:
+    def stop(step: Progress) -> None:
+        if step.name == "layer 1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pruned(models("llama"), tmp_path / "out", text, shard_size="5GB", progress=stop)
+    shard = tmp_path / "out.partial" / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CorruptStateError, match=r"model\.safetensors is missing or damaged.*--restart"):
+        pruned(models("llama"), tmp_path / "out", text, shard_size="5GB")
+
+
+@pytest.mark.parametrize("size", ["much", "0", "-1GB"])
+def test_wrong_shard_sizes(models: Models, text: Path, tmp_path: Path, size: str) -> None:
+    with pytest.raises(UsageError, match=size):
+        pruned(models("llama"), tmp_path / "out", text, shard_size=size)
 
 
 def test_side_files(models: Models, text: Path, tmp_path: Path) -> None:

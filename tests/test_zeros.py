@@ -75,7 +75,7 @@ def test_prune_names_it(models: Models, text: Path, tmp_path: Path, how: str, ro
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
     done = prune(source, tmp_path / "out", method=how, calib=text, allow_zeros=True, **HOW)
     assert done.status == "done"
-    assert not load_file(tmp_path / "out" / "model-00003-of-00005.safetensors")[UP][rows].any()
+    assert not load_file(tmp_path / "out" / "model.safetensors")[UP][rows].any()
 
 
 def test_with_statistics_and_where_nothing_is_pruned(models: Models, text: Path, tmp_path: Path) -> None:

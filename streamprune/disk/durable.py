@@ -4,6 +4,7 @@ No other module creates, changes or removes a file, but for scratch.py, whose fi
 enforces it.
 What the functions guarantee, on a file system that keeps POSIX's promises:
 
+  FilePart        what is durable before it in the file stays as it is; after the commit the part survives
   replace_file    readers see the old file, the new file or none, never a part; after the return the new
                   one survives a power loss (temporary file, fsync, rename, fsync of the folder)
   append_line     a line is either whole or recognisably torn; after the return it survives
@@ -75,39 +76,33 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise ResourceError(f"writing {where} failed: {e.strerror}; run the same command again, it resumes") from e
 
 
-class AtomicFile:
-    """A file that is streamed under a temporary name and appears under its own when it is complete.
+class _Stream:
+    """Bytes on their way into an open file, from byte `begin` on.
 
-    Use as a context manager: leaving it normally commits, leaving it with an exception removes the
-    temporary file. `digest` (xxh3_128, hexadecimal) and `size` (bytes) describe what has been written.
-    `reread=True` leaves the data in the page cache, for files that are read again at once; others pass it by from
-    the first large piece on, where the file system can do that.
+    `size` bytes have been written; `digest` (xxh3_128, hexadecimal) is of these, and of what `hash` had seen before.
+    `reread=True` leaves the data in the page cache, for files that are read again at once; others pass it by from the
+    first large piece on, where the file system can do that.
     """
 
-    def __init__(self, path: Path, *, reread: bool = False) -> None:
-        self.path = path
-        self._reread = reread
-        self.temporary = path.with_name(f".{path.name}.tmp")
-        self.size = 0
-        self._hash = xxhash.xxh3_128()
+    def __init__(self, path: Path, fd: int, begin: int, before: xxhash.xxh3_128 | None, reread: bool) -> None:
+        self.path, self.begin, self.size = path, begin, 0
+        self.hash = before.copy() if before is not None else xxhash.xxh3_128()
+        self._fd, self._reread = fd, reread
         self._flushed = 0
         self._direct: DirectWriter | None = None
         self._past = not reread
-        with disk_errors(path):
-            self._fd = os.open(self.temporary, _WRITE | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._pending = True
 
     @property
     def digest(self) -> str:
-        return self._hash.hexdigest()
+        return self.hash.hexdigest()
 
     def write(self, data: Buffer) -> None:
         """Appends bytes; raises ResourceError when the disk is full."""
         view = memoryview(data).cast("B")
-        self._hash.update(view)
+        self.hash.update(view)
         with disk_errors(self.path):
             if self._direct is None and self._past and len(view) >= _LARGE_PIECE:
-                head = view[: -self.size % ALIGNMENT]
+                head = view[: -(self.begin + self.size) % ALIGNMENT]
                 self._append(head)
                 view = view[len(head) :]
                 writer = DirectWriter(self._fd, os.write)
@@ -125,29 +120,50 @@ class AtomicFile:
             written += os.write(self._fd, view[written : written + _FLUSH_BYTES])
         self.size += written
         if not self._reread and self.size - self._flushed >= _FLUSH_BYTES:
-            _start_writeback(self._fd, self._flushed, self.size - self._flushed)
+            _start_writeback(self._fd, self.begin + self._flushed, self.size - self._flushed)
             self._flushed = self.size
+
+    def _settle(self) -> None:
+        """Makes the bytes durable, forgets their cached pages, and closes the file."""
+        if self._direct is not None:
+            self._direct.finish()
+        os.fsync(self._fd)
+        if not self._reread:
+            _drop_cached(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+
+    def _close(self) -> None:
+        self._direct = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class AtomicFile(_Stream):
+    """A file that is streamed under a temporary name and appears under its own when it is complete.
+
+    Use as a context manager: leaving it normally commits, leaving it with an exception removes the temporary file.
+    """
+
+    def __init__(self, path: Path, *, reread: bool = False) -> None:
+        self.temporary = path.with_name(f".{path.name}.tmp")
+        with disk_errors(path):
+            fd = os.open(self.temporary, _WRITE | os.O_CREAT | os.O_TRUNC, 0o666)
+        super().__init__(path, fd, 0, None, reread)
+        self._pending = True
 
     def commit(self) -> None:
         """Makes the file durable under its own name and forgets its cached pages."""
         with disk_errors(self.path):
-            if self._direct is not None:
-                self._direct.finish()
-            os.fsync(self._fd)
-            if not self._reread:
-                _drop_cached(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+            self._settle()
             os.replace(self.temporary, self.path)
             self._pending = False
             sync_folder(self.path.parent)
 
     def abandon(self) -> None:
         """Removes the temporary file; harmless after a commit."""
-        self._direct = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._close()
         if self._pending:
             self._pending = False
             self.temporary.unlink(missing_ok=True)
@@ -163,6 +179,29 @@ class AtomicFile:
                 self.commit()
         finally:
             self.abandon()
+
+
+class FilePart(_Stream):
+    """A part of a file, from byte `begin` on, that others before it are durable in. What is written is overwritten by a
+    second attempt; somebody else records which parts count. `before` has seen all bytes up to `begin`."""
+
+    def __init__(self, path: Path, begin: int, before: xxhash.xxh3_128 | None) -> None:
+        with disk_errors(path):
+            fd = os.open(path, _WRITE | os.O_CREAT, 0o666)
+        super().__init__(path, fd, begin, before, False)
+        with disk_errors(path):
+            os.lseek(fd, begin, os.SEEK_SET)
+
+    def commit(self) -> None:
+        """Makes the part durable, and the file's name with its first part."""
+        with disk_errors(self.path):
+            self._settle()
+            if not self.begin:
+                sync_folder(self.path.parent)
+
+    def abandon(self) -> None:
+        """Closes the file; harmless after a commit."""
+        self._close()
 
 
 def _start_writeback(fd: int, offset: int, length: int) -> None:

@@ -9,17 +9,82 @@ come before their scales, which are known last.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from streamprune.disk.durable import AtomicFile, Buffer, replace_file
+from streamprune.disk.durable import AtomicFile, Buffer, FilePart, replace_file
 from streamprune.disk.header import DTYPE_BITS, TensorRef
 from streamprune.process.background import BackgroundWorker
 
+_ALIGNED = 8
+"""Bytes of the largest item."""
+
 PIECES_AHEAD = 2
 """Pieces that may wait to be written."""
+
+
+File = TypeVar("File", AtomicFile, FilePart)
+
+_METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a group of tensors lies in a shard: `tensors` in their order, from byte `begin` on.
+
+    The first part of a shard begins with its `header`. `begin` and `end` are bytes of the file `name`.
+    """
+
+    name: str
+    begin: int
+    header: bytes
+    tensors: tuple[TensorRef, ...]
+    """With their places in the shard."""
+    is_last: bool
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.header) + sum(ref.nbytes for ref in self.tensors)
+
+
+def arrange(groups: Sequence[Iterable[TensorRef]], shard_bytes: int | None) -> list[Part]:
+    """Puts groups of tensors into shards, one part a group, in their order.
+
+    A shard holds as many groups as fit into `shard_bytes` of tensors, and one at least; with None, one. A shard also
+    ends where the next group would not be aligned. Raises ValueError as `in_order`.
+    """
+    ordered = [in_order(group) for group in groups]
+    sizes = [sum(ref.nbytes for ref in group) for group in ordered]
+    shards: list[list[int]] = []
+    held = 0
+    for number, size in enumerate(sizes):
+        fits = shard_bytes is not None and held + size <= shard_bytes and held % _ALIGNED == 0
+        if not shards or not fits:
+            shards.append([])
+            held = 0
+        shards[-1].append(number)
+        held += size
+    whole = shard_bytes is not None and len(shards) == 1
+    parts: list[Part] = []
+    for n, members in enumerate(shards, 1):
+        name = "model.safetensors" if whole else shard_name(n, len(shards))
+        parts += _parts(name, [ordered[number] for number in members])
+    return parts
+
+
+def _parts(name: str, groups: Sequence[Sequence[TensorRef]]) -> Iterator[Part]:
+    header = header_of([ref for group in groups for ref in group], _METADATA)
+    at = 0
+    for i, group in enumerate(groups):
+        begin, own = at, b"" if i else header
+        at += len(own)
+        placed = []
+        for ref in group:
+            placed.append(replace(ref, shard=name, begin=at, end=at + ref.nbytes))
+            at += ref.nbytes
+        yield Part(name, begin, own, tuple(placed), i == len(groups) - 1)
 
 
 @dataclass(frozen=True)
@@ -67,18 +132,20 @@ def fill_shard(
     durable.AtomicFile raises.
     """
     ordered = in_order(tensors)
-    return fill_in_order(path, header_of(ordered, metadata or {"format": "pt"}), ordered, content, written)
+    return fill_in_order(AtomicFile(path), header_of(ordered, metadata or _METADATA), ordered, content, written)
 
 
 def fill_in_order(
-    path: Path,
+    file: File,
     header: bytes,
     ordered: Iterable[TensorRef],
     content: Callable[[TensorRef], Iterable[Buffer]],
     written: Callable[[TensorRef, int, int], None] | None = None,
-) -> AtomicFile:
-    """As fill_shard, for a header that is there already, with its 8 bytes of length, and tensors in its order."""
-    file = AtomicFile(path)
+) -> File:
+    """As fill_shard, for a file that is open, a header that is there already and tensors in its order.
+
+    The header has its 8 bytes of length; it is empty for a part that does not begin its file.
+    """
 
     def write(piece: tuple[TensorRef, int, Buffer]) -> None:
         tensor, begin, data = piece

@@ -96,7 +96,7 @@ class Packer:
             else:
                 yield from self._packed(ref, kind, part)
 
-        return fill_in_order(path, self.header(shard), parts, content, _release(self._maps, tensors))
+        return fill_in_order(AtomicFile(path), self.header(shard), parts, content, _release(self._maps, tensors))
 
     def _packed(self, ref: TensorRef, kind: str, part: TensorRef) -> Iterator[Buffer]:
         made_of, masks = self._masks
@@ -146,7 +146,9 @@ class Unpacker:
         Raises CheckpointError when the header is missing or malformed, or does not fit the tensors of the shard.
         """
         header, refs = self._kept(shard, size)
-        return fill_in_order(path, header, refs, self._content, _release(self.maps, self.checkpoint.tensors))
+        return fill_in_order(
+            AtomicFile(path), header, refs, self._content, _release(self.maps, self.checkpoint.tensors)
+        )
 
     def digest(self, shard: str, size: int) -> str:
         """The xxh3_128 of what `restore` would write. Raises CheckpointError, as restore."""
@@ -176,7 +178,9 @@ class Unpacker:
         metadata = json.loads(source_header(self.checkpoint, shard)[8:]).get("__metadata__", {})
         metadata.pop(HEADER_KEY, None)
         header = header_of(refs, metadata or {"format": "pt"})
-        return fill_in_order(path, header, refs, self._content, _release(self.maps, self.checkpoint.tensors))
+        return fill_in_order(
+            AtomicFile(path), header, refs, self._content, _release(self.maps, self.checkpoint.tensors)
+        )
 
     def dense(self, shard: str) -> list[TensorRef]:
         """The tensors that a shard unpacks to; each begins at 0. A packed one belongs where its values are."""

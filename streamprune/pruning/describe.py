@@ -15,8 +15,11 @@ from streamprune.disk.packed import is_packed
 from streamprune.disk.state import file_digest, statistics_of
 from streamprune.errors import UnsupportedError, UsageError
 from streamprune.methods.recipes import Recipe, check_propagate
+from streamprune.process.memory import parse_bytes
 from streamprune.pruning.spec import DrawnText, JobSpec
 from streamprune.settings import Calibration, Resources
+
+SHARD_SIZE = "5GB"
 
 HALF = 0.5
 """What a plan takes to be pruned when it is not told."""
@@ -35,7 +38,8 @@ def open_model(model: str | Path, follow_links: bool = False) -> Checkpoint:
 def describe_prune(
     checkpoint: Checkpoint, out: Path, amount: float | str, recipe: str | Recipe, *,
     calibration: Calibration, stats: str | Path | None, save_stats: str | Path | None, propagate: str | None,
-    only: str | None, skip: str | None, resources: Resources, restart: bool = False, allow_zeros: bool = False,
+    only: str | None, skip: str | None, resources: Resources,
+    shard_size: int | str = SHARD_SIZE, restart: bool = False, allow_zeros: bool = False,
     trust_remote_code: bool = False,
 ) -> JobSpec:  # fmt: skip
     """A prune job; arguments as for job.prune. Raises UsageError for what contradicts itself."""
@@ -64,6 +68,7 @@ def describe_prune(
         stats=_stats_digest(Path(stats)) if stats is not None else None, stats_path=known,
         expert_stats=calibration.expert_stats, expert_tokens=calibration.expert_tokens, resources=resources,
         source=checkpoint.path, out=out, save_stats=Path(save_stats) if save_stats is not None else None,
+        shard_bytes=parse_bytes(str(shard_size)),
         restart=restart, trust_remote_code=trust_remote_code, content=checkpoint.content, allow_zeros=allow_zeros,
     )  # fmt: skip
 

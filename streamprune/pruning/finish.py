@@ -14,6 +14,7 @@ from streamprune.disk.shards import write_index
 from streamprune.disk.state import JobState, file_digest
 from streamprune.errors import CorruptStateError
 from streamprune.model.skeleton import Skeleton
+from streamprune.pruning.output import Output
 from streamprune.pruning.records import Resolved, StageRecord
 from streamprune.pruning.spec import JobSpec
 from streamprune.pruning.target import Target
@@ -47,10 +48,10 @@ def save_statistics(
 
 
 def write_files(
-    state: JobState, checkpoint: Checkpoint, target: Target, records: Sequence[StageRecord]
+    state: JobState, checkpoint: Checkpoint, target: Target, output: Output, records: Sequence[StageRecord]
 ) -> list[dict[str, Any]]:
     """Writes side files and index; returns name, bytes and hash of every file of the output."""
-    files = [dict(r.shard) for r in records if r.shard]
+    files = output.files(records)
     for name in checkpoint.side_files().carried:
         if name == "config.json" and target.quantisation is not None:
             text = configured(checkpoint.config, target.not_quantised())
@@ -58,8 +59,9 @@ def write_files(
         else:
             size, digest = durable.copy_file(checkpoint.path / name, state.partial / name)
         files.append({"name": name, "bytes": size, "xxh3_128": digest})
-    stages = zip(target.skeleton.stages, records, strict=True)
-    where = {ref.name: r.shard["name"] for stage, r in stages if r.shard for ref in target.tensors_of(stage)}
+    if not output.has_index:
+        return files
+    where = {ref.name: ref.shard for stage in target.skeleton.stages for ref in output.part(stage).tensors}
     index = state.partial / "model.safetensors.index.json"
     digest = write_index(index, checkpoint.index_metadata, target.output_bytes, where)
     files.append({"name": index.name, "bytes": index.stat().st_size, "xxh3_128": digest})

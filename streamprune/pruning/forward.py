@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from streamprune.calibration.grams import LayerGrams
 from streamprune.calibration.statistics import Accumulate, Collector
 from streamprune.calibration.windows import Tokens
 from streamprune.disk.cache import remove_cache
-from streamprune.disk.checkpoint import open_shard
+from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.float_quantized import SCALE
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
@@ -87,7 +86,7 @@ class CalibrationPass:
         folder = self.activations.folder
         return LayerGrams(linears, room, hold, folder, rerun, products, stage.expert_of, self.placing)
 
-    def catch_up(self, newest: int, done: int, shards: Callable[[Stage], Path] | None) -> None:
+    def catch_up(self, newest: int, done: int, shards: Callable[[Stage], Checkpoint] | None) -> None:
         """Brings the activations to those before layer `done` - 1, from cache `newest`, or if that is -1 the tokens.
 
         With `shards`, what the layers before are propagated with; else their dense weights.
@@ -178,12 +177,12 @@ class CalibrationPass:
             for states in self.activations.read(stage.index):
                 yield states, run(states)
 
-    def again(self, stage: Stage, shard: Path, persist: bool) -> None:
+    def again(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
         """What a layer that is pruned already makes of the activations."""
         self.pruned_layer(stage, shard, persist)
         self.streamed.loader.release(stage.tensors)
 
-    def pruned_layer(self, stage: Stage, shard: Path, persist: bool) -> None:
+    def pruned_layer(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
         """The second pass of `--propagate pruned`, with the weights that have just been written to `shard`."""
         self._routed = None
         with self.written(shard, stage) as (loader, sources):
@@ -200,9 +199,8 @@ class CalibrationPass:
             retry_smaller(self.streamed, again)
 
     @contextmanager
-    def written(self, shard: Path, stage: Stage) -> Iterator[tuple[WeightLoader, dict[str, TensorRef]]]:
-        """The weights of a layer's shard: what brings them, and which parameter is which of its tensors."""
-        written = open_shard(shard)
+    def written(self, written: Checkpoint, stage: Stage) -> Iterator[tuple[WeightLoader, dict[str, TensorRef]]]:
+        """The weights of a layer that has been written: what brings them, and which parameter is which tensor."""
         sources: dict[str, TensorRef] = {}
         before = {ref.name: ref for ref in stage.tensors}
         for name, ref in self.streamed.skeleton.sources.items():

@@ -31,7 +31,7 @@ from streamprune.process import interrupts
 from streamprune.process.memory import peak_resident_bytes
 from streamprune.progress import ProgressCallback, no_progress
 from streamprune.pruning.checks import check_places
-from streamprune.pruning.describe import describe_calibrate, describe_prune, open_model
+from streamprune.pruning.describe import SHARD_SIZE, describe_calibrate, describe_prune, open_model
 from streamprune.pruning.report import notes_of
 from streamprune.pruning.spec import JobSpec
 from streamprune.settings import Calibration, Resources
@@ -64,8 +64,8 @@ def prune(
     model: str | Path, out: str | Path, amount: float | str, recipe: str | Recipe = "swiftprune", *,
     calibration: Calibration = _CALIBRATION, stats: str | Path | None = None, save_stats: str | Path | None = None,
     propagate: str | None = None, only: str | None = None, skip: str | None = None, resources: Resources = _RESOURCES,
-    follow_links: bool = False, allow_zeros: bool = False, restart: bool = False, trust_remote_code: bool = False,
-    progress: ProgressCallback = no_progress,
+    shard_size: int | str = SHARD_SIZE, follow_links: bool = False, allow_zeros: bool = False, restart: bool = False,
+    trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
 ) -> JobResult:  # fmt: skip
     """Prunes the checkpoint `model` (a folder or a hub name) into the folder `out`.
 
@@ -75,14 +75,15 @@ def prune(
     model's, the "pruned" one's, or for a refit and tuning "asymmetric", both: new values then aim at what the dense
     model makes of its own inputs (methods/gram.py); None is the recipe's own choice. `only` and `skip` are regular
     expressions that choose linears by name. `follow_links` carries over side files that are links out of the
-    checkpoint; `allow_zeros` accepts linears that hold nothing but zeros (model/zeros.py).
+    checkpoint; `allow_zeros` accepts linears that hold nothing but zeros (model/zeros.py). Weights are written in
+    shards of up to `shard_size` (bytes, or text such as "5GB"), in one file without an index where all of them fit.
     Running the same job again resumes it, or finds it done. Raises the errors of streamprune.errors.
     """
     checkpoint = open_model(model, follow_links)
     spec = describe_prune(
         checkpoint, Path(out), amount, recipe, calibration=calibration, stats=stats, save_stats=save_stats,
-        propagate=propagate, only=only, skip=skip, resources=resources, restart=restart, allow_zeros=allow_zeros,
-        trust_remote_code=trust_remote_code,
+        propagate=propagate, only=only, skip=skip, resources=resources, shard_size=shard_size, restart=restart,
+        allow_zeros=allow_zeros, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     return _carry_out(spec, checkpoint, progress)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from streamprune.calibration.gram_sums import GramCollector
 from streamprune.calibration.grams import LayerGrams
 from streamprune.calibration.statistics import Collector
+from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError
 from streamprune.model.activations import Aside
 from streamprune.model.binding import in_their_place
@@ -166,7 +166,7 @@ class PairedPass(CalibrationPass):
             given = chunk.chunk(2)[1]
             yield given, self.dense.take(given)
 
-    def pruned_layer(self, stage: Stage, shard: Path, persist: bool) -> None:
+    def pruned_layer(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
         """Step 3."""
         self.placed = {}
 
@@ -184,7 +184,7 @@ class PairedPass(CalibrationPass):
         retry_smaller(self.streamed, attempt)
         del self.dense
 
-    def again(self, stage: Stage, shard: Path, persist: bool) -> None:
+    def again(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
         """Steps 1 and 3 of a layer that has been refitted already."""
 
         def attempt() -> None:

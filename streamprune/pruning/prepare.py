@@ -7,7 +7,7 @@ import functools
 import io
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from streamprune.calibration.windows import Tokens, tokens_digest
 from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.state import JobState, new_state
-from streamprune.errors import CorruptStateError, ResourceError
+from streamprune.errors import ResourceError
 from streamprune.model.budget import Layout
 from streamprune.process.memory import format_bytes
 from streamprune.pruning.memory import layout_of
@@ -87,6 +87,7 @@ def _resolve(setup: Setup, layout: Layout, windows: Tokens | None, met: Mapping[
         tokens=tokens_digest(windows) if windows is not None else None, **met,
         gram_room=layout.room if recipe and recipe.needs_gram else None,
         group=layout.group if setup.skeleton.experts else None, tune_windows=layout.windows or None,
+        shard_bytes=setup.spec.shard_bytes,
     )  # fmt: skip
 
 
@@ -116,18 +117,10 @@ def check_disk(state: JobState, output: int, cache: int) -> None:
             )
 
 
-def clear_rubbish(state: JobState, newest: int, records: Sequence[StageRecord]) -> None:
-    """Removes what a crash left behind: caches other than the `newest`, and temporary files.
-
-    Raises CorruptStateError where a shard of the journal's `records` is not as it was written.
-    """
+def clear_rubbish(state: JobState, newest: int) -> None:
+    """Removes what a crash left behind: caches other than the `newest`, and temporary files."""
     durable.make_folder(state.cache)
     keep = {f"{newest:04d}.bin", f"{newest:04d}.json"}
     for path in [*state.cache.iterdir(), *state.partial.glob(".*.tmp"), *state.folder.glob(".*.tmp")]:
         if path.parent != state.cache or path.name not in keep:
             durable.remove(path)
-    for record in records:
-        if record.shard:
-            path = state.partial / record.shard["name"]
-            if not path.is_file() or path.stat().st_size != record.shard["bytes"]:
-                raise CorruptStateError(f"{path} is missing or damaged; start again with --restart")

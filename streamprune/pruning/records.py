@@ -36,6 +36,8 @@ class Resolved:
     """Batches that experts compute for at once."""
     tune_windows: int | None = field(default=None, metadata=_OPTIONAL)
     """Windows that tuning computes at once."""
+    shard_bytes: int | None = field(default=None, metadata=_OPTIONAL)
+    """How large shards may get; None: each stage has one of its own."""
     allocation: Mapping[str, float] | None = field(default=None, metadata=_OPTIONAL)
     """The sparsity of each linear, where it was shared out."""
 
@@ -54,7 +56,7 @@ class StageRecord:
 
     stage: str
     shard: Mapping[str, Any] | None = None
-    """Its file: name, bytes, xxh3_128."""
+    """Its part of a shard: the file's name, first byte, bytes, and xxh3_128 up to the part's end (see output.py)."""
     statistics: str | None = None
     """xxh3_128 of the file with the layer's statistics."""
     linears: list[dict[str, Any]] = field(default_factory=list)

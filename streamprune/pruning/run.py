@@ -4,7 +4,7 @@ The order of writes of a stage, and the one commit point:
 
     1  cache i + 1            cache/i+1.bin, then .json                            durable
     2  layer i's statistics   OUT.partial/.streamprune/statistics-i.safetensors   durable
-    3  its shard              OUT.partial/model-….safetensors                      durable
+    3  its part of a shard    OUT.partial/model-….safetensors                      durable
        with --tune once more, when the layer has been tuned                        durable
     4  journal line                                                                durable: COMMIT
     5  cache i is removed
@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -33,7 +32,6 @@ from streamprune.calibration.statistics import write_statistics
 from streamprune.disk import durable, journal
 from streamprune.disk.cache import remove_cache
 from streamprune.disk.mapping import ShardMaps
-from streamprune.disk.shards import shard_name
 from streamprune.errors import UsageError
 from streamprune.kernels import cpu, torch_ops
 from streamprune.methods.stats import InputStats
@@ -53,6 +51,7 @@ from streamprune.pruning.allocate import allocate
 from streamprune.pruning.finish import calibration_of, save_statistics, write_files
 from streamprune.pruning.forward import CalibrationPass
 from streamprune.pruning.memory import scratch_bytes
+from streamprune.pruning.output import Output
 from streamprune.pruning.paired import PairedPass
 from streamprune.pruning.prepare import Prepared, begin, check_disk, clear_rubbish
 from streamprune.pruning.records import StageRecord
@@ -74,7 +73,7 @@ class Run:
         self._begun, self._resolved, self._target = prepared.begun, prepared.resolved, setup.target
         self._records = list(prepared.records)
         self._given = prepared.given if prepared.windows is None else None
-        self._uncommitted: list[durable.AtomicFile] = []
+        self._uncommitted: list[durable.FilePart] = []
         self._since = 0.0
         """When the stage at work began, by perf_counter."""
         self._stack = ExitStack()
@@ -120,16 +119,17 @@ class Run:
         self._check_disk()
         if not self._begun:
             self._begin()
+        self._output = self._open_output()
         self._writer = self._shard_writer()
         self._tuner = LayerTuning.of(self._layout.windows, self._target, self._forward)
-        clear_rubbish(self._state, self._newest_cache(), self._records)
+        clear_rubbish(self._state, self._newest_cache())
         stages = self._skeleton.stages
         if self._target is None:
             stages = stages[:-1]  # statistics alone need no head
         done = len(self._records)
         self._since = begun - self._job.reading  # the first stage's seconds are with those that its tokens took
         if self._forward is not None and 0 < done <= len(self._skeleton.layer_stages):
-            shards = None if self._setup.propagate == "dense" else self._shard
+            shards = None if self._output is None or self._setup.propagate == "dense" else self._output.written
             with out_of_memory_named(self._setup.device):
                 self._forward.catch_up(self._newest_cache(), done, shards)
         try:
@@ -144,6 +144,13 @@ class Run:
             for file in self._uncommitted:
                 file.abandon()
         return self._finish(startup, time.perf_counter() if done < len(stages) else begun)
+
+    def _open_output(self) -> Output | None:
+        if self._target is None:
+            return None
+        output = Output(self._state.partial, self._target, self._resolved.shard_bytes)
+        output.resume(self._records)
+        return output
 
     def _shard_writer(self) -> ShardWriter | None:
         if self._target is None:
@@ -193,34 +200,31 @@ class Run:
             if forward.persists():
                 commits.drain()  # before the next cache grows, so that there are never more than two
             stats = self._calibrate(forward, stage, record, grams)
-        path = self._shard(stage)
         dense = self._setup.propagate == "dense"
         if self._layout.layers > 2 and dense:
             commits.drain()  # one shard is filled at a time
             if grams is None and self._tuner is None:
-                commits.put(lambda: self._commit(stage, record, self._fill(path, stage, stats, record)))
+                commits.put(lambda: self._commit(stage, record, self._fill(stage, stats, record)))
                 return
-        file = self._fill(path, stage, stats, record, grams)
+        file = self._fill(stage, stats, record, grams)
         del grams  # whose room tuning is given
-        if self._tuner is not None and file is not None and stage.kind == "layer":
+        output = self._output
+        if self._tuner is not None and output is not None and file is not None and stage.kind == "layer":
             self._durable(file)
-            file = self._tuner.layer(stage, path, record)
+            file = self._tuner.layer(stage, output, record)
             self._uncommitted += [] if file is None else [file]
-        if forward is not None and self._target is not None and not dense and self._more(stage):
+        if forward is not None and output is not None and not dense and self._more(stage):
             if file is not None:
                 self._durable(file)
             file = None
             record.cache = forward.persists()
-            forward.pruned_layer(stage, path, record.cache)
+            forward.pruned_layer(stage, output.written(stage), record.cache)
             record.batch = forward.streamed.max_samples
         commits.put(lambda: self._commit(stage, record, file))
 
-    def _durable(self, file: durable.AtomicFile) -> None:
+    def _durable(self, file: durable.FilePart) -> None:
         file.commit()
         self._uncommitted.remove(file)
-
-    def _shard(self, stage: Stage) -> Path:
-        return self._state.partial / shard_name(self._skeleton.stages.index(stage) + 1, len(self._skeleton.stages))
 
     def _expect(self, stages: Sequence[Stage]) -> None:
         """Begins to bring the weights of this stage and the next near; a device needs those of layers only."""
@@ -259,17 +263,17 @@ class Run:
         return {name: found[leader] for name, leader in collector.groups.items()}
 
     def _fill(
-        self, path: Path, stage: Stage, stats: dict[str, InputStats], record: StageRecord,
-        grams: LayerGrams | None = None,
-    ) -> durable.AtomicFile | None:  # fmt: skip
-        """The stage's shard, all but committed; None for a job that writes none."""
+        self, stage: Stage, stats: dict[str, InputStats], record: StageRecord, grams: LayerGrams | None = None
+    ) -> durable.FilePart | None:
+        """The stage's part of a shard, all but committed; None for a job that writes none."""
         file = None
-        if self._writer is not None:
-            file, record.linears = self._writer.fill(
-                path, stage, lambda name, width: self._stats(stats, name, width), grams
+        if self._writer is not None and self._output is not None:
+            file = self._output.begin(stage)
+            record.linears = self._writer.fill(
+                file, self._output.part(stage), stage, lambda name, width: self._stats(stats, name, width), grams
             )
             self._uncommitted.append(file)
-            record.shard = {"name": path.name, "bytes": file.size, "xxh3_128": file.digest}
+            record.shard = self._output.entry(stage, file)
             if self._given and (pooled := [n for n in stage.linears if is_pooled(self._given.groups.get(n))]):
                 record.pooled = pooled
             if grams is not None and self._forward is not None:  # whose memory may have run out once more
@@ -277,7 +281,7 @@ class Run:
         self._loader.release(stage.tensors)  # now: the layer after the next is about to be sent
         return file
 
-    def _commit(self, stage: Stage, record: StageRecord, file: durable.AtomicFile | None) -> None:
+    def _commit(self, stage: Stage, record: StageRecord, file: durable.FilePart | None) -> None:
         """Steps 3 (its fsync and rename), 4 and 5 of a stage."""
         if file is not None:
             self._durable(file)
@@ -308,7 +312,8 @@ class Run:
         statistics = spec.save_stats if target else spec.out
         if statistics is not None:
             save_statistics(statistics, spec, state, checkpoint, self._skeleton, self._records, calibration)
-        files = [] if target is None else write_files(state, checkpoint, target, self._records)
+        output = self._output
+        files = write_files(state, checkpoint, target, output, self._records) if target and output else []
         report = build_report(
             spec, self._resolved, calibration, self._records, files,
             source_of(checkpoint, self._job.content, target is not None),

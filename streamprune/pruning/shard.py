@@ -1,4 +1,4 @@
-"""One stage into one shard: selected linears are pruned row by row, everything else is copied as it is.
+"""One stage into its part of a shard: selected linears are pruned row by row, everything else is copied as it is.
 
 Rows are handled in chunks, so no more than a chunk of a tensor is ever held; what has been read is released.
 Every weight that passes is looked at: NaN and Inf are found here, with their place.
@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamprune.calibration.grams import LayerGrams
-from streamprune.disk.durable import AtomicFile, Buffer
+from streamprune.disk.durable import Buffer, FilePart
 from streamprune.disk.float_quantized import SCALE
 from streamprune.disk.header import TensorRef
 from streamprune.disk.scratch import ScratchMatrix
-from streamprune.disk.shards import fill_shard
+from streamprune.disk.shards import Part, fill_in_order
 from streamprune.kernels import Selection
 from streamprune.methods.fp8 import dequantise
 from streamprune.methods.refits import Sample
@@ -40,13 +40,6 @@ from streamprune.pruning.target import Features, Target
 CHUNK_BYTES = 16 << 20
 
 
-class FilledShard(NamedTuple):
-    """A shard, all but committed: the caller commits or abandons `file`. `linears` reports each pruned linear."""
-
-    file: AtomicFile
-    linears: list[dict[str, Any]]
-
-
 class ShardWriter:
     """Writes the shards of one job, one stage at a time. `allow_zeros`: linears may hold nothing but zeros."""
 
@@ -55,19 +48,21 @@ class ShardWriter:
         self._stream = CopyStream(loader.device)
 
     def fill(
-        self, path: Path, stage: Stage, stats: Callable[[str, int], InputStats], grams: LayerGrams | None = None
-    ) -> FilledShard:
-        """Fills the shard of a stage. `stats(linear, in_features)` are those of a linear's input.
+        self, file: FilePart, part: Part, stage: Stage, stats: Callable[[str, int], InputStats],
+        grams: LayerGrams | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Fills a stage's `part` of a shard, and reports each linear that was pruned; the caller commits `file`.
 
-        With a recipe that refits, `grams` are those of the layer.
+        `stats(linear, in_features)` are those of a linear's input. With a recipe that refits, `grams` are those of the
+        layer.
         """
         work = _StageShard(self, self._stream, stage, stats, grams)
         with self._stream.on():
             if grams is not None and grams.place is not None:
                 for name in grams.by_use:
                     work.refit_ahead(name, grams.folder, grams.place)
-            file = fill_shard(path, self.target.tensors_of(stage), work.content, written=work.release)
-        return FilledShard(file, work.linears)
+            fill_in_order(file, part.header, part.tensors, work.content, written=work.release)
+        return work.linears
 
 
 class _StageShard:
@@ -96,7 +91,7 @@ class _StageShard:
         """Tensors that were refitted ahead of their place in the shard."""
 
     def content(self, ref: TensorRef) -> Iterator[Buffer]:
-        """The bytes of one of the shard's tensors, in pieces."""
+        """The bytes of one of the part's tensors, in pieces; `ref` says where they go."""
         if ref.name in self._made:
             yield from _pieces(self._made[ref.name].tensor[0].numpy().data)
         elif ref.name in self._scales:
@@ -105,9 +100,9 @@ class _StageShard:
             for name, part in self._parts[ref.name]:
                 yield from self._pruned(part, name) if name in self._target.selected else self._checked(part)
         elif ref.name in self._known:
-            yield from self._checked(ref)
+            yield from self._checked(self._stored[ref.name])
         else:
-            yield from _pieces(self._loader.maps.raw(ref))
+            yield from _pieces(self._loader.maps.raw(self._stored[ref.name]))
 
     def release(self, ref: TensorRef, begin: int, end: int) -> None:
         """Lets go of the pages of a tensor whose bytes have been used."""

@@ -3,7 +3,7 @@
     fixed        verb, model, score, selector, refit, damping, quantize, fp8_scale, fp8_rounding, sparsity, allocate,
                  pattern, only, skip, propagate, calib, samples, seqlen, seed, bos, expert_stats, expert_tokens, stats,
                  device, dtype, backend; and where layers are tuned, tune, tune_epochs, tune_lr
-    changeable   max_ram, max_vram, save_stats, work (only before anything has been cached there)
+    changeable   max_ram, max_vram, save_stats, shard_size, work (both only before anything has been cached there)
 
 The fixed fields go into `job.json` while the job is unfinished and into `streamprune.json` for ever.
 """
@@ -64,6 +64,8 @@ class JobSpec:
     stats_path: Path | None = None
     """Statistics that are there before the job begins: those of `stats`, or what `allocate` goes by."""
     save_stats: Path | None = None
+    shard_bytes: int | None = None
+    """How large shards may get."""
     restart: bool = False
     allow_zeros: bool = False
     """Whether linears may hold nothing but zeros (model/zeros.py)."""

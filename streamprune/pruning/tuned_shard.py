@@ -10,22 +10,21 @@ Nothing within this is kept when a job is interrupted: the layer begins again, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamprune.disk.checkpoint import open_shard
-from streamprune.disk.durable import AtomicFile, Buffer
+from streamprune.disk.durable import Buffer, FilePart
 from streamprune.disk.header import TensorRef
-from streamprune.disk.shards import fill_shard
+from streamprune.disk.shards import Part, fill_in_order
 from streamprune.errors import ResourceError
 from streamprune.model.copies import is_out_of_memory
 from streamprune.model.loader import WeightLoader
 from streamprune.model.pairs import Pairs
 from streamprune.model.skeleton import Stage
 from streamprune.pruning.forward import CalibrationPass
+from streamprune.pruning.output import Output
 from streamprune.pruning.records import StageRecord
 from streamprune.pruning.shard import CHUNK_BYTES
 from streamprune.pruning.target import Target
@@ -48,8 +47,8 @@ class LayerTuning:
             return None
         return cls(target, forward, Tuning(recipe.tune_epochs, recipe.tune_lr), windows)
 
-    def layer(self, stage: Stage, shard: Path, record: StageRecord) -> AtomicFile | None:
-        """Tunes a layer whose `shard` is there: the shard anew, all but committed, and in `record`.
+    def layer(self, stage: Stage, output: Output, record: StageRecord) -> FilePart | None:
+        """Tunes a layer whose part of `output` is durable: the part anew, all but committed, and in `record`.
 
         None where the layer stays as it was. Nothing is recorded where nothing of it was pruned.
         """
@@ -57,7 +56,8 @@ class LayerTuning:
         if not names:
             return None
         pairs = self._pairs(stage)
-        with self._forward.written(shard, stage) as (loader, sources):
+        there = output.written(stage)
+        with self._forward.written(there, stage) as (loader, sources):
             within = {n.removeprefix(stage.prefix + "."): ref for n, ref in sources.items()}
 
             def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -69,8 +69,8 @@ class LayerTuning:
             if not made:
                 return None
             new = {within[n].name: make for n, make in made.items()}
-            file = self._fill(shard, self._target.tensors_of(stage), new, loader)
-        record.shard = {"name": shard.name, "bytes": file.size, "xxh3_128": file.digest}
+            file = self._fill(output.begin(stage), output.part(stage), new, loader)
+        record.shard = output.entry(stage, file)
         return file
 
     def _tune(
@@ -106,17 +106,17 @@ class LayerTuning:
             pairs.put(given, wanted)
         return pairs
 
-    def _fill(self, path: Path, refs: list[TensorRef], new: Mapping[str, New], loader: WeightLoader) -> AtomicFile:
-        there = open_shard(path).tensors
+    def _fill(self, file: FilePart, part: Part, new: Mapping[str, New], loader: WeightLoader) -> FilePart:
+        """In the place of what is read: each tensor has been copied before it is overwritten."""
 
         def content(ref: TensorRef) -> Iterator[Buffer]:
             if ref.name in new:
-                made = new[ref.name](loader.tensor(there[ref.name])).cpu()
+                made = new[ref.name](loader.tensor(ref)).cpu()
                 data: memoryview = made.reshape(-1).view(torch.uint8).numpy().data
             else:
-                data = loader.maps.raw(there[ref.name])
+                data = memoryview(bytes(loader.maps.raw(ref)))
             for begin in range(0, len(data), CHUNK_BYTES):
                 yield data[begin : begin + CHUNK_BYTES]
-            loader.release([there[ref.name]])
+            loader.release([ref])
 
-        return fill_shard(path, refs, content)
+        return fill_in_order(file, part.header, part.tensors, content)
