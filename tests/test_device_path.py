@@ -52,9 +52,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
 
     yield set_layout
     names = [t.name for t in threading.enumerate()]
-    assert not [n for n in names if n.startswith(("streamprune-behind", "streamprune-read"))], (
-        "a thread outlives its job"
-    )
+    assert not [n for n in names if n.startswith("streamprune-worker")], "a thread outlives its job"
 
 
 def weights_of(out: Path) -> dict[str, bytes]:

@@ -7,7 +7,6 @@ stream of their own: stage i + 1 travels while stage i computes, and a piece's p
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from torch import Tensor
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.model.copies import CopyStream, Event, Sent, is_out_of_memory, received
-from streamprune.process.background import BackgroundWorker
+from streamprune.process.background import BackgroundWorker, Latch
 
 _PIECE_BYTES = 32 << 20
 _PIECES_IN_FLIGHT = 2
@@ -28,10 +27,10 @@ _PIECES_IN_FLIGHT = 2
 
 @dataclass
 class _Parcel:
-    """One tensor that is expected: complete when `done` is set, with a result or an error."""
+    """A tensor being prefetched. Once `done` is open, it has a result or an error."""
 
     ref: TensorRef
-    done: threading.Event = field(default_factory=threading.Event)
+    done: Latch = field(default_factory=Latch)
     sent: Sent | None = None
     error: BaseException | None = None
 
@@ -116,7 +115,7 @@ class WeightLoader:
             item.sent = self._carry(item.ref)
         except BaseException as e:  # noqa: BLE001 - raised by `tensor`
             item.error = e
-        item.done.set()
+        item.done.open()
 
     def _read(self, refs: list[TensorRef]) -> None:
         try:
