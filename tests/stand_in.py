@@ -5,9 +5,9 @@ its like. Values are computed at once by the CPU's kernels, so whole jobs give w
 on a GPU is not left to chance: each stream, and each thread of the host, has a vector clock, and memory remembers who
 wrote and read it last. An access that no event, stream or synchronisation puts behind what it needs is a fault, in
 whatever order things happened to come this time. Threads tell each other what they have waited for by the package's
-queues and by its latches (process/background.py), and by nothing else. It is a fault, too, to give memory back while another stream may be
-at work on it. Copies to pinned memory do land late: until the host has waited, the target is full of ones (NaN). So is
-fresh memory.
+queues and latches (process/background.py), and by nothing else. It is a fault, too, to give memory back while another
+stream may be at work on it. Copies to pinned memory do land late: until the host has waited, the target is full of ones
+(NaN). So is fresh memory.
 
 It does not see races within one operation or in host memory; parts of one storage (two streams that write to different
 rows of it are a fault); the temporaries of kernels, of which its memory figures know nothing; what takes how long; and
