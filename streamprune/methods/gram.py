@@ -115,11 +115,6 @@ class Gram:
         """e G eᵀ of each of `rows` (n, in) float32: the squared change of the outputs. (n,) float64, not negative."""
         return (self.times(rows) * rows).sum(1, dtype=torch.float64).clamp_min_(0)
 
-    def held_energy(self, rows: Tensor) -> Tensor:
-        """As energy, of the inputs that were kept out. (n,) float64."""
-        change = rows @ self.held.to(rows.dtype).T
-        return change.square_().sum(1, dtype=torch.float64)
-
     def held_by_token(
         self, rows: Tensor, fitted: Tensor | None = None, name: str = "", which: Tensor | slice = slice(None)
     ) -> Tensor:
