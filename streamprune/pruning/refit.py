@@ -141,7 +141,7 @@ class LayerRefit:
             asks = {other: self._ask(other) for other in samples}
             self._chosen |= choose(self.refit.method, samples, gram, asks, self.refit.dampings)
         if len(gram.held):
-            gram.absorb()
+            gram.absorb_held_()
         choice = self._chosen[name]
         used = self._prepare(gram, choice.damping).damping if choice.damping else None
         return Outcome(choice, used)
