@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from streamprune.errors import ResourceError, UsageError
-from streamprune.model.beside import RefitNeeds, TuneNeeds, beside_pass
 from streamprune.model.device import cache_dtype
+from streamprune.model.extra_memory import RefitNeeds, TuneNeeds, extra_choices
 from streamprune.model.shapes import forgotten, routed_share
 from streamprune.model.skeleton import Skeleton
 from streamprune.process.memory import available_bytes, format_bytes, resident_bytes
@@ -247,7 +247,7 @@ def layout_for(
     hold_to(max_vram, device)
     if refit is None and tune is None:
         return lay_out(skeleton, seqlen, samples, dtype, device, max_vram, head=head)
-    choices = list(beside_pass(refit, tune))
+    choices = list(extra_choices(refit, tune))
     for room, windows, beside in choices:
         pairs = tune.pairs if tune else 0
         try:

@@ -20,7 +20,7 @@ from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping
 from streamprune.methods.refits import METHODS, Choice, Method, Prepared, RefitRequest, Sample, choose
 from streamprune.methods.selection import Amount
-from streamprune.model.beside import RefitNeeds
+from streamprune.model.extra_memory import RefitNeeds
 
 WORKING_BYTES = 192 << 20
 """Memory for the arrays of a refit besides the Gram, about; from it follows how many rows are refitted at once."""
