@@ -269,14 +269,14 @@ def test_an_error_on_the_way_is_raised_where_the_tensor_is_used(
     checkpoint = open_checkpoint(models())
     first, second, *_ = checkpoint.tensors.values()
     with ShardMaps(checkpoint) as maps, WeightLoader(maps, CPU, copies=True) as loader:
-        carry = WeightLoader._carry
+        carry = WeightLoader._copy
 
         def failing(self: WeightLoader, ref: Any) -> Any:
             if ref is first:
                 raise CheckpointError("gone")
             return carry(self, ref)
 
-        monkeypatch.setattr(WeightLoader, "_carry", failing)
+        monkeypatch.setattr(WeightLoader, "_copy", failing)
         loader.expect([first, second])
         with pytest.raises(CheckpointError, match="gone"):
             loader.tensor(first)
@@ -412,7 +412,7 @@ def test_no_more_layers_are_held_than_the_layout_says(
 
     def counting(self: WeightLoader, refs: Any) -> None:
         expect(self, refs)
-        held.append(len({ref.name.split(".")[2] for ref in self._parcels}))
+        held.append(len({ref.name.split(".")[2] for ref in self._prefetched}))
 
     def slow(fd: int) -> None:
         time.sleep(0.005)
@@ -432,7 +432,7 @@ def test_weights_that_found_no_room_are_sent_again(models: Models, monkeypatch: 
     def full(self: WeightLoader, ref: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(WeightLoader, "_carry", full)
+    monkeypatch.setattr(WeightLoader, "_copy", full)
     with ShardMaps(checkpoint) as maps, WeightLoader(maps, CPU, copies=True) as loader:
         loader.expect([ref])
         assert torch.equal(loader.tensor(ref), maps.tensor(ref))

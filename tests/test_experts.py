@@ -483,7 +483,7 @@ def test_few_experts_on_a_device(
 
     def spy(loader: WeightLoader, refs: Any) -> None:
         expect(loader, refs)
-        there = {re.match(r".*experts\.\d+", ref.name) for ref in loader._parcels}
+        there = {re.match(r".*experts\.\d+", ref.name) for ref in loader._prefetched}
         names = {found.group() for found in there if found}
         most.append(len(names))
 
