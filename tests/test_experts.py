@@ -267,8 +267,8 @@ def test_refits(
     make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fused: bool, how: Job
 ) -> None:
     """Each expert's linears get new values for what is routed to it; output errors are as reported."""
-    monkeypatch.setattr("streamprune.model.routed._GATHERED", 3)
-    monkeypatch.setattr("streamprune.model.routed._SCANNED", 7)
+    monkeypatch.setattr("streamprune.model.routed._GATHERED_ROWS", 3)
+    monkeypatch.setattr("streamprune.model.routed._SCANNED_TOKENS", 7)
     source = make(kind, fused=True) if fused else make(kind)
     whole, flat = in_memory(source), fused or kind == "gpt_oss"
     weighted, inputs = how.get("expert_stats") != "routed", dict[str, list[torch.Tensor]]()
