@@ -77,9 +77,9 @@ class _Recorder(nn.Module):
 class StreamedModel:
     """Runs a skeleton's stages on batches of token ids (batch, seqlen) or hidden states (batch, seqlen, hidden).
 
-    Computes in `dtype` on the device of `loader`. All calls must have the same seqlen. Batches of more than `max_samples`
-    are computed in parts. With `weighted`, `watch` sees experts' inputs multiplied by their routing weights. Experts
-    process up to `group` batches together.
+    Computes in `dtype` on the device of `loader`. All calls must have the same seqlen. Batches of more than
+    `max_samples` are computed in parts. With `weighted`, `watch` sees experts' inputs multiplied by their routing
+    weights. Experts process up to `group` batches together.
     """
 
     def __init__(
