@@ -72,7 +72,7 @@ class Activations:
         self._previous, self._current = self._current, (stage, chunks) if self.resident else (-1, [])
 
 
-class Aside:
+class StateBuffer:
     """Hidden states kept for a second pass through the same layer: all are put, then taken in the same order.
 
     They are in an unnamed temporary file in `folder` with room for `tokens` rows or, if `resident`, on the device.

@@ -25,7 +25,7 @@ from streamprune.disk.float_quantized import SCALE, Scheme
 from streamprune.disk.header import TensorRef
 from streamprune.methods.fp8 import dequantise
 from streamprune.model.loader import WeightLoader
-from streamprune.model.routed import InputHook, Routed, in_place
+from streamprune.model.routed import InputHook, Routed, immediate_forward
 from streamprune.model.skeleton import Skeleton
 
 _PANEL_BYTES = 32 << 20
@@ -92,7 +92,7 @@ def bound(
 
 
 @contextmanager
-def in_their_place(skeleton: Skeleton, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced_weights(skeleton: Skeleton, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Within it, bound linears compute with these weights instead: linear -> weight in its stored shape and dtype."""
     before: dict[str, nn.Parameter | None] = {}
     try:
@@ -108,7 +108,7 @@ def in_their_place(skeleton: Skeleton, weights: Mapping[str, Tensor]) -> Iterato
 
 
 @contextmanager
-def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Within it, the named parameters and buffers below `module` are replaced by these tensors, without a copy."""
     undo: list[Callable[[], None]] = []
     try:
@@ -206,7 +206,7 @@ def _bind_experts(
     """Makes a module of experts compute one expert at a time; returns a function that undoes it."""
     weights, experts = _ExpertWeights(skeleton, loader, refs), skeleton.experts[path]
     if routed is None:
-        module.__dict__["forward"] = in_place(module, experts, weights, watch, weighted)
+        module.__dict__["forward"] = immediate_forward(module, experts, weights, watch, weighted)
     else:
         module.__dict__["forward"] = routed.forward_of(module, experts, weights)
 

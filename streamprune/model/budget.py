@@ -23,7 +23,7 @@ import torch
 from streamprune.errors import ResourceError, UsageError
 from streamprune.model.device import cache_dtype
 from streamprune.model.extra_memory import RefitNeeds, TuneNeeds, extra_choices
-from streamprune.model.shapes import forgotten, routed_share
+from streamprune.model.shapes import routed_share, uncached_experts
 from streamprune.model.skeleton import Skeleton
 from streamprune.process.memory import available_bytes, format_bytes, resident_bytes
 
@@ -102,7 +102,7 @@ def estimate(
         largest,
         seqlen * token_bytes(skeleton, seqlen, dtype),
         waiting=seqlen * waiting_bytes(skeleton, dtype),
-        enough=None if any(map(forgotten, skeleton.layer_stages)) else _enough(skeleton, seqlen),
+        enough=None if any(map(uncached_experts, skeleton.layer_stages)) else _enough(skeleton, seqlen),
     )
 
 
@@ -186,7 +186,7 @@ class Layout:
     """Windows in a microbatch of tuning."""
 
 
-def lay_out(
+def device_layout(
     skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, device: torch.device, limit: int | None,
     *, head: bool = False, extra: int = 0, pairs: int = 0,
 ) -> Layout:  # fmt: skip
@@ -247,14 +247,16 @@ def layout_for(
         windows = _windows_within(budget, tune, max_ram)
         return Layout(batch, 1, False, 0, room, group_of(budget, batch, samples, max_ram), windows)
     choose_batch(budget, max(1, samples), seqlen, max_ram)
-    hold_to(max_vram, device)
+    limit_memory(max_vram, device)
     if refit is None and tune is None:
-        return lay_out(skeleton, seqlen, samples, dtype, device, max_vram, head=head)
+        return device_layout(skeleton, seqlen, samples, dtype, device, max_vram, head=head)
     choices = list(extra_choices(refit, tune))
     for room, windows, extra in choices:
         pairs = tune.pairs if tune else 0
         try:
-            found = lay_out(skeleton, seqlen, samples, dtype, device, max_vram, head=head, extra=extra, pairs=pairs)
+            found = device_layout(
+                skeleton, seqlen, samples, dtype, device, max_vram, head=head, extra=extra, pairs=pairs
+            )
         except ResourceError:
             if (room, windows, extra) == choices[-1]:
                 raise
@@ -315,7 +317,7 @@ def free_on(device: torch.device) -> int | None:
     return int(0.9 * (torch.cuda.mem_get_info(device)[0] + cached)) + CONTEXT
 
 
-def hold_to(limit: int | None, device: torch.device) -> None:
+def limit_memory(limit: int | None, device: torch.device) -> None:
     """Limits torch's allocator to `limit` bytes of a device, including its context; None removes the limit."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index  # torch needs a number here

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError
-from streamprune.model.binding import holding
+from streamprune.model.binding import replaced_tensors
 from streamprune.model.blank_layer import BlankLayer
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.streamed import Call, StreamedModel
@@ -42,7 +42,7 @@ def trainable(streamed: StreamedModel, stage: Stage, tensors: Mapping[str, Tenso
             known[samples] = _copied(streamed.calls_of(samples)[stage.index], torch.clone)
         return _forward(layer, known[samples], states)
 
-    with holding(layer, tensors):
+    with replaced_tensors(layer, tensors):
         yield run
 
 
@@ -88,7 +88,7 @@ def _kept_bytes(
     states = torch.empty(1, _LENGTH, skeleton.hidden_size, dtype=dtype, device="meta")
     reason = ""
     try:
-        with holding(layer, blank):
+        with replaced_tensors(layer, blank):
             _backward(_forward(layer, call, states))  # without hooks: they hide errors about in-place changes
             with torch.autograd.graph.saved_tensors_hooks(pack, _same):
                 _backward(_forward(layer, call, states))

@@ -166,7 +166,7 @@ def retry_smaller(streamed: StreamedModel, work: Callable[[], Result]) -> Result
         except (torch.OutOfMemoryError, RuntimeError) as e:
             if not is_out_of_memory(e):
                 raise
-        streamed.give_way()  # not in the except block, where the traceback still holds the attempt's tensors
+        streamed.halve_batch()  # not in the except block, where the traceback still holds the attempt's tensors
 
 
 @contextmanager

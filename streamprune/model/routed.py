@@ -145,7 +145,9 @@ def _show(watch: InputHook | None, names: Sequence[str], x: Tensor, share: Tenso
             watch(name, seen)
 
 
-def in_place(module: Any, experts: Experts, weights: Weights, watch: InputHook | None, weighted: bool) -> Forward:
+def immediate_forward(
+    module: Any, experts: Experts, weights: Weights, watch: InputHook | None, weighted: bool
+) -> Forward:
     """A replacement for an experts module's forward that computes each batch at once.
 
     `watch` sees the linears' inputs, multiplied by the routing weights if `weighted`.

@@ -31,7 +31,7 @@ def routed_share(skeleton: Skeleton) -> float:
     return min(1.0, chosen / experts) if chosen and experts else 1.0
 
 
-def forgotten(stage: Stage) -> int:
+def uncached_experts(stage: Stage) -> int:
     """Bytes of a layer's experts if the page cache cannot hold them all, so that each use reads them again; else 0."""
     experts = sum(stage.linears[name].nbytes for e in stage.experts for name in e.linears)
     free = available_bytes()

@@ -125,7 +125,7 @@ class StreamedModel:
         for _ in self.embed(list(firsts.values())):
             pass
 
-    def give_way(self) -> None:
+    def halve_batch(self) -> None:
         """Halves `max_samples` after memory ran out. Raises ResourceError when it is one already."""
         largest = self.max_samples or (1 if self._example is None else len(self._example))
         if largest == 1:
