@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from streamprune.errors import INTERRUPTED
 from streamprune.process import interrupts
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -27,7 +28,7 @@ def run() -> NoReturn:
     try:
         code = main(program=True)
     except KeyboardInterrupt:  # while another was dealt with
-        code = interrupts.EXIT_CODE
+        code = INTERRUPTED
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # all is done
     for stream in (sys.stdout, sys.stderr):

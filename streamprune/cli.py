@@ -17,7 +17,7 @@ from streamprune.disk.places import settle_hub_caches
 from streamprune.errors import INTERRUPTED, ResourceError, StreampruneError, UsageError
 from streamprune.methods.recipes import Recipe
 from streamprune.process import interrupts
-from streamprune.process.console import aside, speaks_unicode, stdout_kept_clean
+from streamprune.process.console import can_print, print_stderr, stdout_kept_clean
 from streamprune.settings import Calibration, Resources, flags_of
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _sum_up(text: str) -> None:
 
 def _tell_notes(args: argparse.Namespace, notes: Sequence[str]) -> None:
     for note in () if args.quiet else notes:
-        aside(f"streamprune: note: {' '.join(note.split())}")
+        print_stderr(f"streamprune: note: {' '.join(note.split())}")
 
 
 def _forget_output() -> None:
@@ -130,14 +130,14 @@ def _forget_output() -> None:
 
 def _fail(args: argparse.Namespace, error: BaseException, message: str, code: int) -> int:
     if args.debug:
-        aside("".join(traceback.format_exception(error)).rstrip())
-    aside(f"streamprune: error: {' '.join(message.split())}")
+        print_stderr("".join(traceback.format_exception(error)).rstrip())
+    print_stderr(f"streamprune: error: {' '.join(message.split())}")
     return code
 
 
 def _print_json(value: object) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    _say(text if speaks_unicode(text) else json.dumps(value, indent=2))
+    _say(text if can_print(text) else json.dumps(value, indent=2))
 
 
 def _job(args: argparse.Namespace) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def _inspect(args: argparse.Namespace) -> int:
     elif not args.quiet:
         _say(inspection_table(found))
     for failure in found.failures[:10]:
-        aside(f"streamprune: {failure}")
+        print_stderr(f"streamprune: {failure}")
     return 0 if found.ok is not False else 2
 
 

@@ -1,16 +1,15 @@
-"""Every error that a user can meet, each with its exit code.
+"""Every error shown to a user, with its exit code.
 
     StreampruneError            (never raised itself)
-    ├── UsageError          2   an argument or a text is wrong; nothing was touched
+    ├── UsageError          2   an argument or a text is wrong; nothing was changed
     ├── CheckpointError     3   MODEL is missing, malformed, truncated or holds NaN/Inf
-    ├── UnsupportedError    4   MODEL is sound, but of a kind that cannot be pruned here
+    ├── UnsupportedError    4   MODEL is valid, but of a kind that cannot be pruned
     ├── ResourceError       5   not enough RAM, VRAM or disk
-    ├── StateError          6   OUT belongs to another job or to nobody we know
+    ├── StateError          6   OUT belongs to another job, or was not made by streamprune
     ├── CorruptStateError   7   our own journal, cache, statistics or report is damaged
-    └── LockedError        75   another process works on the same OUT (EX_TEMPFAIL: try later)
+    └── LockedError        75   another process is working on the same OUT (EX_TEMPFAIL: try later)
 
-An interrupt (Ctrl-C, SIGTERM) ends with 130. A message is one line: what, where, why, and the flag or
-command that mends it.
+Ctrl-C and SIGTERM exit with 130. A message is one line: what, where, why, and the flag or command that mends it.
 """
 
 from __future__ import annotations
@@ -29,25 +28,25 @@ class UsageError(StreampruneError):
 
 
 class CheckpointError(StreampruneError):
-    """The source checkpoint cannot be read as what it claims to be."""
+    """The source checkpoint is missing or damaged."""
 
     exit_code = 3
 
 
 class UnsupportedError(StreampruneError):
-    """A sound checkpoint of a kind that streamprune does not handle."""
+    """A valid checkpoint of a kind that streamprune does not handle."""
 
     exit_code = 4
 
 
 class ResourceError(StreampruneError):
-    """Not enough RAM, VRAM or disk; the message names the smallest value that would do."""
+    """Not enough RAM, VRAM or disk; the message names the smallest sufficient value where it can be known."""
 
     exit_code = 5
 
 
 class StateError(StreampruneError):
-    """OUT, its unfinished state or its work folder belong to something else."""
+    """OUT, its unfinished state or its work folder belongs to another job."""
 
     exit_code = 6
 
@@ -65,3 +64,4 @@ class LockedError(StreampruneError):
 
 
 INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM."""

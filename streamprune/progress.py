@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, one plain line a stage elsewhere, nothing when quiet."""
+"""Progress on stderr: a bar on a terminal, otherwise one plain line per stage; nothing when quiet."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from streamprune.process.console import aside, stdout_kept_clean
+from streamprune.process.console import print_stderr, stdout_kept_clean
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One finished step: stage `done` of `total`, called `name`, after `seconds`. Jobs tell it from a second thread."""
+    """One finished stage, `name`: number `done` of `total`, took `seconds`. Jobs report it from a background thread."""
 
     name: str
     done: int
@@ -24,12 +24,12 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def no_progress(step: Progress) -> None:
-    """Tells nobody."""
+    """The callback that ignores progress."""
 
 
 @contextmanager
 def show_progress(title: str, quiet: bool) -> Iterator[ProgressCallback]:
-    """A callback that shows steps as they finish. Meanwhile, stdout is kept for the result."""
+    """Yields a callback that shows stages as they finish. Meanwhile, only the result can reach stdout."""
     with stdout_kept_clean(), _shown(title, quiet) as progress:
         yield progress
 
@@ -43,15 +43,15 @@ def _shown(title: str, quiet: bool) -> Iterator[ProgressCallback]:
 
         with tqdm(desc=title, unit="stage", dynamic_ncols=True, leave=False) as bar:
 
-            def move(step: Progress) -> None:
+            def advance(step: Progress) -> None:
                 bar.total = step.total
                 bar.set_postfix_str(step.name, refresh=False)
                 bar.update(step.done - bar.n)
 
-            yield move
+            yield advance
     else:
 
-        def line(step: Progress) -> None:
-            aside(f"{title}: {step.done}/{step.total} {step.name} {step.seconds:.1f} s")
+        def print_line(step: Progress) -> None:
+            print_stderr(f"{title}: {step.done}/{step.total} {step.name} {step.seconds:.1f} s")
 
-        yield line
+        yield print_line

@@ -62,8 +62,8 @@ def watch(frame, event, arg) -> None:
 
 
 sys.argv[1:] = ARGS
-from streamprune import interrupts  # noqa: E402
 from streamprune.__main__ import run  # noqa: E402
+from streamprune.process import interrupts  # noqa: E402
 
 interrupts.listen(interrupts.leave)  # as the first thing that `run` does
 state["at"] = time.perf_counter()

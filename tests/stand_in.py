@@ -5,9 +5,9 @@ its like. Values are computed at once by the CPU's kernels, so whole jobs give w
 on a GPU is not left to chance: each stream, and each thread of the host, has a vector clock, and memory remembers who
 wrote and read it last. An access that no event, stream or synchronisation puts behind what it needs is a fault, in
 whatever order things happened to come this time. Threads tell each other what they have waited for by the package's
-queues and by threading.Event, and by nothing else. It is a fault, too, to give memory back while another stream may be
-at work on it. Copies to pinned memory do land late: until the host has waited, the target is full of ones (NaN). So is
-fresh memory.
+queues and latches (process/background.py), and by nothing else. It is a fault, too, to give memory back while another
+stream may be at work on it. Copies to pinned memory do land late: until the host has waited, the target is full of ones
+(NaN). So is fresh memory.
 
 It does not see races within one operation or in host memory; parts of one storage (two streams that write to different
 rows of it are a fault); the temporaries of kernels, of which its memory figures know nothing; what takes how long; and
@@ -28,6 +28,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from streamprune.process.background import Latch
 
 aten = torch.ops.aten
 _CUDA, _META = 1, 14  # c10::DeviceType
@@ -508,20 +510,19 @@ class _Queue(queue.SimpleQueue):  # type: ignore[type-arg]
 
 def _telling(patch: pytest.MonkeyPatch) -> None:
     """Lets what threads wait for each other with carry their clocks along."""
-    is_set, wait = threading.Event.set, threading.Event.wait
+    opened, wait = Latch.open, Latch.wait
 
-    def tell(event: Any) -> None:
-        event.clock = dict(_CARDS[-1].host) if _CARDS else {}
-        is_set(event)
+    def tell(latch: Any) -> None:
+        latch.clock = dict(_CARDS[-1].host) if _CARDS else {}
+        opened(latch)
 
-    def hear(event: Any, timeout: float | None = None) -> bool:
-        found = wait(event, timeout)
+    def hear(latch: Any) -> None:
+        wait(latch)
         if _CARDS:
-            _CARDS[-1].host_waits(getattr(event, "clock", {}))
-        return found
+            _CARDS[-1].host_waits(getattr(latch, "clock", {}))
 
-    patch.setattr(threading.Event, "set", tell)
-    patch.setattr(threading.Event, "wait", hear)
+    patch.setattr(Latch, "open", tell)
+    patch.setattr(Latch, "wait", hear)
     patch.setattr("streamprune.process.background.queue", SimpleNamespace(SimpleQueue=_Queue))
 
 

@@ -65,7 +65,7 @@ def test_all_of_the_way_is_ridge_regression(monkeypatch: pytest.MonkeyPatch, owe
     x = dense + 0.3 * normal(tokens, width, seed=3)
     missing, weight = normal(tokens, rows, seed=4), normal(rows, width)
     gram = gathered(dense, x, missing if owes else None, HoldOut(16, 4))
-    gram.absorb()
+    gram.absorb_held_()
     a, d, w = x.double().numpy(), dense.double().numpy(), weight.double().numpy()
     wanted = d @ w.T + (missing.double().numpy() if owes else 0.0)
     ridge = gram_module.PULL_DAMPING.value * np.diag((a * a).sum(0))

@@ -1,13 +1,17 @@
-"""The thread that follows behind: order, errors from either side, and that nothing is left running."""
+"""The background worker: order, errors from either side, and that nothing is left running."""
 
 from __future__ import annotations
 
+import ast
+import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from streamprune.process.background import BackgroundWorker
+import streamprune
+from streamprune.process.background import BackgroundWorker, Latch
 
 
 def test_items_are_worked_on_in_order_and_all_before_leaving() -> None:
@@ -87,3 +91,59 @@ def test_an_error_of_the_producer_wins_and_drops_what_waits() -> None:
         raise KeyboardInterrupt
     assert len(seen) < 5
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_latch_lets_every_waiting_thread_pass(late: bool) -> None:
+    """Those that came before it was opened, and those that come later."""
+    latch, passed = Latch(), list[int]()
+
+    def wait(number: int) -> None:
+        latch.wait()
+        passed.append(number)
+
+    threads = [threading.Thread(target=wait, args=(i,)) for i in range(3)]
+    if late:
+        latch.open()
+    for thread in threads:
+        thread.start()
+    time.sleep(0 if late else 0.02)
+    assert late or not passed
+    latch.open()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert sorted(passed) == [0, 1, 2]
+
+
+def test_an_interrupted_wait_takes_nothing_from_the_others() -> None:
+    """Ctrl-C in the main thread while a second thread waits on the same latch."""
+    latch, passed = Latch(), list[bool]()
+    other = threading.Thread(target=lambda: (latch.wait(), passed.append(True)))
+    other.start()
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            latch.wait()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    latch.open()
+    other.join(timeout=30)
+    assert passed == [True]
+
+
+def test_the_program_waits_on_simple_queues_only() -> None:
+    """A signal handler that raises within the others' Python code can lose a wake-up: see process/background.py."""
+    harmless = {"threading.Thread", "threading.Lock", "queue.SimpleQueue"}
+    for path in sorted(Path(streamprune.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module not in ("threading", "queue"), f"{path.name} hides where {node.names} come from"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used = f"{node.value.id}.{node.attr}"
+                assert node.value.id not in ("threading", "queue") or used in harmless, f"{path.name} uses {used}"

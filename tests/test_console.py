@@ -1,4 +1,4 @@
-"""What becomes of output that nobody can be shown, and of characters that an encoding lacks."""
+"""Output to streams that are closed, full or gone, and characters that an encoding lacks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_json_stands_alone_when_stderr_is_closed(models: Models, text: Path, tmp
 
 
 @pytest.mark.parametrize("broken", ["none", "full", "closed"])
-def test_aside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str) -> None:
+def test_print_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str) -> None:
     class Full(io.StringIO):
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")
@@ -73,7 +73,7 @@ def test_aside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr(sys, "stderr", {"none": None, "full": Full(), "closed": closed}[broken])
-    console.aside("nobody hears it")
+    console.print_stderr("nobody hears it")
     assert main(["plan", "/no/such/model"]) == 3
     assert capsys.readouterr().out == ""
 

@@ -24,7 +24,7 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, ResourceError, UsageError
 from streamprune.model import budget, passes
 from streamprune.model.activations import Activations
-from streamprune.model.budget import Layout, lay_out, memory_of
+from streamprune.model.budget import Layout, device_layout, memory_of
 from streamprune.model.loader import WeightLoader
 from streamprune.model.skeleton import build_skeleton
 from streamprune.progress import Progress
@@ -52,9 +52,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
 
     yield set_layout
     names = [t.name for t in threading.enumerate()]
-    assert not [n for n in names if n.startswith(("streamprune-behind", "streamprune-read"))], (
-        "a thread outlives its job"
-    )
+    assert not [n for n in names if n.startswith("streamprune-worker")], "a thread outlives its job"
 
 
 def weights_of(out: Path) -> dict[str, bytes]:
@@ -271,14 +269,14 @@ def test_an_error_on_the_way_is_raised_where_the_tensor_is_used(
     checkpoint = open_checkpoint(models())
     first, second, *_ = checkpoint.tensors.values()
     with ShardMaps(checkpoint) as maps, WeightLoader(maps, CPU, copies=True) as loader:
-        carry = WeightLoader._carry
+        carry = WeightLoader._copy
 
         def failing(self: WeightLoader, ref: Any) -> Any:
             if ref is first:
                 raise CheckpointError("gone")
             return carry(self, ref)
 
-        monkeypatch.setattr(WeightLoader, "_carry", failing)
+        monkeypatch.setattr(WeightLoader, "_copy", failing)
         loader.expect([first, second])
         with pytest.raises(CheckpointError, match="gone"):
             loader.tensor(first)
@@ -336,7 +334,7 @@ def test_less_memory_gives_up_the_right_things_first(models: Models) -> None:
         return memory_of(model, seqlen, samples, dtype, layers, resident, batch)
 
     def found(limit: int) -> tuple[int, bool, int]:
-        layout = lay_out(model, seqlen, samples, dtype, device, limit)
+        layout = device_layout(model, seqlen, samples, dtype, device, limit)
         assert layout.nbytes <= limit
         return layout.layers, layout.resident, layout.batch
 
@@ -349,14 +347,14 @@ def test_less_memory_gives_up_the_right_things_first(models: Models) -> None:
     with pytest.raises(ResourceError) as caught:
         found(need(1, False, 1) - 1)
     named = int(str(caught.value).rsplit("--max-vram ", 1)[1].removesuffix("MiB")) << 20
-    assert found(named) == (1, False, lay_out(model, seqlen, samples, dtype, device, named).batch)
+    assert found(named) == (1, False, device_layout(model, seqlen, samples, dtype, device, named).batch)
 
 
 def test_memory_of_a_prune_without_a_pass(models: Models) -> None:
     model, dtype, device = skeleton(models), torch.bfloat16, torch.device("cuda")
-    assert lay_out(model, 1, 0, dtype, device, 1 << 40).layers == 3
+    assert device_layout(model, 1, 0, dtype, device, 1 << 40).layers == 3
     with pytest.raises(ResourceError, match="--max-vram"):
-        lay_out(model, 1, 0, dtype, device, 1 << 20)
+        device_layout(model, 1, 0, dtype, device, 1 << 20)
 
 
 def test_max_vram_needs_a_gpu(models: Models, text: Path, tmp_path: Path) -> None:
@@ -414,7 +412,7 @@ def test_no_more_layers_are_held_than_the_layout_says(
 
     def counting(self: WeightLoader, refs: Any) -> None:
         expect(self, refs)
-        held.append(len({ref.name.split(".")[2] for ref in self._parcels}))
+        held.append(len({ref.name.split(".")[2] for ref in self._prefetched}))
 
     def slow(fd: int) -> None:
         time.sleep(0.005)
@@ -434,7 +432,7 @@ def test_weights_that_found_no_room_are_sent_again(models: Models, monkeypatch: 
     def full(self: WeightLoader, ref: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(WeightLoader, "_carry", full)
+    monkeypatch.setattr(WeightLoader, "_copy", full)
     with ShardMaps(checkpoint) as maps, WeightLoader(maps, CPU, copies=True) as loader:
         loader.expect([ref])
         assert torch.equal(loader.tensor(ref), maps.tensor(ref))
@@ -468,9 +466,9 @@ def test_the_allocator_is_told_the_limit_by_number(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (6 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, index: told.append((share, index)))
-    budget.hold_to((4 << 30) + budget.CONTEXT, torch.device("cuda"))
-    budget.hold_to(None, torch.device("cuda", 2))
-    budget.hold_to(1 << 20, CPU)
+    budget.limit_memory((4 << 30) + budget.CONTEXT, torch.device("cuda"))
+    budget.limit_memory(None, torch.device("cuda", 2))
+    budget.limit_memory(1 << 20, CPU)
     assert told == [(0.5, 1), (1.0, 2)]
 
 

@@ -267,8 +267,8 @@ def test_refits(
     make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fused: bool, how: Job
 ) -> None:
     """Each expert's linears get new values for what is routed to it; output errors are as reported."""
-    monkeypatch.setattr("streamprune.model.routed._GATHERED", 3)
-    monkeypatch.setattr("streamprune.model.routed._SCANNED", 7)
+    monkeypatch.setattr("streamprune.model.routed._GATHERED_ROWS", 3)
+    monkeypatch.setattr("streamprune.model.routed._SCANNED_TOKENS", 7)
     source = make(kind, fused=True) if fused else make(kind)
     whole, flat = in_memory(source), fused or kind == "gpt_oss"
     weighted, inputs = how.get("expert_stats") != "routed", dict[str, list[torch.Tensor]]()
@@ -483,7 +483,7 @@ def test_few_experts_on_a_device(
 
     def spy(loader: WeightLoader, refs: Any) -> None:
         expect(loader, refs)
-        there = {re.match(r".*experts\.\d+", ref.name) for ref in loader._parcels}
+        there = {re.match(r".*experts\.\d+", ref.name) for ref in loader._prefetched}
         names = {found.group() for found in there if found}
         most.append(len(names))
 

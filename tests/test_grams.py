@@ -300,7 +300,7 @@ def test_hardly_any_text(tmp_path: Path, tokens: int, room: int) -> None:
     gathering = Gathering(make_layer(tokens=tokens), ALL, room, tmp_path)
     gram = gathering.check("down")
     assert gram.held.shape == (sum(flags(gathering.hold, tokens)), 40) and len(gram.held) <= tokens / 2
-    gram.absorb()
+    gram.absorb_held_()
     assert gram.tokens == tokens
 
 
@@ -351,7 +351,7 @@ def test_rows_as_they_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(METHODS, "cg", method)
     work = LayerRefit(Refit("cg", "1.0"), lambda linear: Amount(0.5), gathering.grams, lambda *args: masked != 0, None)
     outcome = Outcome(Choice(Damping(1.0), None, None), Damping(1.0))
-    gathering.grams.take("q").absorb()
+    gathering.grams.take("q").absorb_held_()
     found = work.rows("q", 0, weight, masked, outcome)
     assert found.dtype == dtype and torch.equal(found[1:5], masked[1:5])
     assert torch.equal(found[0], masked[0] if dtype == torch.float16 else fitted[0].to(dtype))

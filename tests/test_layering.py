@@ -44,7 +44,7 @@ HOUSE: dict[str, list[str]] = {
     ],
     "calibration": ["gram_sums statistics_header text_files", "grams records statistics", "texts", "tokens", "windows"],
     "model": [
-        "beside configuration copies device experts pairs",
+        "extra_memory configuration copies device experts pairs",
         "activations loader naming",
         "finite skeleton",
         "routed shapes zeros",

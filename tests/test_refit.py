@@ -408,13 +408,13 @@ def test_products_and_energies(make_gram: Callable[..., Gram], width: int, dtype
         torch.testing.assert_close(gram.matrix, wanted.float(), rtol=1e-5, atol=1e-5)
 
     check(exact)
-    seen = (rows.double() @ held.double().T).square().sum(1)
-    torch.testing.assert_close(gram.held_energy(rows), seen, rtol=1e-4, atol=1e-4)
-    gram.absorb()
+    seen = (rows.double() @ held.double().T).square().sum(0)
+    torch.testing.assert_close(gram.held_by_token(rows), seen, rtol=1e-4, atol=1e-4)
+    gram.absorb_held_()
     check(exact + held.double().T @ held.double())
-    assert gram.tokens == 71 and gram.held.shape == (0, width) and not gram.held_energy(rows).any()
+    assert gram.tokens == 71 and gram.held.shape == (0, width) and gram.held_by_token(rows).shape == (0,)
     before = gram.matrix.clone()
-    gram.absorb()
+    gram.absorb_held_()
     assert gram.tokens == 71 and torch.equal(gram.matrix, before)
 
 

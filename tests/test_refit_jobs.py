@@ -629,7 +629,7 @@ def test_memory_that_runs_out_in_a_pass_for_grams(
     def scarce(forward: CalibrationPass, stage: Any, make: Any, inputs: Any) -> Any:
         if stage.index == 1 and not failed:
             failed.append(stage.name)
-            forward.streamed.give_way()
+            forward.streamed.halve_batch()
         return gather(forward, stage, make, inputs)
 
     room(PANELS["llama"])

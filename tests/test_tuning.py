@@ -22,8 +22,8 @@ from windows import drawn
 from streamprune.errors import ResourceError, UnsupportedError, UsageError
 from streamprune.methods import tuning
 from streamprune.methods.tuning import BETAS, Tuned, error_sum, filled, schedule, token_weights
-from streamprune.model.beside import RefitNeeds, TuneNeeds, beside_pass, least_beside
 from streamprune.model.budget import Budget, Layout
+from streamprune.model.extra_memory import RefitNeeds, TuneNeeds, extra_choices, least_extra
 from streamprune.model.loader import WeightLoader
 from streamprune.progress import Progress
 from streamprune.pruning.job import JobResult
@@ -381,10 +381,14 @@ def _estimate(*args: Any, **more: Any) -> Any:
 def test_what_lies_beside_a_pass() -> None:
     """Grams are given up before windows; a refit's arrays and tuning have their turns one after the other."""
     refit, tune = RefitNeeds(100, 40, 5, 30), TuneNeeds(200, 10, 5, 0)
-    found = list(beside_pass(refit, tune))
+    found = list(extra_choices(refit, tune))
     assert [(room, windows) for room, windows, _ in found] == [(100, 5), (70, 5), (40, 5), (40, 3), (40, 2), (40, 1)]
-    assert found[0][2] == 100 + 5 + 250 and found[-1][2] == 40 + 5 + 210 == least_beside(refit, tune)
-    assert list(beside_pass(None, tune))[-1] == (0, 1, 210) and next(iter(beside_pass(refit, None))) == (100, 0, 135)
+    assert found[0][2] == 100 + 5 + 250 and found[-1][2] == 40 + 5 + 210 == least_extra(refit, tune)
+    assert list(extra_choices(None, tune))[-1] == (0, 1, 210) and next(iter(extra_choices(refit, None))) == (
+        100,
+        0,
+        135,
+    )
     assert (
         Budget(1, 2, 30, 1).tuning(tune, 3).peak(4) == 3 + 230 and Budget(1, 2, 300, 1).tuning(tune, 3).peak(4) == 307
     )

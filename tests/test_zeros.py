@@ -69,7 +69,7 @@ def test_rows_of_zeros(width: int) -> None:
 def test_prune_names_it(models: Models, text: Path, tmp_path: Path, how: str, rows: slice) -> None:
     """With a forward pass or without, and nothing half-written stays."""
     source = zeroed(models(), tmp_path / "model", **{UP: rows})
-    what = "is all zeros" if rows == slice(None) else "has 14 rows of zeros in one stretch, of 64"
+    what = "is all zeros" if rows == slice(None) else "has 14 consecutive zero rows of 64"
     refused(CheckpointError, lambda: prune(source, tmp_path / "out", method=how, calib=text, **HOW),
             "model.safetensors", UP, what, "--allow-zeros")  # fmt: skip
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]

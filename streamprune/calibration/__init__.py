@@ -1,1 +1,1 @@
-"""What calibration gathers: texts, windows of tokens, statistics, Gram matrices."""
+"""Calibration data: texts, windows of tokens, input statistics, Gram matrices."""

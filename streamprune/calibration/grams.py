@@ -1,15 +1,16 @@
-"""Gram matrices of the inputs of one layer's linears: gathered in a pass, alive while their linears are refitted.
+"""The Gram matrices of one layer's inputs: accumulated in a pass, and freed once their linears are refitted.
 
-Linears that are fed the same tensor share one. All of a layer's are gathered in the pass that gathers its statistics if
-there is room for them. If not, each comes in a pass of its own, just before its linears are refitted; and one that is
-larger than the room by itself comes in panels of rows, a pass each, which are put together in a file (disk/scratch.py).
-A pass more costs time and changes no bit; panels are as the room is, and that belongs to the state of a job.
+Linears with the same input tensor share a Gram. If memory allows, all of a layer's Grams are accumulated in the pass
+that gathers its statistics. If not, each gets a pass of its own, just before its linears are refitted. A Gram larger
+than the memory for Grams is computed in panels of rows, a pass for each, and assembled in a file (disk/scratch.py).
+Extra passes cost time and change no bit of the result. The size of the panels may change bits; it follows from the
+memory for Grams, which is part of a job's state.
 
-Those of an expert come when its turn has come, from what is routed to it (model/routed.py), not with the others: a
-layer's experts are too many.
+Experts' Grams are computed one expert at a time, from the inputs recorded for it (model/routed.py): a layer has too
+many experts to hold all of theirs.
 
-With asymmetric calibration each Gram comes with its drift (methods/gram.py), and only when the linears that the layer
-uses before have been refitted and are in their place.
+With asymmetric calibration each Gram comes with its drift (methods/gram.py), and is accumulated only after all linears
+that the layer uses earlier are refitted and in place.
 """
 
 from __future__ import annotations
@@ -21,25 +22,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamprune.calibration.gram_sums import GramCollector, HoldOut, Sum
+from streamprune.calibration.gram_sums import GramCollector, GramSum, HoldOut
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import CheckpointError, UsageError
 from streamprune.methods.gram import Debt, Gram, Mapped
 
 Rerun = Callable[[Callable[[], GramCollector], Set[str]], GramCollector]
+"""(a function that makes a collector, the inputs it wants by their first linear) -> the collector after a pass."""
 
 
 class LayerGrams:
     """The Grams of one layer's inputs, as its linears are refitted one after the other.
 
-    linears  names of those that are refitted, in that order, and their in_features
-    room     bytes for Grams
-    rerun    runs the layer once more, or of experts those with the inputs that are named, with a collector that it
-             makes, anew for each attempt, and returns it
-    folder   where a matrix goes that is larger than `room`
-    products see Gram
-    experts  linear -> the expert that it belongs to
-    place    of asymmetric calibration: puts a linear's new weight where the next Grams' pass computes with it
+    linears   refitted linears -> in_features, in the order in which they are refitted
+    room      bytes for Grams
+    hold      which tokens are held out
+    folder    where a Gram larger than `room` is stored
+    rerun     runs the layer again, or only the experts that the given inputs belong to; it makes a new collector for
+              each attempt, because one that ran out of memory has seen some batches already
+    products  see Gram
+    experts   linear -> the expert that it belongs to
+    place     with asymmetric calibration: replaces a linear's weight by its refitted one for later passes
     """
 
     def __init__(
@@ -51,22 +54,27 @@ class LayerGrams:
         self.place = place
         self._rerun, self._products, self._experts = rerun, products, experts or {}
         self._groups: dict[str, str] = {}
+        """Refitted linear, in the order of use -> the first one with the same input, its leader."""
         self._tokens: dict[str, int] = {}
-        """How many were routed to an expert, by its linears."""
+        """Linear -> tokens that it saw."""
         self._ready: dict[str, Gram] = {}
+        """Leader -> Gram."""
         self.passes = 0
-        """Passes of the whole layer that were needed besides the one that gathers statistics."""
+        """Passes through the whole layer, beyond the one that gathers statistics."""
 
     @property
     def of_experts(self) -> bool:
-        """Whether experts are refitted."""
+        """Whether any of the linears belongs to an expert."""
         return any(name in self._experts for name in self._linears)
 
     def first_pass(self) -> GramCollector | None:
-        """What gathers all but experts' beside the statistics, if there is room even were no input shared."""
-        together = [width for name, width in self._linears.items() if name not in self._experts]
-        most = gram_bytes(largest_at_once(self._linears, self._experts))
-        if self.place is not None or not together or most > self._room:
+        """Collects all Grams but experts' in the pass that gathers statistics; None where memory does not allow it.
+
+        Which linears share an input is not known yet, so memory for one Gram per linear is required.
+        """
+        resident = any(name not in self._experts for name in self._linears)
+        needed = gram_bytes(largest_at_once(self._linears, self._experts))
+        if self.place is not None or not resident or needed > self._room:
             return None
         return GramCollector(
             lambda name, width: (0, width) if name in self._linears and name not in self._experts else None, self._hold
@@ -75,9 +83,10 @@ class LayerGrams:
     def gathered(
         self, collector: GramCollector | None, groups: Mapping[str, str], tokens: Callable[[str], int] = lambda _: 0
     ) -> None:
-        """Takes over what the first pass found; `groups` tells which linears share an input: linear -> the first.
+        """Takes over what the first pass collected.
 
-        `tokens` says how many a linear saw.
+        `groups` maps each linear, in the order of use, to the first one with the same input; `tokens` says how many
+        tokens a linear saw.
         """
         leaders: dict[str, str] = {}
         for name, first in groups.items():  # in the order of use
@@ -89,11 +98,11 @@ class LayerGrams:
 
     @property
     def by_use(self) -> list[str]:
-        """The linears that are refitted, in the order in which the layer uses them."""
+        """The refitted linears, in the order in which the layer uses them."""
         return [name for name in self._groups if name in self._linears]
 
     def leave_out(self, names: Collection[str]) -> None:
-        """Forgets linears that are not refitted after all."""
+        """Removes linears that are not refitted after all."""
         for name in names:
             self._linears.pop(name, None)
             self._groups.pop(name, None)
@@ -103,13 +112,13 @@ class LayerGrams:
         return name in self._linears
 
     def sharing(self, name: str) -> list[str]:
-        """The linears that share the input of `name` and are refitted. Raises UsageError for one that was not used."""
+        """The refitted linears with the same input as `name`. Raises UsageError when the text never used it."""
         if name not in self._groups:
-            raise UsageError(f"{name} was not used on this text, so nothing is known of its input; --skip it")
+            raise UsageError(f"{name} was not used on this text, so there are no inputs to refit it to; --skip it")
         return [other for other in self._linears if self._groups.get(other) == self._groups[name]]
 
     def take(self, name: str) -> Gram:
-        """The Gram of a linear's input. Raises CheckpointError when an activation was NaN or infinite."""
+        """The Gram of a linear's input, gathered now if it is not ready. Raises CheckpointError for NaN or Inf."""
         self.sharing(name)
         leader = self._groups[name]
         if leader not in self._ready:
@@ -117,7 +126,7 @@ class LayerGrams:
         return self._ready[leader]
 
     def ready(self, name: str) -> bool:
-        """Whether `take` has the Gram of a linear's input at hand."""
+        """Whether the Gram of a linear's input is in memory."""
         return self._groups.get(name) in self._ready
 
     def holds(self, gram: Gram) -> bool:
@@ -125,7 +134,7 @@ class LayerGrams:
         return any(gram is ready for ready in self._ready.values())
 
     def done(self, name: str) -> None:
-        """The linear has been refitted: what nobody needs any more is let go of."""
+        """Marks a linear as refitted; frees its Gram if no other linear needs it."""
         leader = self._groups.pop(name)
         self._linears.pop(name)
         if leader not in self._groups.values():
@@ -147,7 +156,7 @@ class LayerGrams:
             return
         rows = {leader: (0, width)}
         others: Iterable[tuple[str, int]] = self._linears.items()
-        if expert is not None:  # those that come next, or the others' would have to wait for long
+        if expert is not None:  # only the linears that come next: they are of the same expert
             others = takewhile(lambda item: self._experts.get(item[0]) == expert, others)
         for name, size in others:
             other = self._groups.get(name, leader)
@@ -156,7 +165,7 @@ class LayerGrams:
         self._keep(self._pass(rows))
 
     def _in_panels(self, leader: str, width: int) -> Gram:
-        """A Gram that is larger than the room."""
+        """A Gram larger than the memory for Grams, a panel of rows per pass."""
         whole = ScratchMatrix(self.folder, width, width)
         step = max(1, self._room // (4 * width))
         held: Tensor | None = None
@@ -174,9 +183,9 @@ class LayerGrams:
 
     def _pass(self, rows: Mapping[str, tuple[int, int]]) -> GramCollector:
         first = next(iter(rows))
-        routed = first in self._experts
-        self.passes += not routed
-        hold = HoldOut.among(self._tokens[first]) if routed else self._hold
+        of_expert = first in self._experts
+        self.passes += not of_expert
+        hold = HoldOut.among(self._tokens[first]) if of_expert else self._hold
         return self._rerun(lambda: GramCollector(lambda name, _: rows.get(name), hold), rows.keys())
 
     def _keep(self, collector: GramCollector) -> None:
@@ -192,7 +201,7 @@ class LayerGrams:
             self._ready[name] = _checked(name, gram)
 
 
-def _joined(found: Sum) -> Tensor:
+def _joined(found: GramSum) -> Tensor:
     return torch.cat(found.held) if found.held else found.sum.new_empty(0, found.sum.shape[1])
 
 
@@ -209,18 +218,18 @@ def _nbytes(width: int) -> int:
 
 
 def gram_bytes(widths: Iterable[int]) -> int:
-    """Bytes of the Grams of inputs of these widths."""
+    """Bytes of the float32 Grams of inputs of these widths."""
     return sum(_nbytes(width) for width in widths)
 
 
 def largest_at_once(linears: Mapping[str, int], experts: Mapping[str, str]) -> list[int]:
-    """The widths of a layer's linears (name -> in_features) whose Grams may be there at once.
+    """The widths of the Grams that may be in memory at once: all but experts', and those of the largest expert.
 
-    All but experts', and those of the expert with the largest; `experts` says whose a linear is.
+    `linears` maps a layer's linears to their in_features, `experts` those of experts to the expert.
     """
-    apart: dict[str, list[int]] = {}
+    by_expert: dict[str, list[int]] = {}
     for name, width in linears.items():
         if name in experts:
-            apart.setdefault(experts[name], []).append(width)
-    together = [width for name, width in linears.items() if name not in experts]
-    return together + max(apart.values(), key=gram_bytes, default=[])
+            by_expert.setdefault(experts[name], []).append(width)
+    outside = [width for name, width in linears.items() if name not in experts]
+    return outside + max(by_expert.values(), key=gram_bytes, default=[])

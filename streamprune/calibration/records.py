@@ -1,7 +1,7 @@
-"""Texts that are records (JSON, comma- or tab-separated, Parquet, Arrow): the text of each, one in memory at a time.
+"""Reads the text of records (JSON, CSV, TSV, Parquet, Arrow), one record in memory at a time.
 
-A record's text is one of its fields, a string; or a list of messages ({"role": …, "content": …}), which the tokenizer's
-chat template writes out. Imports neither torch nor numpy.
+A record's text is one of its fields: a string, or a list of messages ({"role": …, "content": …}) that the tokenizer's
+chat template turns into one. Imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from streamprune.calibration.text_files import Tally
 from streamprune.errors import UsageError
 
 Render = Callable[[list[dict[str, Any]]], str]
-"""Messages to text."""
+"""Turns messages into text."""
 
-MOST_CHARACTERS = 256 << 20
-"""Of one record: it is parsed as a whole."""
+MAX_CHARACTERS = 256 << 20
+"""Longest record, which is parsed as a whole."""
 
 _BETWEEN = re.compile(r"[\s,\[\]]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def texts_of_lines(blocks: Iterator[str], path: Path, field: str, tally: Tally, render: Render) -> Iterator[str]:
-    """The text of each line that holds one JSON object; empty lines are passed over. Raises UsageError for others."""
+    """The text of each line, a JSON object; empty lines are skipped. Raises UsageError for any other line."""
     for number, line in enumerate(_lines(blocks, path), 1):
         if not line.strip():
             continue
@@ -35,7 +35,7 @@ def texts_of_lines(blocks: Iterator[str], path: Path, field: str, tally: Tally, 
             value = json.loads(line)
         except (ValueError, RecursionError) as e:
             why = f'is not a JSON record with a "{field}" string'
-            raise UsageError(f"{path}: line {number} {why}; all lines are records, or none is") from e
+            raise UsageError(f"{path}: line {number} {why}; either all lines must be records, or none") from e
         yield text_of(value, f"{path}: line {number}", field, tally, render)
 
 
@@ -46,8 +46,8 @@ def _lines(blocks: Iterator[str], path: Path) -> Iterator[str]:
         first, *rest = block.split("\n")
         parts.append(first)
         size += len(first)
-        if size > MOST_CHARACTERS:
-            raise UsageError(f"{path}: a record is longer than {MOST_CHARACTERS >> 20} MiB; make several of it")
+        if size > MAX_CHARACTERS:
+            raise UsageError(f"{path}: a record is longer than {MAX_CHARACTERS >> 20} Mi characters; split it")
         for line in rest:
             yield "".join(parts)
             parts, size = [line], len(line)
@@ -55,27 +55,27 @@ def _lines(blocks: Iterator[str], path: Path) -> Iterator[str]:
 
 
 def texts_of_values(blocks: Iterator[str], path: Path, field: str, tally: Tally, render: Render) -> Iterator[str]:
-    """The text of each object of a JSON array, or of objects one after the other, over any number of lines.
+    """The text of each object in a JSON array, or of concatenated objects, however they are spread over lines.
 
     Raises UsageError for anything else.
     """
     decoder = json.JSONDecoder()
-    held, at, number, open_arrays = "", 0, 0, 0  # records are taken from `at` on: what follows a long one is not copied
-    wanted = 0  # characters that the next attempt needs: each failed one doubles them
+    held, at, number, open_arrays = "", 0, 0, 0  # parsing goes on at `at`: slicing would copy the rest for each record
+    wanted = 0  # characters to read before the next attempt; doubled when an object is incomplete
     ended = False
     while True:
-        between = _BETWEEN.match(held, at).group()  # type: ignore[union-attr]  # it matches nothing, too
+        between = _BETWEEN.match(held, at).group()  # type: ignore[union-attr]  # matches the empty string, too
         open_arrays += between.count("[") - between.count("]")
         at += len(between)
         left = len(held) - at
         if left and held[at] != "{":
-            raise UsageError(f"{path}: record {number + 1} is no JSON object")
+            raise UsageError(f"{path}: record {number + 1} is not a JSON object")
         if left and (ended or left >= wanted):
             try:
                 value, at = decoder.raw_decode(held, at)
             except (ValueError, RecursionError) as e:
-                if ended or left > MOST_CHARACTERS:
-                    raise UsageError(f"{path}: record {number + 1} is no JSON object ({e})") from e
+                if ended or left > MAX_CHARACTERS:
+                    raise UsageError(f"{path}: record {number + 1} is not a JSON object ({e})") from e
                 wanted = 2 * left
             else:
                 number, wanted = number + 1, 0
@@ -83,7 +83,7 @@ def texts_of_values(blocks: Iterator[str], path: Path, field: str, tally: Tally,
                 continue
         elif ended:
             if open_arrays:
-                raise UsageError(f"{path}: ends within the array after record {number}; the file is not whole")
+                raise UsageError(f"{path}: ends within the array after record {number}; is the file complete?")
             return
         parts, size = [held[at:]], left
         while not ended and size <= max(wanted, left):
@@ -95,26 +95,26 @@ def texts_of_values(blocks: Iterator[str], path: Path, field: str, tally: Tally,
 
 
 def texts_of_rows(blocks: Iterator[str], path: Path, field: str, tally: Tally, render: Render) -> Iterator[str]:
-    """The text of each row after the first one, which names the columns. Raises UsageError without that column."""
-    csv.field_size_limit(MOST_CHARACTERS)
+    """The text of each row of a CSV or TSV file with a header row. Raises UsageError when it lacks the column."""
+    csv.field_size_limit(MAX_CHARACTERS)
     lines = (line + "\n" for line in _lines(blocks, path))
     try:
         rows = csv.DictReader(lines, delimiter="\t" if ".tsv" in path.name.lower() else ",")
         names = rows.fieldnames or []
         if field not in names:
-            raise UsageError(f"{path}: has no column {field}, but {', '.join(names)}; choose with --text-field")
+            raise UsageError(f"{path}: has no column {field}, only {', '.join(names)}; choose one with --text-field")
         for number, row in enumerate(rows, 1):
             yield text_of({field: row[field] or ""}, f"{path}: row {number}", field, tally, render)
     except csv.Error as e:
-        raise UsageError(f"{path}: cannot be read as separated values ({e}); name another file") from e
+        raise UsageError(f"{path}: cannot be read as comma- or tab-separated values ({e}); name another file") from e
 
 
 def texts_of_table(path: Path, field: str, tally: Tally, render: Render) -> Iterator[str]:
-    """The text of each row of a Parquet or Arrow file. Raises UsageError without pyarrow, or without that column."""
+    """The text of each row of a Parquet or Arrow file. Raises UsageError without pyarrow or the column."""
     try:
         from pyarrow import ArrowException
     except ImportError:
-        raise UsageError(f"{path}: Parquet and Arrow take one more package: pip install pyarrow") from None
+        raise UsageError(f"{path}: Parquet and Arrow need one more package: pip install pyarrow") from None
     try:
         number = 0
         for batch in _batches(path, field):
@@ -131,7 +131,7 @@ def _batches(path: Path, field: str) -> Iterator[Any]:
 
     def check(names: list[str]) -> None:
         if field not in names:
-            raise UsageError(f"{path}: has no column {field}, but {', '.join(names)}; choose with --text-field")
+            raise UsageError(f"{path}: has no column {field}, only {', '.join(names)}; choose one with --text-field")
 
     with path.open("rb") as f:
         begin = f.read(6)
@@ -156,7 +156,7 @@ def _small(batch: Any) -> Iterator[Any]:
 
 
 def text_of(record: object, where: str, field: str, tally: Tally, render: Render) -> str:
-    """The text of one record. Raises UsageError, beginning with `where`, where its `field` is no text."""
+    """The text of one record. Raises UsageError, with `where` in front, when its `field` holds no text."""
     if not isinstance(record, dict):
         raise UsageError(f'{where} is not a JSON record with a "{field}" string')
     if field not in record:
@@ -170,8 +170,8 @@ def text_of(record: object, where: str, field: str, tally: Tally, render: Render
             f'{where} is not a JSON record with a "{field}" string, or a list of messages with role and content'
         )
     if _SURROGATE.search(value):
-        mended = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        tally.replaced += mended.count("\ufffd") - value.count("\ufffd")
-        value = mended
+        repaired = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        tally.replaced += repaired.count("\ufffd") - value.count("\ufffd")
+        value = repaired
     tally.characters += len(value)
     return value

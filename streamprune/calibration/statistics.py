@@ -1,14 +1,17 @@
-"""Statistics of each linear's input: gathered during the forward pass, kept in a small safetensors file.
+"""Statistics of each linear's input: gathered during the forward pass, stored in a small safetensors file.
 
-Linears that are fed the very same tensor (q, k and v; gate and up) share one set of statistics, gathered
-once. In the file, each set has three tensors named after the first linear of its group:
+Linears with the same input tensor (q, k and v; gate and up) share one set of statistics. In the file, each set has
+three tensors named after the first linear of its group:
 
     NAME.tokens  I64 ()      NAME.sum  F64 (in,)      NAME.sumsq  F64 (in,)
 
-and the metadata holds `format`, `version`, `digest` (xxh3_128 of the tensors' bytes), `groups` (linear -> NAME),
-`updates` (layer -> number of tokens, and the sum over them of how much of the state after the layer is what the layer
-added: ‖h_out − h_in‖² / ‖h_out‖², token by token, so that no massive activation owns it), `model` (what the
-statistics belong to) and `calibration` (which tokens), the last four as JSON.
+The metadata holds `format`, `version`, `digest` (xxh3_128 of the tensors' bytes) and, as JSON:
+
+    groups       linear -> NAME
+    updates      layer -> [tokens, Σ ‖h_out − h_in‖² / ‖h_out‖² over them]: how much of the hidden states the layer
+                 made. Each token counts the same, so massive activations do not dominate.
+    model        the model that the statistics belong to
+    calibration  the tokens that they were gathered on
 """
 
 from __future__ import annotations
@@ -30,21 +33,23 @@ from streamprune.errors import CheckpointError, CorruptStateError, UsageError
 from streamprune.methods.stats import InputStats
 
 Accumulate = Callable[[Tensor, Tensor, Tensor], None]
+"""A kernel: adds x (tokens, in) to its second argument (in,) float64, and x² to its third."""
 
 
 class Collector:
-    """Gathers the statistics of one layer; `watch` is called with each linear's input, in the order of use."""
+    """Gathers the statistics of one layer. `watch` must be called with each linear's input, in the order of use."""
 
     def __init__(self, accumulate: Accumulate) -> None:
         self.groups: dict[str, str] = {}
+        """Linear -> the first one with the same input."""
         self._accumulate = accumulate
         self._sums: dict[str, tuple[int, Tensor, Tensor]] = {}
         self._last: tuple[Tensor, str] | None = None
-        self._update: Tensor | float = 0.0
-        self._states = 0
+        self._relative_updates: Tensor | float = 0.0
+        self._updated_tokens = 0
 
     def watch(self, name: str, x: Tensor) -> None:
-        """Adds x (…, in), unless it is the tensor that the linear before was fed."""
+        """Adds x (…, in), unless it is the same tensor as for the linear before."""
         if self._last is not None and x is self._last[0]:
             self.groups[name] = self._last[1]
             return
@@ -59,27 +64,27 @@ class Collector:
         self._sums[name] = (tokens + rows.shape[0], total, squares)
 
     def end_batch(self) -> None:
-        """Lets go of the last input."""
+        """Frees the last input."""
         self._last = None
 
     def flow(self, before: Tensor, after: Tensor) -> None:
-        """Adds what the layer made of its states (batch, seqlen, hidden)."""
-        now = after.detach().float()
-        whole, added = (torch.linalg.vector_norm(states, dim=-1).double() for states in (now, now - before.to(now)))
-        self._update += torch.where(whole > 0, added / whole, 0.0).square().sum()
-        self._states += whole.numel()
+        """Adds the relative size of the layer's update, from states (batch, seqlen, hidden) before and after it."""
+        out = after.detach().float()
+        norm, change = (torch.linalg.vector_norm(states, dim=-1).double() for states in (out, out - before.to(out)))
+        self._relative_updates += torch.where(norm > 0, change / norm, 0.0).square().sum()
+        self._updated_tokens += norm.numel()
 
     def tokens(self, name: str) -> int:
-        """How many inputs of a linear there were."""
+        """How many tokens a linear saw."""
         return self._sums[self.groups[name]][0]
 
     @property
     def update(self) -> tuple[float, float]:
-        """Tokens, and the sum over them of how much of their state the layer made; see the file's docstring."""
-        return float(self._states), float(self._update)
+        """(tokens, sum of relative updates) of the layer; see `updates` in the module's docstring."""
+        return float(self._updated_tokens), float(self._relative_updates)
 
     def finish(self) -> dict[str, InputStats]:
-        """The statistics of each group. Raises CheckpointError when an activation was NaN or infinite."""
+        """First linear of a group -> its statistics. Raises CheckpointError when an activation was NaN or infinite."""
         result = {}
         for name, (tokens, total, squares) in self._sums.items():
             bad = (~torch.isfinite(total + squares)).nonzero()
@@ -100,7 +105,7 @@ def write_statistics(
     calibration: Mapping[str, Any],
     updates: Mapping[str, Sequence[float]] | None = None,
 ) -> str:
-    """Writes a statistics file, atomically and durably; returns its xxh3_128."""
+    """Writes a statistics file atomically and durably; returns its xxh3_128. For the arguments, see the module."""
     parts: dict[str, Tensor] = {}
     for name, s in stats:
         parts |= {f"{name}.tokens": torch.tensor(s.tokens), f"{name}.sum": s.sum, f"{name}.sumsq": s.sumsq}
@@ -113,7 +118,7 @@ def write_statistics(
         yield parts[ref.name].contiguous().reshape(-1).view(torch.uint8).numpy().data
 
     digest = xxhash.xxh3_128()
-    for ref in sorted(refs, key=lambda r: r.name):  # as write_shard orders tensors of one item size
+    for ref in sorted(refs, key=lambda r: r.name):  # the order in which write_shard writes tensors of one item size
         for piece in content(ref):
             digest.update(piece)
     metadata = {"format": FORMAT, "version": VERSION, "digest": digest.hexdigest()} | {
@@ -129,10 +134,13 @@ def write_statistics(
 
 
 class StatisticsFile(StatisticsHeader):
-    """A statistics file, checked; `load(linear)` reads one linear's statistics."""
+    """A checked statistics file. Tensors are read by `load`, one linear at a time."""
 
     def load(self, linear: str, in_features: int) -> InputStats:
-        """The statistics of one linear's input. Raises UsageError when they are missing or of another width."""
+        """The statistics of one linear's input.
+
+        Raises UsageError when they are missing or of another width, CorruptStateError when they are damaged.
+        """
         group = self.groups.get(linear)
         tensors = {k: self.refs.get(f"{group}.{k}") for k in ("tokens", "sum", "sumsq")}
         if group is None or any(t is None for t in tensors.values()):
@@ -166,7 +174,7 @@ class StatisticsFile(StatisticsHeader):
 def merge_statistics(
     path: Path, parts: Iterable[Path], model: Mapping[str, str], calibration: Mapping[str, Any]
 ) -> str:
-    """Joins the layers' files into one; returns its xxh3_128. Raises as StatisticsFile does."""
+    """Merges the layers' files into one; returns its xxh3_128. Raises as StatisticsFile does."""
     groups: dict[str, str] = {}
     updates: dict[str, Sequence[float]] = {}
     stats: dict[str, InputStats] = {}
@@ -174,7 +182,7 @@ def merge_statistics(
         file = StatisticsFile(part)
         groups |= file.groups
         updates |= file.updates
-        for linear, leader in file.groups.items():  # a leader need not be a linear: experts may go by a common sum
+        for linear, leader in file.groups.items():  # not by linear: pooled experts have a leader that is none
             if leader not in stats:
                 stats[leader] = file.load(linear, file.refs[f"{leader}.sum"].shape[0])
     return write_statistics(path, stats.items(), groups, model, calibration, updates)

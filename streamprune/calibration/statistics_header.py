@@ -1,4 +1,4 @@
-"""The header of a statistics file: what it belongs to. Neither torch nor numpy is needed yet."""
+"""The header of a statistics file, read without importing torch or numpy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FORMAT, VERSION = "streamprune-statistics", "1"
 
 
 class StatisticsHeader:
-    """The checked header: groups, updates, model and calibration as in statistics.py, and where the tensors are."""
+    """The checked header: groups, updates, model and calibration as in statistics.py; `refs` locate the tensors."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UsageError when there is no such file, CorruptStateError when it is damaged or unknown."""
+        """Raises UsageError when there is no such file, CorruptStateError when it is damaged or of another version."""
         self.path = path
         if not path.is_file():
             raise UsageError(f"{path}: no such statistics file; make one with `calibrate` or --save-stats")
@@ -50,7 +50,7 @@ class StatisticsHeader:
 
 
 def _data_digest(path: Path) -> str:
-    """xxh3_128 of everything behind the header."""
+    """xxh3_128 of everything after the header."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as f:
         f.seek(8 + int.from_bytes(f.read(8), "little"))

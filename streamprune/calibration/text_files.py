@@ -1,9 +1,8 @@
-"""The files of a text: which they are, what they hold, and their characters in blocks of bounded size.
+"""Finds the files of a text, detects their formats, and reads their characters in blocks of bounded size.
 
-What a file is depends on its content: packed ones (gzip, bzip2, xz, Zstandard) are unpacked, whatever their names say;
-a byte order mark tells UTF-8, UTF-16 and UTF-32 apart, and without one it is UTF-8; CRLF counts as LF. Bytes that are
-no characters become U+FFFD and are counted; a file that is mostly such bytes is refused. Imports neither torch nor
-numpy.
+Formats are detected by content, not by name: compressed files (gzip, bzip2, xz, Zstandard) are decompressed; a byte
+order mark selects UTF-8, UTF-16 or UTF-32, otherwise a file is UTF-8; CRLF is read as LF. Bytes that cannot be decoded
+become U+FFFD and are counted; a file with too many of them is refused. Imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -26,66 +25,66 @@ from typing import IO, Any
 from streamprune.errors import UsageError
 
 BLOCK = 1 << 16
-"""Characters, or bytes, that are read at once."""
+"""Most bytes, or characters, that are read at once."""
 
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 RECORDS = (".json", ".jsonl", ".ndjson")
 _DELIMITED = (".csv", ".tsv")
 _TEXTS = (*RECORDS, *_DELIMITED, ".txt", ".text", ".parquet", ".arrow")
-_ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")  # of a saved dataset, beside its tables
+_METADATA = ("dataset_info.json", "dataset_infos.json", "state.json")  # which saved datasets keep beside their tables
 _MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
           (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
 _KEY = r'\{\s*"(?:[^"\\]|\\.)*"\s*:'
 _OBJECT, _ARRAY = re.compile(rf"\s*{_KEY}"), re.compile(rf"\s*\[\s*{_KEY}")
-_MOST_STRANGE = 8  # one character in so many may be none
+_UNDECODABLE_SHARE = 8  # at most one character in this many may be U+FFFD or NUL
 
 
 @dataclass
 class Tally:
-    """What was met while a text was read."""
+    """Counts made while a text is read."""
 
     characters: int = 0
     replaced: int = 0
-    """Bytes, and halves of surrogate pairs, that became U+FFFD."""
+    """Undecodable bytes and unpaired surrogates, which became U+FFFD."""
     tokens: int = 0
-    """What calibration made of it, before windows were drawn."""
+    """Tokens read from the text, before windows are drawn from them."""
 
 
 def find_files(path: Path | None, flag: str) -> list[Path | None]:
-    """The files that a text is: one; of a folder those with a text's name, sorted; or what a pattern matches.
+    """The files of a text: `path` itself, those of a folder with a known suffix, or those that a pattern matches.
 
-    None is the built-in text. Raises UsageError, naming `flag`, where there is none.
+    None stands for the built-in text. Raises UsageError, naming `flag`, when there are none.
     """
     if path is None or path.is_file():
         return [path]
     if path.is_dir():
-        named = (p for p in sorted(path.iterdir()) if p.name not in _ABOUT and _bare(p.name).endswith(_TEXTS))
+        named = (p for p in sorted(path.iterdir()) if p.name not in _METADATA and _base_name(p.name).endswith(_TEXTS))
         found = [p for p in named if p.is_file()]
         if not found:
             raise UsageError(
-                f"{flag} {path}: the folder itself holds no texts ({', '.join(_TEXTS)}, or packed); for those within "
-                f"its folders give a pattern, such as '{path}/*/*.parquet'"
+                f"{flag} {path}: the folder holds no texts ({', '.join(_TEXTS)}, compressed or not); for those in its "
+                f"subfolders give a pattern, such as '{path}/*/*.parquet'"
             )
         return list(found)
     if path.exists():
-        raise UsageError(f"{flag} {path}: is not a regular file, which a text must be: it is read more than once")
+        raise UsageError(f"{flag} {path}: is not a regular file; a text is read more than once, so save it to a file")
     matched = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207
     if not matched:
         raise UsageError(f"{flag} {path}: no such file")
     return list(matched)
 
 
-def _bare(name: str) -> str:
-    """A file's name in lower case, without what says that it is packed."""
+def _base_name(name: str) -> str:
+    """A file's name in lower case, without the suffix of a compression."""
     name = name.lower()
-    for suffix in _PACKED:
+    for suffix in _COMPRESSED:
         name = name.removesuffix(suffix)
     return name
 
 
 @contextlib.contextmanager
 def open_bytes(path: Path | None) -> Iterator[IO[bytes]]:
-    """The bytes of a file, unpacked; None is the built-in text. Raises UsageError when it cannot be read."""
+    """The decompressed bytes of a file; None is the built-in text. Raises UsageError when it cannot be read."""
     try:
         with contextlib.ExitStack() as stack:
             if path is None:
@@ -95,12 +94,12 @@ def open_bytes(path: Path | None) -> Iterator[IO[bytes]]:
                 raw = stack.enter_context(path.open("rb"))
             begin = raw.read(6)
             raw.seek(0)
-            yield stack.enter_context(_unpacked(raw, begin, path))
+            yield stack.enter_context(_decompressed(raw, begin, path))
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as e:
         raise UsageError(f"{path}: cannot be read as text ({e}); name another file") from e
 
 
-def _unpacked(raw: IO[bytes], begin: bytes, path: Path | None) -> Any:
+def _decompressed(raw: IO[bytes], begin: bytes, path: Path | None) -> Any:
     if begin.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=raw)
     if begin.startswith(b"BZh"):
@@ -111,16 +110,16 @@ def _unpacked(raw: IO[bytes], begin: bytes, path: Path | None) -> Any:
         try:
             import zstandard
         except ImportError:
-            raise UsageError(f"{path}: Zstandard takes one more package: pip install zstandard") from None
+            raise UsageError(f"{path}: Zstandard needs one more package: pip install zstandard") from None
         return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
     return raw
 
 
 def kind_of(path: Path | None) -> str:
-    """What a file holds: "ids", "parquet", "arrow", "rows" (comma- or tab-separated), "lines" (a JSON object on each),
-    "values" (any other JSON), or "text".
+    """The format of a file: "ids", "parquet", "arrow", "rows" (comma- or tab-separated), "lines" (a JSON object on
+    each), "values" (any other JSON), or "text".
 
-    Raises UsageError when it cannot be read, or when its beginning is none of these throughout.
+    Raises UsageError when the file cannot be read, or when its beginning is a mixture of JSON and text.
     """
     if path is None:
         return "text"
@@ -132,10 +131,10 @@ def kind_of(path: Path | None) -> str:
         return "parquet"
     if begin.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow"
-    _refuse_stand_ins(path, begin)
-    if _bare(path.name).endswith(_DELIMITED):
+    _refuse_placeholders(path, begin)
+    if _base_name(path.name).endswith(_DELIMITED):
         return "rows"
-    named = _bare(path.name).endswith(RECORDS)
+    named = _base_name(path.name).endswith(RECORDS)
     head = next(iter(blocks(io.BytesIO(begin), path, Tally())), "")
     if _ARRAY.match(head) or (named and head.lstrip().startswith("[")):
         return "values"
@@ -150,11 +149,11 @@ def kind_of(path: Path | None) -> str:
     return "text"
 
 
-def _refuse_stand_ins(path: Path, begin: bytes) -> None:
-    """Raises UsageError for what a download leaves in a text's place, and for binary files that begin with text."""
+def _refuse_placeholders(path: Path, begin: bytes) -> None:
+    """Raises UsageError for what a failed download leaves in place of a text, and for binary files."""
     if begin.startswith(b"version https://git-lfs"):
-        raise UsageError(f"{path}: is a pointer of git-lfs, not the text; run `git lfs pull`")
-    if begin.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")) and not _bare(path.name).endswith(
+        raise UsageError(f"{path}: is a Git LFS pointer, not the text; run `git lfs pull`")
+    if begin.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")) and not _base_name(path.name).endswith(
         (".html", ".htm")
     ):
         raise UsageError(f"{path}: is an HTML page, not the text; download the file itself")
@@ -163,21 +162,27 @@ def _refuse_stand_ins(path: Path, begin: bytes) -> None:
 
 
 def blocks(f: IO[bytes], path: Path | None, tally: Tally) -> Iterator[str]:
-    """The characters of a file, in blocks of at most BLOCK. Raises UsageError where most of it is no text."""
+    """The characters of an open file, in blocks of at most BLOCK.
+
+    Raises UsageError when more than an eighth of the characters so far could not be decoded.
+    """
     begin = f.read(BLOCK)
     encoding = next((name for mark, name in _MARKS if begin.startswith(mark)), "utf-8")
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)("replace"), translate=True)
-    raw, before, strange = begin, b"", 0
+    raw, tail, undecodable = begin, b"", 0
     while True:
         text = decoder.decode(raw, final=not raw)
-        genuine = (before + raw).count(b"\xef\xbf\xbd") if encoding.startswith("utf-8") else 0
+        # a U+FFFD that stands in the file itself; `tail` is for one that was cut in two
+        genuine = (tail + raw).count(b"\xef\xbf\xbd") if encoding.startswith("utf-8") else 0
         replaced = max(text.count("\ufffd") - genuine, 0)
-        before = (before + raw)[-2:]
+        tail = (tail + raw)[-2:]
         tally.characters += len(text)
         tally.replaced += replaced
-        strange += replaced + text.count("\0")
-        if strange * _MOST_STRANGE > tally.characters:
-            raise UsageError(f"{path}: is not text: most of it is not UTF-8; name another file")
+        undecodable += replaced + text.count("\0")
+        if undecodable * _UNDECODABLE_SHARE > tally.characters:
+            raise UsageError(
+                f"{path}: is not text: too much of it is not {encoding.removesuffix('-sig').upper()}; name another file"
+            )
         if text:
             yield text
         if not raw:

@@ -1,7 +1,7 @@
-"""A text as the user names it: its digest, and its characters in pieces of bounded size.
+"""A text as the user names it: its digest, its characters in pieces of bounded size, and the length of windows.
 
-A text is a file, a folder or a pattern of files, or the one that is built in. Each file is plain text, or records, of
-which one field is read (text_files.py, records.py). Torch and numpy are not needed yet.
+A text is a file, a folder, a pattern of files, or the built-in one. Each file is plain text or a set of records, of
+which one field is read (text_files.py, records.py). Imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from streamprune.calibration.records import Render, texts_of_lines, texts_of_row
 from streamprune.calibration.text_files import BLOCK, Tally, blocks, find_files, kind_of, open_bytes
 from streamprune.errors import UsageError
 
-_READ = {"lines": texts_of_lines, "values": texts_of_values, "rows": texts_of_rows}
+_READERS = {"lines": texts_of_lines, "values": texts_of_values, "rows": texts_of_rows}
 
 
 class Piece(NamedTuple):
-    """Some characters of a document, and whether it ends there. A file of plain text is one document, a record too."""
+    """Characters of a document, and whether it ends with them. A document is a record or a file of plain text."""
 
     text: str
     ends: bool
@@ -29,35 +29,38 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Text:
-    """A text: `path` is a file, a folder or a pattern, None the built-in one; `text_field` is read of records."""
+    """A text: `path` is a file, a folder or a pattern; None is the built-in text. Of records, `text_field` is read."""
 
     path: Path | None
     text_field: str = "text"
     flag: str = "--calib"
-    """What the user named it with."""
+    """The option that it was given with, for messages."""
     tally: Tally = field(default_factory=Tally, compare=False)
-    """What has been met in reading so far."""
+    """Counts of what has been read so far."""
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Its name in reports."""
         return self.path.name if self.path else "built-in"
 
     def files(self) -> list[Path | None]:
-        """Its files. Raises UsageError where there is none."""
+        """Its files. Raises UsageError when there are none."""
         return find_files(self.path, self.flag)
 
     @property
     def ids(self) -> Path | None:
-        """The file of token ids that it is; None for all else. Raises UsageError for ids beside texts."""
+        """The .npy file, if the text is given as token ids, else None. Raises UsageError for ids among other files."""
         files = self.files()
-        of_ids = [f for f in files if kind_of(f) == "ids"]
-        if of_ids and len(files) > 1:
-            raise UsageError(f"{self.flag} {self.path}: {of_ids[0]} holds token ids, others text; name one file")
-        return of_ids[0] if of_ids else None
+        arrays = [f for f in files if kind_of(f) == "ids"]
+        if arrays and len(files) > 1:
+            raise UsageError(f"{self.flag} {self.path}: {arrays[0]} holds token ids, others text; name one file")
+        return arrays[0] if arrays else None
 
     def digest(self) -> str:
-        """xxh3_128 of what its tokens come from: unpacked bytes, and what is read of records. Raises UsageError."""
+        """xxh3_128 of all that decides its tokens: decompressed bytes, and the field read of records.
+
+        Raises UsageError when it cannot be read.
+        """
         digest = xxhash.xxh3_128()
         files = self.files()
         for path in files:
@@ -72,7 +75,7 @@ class Text:
         return digest.hexdigest()
 
     def pieces(self, render: Render) -> Iterator[Piece]:
-        """Its characters; `render` writes out a record's messages. Raises UsageError where it cannot be read."""
+        """Its characters; `render` turns a record's messages into text. Raises UsageError when it cannot be read."""
         for path in self.files():
             kind = kind_of(path)
             if kind in ("parquet", "arrow") and path is not None:
@@ -84,10 +87,10 @@ class Text:
                         yield Piece(block, False)
                     yield Piece("", True)
                 else:
-                    read = _READ[kind]
-                    seen = Tally()  # of the whole file, of which the field is a part
-                    yield from _in_pieces(read(blocks(f, path, seen), path, self.text_field, self.tally, render))
-                    self.tally.replaced += seen.replaced
+                    read = _READERS[kind]
+                    whole = Tally()  # the field is only a part of the file's characters
+                    yield from _in_pieces(read(blocks(f, path, whole), path, self.text_field, self.tally, render))
+                    self.tally.replaced += whole.replaced
 
 
 def _in_pieces(records: Iterator[str]) -> Iterator[Piece]:
@@ -98,34 +101,35 @@ def _in_pieces(records: Iterator[str]) -> Iterator[Piece]:
 
 
 def default_seqlen(config: Mapping[str, Any]) -> int:
-    """min(2048, the longest context that config.json names), in tokens."""
-    return min(2048, _longest(config) or 2048)
+    """The context length that config.json names, in tokens, at most 2048; 2048 where it names none."""
+    return min(2048, _context_length(config) or 2048)
 
 
 def check_seqlen(seqlen: int, config: Mapping[str, Any]) -> None:
-    """Raises UsageError for windows that are too short to predict anything, or longer than the model's context."""
-    longest = _longest(config)
+    """Raises UsageError when windows are too short to predict a token, or longer than the model's context."""
+    longest = _context_length(config)
     if seqlen < 2:
-        raise UsageError(f"--seqlen {seqlen}: a window needs at least 2 tokens")
+        raise UsageError(f"--seqlen {seqlen}: a window needs at least 2 tokens, to predict one from the other")
     if longest is not None and seqlen > longest:
         raise UsageError(f"--seqlen {seqlen} is longer than the model's context of {longest} tokens")
 
 
 def check_bos(mode: str) -> None:
-    """Raises UsageError unless `mode` says when windows begin with a BOS token: "auto", "always" or "never"."""
+    """Raises UsageError unless `mode` is "auto", "always" or "never"."""
     if mode not in ("auto", "always", "never"):
         raise UsageError(f"--bos {mode}: choose auto, always or never")
 
 
 def positions(seqlen: int, has_bos: bool, config: Mapping[str, Any]) -> int:
-    """Tokens of a window: `seqlen`, and a BOS token before them.
+    """Tokens in a window: `seqlen` of the text, and a BOS token in front if `has_bos`.
 
-    Where that is more than the model's context holds, the window has a token less of the text.
+    Where that would exceed the model's context, the window has one token less of the text.
     """
-    return min(seqlen + has_bos, max(_longest(config) or seqlen + 1, seqlen))
+    return min(seqlen + has_bos, max(_context_length(config) or seqlen + 1, seqlen))
 
 
-def _longest(config: Mapping[str, Any]) -> int | None:
+def _context_length(config: Mapping[str, Any]) -> int | None:
+    """The smallest context length that config.json names, in tokens; None where it names none."""
     names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len")
     limits = [part.get(name) for part in (config, config.get("text_config") or {}) for name in names]
     found = [n for n in limits if isinstance(n, int) and n > 0]

@@ -1,13 +1,13 @@
-"""Tokens to windows: what calibration and evaluation run on.
+"""Cuts tokens into windows, which calibration and evaluation run on.
 
-Calibration reads a stream of tokens and draws `samples` windows of `seqlen` from it: the stream is divided into as
-many equal stretches, and in each a window begins at a place chosen by a seed (NumPy's PCG64). Spread like this, the
-statistics vary less with the seed than with independent places. No more than STREAM_WINDOWS times the tokens that are
-asked for are read. Evaluation cuts the whole text into windows without overlap and drops the rest.
+Calibration draws `samples` windows of `seqlen` tokens from the text's tokens: these are divided into `samples` equal
+stretches, and in each one window begins at a random place (NumPy's PCG64, seeded). Results vary less with the seed than
+with independent places. At most STREAM_WINDOWS times the requested tokens are read. Evaluation cuts the whole text into
+windows without overlap and drops the remainder.
 
-Each window begins with a BOS token where the model's tokenizer puts one before a text by itself (tokens.bos_of): a
-model that was trained with it is another one without. Ids that are given as ids get one only when asked. The stream
-and the windows of an evaluation are on disk, 4 bytes a token, so that a text of any size costs bounded memory.
+Each window begins with a BOS token if the model's tokenizer adds one to a text by itself (tokens.bos_of): a model that
+was trained with it predicts much worse without. Text given as token ids gets one only on request. Calibration's tokens
+and evaluation's windows are on disk, 4 bytes a token, so that a text of any size takes bounded memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from streamprune.disk.scratch import ScratchTokens
 from streamprune.errors import CheckpointError, UsageError
 
 STREAM_WINDOWS = 64
-"""The stream is read until it holds this many times samples × seqlen tokens."""
+"""At most this many times samples × seqlen tokens are read."""
 
 _BLOCK = 1 << 20
 
@@ -36,20 +36,20 @@ Tokens = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Source:
-    """Where windows come from: a text, and how the model in the folder `model` makes tokens of it."""
+    """Where windows come from: a text, and the model whose tokenizer is used (its folder, config.json, vocabulary)."""
 
     text: Text
     model: Path
     config: Mapping[str, Any]
     vocab_size: int
     bos: str = "auto"
-    """Whether a BOS token is put before each window: "auto", "always" or "never"."""
+    """Whether windows begin with a BOS token: "auto", "always" or "never", see tokens.bos_of."""
     trust_remote_code: bool = False
 
     def begin(self, seqlen: int, samples: int = 0) -> Opened:
-        """Loads the tokenizer, for windows of `seqlen` tokens of the text: so many `samples`, or 0 for all there are.
+        """Loads the tokenizer and opens the text for `samples` windows of `seqlen` tokens; 0 means all there are.
 
-        Raises UsageError when the text is missing or wrong, CheckpointError when the tokenizer is.
+        Raises UsageError when the text is missing or invalid, CheckpointError when the tokenizer is.
         """
         if path := self.text.ids:
             bos = bos_of(load_tokenizer(self.model, self.trust_remote_code), self.bos) if self.bos == "always" else None
@@ -73,9 +73,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Opened:
-    """A text that is about to be read: `blocks` of ids, and the `bos` token that windows begin with.
+    """A text opened for reading: `blocks` yields its ids, `bos` is the token that windows begin with.
 
-    `shape` is (windows, tokens of each), `seqlen` how many tokens of the text were asked for.
+    `shape` is (windows, tokens in each); `seqlen` is the number of the text's tokens that were requested for each.
     """
 
     source: Source
@@ -90,7 +90,7 @@ class Opened:
         return self.shape[1] - (self.bos is not None)
 
     def check(self, count: int) -> None:
-        """Raises UsageError where `count` tokens are not enough for one window."""
+        """Raises UsageError when `count` tokens do not fill one window."""
         if count < self.inside:
             name = self.source.text.path or "the built-in text"
             advice = "lower --seqlen or give more text"
@@ -98,7 +98,7 @@ class Opened:
 
 
 class Windows:
-    """Windows of an evaluation on disk: `shape` is (windows, length), and a slice of it is an array (n, length)."""
+    """Evaluation windows on disk: `shape` is (windows, length), a slice is an array (n, length) int64."""
 
     def __init__(self, ids: ScratchTokens, seqlen: int, length: int, has_bos: bool) -> None:
         self._ids, self.seqlen, self.has_bos = ids, seqlen, has_bos
@@ -111,18 +111,16 @@ class Windows:
     def __getitem__(self, which: slice) -> Tokens:
         begin, end, step = which.indices(len(self))
         if step != 1:
-            raise IndexError("windows are read one after the other")
+            raise IndexError("only slices with step 1 can be read")
         ids = self._ids.read(begin * self.shape[1], max(end, begin) * self.shape[1])
         return ids.astype(np.int64).reshape(-1, self.shape[1])
 
 
 def draw_windows(opened: Opened, seed: int, folder: Path) -> Tokens:
-    """Calibration windows (samples, tokens of a window) int64.
+    """Calibration windows (samples, tokens in a window) int64, drawn as the module's docstring says.
 
-    See the module's docstring for how they are drawn. `folder` is where the stream goes meanwhile.
-
-    Raises UsageError when the text is missing or shorter than one window, CheckpointError when the tokenizer
-    is missing or its ids do not fit the vocabulary.
+    The text's tokens are in a temporary file in `folder` meanwhile. Raises UsageError when the text is missing or
+    shorter than one window, CheckpointError when the tokenizer's ids exceed the vocabulary.
     """
     inside, (samples, length) = opened.inside, opened.shape
     limit = samples * opened.seqlen * STREAM_WINDOWS
@@ -141,10 +139,10 @@ def draw_windows(opened: Opened, seed: int, folder: Path) -> Tokens:
     return windows
 
 
-def cut_windows(source: Source, seqlen: int, ids: ScratchTokens, most: int | None = None) -> Windows:
-    """Evaluation windows: the whole text's tokens, without overlap, the rest dropped; written to `ids`, and read there.
+def cut_windows(source: Source, seqlen: int, ids: ScratchTokens, max_windows: int | None = None) -> Windows:
+    """Evaluation windows: the whole text without overlap, its remainder dropped; they are stored in `ids`.
 
-    Of `most` windows, the first ones. Raises as draw_windows does.
+    With `max_windows`, only the first ones. Raises as draw_windows does.
     """
     opened = source.begin(seqlen)
     length, inside, bos = opened.shape[1], opened.inside, opened.bos
@@ -156,8 +154,8 @@ def cut_windows(source: Source, seqlen: int, ids: ScratchTokens, most: int | Non
         rest = rest[rows.size :]
         if bos is not None:
             rows = np.insert(rows, 0, bos, axis=1)
-        ids.append(rows[: None if most is None else most - len(ids) // length].reshape(-1))
-        if most is not None and len(ids) >= most * length:
+        ids.append(rows[: None if max_windows is None else max_windows - len(ids) // length].reshape(-1))
+        if max_windows is not None and len(ids) >= max_windows * length:
             break
     opened.check(count)
     return Windows(ids, seqlen, length, bos is not None)
@@ -167,7 +165,7 @@ def _load_ids(path: Path) -> Iterator[Tokens]:
     at = 0
     while True:
         try:
-            ids = np.lib.format.open_memmap(path, mode="r")  # anew for each block: read pages count as resident
+            ids = np.lib.format.open_memmap(path, mode="r")  # reopened for each block: unmaps pages that were read
         except (OSError, ValueError) as e:
             raise UsageError(f"{path}: cannot be read as an array of token ids ({e})") from e
         if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
@@ -180,7 +178,7 @@ def _load_ids(path: Path) -> Iterator[Tokens]:
 
 
 def tokens_digest(windows: Tokens | Windows) -> str:
-    """xxh3_128 of the windows' ids, little-endian int64."""
+    """xxh3_128 of the windows' ids as little-endian int64."""
     digest = xxhash.xxh3_128()
     step = max(1, _BLOCK // windows.shape[1])
     for at in range(0, len(windows), step):

@@ -32,11 +32,11 @@ from streamprune.model.budget import (
     Budget,
     Layout,
     choose_batch,
+    device_layout,
     estimate,
     free_on,
     group_of,
-    hold_to,
-    lay_out,
+    limit_memory,
     memory_of,
 )
 from streamprune.model.device import cache_dtype
@@ -149,7 +149,7 @@ def lay_out_two(
     if not on_device:
         layout = Layout(most, 1, False, 0, group=group_of(budget, most, samples, max_ram))
         return layout, layout, True
-    hold_to(max_vram, device)
+    limit_memory(max_vram, device)
     whose, limit = "--max-vram", max_vram
     if limit is None:
         whose, limit = f"{device}'s free memory of", free_on(device)
@@ -162,7 +162,7 @@ def fit_two(
 ) -> tuple[Layout, Layout, bool]:  # fmt: skip
     """As lay_out_two, within `limit` bytes of a device; None is not known, and nothing is then kept there.
 
-    What is given up first: keeping final states on the device, then what lay_out gives up, then batches.
+    What is given up first: keeping final states on the device, then what device_layout gives up, then batches.
     """
     two = (reference, model)
     whole = [s.state_bytes(samples * seqlen) for s in two]
@@ -174,7 +174,7 @@ def fit_two(
     def layouts(kept: int) -> list[Layout]:
         """Each model by itself, the second beside `kept` bytes of the first."""
         rooms = [limit, limit if limit is None else limit - kept]
-        return [lay_out(s.skeleton, seqlen, samples, s.dtype, device, r) for s, r in zip(two, rooms, strict=True)]
+        return [device_layout(s.skeleton, seqlen, samples, s.dtype, device, r) for s, r in zip(two, rooms, strict=True)]
 
     least = max(heads(1, 0), *(memory_of(s.skeleton, seqlen, samples, s.dtype, 1, False, 1) for s in two))
     if limit is not None and least > limit:

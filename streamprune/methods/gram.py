@@ -115,11 +115,6 @@ class Gram:
         """e G eᵀ of each of `rows` (n, in) float32: the squared change of the outputs. (n,) float64, not negative."""
         return (self.times(rows) * rows).sum(1, dtype=torch.float64).clamp_min_(0)
 
-    def held_energy(self, rows: Tensor) -> Tensor:
-        """As energy, of the inputs that were kept out. (n,) float64."""
-        change = rows @ self.held.to(rows.dtype).T
-        return change.square_().sum(1, dtype=torch.float64)
-
     def held_by_token(
         self, rows: Tensor, fitted: Tensor | None = None, name: str = "", which: Tensor | slice = slice(None)
     ) -> Tensor:
@@ -135,8 +130,12 @@ class Gram:
                 made += self.debts[name].held[:, which].T
         return made.square_().sum(0, dtype=torch.float64)
 
-    def absorb(self) -> None:
-        """Puts the inputs that were kept out into `matrix` after all: this object changes, and so does `matrix`."""
+    def absorb_held_(self) -> None:
+        """Adds the held-out inputs to the sums, in place, as the underscore says: `held` is empty afterwards.
+
+        Changes the arrays `matrix`, `drift` and the sums of `debts` themselves: copies would take the Gram's memory
+        twice, which the budget does not have, and a mapped matrix lies in a file.
+        """
         held = self.held.float()
         width = self.matrix.shape[0]
         step = max(1, _PANEL // (8 * max(width, 1)))

@@ -13,8 +13,8 @@ activations over- or underflows. With a_j = E[x_j²] over the calibration tokens
     magnitude         |w|                      needs no statistics
 
 Where one feature carries everything, 1 − share_j = 0 (H is singular): it is held at 2⁻²⁰, about what float32
-activations resolve, so that feature is the last to go. Where nothing was seen (all a_j = 0) no feature is
-better than another: the scores of all methods then order a row by magnitude, see InputStats.silent.
+activations resolve, so that feature is the last to go. Where all a_j = 0 (an expert to which no token was
+routed) no feature is better than another: the scores of all methods then order a row by magnitude.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ class InputStats:
     """Sums over `tokens` calibration tokens of one linear's input x.
 
     tokens  number of tokens seen
-    sum     (in_features,) float64 on the CPU: sum of x_j
+    sum     (in_features,) float64 on the CPU: sum of x_j; no score reads it, but statistics files of version 1 hold it
     sumsq   (in_features,) float64 on the CPU: sum of x_j²
 
     Linears that share an input (q/k/v, gate/up) share one object. Raises ValueError for any other shape or
@@ -48,16 +48,6 @@ class InputStats:
         return self.sum.numel()
 
     @property
-    def mean(self) -> Tensor:
-        """E[x_j], (in_features,) float64; zero where no token was seen."""
-        return self.sum / max(self.tokens, 1)
-
-    @property
     def mean_square(self) -> Tensor:
         """a_j = E[x_j²], (in_features,) float64, not negative; zero where no token was seen."""
         return self.sumsq / max(self.tokens, 1)
-
-    @property
-    def silent(self) -> bool:
-        """True when no input was ever different from zero (an expert that no token was routed to)."""
-        return not bool(self.sumsq.any())

@@ -1,8 +1,8 @@
-"""Hidden states between two stages: chunks on disk, and on the device as well where they fit.
+"""Hidden states between two stages: in chunks on disk, and on the device as well if they fit.
 
-On disk they are what a killed job resumes from (disk/cache.py). A chunk is read while the one before it is computed
-on, and written while the one after it is. Where states are resident they also stay on the device from one stage to
-the next; they have been rounded to the cache's dtype like those on disk, so that both give the same results.
+A killed job resumes from those on disk (disk/cache.py). Reading the next chunk and writing the previous one overlap
+with computing the current one. Resident states also stay on the device from one stage to the next; they are rounded to
+the cache's dtype like those on disk, so that both give the same results.
 """
 
 from __future__ import annotations
@@ -21,57 +21,61 @@ from streamprune.process.background import BackgroundWorker, read_ahead
 
 
 class Activations:
-    """The hidden states before each stage, in `folder`; chunks are batches (batch, seqlen, hidden) in `dtype`."""
+    """The hidden states before each layer, cached in `folder`, in chunks (batch, seqlen, hidden) of `dtype`.
+
+    With `resident`, they are kept on `device` as well.
+    """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, *, resident: bool = False) -> None:
         self.folder, self.dtype, self.device, self.resident = folder, dtype, device, resident
-        self._held: tuple[int, list[Tensor]] = (-1, [])
-        self._before = self._held  # what went into the last stage: it may be asked for again until the next one begins
-        # for the whole job: torch deals out 32 streams in turn, and what its allocator keeps belongs to one of them
+        self._current: tuple[int, list[Tensor]] = (-1, [])
+        """(layer, resident states before it)"""
+        self._previous = self._current  # needed again if its layer's pass is repeated
+        # created once: torch has a pool of 32 streams, and its allocator caches free memory for each separately
         self._reading, self._writing = CopyStream(device), CopyStream(device)
 
     def read(self, stage: int) -> Iterator[Tensor]:
-        """The chunks before layer `stage`, on the device, in order. Raises CorruptStateError as CacheReader."""
-        for at, held in (self._held, self._before):
-            if at == stage:
-                yield from held
+        """The states before layer `stage`, chunk by chunk, on the device. Raises CorruptStateError as CacheReader."""
+        for layer, chunks in (self._current, self._previous):
+            if layer == stage:
+                yield from chunks
                 return
         for sent in read_ahead(_Sending(CacheReader(self.folder, stage), self._reading)):
             yield received(sent)
 
     @contextmanager
     def write(self, stage: int, *, persist: bool = True) -> Iterator[Callable[[Tensor], None]]:
-        """A function that takes the chunks before layer `stage`, one after the other.
+        """Yields a function that stores the next chunk of states before layer `stage`.
 
-        On leaving they are durable, unless `persist` is off; that needs resident states.
+        On leaving, all are durable. Without `persist`, which needs resident states, nothing is written.
         """
-        lane, held = self._writing, list[Tensor]()
-        self._before = (-1, [])
+        stream, chunks = self._writing, list[Tensor]()
+        self._previous = (-1, [])
 
         def store(item: tuple[Tensor, Event | None]) -> None:
             if writer is not None:
-                writer.append(lane.fetch(*item))
+                writer.append(stream.fetch(*item))
 
         def put(states: Tensor) -> None:
             states = states.detach().to(self.dtype)
             if self.resident:
-                held.append(states)
+                chunks.append(states)
             if persist:
-                behind.put((states, lane.mark()))
+                background.put((states, stream.mark()))
 
-        waiting = None if self.resident else 1
+        ahead = None if self.resident else 1
         with (
             CacheWriter(self.folder, stage, self.dtype) if persist else nullcontext() as writer,
-            BackgroundWorker(store, waiting) as behind,
+            BackgroundWorker(store, ahead) as background,
         ):
             yield put
-        self._before, self._held = self._held, (stage, held) if self.resident else (-1, [])
+        self._previous, self._current = self._current, (stage, chunks) if self.resident else (-1, [])
 
 
-class Aside:
-    """Hidden states (tokens, hidden) that wait for a second pass through the same layer.
+class StateBuffer:
+    """Hidden states kept for a second pass through the same layer: all are put, then taken in the same order.
 
-    They are in an unnamed file in `folder`, or on the device. First all are put, then all are taken, in the same order.
+    They are in an unnamed temporary file in `folder` with room for `tokens` rows or, if `resident`, on the device.
     """
 
     def __init__(self, folder: Path, tokens: int, hidden: int, dtype: torch.dtype, *, resident: bool) -> None:
@@ -81,11 +85,11 @@ class Aside:
         self.rewind()
 
     def rewind(self) -> None:
-        """The next is the first again."""
+        """Starts again at the first: after the last put, and before another pass."""
         self._at = 0
 
     def put(self, states: Tensor) -> None:
-        """Keeps states (batch, seqlen, hidden)."""
+        """Stores states (batch, seqlen, hidden)."""
         states = states.detach().to(self._dtype)
         if self._file is None:
             self._held.append(states)
@@ -96,7 +100,7 @@ class Aside:
         self._at = end
 
     def take(self, like: Tensor) -> Tensor:
-        """The next states, as many as `like` has, on its device."""
+        """The next states, in the shape of `like` and on its device."""
         if self._file is None:
             self._at += 1
             return self._held[self._at - 1]
@@ -108,13 +112,13 @@ class Aside:
 
 
 class _Sending:
-    """A cache's chunks as a sequence of tensors on their way to the device."""
+    """The chunks of a cache as a sequence; reading one starts its copy to the device."""
 
-    def __init__(self, reader: CacheReader, lane: CopyStream) -> None:
-        self._reader, self._lane = reader, lane
+    def __init__(self, reader: CacheReader, stream: CopyStream) -> None:
+        self._reader, self._stream = reader, stream
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def __getitem__(self, chunk: int) -> Sent:
-        return self._lane.send(self._reader[chunk])
+        return self._stream.send(self._reader[chunk])

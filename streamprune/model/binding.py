@@ -1,15 +1,14 @@
-"""Binds mapped tensors to the skeleton's modules for as long as a stage is at work.
+"""Binds mapped tensors to the skeleton's modules while a stage computes.
 
-Where the stored dtype is the one that is computed in, a parameter is the mapped file itself: nothing is
-copied. Where it is not (bf16 weights on a processor without bf16 arithmetic), large matrices stay mapped and
-are converted in panels of rows while they are used, so a converted copy of a stage never exists. On a device the
-input embedding stays on the CPU, too:
+If a tensor is stored in the compute dtype, the parameter is the mapped file itself: nothing is copied. Otherwise (bf16
+weights on a processor without bf16 arithmetic) large matrices stay mapped and are converted in panels of rows while
+they are used, so there is never a converted copy of a whole stage:
 
     linears            out[:, rows] = x · W[rows]ᵀ, rows converted panel by panel
-    input embedding    only the rows that the batch looks up are converted
+    input embedding    only the rows that the batch looks up are converted; on a device, only these are copied to it
     everything else    converted when it is bound (norms, biases, small tables)
 
-Linears that are stored in FP8 are made from codes and scales in the same panels.
+Linears stored in FP8 are dequantised in the same panels.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from streamprune.disk.float_quantized import SCALE, Scheme
 from streamprune.disk.header import TensorRef
 from streamprune.methods.fp8 import dequantise
 from streamprune.model.loader import WeightLoader
-from streamprune.model.routed import InputHook, Routed, in_place
+from streamprune.model.routed import InputHook, Routed, immediate_forward
 from streamprune.model.skeleton import Skeleton
 
 _PANEL_BYTES = 32 << 20
@@ -45,12 +44,13 @@ def bound(
     weighted: bool = True,
     routed: Routed | None = None,
 ) -> Iterator[list[TensorRef]]:
-    """Binds the parameters below `prefix`, or with None all parameters outside the decoder layers.
+    """Binds the parameters below `prefix`; with None, all parameters outside the decoder layers.
 
     Within the context the modules compute in `dtype` on the loader's device; on leaving they are on the meta device
-    again. Yields what is in use, for the caller to release. `sources` may name other tensors than the checkpoint's
-    own. Without `head`, what makes logits is left out. Experts wait for a group of batches where `routed` collects what
-    they are given; else they compute at once, and `watch` sees the inputs of their linears, `weighted` or not.
+    again. Yields the bound tensors, for the caller to release. `sources` replaces the skeleton's own, to bind tensors
+    of other files. Without `head`, the LM head is left out. With `routed`, experts' inputs are collected for a group of
+    batches; otherwise experts compute at once, and `watch` sees the inputs of their linears, multiplied by the
+    routing's weights if `weighted`.
     """
     refs = sources or skeleton.sources
     outside = {id(m) for m in skeleton.layers.modules()} if prefix is None else set()
@@ -82,7 +82,7 @@ def bound(
                     and leaf == "weight"
                     and (loader.copies or loader.maps.tensor(ref).dtype != dtype)
                 ):
-                    undo.append(_narrow(module, loader.maps.tensor(ref), dtype, loader.device))
+                    undo.append(_bind_embedding(module, loader.maps.tensor(ref), dtype, loader.device))
                 else:
                     undo.append(_bind(module, leaf, loader.tensor(ref), dtype))
         yield used
@@ -92,8 +92,8 @@ def bound(
 
 
 @contextmanager
-def in_their_place(skeleton: Skeleton, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it, linears that are bound compute with these weights, of their stored shape and dtype, instead."""
+def replaced_weights(skeleton: Skeleton, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it, bound linears compute with these weights instead: linear -> weight in its stored shape and dtype."""
     before: dict[str, nn.Parameter | None] = {}
     try:
         for name, weight in weights.items():
@@ -108,8 +108,8 @@ def in_their_place(skeleton: Skeleton, weights: Mapping[str, Tensor]) -> Iterato
 
 
 @contextmanager
-def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it, the parameters and buffers below `module` that are named here are these tensors themselves."""
+def replaced_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it, the named parameters and buffers below `module` are replaced by these tensors, without a copy."""
     undo: list[Callable[[], None]] = []
     try:
         for name, value in tensors.items():
@@ -127,7 +127,7 @@ def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def _bind(module: nn.Module, leaf: str, value: Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    """Puts a stored tensor in a module's place; returns what puts the meta tensor back."""
+    """Puts a stored tensor in place of a module's meta tensor; returns a function that restores that."""
     if leaf in module._buffers:
         return _bind_buffer(module, leaf, value)
     before = module._parameters[leaf]
@@ -149,10 +149,10 @@ def _bind(module: nn.Module, leaf: str, value: Tensor, dtype: torch.dtype) -> Ca
 
 
 class _ExpertWeights:
-    """The weights of a module's experts, brought when they are used: see routed.Weights.
+    """The weights of a module's experts, loaded when they are used: see routed.Weights.
 
-    What is stored in another dtype than is computed in, or in FP8, is converted a panel of rows at a time. Inputs of
-    FP8 experts stay as they are: transformers, unlike vLLM, rounds those of its nn.Linear only.
+    Weights in FP8 or in another dtype than x are converted a panel of rows at a time. Inputs of FP8 experts are not
+    rounded to FP8: transformers, unlike vLLM, does that for nn.Linear only.
     """
 
     def __init__(self, skeleton: Skeleton, loader: WeightLoader, refs: Mapping[str, TensorRef]) -> None:
@@ -161,7 +161,7 @@ class _ExpertWeights:
         self.device = loader.device
 
     def stored(self, name: str) -> tuple[TensorRef, Tensor]:
-        """A linear's weight as it is stored."""
+        """A linear's weight in its stored dtype and shape."""
         refs = self._of(name)
         if name not in self._held:
             self._held[name] = tuple(self._loader.tensor(ref) for ref in refs)
@@ -180,18 +180,18 @@ class _ExpertWeights:
         return _in_panels(x, len(weight), None, lambda begin, end: weight[begin:end].to(x.dtype))
 
     def expect(self, names: Collection[str]) -> None:
-        """Begins to bring weights near."""
+        """Starts prefetching weights."""
         if names:
             self._loader.expect(ref for name in names for ref in self._of(name))
 
     def release(self, names: Collection[str]) -> None:
-        """Lets go of weights."""
+        """Frees weights."""
         for name in names:
             self._held.pop(name, None)
         self._loader.release(ref for name in names for ref in self._of(name))
 
     def release_all(self) -> None:
-        """Lets go of what is still at hand."""
+        """Frees all weights still held."""
         self.release(list(self._held))
 
     def _of(self, name: str) -> list[TensorRef]:
@@ -203,10 +203,10 @@ def _bind_experts(
     skeleton: Skeleton, module: nn.Module, path: str, loader: WeightLoader, refs: Mapping[str, TensorRef],
     watch: InputHook | None, weighted: bool, routed: Routed | None,
 ) -> Callable[[], None]:  # fmt: skip
-    """Lets a module of experts work one expert at a time; returns what ends that."""
+    """Makes a module of experts compute one expert at a time; returns a function that undoes it."""
     weights, experts = _ExpertWeights(skeleton, loader, refs), skeleton.experts[path]
     if routed is None:
-        module.__dict__["forward"] = in_place(module, experts, weights, watch, weighted)
+        module.__dict__["forward"] = immediate_forward(module, experts, weights, watch, weighted)
     else:
         module.__dict__["forward"] = routed.forward_of(module, experts, weights)
 
@@ -220,20 +220,20 @@ def _bind_experts(
 def _bind_codes(
     module: nn.Module, codes: Tensor, scale: Tensor, scheme: Scheme | None, dtype: torch.dtype
 ) -> Callable[[], None]:
-    """Lets a linear compute with FP8 codes (out, in) and their scale, as the scheme says; returns what ends that."""
+    """Makes a linear compute with FP8 codes (out, in) and their scale, as the scheme says; returns an undo function."""
     before, forward = module._parameters["weight"], module.forward
-    rounded = _rounded if scheme is None or scheme.rounds_inputs else _as_it_is
+    quantised = _rounded if scheme is None or scheme.rounds_inputs else _unchanged
     if type(module) is nn.Linear:
-        # Some callers cast its input to the weight's dtype (DeepSeek-V3.2's indexer). NaN betrays who takes its values.
-        shown = codes.new_full((), torch.nan, dtype=dtype).expand(codes.shape)
-        module._parameters["weight"] = nn.Parameter(shown, requires_grad=False)
+        # Some callers read the weight's dtype (DeepSeek-V3.2's indexer). If one read its values, NaN would show it.
+        placeholder = codes.new_full((), torch.nan, dtype=dtype).expand(codes.shape)
+        module._parameters["weight"] = nn.Parameter(placeholder, requires_grad=False)
         module.__dict__["forward"] = lambda x: _in_panels(
-            rounded(x), len(codes), module.bias, lambda b, e: _dequantised(codes, scale, b, e, x.dtype)
+            quantised(x), len(codes), module.bias, lambda b, e: _dequantised(codes, scale, b, e, x.dtype)
         )
-    else:  # whose arithmetic is its own
+    else:  # a subclass with a forward of its own
         exact = dequantise(codes, scale, dtype)
         module._parameters["weight"] = nn.Parameter(exact, requires_grad=False)
-        module.__dict__["forward"] = lambda x: forward(rounded(x))
+        module.__dict__["forward"] = lambda x: forward(quantised(x))
 
     def restore() -> None:
         module.__dict__.pop("forward", None)
@@ -256,22 +256,22 @@ def _nothing() -> None:
     """Nothing to release."""
 
 
-def _narrow(module: nn.Module, table: Tensor, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Makes an embedding bring only the rows it is asked for to `device` and `dtype`; returns what ends that.
+def _bind_embedding(module: nn.Module, table: Tensor, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """Makes an embedding copy only the rows it looks up to `device` and `dtype`; returns an undo function.
 
-    `table` stays on the CPU.
+    `table` (vocab, hidden) stays on the CPU, mapped.
     """
     before = module._parameters["weight"]
 
-    def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def bind_rows(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows, places = torch.unique(args[0].cpu(), return_inverse=True)
         module._parameters["weight"] = nn.Parameter(table[rows].to(device, dtype), requires_grad=False)
         return (places.to(device), *args[1:])
 
-    handle = module.register_forward_pre_hook(narrow)
+    handle = module.register_forward_pre_hook(bind_rows)
     padding = getattr(module, "padding_idx", None)
     if padding is not None:
-        module.__dict__["padding_idx"] = None  # its row may not be among those that are looked up
+        module.__dict__["padding_idx"] = None  # the padding row may not be among those looked up
 
     def end() -> None:
         handle.remove()
@@ -282,18 +282,18 @@ def _narrow(module: nn.Module, table: Tensor, dtype: torch.dtype, device: torch.
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """x (…, in) rounded to FP8, each token by a scale from its own largest value, whatever x's shape, as vLLM does."""
-    own = x.abs().amax(-1, keepdim=True) / _FP8_MAX
-    own = torch.where(own == 0, torch.finfo(x.dtype).eps, own)
-    return (x / own).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype) * own
+    """x (…, in) rounded to FP8 and back, with a scale for each token from its largest value, as vLLM does."""
+    scale = x.abs().amax(-1, keepdim=True) / _FP8_MAX
+    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+    return (x / scale).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
-def _as_it_is(x: Tensor) -> Tensor:
+def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
 def _dequantised(codes: Tensor, scale: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-    """Rows begin to end of scale · codes."""
+    """Rows begin to end of scale · codes, in `dtype`."""
     return dequantise(codes[begin:end], scale[begin:end] if scale.numel() > 1 else scale, dtype)
 
 
@@ -304,11 +304,11 @@ def _linear_in_panels(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _in_panels(x: Tensor, out_features: int, bias: Tensor | None, panel: Callable[[int, int], Tensor]) -> Tensor:
-    """x (…, in) · Wᵀ + b; `panel(begin, end)` makes those rows of W, (end - begin, in) in x's dtype."""
+    """x (…, in) · Wᵀ + b: (…, out) in x's dtype. `panel(begin, end)` returns these rows of W in x's dtype."""
     rows = max(1, _PANEL_BYTES // (x.shape[-1] * x.dtype.itemsize))
     out = x.new_empty(*x.shape[:-1], out_features)
     for begin in range(0, out_features, rows):
         end = min(begin + rows, out_features)
-        its = None if bias is None else bias[begin:end].to(x.dtype)
-        out[..., begin:end] = F.linear(x, panel(begin, end), its)
+        part = None if bias is None else bias[begin:end].to(x.dtype)
+        out[..., begin:end] = F.linear(x, panel(begin, end), part)
     return out

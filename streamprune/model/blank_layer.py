@@ -1,8 +1,8 @@
-"""One layer without its weights, to see what it does besides multiplying with them, and how long that takes.
+"""Runs one layer without matrix products and attention, to see and to time what else it does.
 
-The model's own code runs on the states of one batch, through the same walk as in a job. Its weights are zeros that
-share the memory of one, and products with them, as well as attention, return zeros at once. What is left is all that
-a layer does elsewhere: norms, rotary embeddings, activation functions, sums, and the calls themselves.
+The model's own code runs on the states of one batch, just as in a job. Its weights are expanded scalar zeros, which
+take no memory; products with them and attention return zeros at once. What is left: norms, rotary embeddings,
+activation functions, residual sums, and the overhead of the calls.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from streamprune.model.skeleton import Skeleton
 from streamprune.model.streamed import StreamedModel
 
 LAYER_BYTES = {"cpu": 160 << 20, "cuda": 1 << 30}
-"""Memory of the layer's activations: more than the processor's caches hold, where a batch's are."""
+"""Memory for the layer's activations: more than fits into the processor's caches, as in a job."""
 
 
 class _Blank(ShardMaps):
-    """Tensors of zeros in place of a checkpoint's, on the device and in the dtype that is computed in; no memory."""
+    """Zero tensors in place of a checkpoint's, on the device and in the compute dtype; they take no memory."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(checkpoint)
@@ -42,7 +42,7 @@ class _Blank(ShardMaps):
 
 @dataclass
 class _Inputs:
-    """Widths of the inputs that statistics are gathered of: a tensor that several linears share counts once."""
+    """Widths of the linears' inputs; a tensor that several linears share counts once."""
 
     widths: list[int] = field(default_factory=list)
     _last: Tensor | None = None
@@ -55,7 +55,7 @@ class _Inputs:
 
 @dataclass
 class Called:
-    """How a layer calls attention: shapes (batch, heads, seqlen, head_dim), and what else it says."""
+    """How a layer calls attention: shapes (batch, heads, seqlen, head_dim), mask or not, other arguments."""
 
     query: torch.Size
     key: torch.Size
@@ -66,7 +66,7 @@ class Called:
 
 @dataclass
 class _NoProducts(TorchFunctionMode):
-    """Within it products with weights and attention take no time: they return zeros of the right shape."""
+    """Within it, products with weights and attention return zeros of the right shape at once."""
 
     called: Called | None = None
     _zeros: list[Tensor] = field(default_factory=list)
@@ -76,7 +76,7 @@ class _NoProducts(TorchFunctionMode):
         super().__init__()
 
     def rewind(self) -> None:
-        """The next call is the first of the layer again, and gets the zeros that it got before."""
+        """Before the layer runs again: its calls will get the same zeros, in order, without new allocations."""
         self._next = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,21 +103,20 @@ class _NoProducts(TorchFunctionMode):
 
 
 def window_size(skeleton: Skeleton, batch: int, seqlen: int, dtype: torch.dtype, device: str) -> tuple[int, int]:
-    """Windows and tokens a window for the first layer: those of a batch, or fewer where they take too much memory."""
-    length, most = seqlen, LAYER_BYTES[device]
-    while length > 16 and length * token_bytes(skeleton, length, dtype) > most:
+    """(windows, tokens in each) to run a layer on: those of a batch, or fewer so as not to exceed LAYER_BYTES."""
+    length, limit = seqlen, LAYER_BYTES[device]
+    while length > 16 and length * token_bytes(skeleton, length, dtype) > limit:
         length //= 2
-    windows = most // (length * token_bytes(skeleton, length, dtype)) if length == seqlen else 1
+    windows = limit // (length * token_bytes(skeleton, length, dtype)) if length == seqlen else 1
     return max(1, min(batch, windows)), length
 
 
 class BlankLayer:
     """The first layer of a skeleton, for a batch of `windows` windows of `length` tokens.
 
-    `embed` comes first: it makes `states` (windows, length, hidden), what the layer is given. After a run, `called`
-    says how it asked for attention (None: not by F.scaled_dot_product_attention, so that a run includes it), and
-    `widths` lists the widths of the inputs of which there are statistics. Raises UnsupportedError for a model that
-    cannot be walked through.
+    Call `embed` first: it makes `states` (windows, length, hidden), the layer's input. After a run, `called` says how
+    attention was called (None: not through F.scaled_dot_product_attention, so a run includes its time), and `widths`
+    lists the widths of the linears' distinct inputs. Raises UnsupportedError for a model that cannot be streamed.
     """
 
     def __init__(
@@ -140,13 +139,13 @@ class BlankLayer:
         return self._inputs.widths
 
     def embed(self) -> None:
-        """Makes the states, by the model's own code before its first layer."""
+        """Computes `states` with the model's own code before its first layer."""
         (states,) = self.streamed.embed([self._ids])
         self.states = states.to(self.streamed.cache_dtype)
 
     @contextmanager
     def ready(self) -> Iterator[Callable[[], None]]:
-        """A function that runs the layer once."""
+        """Yields a function that runs the layer once."""
         with self.streamed.layer(self._stage, watch=self._inputs.watch) as layer, self._without_products:
 
             def run() -> None:

@@ -1,17 +1,17 @@
-"""How much memory a pass takes, and how many samples a batch may therefore hold.
+"""Estimates the memory of a pass, and chooses batch sizes and device layouts that fit.
 
 peak = base + reserve + grams + max(stage + batch · seqlen · (per_token + (group - 1) · waiting), working)
 
 base       resident memory of this process once everything is imported and the skeleton is built
-reserve    compiling kernels, row chunks of weights, buffers of the matrix library
-stage      bytes of the largest stage: its weights are mapped, and resident while it is at work
-per_token  the widest moment of a layer's forward pass: nine states of the hidden size, three of them being read and
-           written beside it, and four activations of the widest linear, in the dtype that is computed in
-group      batches that a layer's experts compute for at once (model/routed.py); they are waiting meanwhile
-waiting    two states of the hidden size, and the routing; 0 where there are no experts
-grams      for a refit: the Gram matrices that are held at once, and the inputs that are kept out of them
+reserve    compiling kernels, row chunks of weights, workspaces of the matrix library
+stage      bytes of the largest stage: its weights are mapped, and resident while it computes
+per_token  peak activations of a layer's forward pass: nine states of the hidden size, of which three are being read or
+           written in the background, and four activations of the widest linear, in the compute dtype
+group      batches whose tokens a layer's experts process together (model/routed.py)
+waiting    for a token of a waiting batch: two states of the hidden size and the routing; 0 without experts
+grams      for a refit: the Gram matrices that are held at once, and the inputs held out of them
 working    for a refit: its arrays, once the forward pass is over; for tuning: a layer's weights, gradients and moments,
-           and what autograd keeps of the windows that are computed at once
+           and what autograd keeps for a microbatch
 """
 
 from __future__ import annotations
@@ -21,42 +21,43 @@ from dataclasses import dataclass, replace
 import torch
 
 from streamprune.errors import ResourceError, UsageError
-from streamprune.model.beside import RefitNeeds, TuneNeeds, beside_pass
 from streamprune.model.device import cache_dtype
-from streamprune.model.shapes import forgotten, routed_share
+from streamprune.model.extra_memory import RefitNeeds, TuneNeeds, extra_choices
+from streamprune.model.shapes import routed_share, uncached_experts
 from streamprune.model.skeleton import Skeleton
 from streamprune.process.memory import available_bytes, format_bytes, resident_bytes
 
 BATCH_TOKENS = 2048
-"""Tokens in a batch when memory allows; more would not make matrix products any faster."""
+"""Tokens in a batch when memory allows; more do not make matrix products any faster."""
 
 RESERVE = 208 << 20
+"""See `reserve` above."""
 
 GROUP_BYTES = 512 << 20
-"""Memory for batches that wait for a layer's experts, unless --max-ram allows more; the system needs some for files."""
+"""Memory for batches that wait for a layer's experts, unless --max-ram allows more: the page cache needs some, too."""
 
 EXPERT_TOKENS = 4096
-"""Tokens for an expert at once, beyond which nothing is gained where the system keeps a layer's experts in memory."""
+"""Tokens per expert beyond which larger groups gain nothing, if the page cache holds a layer's experts."""
 
 _ROUTING = 256
-"""Bytes of a token's routing, about: which experts, which shares, and what finding an expert's tokens takes."""
+"""Approximate bytes of a token's routing: experts, their weights, and temporaries to find an expert's tokens."""
 
 DEVICE_BATCH_TOKENS = 8192
-"""Tokens in a batch on a device when its memory allows: fewer would leave small layers waiting for launches."""
+"""Tokens in a batch on a device when its memory allows; with fewer, kernel launches dominate in small layers."""
 
 DRIVER_RAM = 1 << 30
-"""RAM that a device's driver and libraries take in this process, with the pinned buffers."""
+"""RAM that a device's driver, its libraries and pinned buffers take in this process."""
 
 CONTEXT = 512 << 20
-"""Memory of the device that the driver's context and the matrix library's workspace take."""
+"""Device memory of the driver's context and the matrix library's workspace."""
 
 KERNELS = 384 << 20
-"""Memory of the device for temporaries of the selection kernels (kernels/torch_ops.py)."""
+"""Device memory for temporaries of the selection kernels (kernels/torch_ops.py)."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The estimate for one job. All sizes in bytes."""
+    """The estimate for one job, in bytes; see the formula in the module's docstring."""
 
     base: int
     reserve: int
@@ -65,30 +66,31 @@ class Budget:
     grams: int = 0
     working: int = 0
     waiting: int = 0
-    """Of a sample that waits for experts."""
+    """For each sample that waits for experts."""
     enough: int | None = None
-    """Samples that are worth waiting for; None: all."""
+    """Samples in a group beyond which nothing is gained; None: the more the better."""
 
     def peak(self, batch: int, group: int = 1) -> int:
-        """Estimated peak resident memory with `batch` samples at a time, and `group` batches where experts compute."""
+        """Estimated peak resident bytes with batches of `batch` samples, in groups of `group` if there are experts."""
         activations = batch * (self.per_sample + (group - 1) * self.waiting)
         return self.base + self.reserve + self.grams + max(self.stage + activations, self.working)
 
     def refitting(self, needs: RefitNeeds | None, room: int) -> Budget:
-        """The same with a refit that has `room` for Grams."""
+        """The same with a refit that has `room` bytes for Grams."""
         return self if needs is None else replace(self, grams=room + needs.held, working=needs.working)
 
     def tuning(self, needs: TuneNeeds | None, windows: int) -> Budget:
-        """The same with tuning of so many windows at once."""
+        """The same with tuning in microbatches of `windows` windows."""
         return self if needs is None else replace(self, working=max(self.working, needs.working(windows)))
 
 
 def estimate(
     skeleton: Skeleton, seqlen: int, dtype: torch.dtype, base: int | None = None, *, on_device: bool = False
 ) -> Budget:
-    """The budget of a pass with windows of `seqlen` tokens computed in `dtype`, here or `on_device`.
+    """The RAM budget of a pass with windows of `seqlen` tokens, computed in `dtype` on the CPU or `on_device`.
 
-    On a device, RAM holds pieces of weights in flight and three chunks of hidden states.
+    `base` defaults to the present resident memory. With a device, RAM holds only pieces of weights in flight and three
+    chunks of hidden states.
     """
     if on_device:
         states = 3 * seqlen * skeleton.hidden_size * dtype.itemsize
@@ -100,21 +102,22 @@ def estimate(
         largest,
         seqlen * token_bytes(skeleton, seqlen, dtype),
         waiting=seqlen * waiting_bytes(skeleton, dtype),
-        enough=None if any(map(forgotten, skeleton.layer_stages)) else _enough(skeleton, seqlen),
+        enough=None if any(map(uncached_experts, skeleton.layer_stages)) else _enough(skeleton, seqlen),
     )
 
 
 def _enough(skeleton: Skeleton, seqlen: int) -> int:
+    """Samples that give each expert EXPERT_TOKENS tokens on average."""
     return -(-int(EXPERT_TOKENS / routed_share(skeleton)) // seqlen)
 
 
 def waiting_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
-    """Bytes of a token that waits for a layer's experts: what goes in, what comes out, and the routing."""
+    """Bytes of a token that waits for a layer's experts: their input, their output, and the routing."""
     return 2 * skeleton.hidden_size * dtype.itemsize + _ROUTING if skeleton.experts else 0
 
 
 def token_bytes(skeleton: Skeleton, seqlen: int, dtype: torch.dtype) -> int:
-    """Bytes of activations a token takes at the widest moment of a layer."""
+    """Peak bytes of activations per token in a layer's forward pass."""
     widths = [max(ref.shape) for s in skeleton.layer_stages for ref in s.linears.values()]
     per_token = (9 * skeleton.hidden_size + 4 * max(widths, default=skeleton.hidden_size)) * dtype.itemsize
     per_token += waiting_bytes(skeleton, dtype)
@@ -125,7 +128,7 @@ def token_bytes(skeleton: Skeleton, seqlen: int, dtype: torch.dtype) -> int:
 
 
 def choose_batch(budget: Budget, samples: int, seqlen: int, max_ram: int | None) -> int:
-    """Samples a batch. Raises ResourceError when not even one fits into `max_ram` bytes, or into the machine."""
+    """Samples in a batch. Raises ResourceError when not even one fits into `max_ram` bytes, or into free memory."""
     batch = max(1, min(samples, BATCH_TOKENS // seqlen))
     limit, whose = max_ram, "--max-ram"
     if limit is None:
@@ -145,7 +148,7 @@ def choose_batch(budget: Budget, samples: int, seqlen: int, max_ram: int | None)
 
 
 def group_of(budget: Budget, batch: int, samples: int, max_ram: int | None) -> int:
-    """Batches that experts compute for at once; 1 where there are none."""
+    """How many batches experts process together; 1 where there are no experts."""
     if not budget.waiting:
         return 1
     if max_ram is not None:
@@ -153,48 +156,49 @@ def group_of(budget: Budget, batch: int, samples: int, max_ram: int | None) -> i
     else:
         free = available_bytes()
         left = GROUP_BYTES if free is None else min(GROUP_BYTES, (resident_bytes() + free - budget.peak(batch)) // 2)
-    worth = samples if budget.enough is None else min(samples, budget.enough)
-    return _group_within(left, batch * budget.waiting, batch, worth)
+    useful = samples if budget.enough is None else min(samples, budget.enough)
+    return _group_within(left, batch * budget.waiting, batch, useful)
 
 
 def _group_within(left: int, each: int, batch: int, samples: int) -> int:
-    """As many batches as `samples` are, or as fit into `left` bytes besides the one that is counted anyway."""
+    """Batches in a group: enough for `samples`, or one and as many more of `each` bytes as fit into `left`."""
     return max(1, min(-(-samples // batch), 1 + left // each))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a job lies on its device. On the CPU only `batch` says anything."""
+    """How a job uses the memory of its device. On the CPU, `layers`, `resident` and `nbytes` mean nothing."""
 
     batch: int
-    """Samples a batch."""
+    """Samples in a batch."""
     layers: int
-    """Layers on the device at once: one computes; a second travels there; a third is being pruned and written."""
+    """Layers on the device at once: 1, the one that computes; 2, with the next being prefetched; 3, with the previous
+    one being pruned and written."""
     resident: bool
-    """Whether the hidden states of all samples stay there between layers."""
+    """Whether the hidden states of all samples stay on the device between layers."""
     nbytes: int
-    """Estimated peak memory of the device."""
+    """Estimated peak device memory."""
     room: int = 0
-    """Bytes for Gram matrices, where the job computes."""
+    """Bytes for Gram matrices, on the device or in RAM."""
     group: int = 1
-    """Batches that a layer's experts compute for at once."""
+    """Batches that a layer's experts process together."""
     windows: int = 0
-    """Windows that are computed at once where layers are tuned."""
+    """Windows in a microbatch of tuning."""
 
 
-def lay_out(
+def device_layout(
     skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, device: torch.device, limit: int | None,
-    *, head: bool = False, beside: int = 0, pairs: int = 0,
+    *, head: bool = False, extra: int = 0, pairs: int = 0,
 ) -> Layout:  # fmt: skip
-    """The fastest layout of a pass (or none, samples = 0) within `limit` bytes of the device, by default what is free.
+    """The fastest layout of a pass within `limit` bytes of the device, by default what is free; samples = 0: no pass.
 
-    With `head`, what makes logits has its turn there after the layers; `beside` bytes are for something else, and
-    `pairs` more where hidden states stay there.
+    With `head`, the LM head runs on the device after the layers. `extra` bytes are reserved for other things, and
+    `pairs` more if hidden states are resident.
 
-    What is given up first: pruning a layer beside the next one's pass, then hidden states on the device, then
-    bringing layers early, then batches. Raises ResourceError with the smallest sufficient value.
+    Given up in this order: pruning a layer during the next one's pass, resident hidden states, prefetching layers,
+    batch size. Raises ResourceError with the smallest sufficient value.
     """
-    least = beside + memory_of(skeleton, seqlen, samples, dtype, 1, False, min(samples, 1), head=head)
+    least = extra + memory_of(skeleton, seqlen, samples, dtype, 1, False, min(samples, 1), head=head)
     whose = "--max-vram"
     if limit is None:
         whose, limit = f"{device}'s free memory of", free_on(device)
@@ -208,9 +212,9 @@ def lay_out(
     for layers, resident, fewest in (
         (3, True, enough), (2, True, enough), (2, False, enough), (1, False, enough), (1, False, 1),
     ):  # fmt: skip
-        more = beside + (pairs if resident else 0)
-        fixed = more + memory_of(skeleton, seqlen, samples, dtype, layers, resident, 0, head=head)
-        each = more + memory_of(skeleton, seqlen, samples, dtype, layers, resident, 1, head=head) - fixed
+        reserved = extra + (pairs if resident else 0)
+        fixed = reserved + memory_of(skeleton, seqlen, samples, dtype, layers, resident, 0, head=head)
+        each = reserved + memory_of(skeleton, seqlen, samples, dtype, layers, resident, 1, head=head) - fixed
         batch = min(wanted, (limit - fixed) // each) if samples and limit >= fixed else 0
         if batch >= fewest or (not samples and limit >= fixed):
             batch, nbytes = max(batch, 1), fixed + batch * each
@@ -225,11 +229,10 @@ def layout_for(
     max_ram: int | None, max_vram: int | None, *, head: bool = False, refit: RefitNeeds | None = None,
     tune: TuneNeeds | None = None,
 ) -> Layout:  # fmt: skip
-    """The layout of a pass over `samples` windows, or of pruning without one (samples = 0); `refit` and `tune` if it
-    has them.
+    """The layout of a job: a pass over `samples` windows (0: pruning without one), with a refit and tuning if given.
 
-    Raises ResourceError when `max_ram`, `max_vram` or what the machine has free is not enough, and UsageError for
-    `max_vram` on the CPU.
+    Raises ResourceError when `max_ram`, `max_vram` or the free memory is not enough, UsageError for `max_vram` on the
+    CPU.
     """
     on_device = device.type != "cpu"
     if max_vram is not None and not on_device:
@@ -244,16 +247,18 @@ def layout_for(
         windows = _windows_within(budget, tune, max_ram)
         return Layout(batch, 1, False, 0, room, group_of(budget, batch, samples, max_ram), windows)
     choose_batch(budget, max(1, samples), seqlen, max_ram)
-    hold_to(max_vram, device)
+    limit_memory(max_vram, device)
     if refit is None and tune is None:
-        return lay_out(skeleton, seqlen, samples, dtype, device, max_vram, head=head)
-    choices = list(beside_pass(refit, tune))
-    for room, windows, beside in choices:
+        return device_layout(skeleton, seqlen, samples, dtype, device, max_vram, head=head)
+    choices = list(extra_choices(refit, tune))
+    for room, windows, extra in choices:
         pairs = tune.pairs if tune else 0
         try:
-            found = lay_out(skeleton, seqlen, samples, dtype, device, max_vram, head=head, beside=beside, pairs=pairs)
+            found = device_layout(
+                skeleton, seqlen, samples, dtype, device, max_vram, head=head, extra=extra, pairs=pairs
+            )
         except ResourceError:
-            if (room, windows, beside) == choices[-1]:
+            if (room, windows, extra) == choices[-1]:
                 raise
         else:
             return replace(found, room=room, windows=windows)
@@ -261,13 +266,13 @@ def layout_for(
 
 
 def _limit(max_ram: int | None) -> int | None:
-    """Bytes of resident memory to stay within: `max_ram`, or what this machine has; None where that is not known."""
+    """Resident bytes not to exceed: `max_ram`, or what this process has and the machine has free; None if unknown."""
     free = available_bytes()
     return max_ram if max_ram is not None else None if free is None else resident_bytes() + free
 
 
 def _windows_within(budget: Budget, needs: TuneNeeds | None, max_ram: int | None) -> int:
-    """Windows that are computed at once while a layer is tuned: as many as memory allows, up to a step's."""
+    """Windows in a microbatch of tuning: as many as memory allows, at most those of an optimizer step."""
     limit = _limit(max_ram)
     if needs is None or limit is None:
         return needs.most if needs else 0
@@ -276,7 +281,7 @@ def _windows_within(budget: Budget, needs: TuneNeeds | None, max_ram: int | None
 
 
 def _room(budget: Budget, needs: RefitNeeds | None, max_ram: int | None, tune: TuneNeeds | None = None) -> int:
-    """Bytes for Gram matrices: for all of a layer where memory allows, else what a batch of one sample leaves."""
+    """Bytes for Gram matrices: enough for all of a layer, or what a pass with batches of one sample leaves."""
     limit = _limit(max_ram)
     if needs is None or limit is None:
         return needs.most if needs else 0
@@ -284,7 +289,7 @@ def _room(budget: Budget, needs: RefitNeeds | None, max_ram: int | None, tune: T
 
 
 def batch_within(seqlen: int, samples: int) -> int:
-    """Samples a batch on a device with memory to spare."""
+    """Samples in a batch on a device with ample memory."""
     return max(1, min(samples, DEVICE_BATCH_TOKENS // seqlen))
 
 
@@ -292,9 +297,9 @@ def memory_of(
     skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, layers: int, resident: bool, batch: int,
     *, head: bool = False,
 ) -> int:  # fmt: skip
-    """Estimated peak bytes on a device: see Layout. While a layer computes, its inputs and outputs are resident."""
+    """Estimated peak device bytes of a layout, see Layout. Resident states count twice: a layer's input and output."""
     weights = max((layers * s.resident for s in skeleton.layer_stages), default=0)
-    if head:  # its matrix may be the embedding's
+    if head:  # its weight may be tied to the embedding's
         weights = max(
             weights, *(t.nbytes for s in (skeleton.stages[0], skeleton.stages[-1]) for t in s.resident_tensors)
         )
@@ -305,17 +310,17 @@ def memory_of(
 
 
 def free_on(device: torch.device) -> int | None:
-    """Bytes that this process may still take on a device, nine tenths of what is free; None where that is unknown."""
+    """Bytes that this process may use on a device: nine tenths of the free memory, and its context; None if unknown."""
     if device.type != "cuda":
         return None
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for whoever asks next
-    return int(0.9 * (torch.cuda.mem_get_info(device)[0] + kept)) + CONTEXT
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, but held by torch
+    return int(0.9 * (torch.cuda.mem_get_info(device)[0] + cached)) + CONTEXT
 
 
-def hold_to(limit: int | None, device: torch.device) -> None:
-    """Makes torch's allocator refuse what exceeds `limit` bytes of a device, its context included; None ends that."""
+def limit_memory(limit: int | None, device: torch.device) -> None:
+    """Limits torch's allocator to `limit` bytes of a device, including its context; None removes the limit."""
     if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index  # torch wants a number here
+        index = torch.cuda.current_device() if device.index is None else device.index  # torch needs a number here
         total = torch.cuda.mem_get_info(index)[1]
         share = 1.0 if limit is None else min(1.0, max(0.0, (limit - CONTEXT) / total))
         torch.cuda.set_per_process_memory_fraction(share, index)

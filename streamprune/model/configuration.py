@@ -1,4 +1,4 @@
-"""config.json as transformers reads it."""
+"""Reads config.json with transformers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
 
 
 def load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """transformers' configuration of a checkpoint; ways of computing that need other packages are left to transformers.
+    """transformers' configuration of a checkpoint, without the attention and expert kernels that need other packages.
 
-    Raises UnsupportedError for an architecture that it does not know and for encoder-decoder models, CheckpointError
-    for what is no configuration of its architecture.
+    Raises UnsupportedError for unknown architectures and encoder-decoder models, CheckpointError for an invalid
+    configuration.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -36,14 +36,14 @@ def load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             f"{checkpoint.path}/config.json is not a valid {kind} configuration: {one_line(e)}"
         ) from e
     for part in (config, *_parts(config)):
-        _compute_with_what_is_here(part)
+        _reset_kernels(part)
     if any(getattr(c, "is_encoder_decoder", False) for c in (config, config.get_text_config(decoder=True))):
         raise UnsupportedError(f"{kind} is an encoder-decoder model; only decoder-only causal models can be pruned")
     return config
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """The configurations within one, at any depth."""
+    """All sub-configurations, at any depth."""
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if part is not None:
@@ -51,8 +51,11 @@ def _parts(config: Any) -> Iterator[Any]:
             yield from _parts(part)
 
 
-def _compute_with_what_is_here(config: Any) -> None:
-    """Kernels that a checkpoint names (FlashAttention, those of the hub) are how it was run, not what it is."""
+def _reset_kernels(config: Any) -> None:
+    """Lets transformers choose the kernels where the checkpoint names some that need other packages.
+
+    FlashAttention or a kernel of the hub is how the model was run, not what it computes.
+    """
     if config._attn_implementation not in _ATTENTIONS:
         config._attn_implementation_internal = None
     if config._experts_implementation not in _EXPERTS:
@@ -60,5 +63,5 @@ def _compute_with_what_is_here(config: Any) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of a library says."""
+    """A library's error message in one line, shortened."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,7 +1,7 @@
-"""Copies between host and device beside the computation: a stream of their own, through pinned memory.
+"""Copies between host and device that overlap with computation: on a stream of their own, through pinned memory.
 
-On the CPU the same calls copy at once or not at all, so what uses them has one path. Copies are ordered by events: what
-was sent is used after `received`, on whichever stream the caller computes.
+On the CPU the same calls copy synchronously or not at all, so callers need only one code path. Events order the copies:
+before a sent tensor is used, `received` makes the caller's stream wait for it.
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ from torch import Tensor
 
 
 class Event(Protocol):
-    """A moment on a stream, such as torch.cuda.Event."""
+    """A point in a stream's work, such as torch.cuda.Event."""
 
     def wait(self) -> None:
-        """Lets what the caller's stream does from now on wait for this moment."""
+        """Makes the caller's current stream wait for it."""
 
     def synchronize(self) -> None:
-        """Lets the calling thread wait for it."""
+        """Blocks the calling thread until then."""
 
 
 class Sent(NamedTuple):
-    """A tensor on its way, and the event of its arrival (None: it is there)."""
+    """A tensor whose copy has been started, and the event of its arrival (None: it has arrived)."""
 
     tensor: Tensor
     arrived: Event | None
 
 
 class CopyStream:
-    """One direction of traffic to or from a device. Each thread has its own; methods do not lock."""
+    """A stream for copies to or from a device. Not thread-safe: each thread needs its own."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def on(self) -> AbstractContextManager[Any]:
-        """Within it, what this thread does on the device goes to this lane's stream."""
+        """Makes this stream the current one of the thread."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def mark(self) -> Event | None:
-        """An event after all that the caller's current stream has been given so far."""
+        """An event after all work queued on the caller's current stream so far; None on the CPU."""
         event: Event | None = None
         if self._stream is not None:
             event = torch.cuda.current_stream(self.device).record_event()
         return event
 
     def copy(self, source: Tensor, target: Tensor) -> Event | None:
-        """Starts copying a CPU tensor into one on the device; `source` may be changed when this returns."""
+        """Starts copying a CPU tensor into one on the device; `source` may be overwritten once this returns."""
         if self._stream is None:
             target.copy_(source)
             return None
@@ -62,11 +62,11 @@ class CopyStream:
         if self._stream is None:
             return Sent(host.to(self.device), None)
         with self.on():
-            there = torch.empty(host.shape, dtype=host.dtype, device=self.device)
-        return Sent(there, self.copy(host, there))
+            target = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+        return Sent(target, self.copy(host, target))
 
     def fetch(self, tensor: Tensor, after: Event | None) -> Tensor:
-        """`tensor` on the CPU, complete: after the event, or what this thread did on this lane. Blocks the thread."""
+        """Copies `tensor` to the CPU, after the event if there is one, and blocks until it is there."""
         if self._stream is None:
             return tensor.detach().cpu()
         with self.on():
@@ -80,19 +80,19 @@ class CopyStream:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory is what gave out: torch's allocators, of a device or the CPU, or one of CUDA's libraries."""
-    said = ("DefaultCPUAllocator", "CUDA error: out of memory", "HIP error: out of memory", "_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in said)
+    """Whether an error means out of memory: from torch's allocators, of a device or the CPU, or a CUDA library."""
+    messages = ("DefaultCPUAllocator", "CUDA error: out of memory", "HIP error: out of memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(m in str(error) for m in messages)
 
 
 def is_of_device(error: BaseException) -> bool:
-    """Whether a device is what failed, not what it was given. torch below 2.8 has no type of its own for it."""
+    """Whether an error is a failure of the device, rather than of its input. torch before 2.8 has no type for that."""
     kind = getattr(torch, "AcceleratorError", None)
     return (kind is not None and isinstance(error, kind)) or str(error).startswith(("CUDA error", "HIP error"))
 
 
 def received(sent: Sent) -> Tensor:
-    """The tensor, safe to use on the caller's current stream from now on."""
+    """The tensor; work that the caller's current stream is given from now on waits for its arrival."""
     if sent.arrived is not None and sent.tensor.is_cuda:
         stream: Any = torch.cuda.current_stream(sent.tensor.device)
         stream.wait_event(sent.arrived)

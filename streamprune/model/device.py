@@ -1,4 +1,4 @@
-"""What is computed on, and in which dtype."""
+"""The device to compute on, and the dtypes to compute and cache in."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def native_bf16() -> bool:
 
 
 def compute_dtype(requested: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: as asked, or with "auto" the stored one where it is fast, else float32.
+    """The dtype to compute in: the requested one or, with "auto", the stored one if it is fast here, else float32.
 
-    Raises UsageError for another dtype.
+    Raises UsageError for an unknown name.
     """
     if requested not in ("auto", "float32", "bfloat16", "float16"):
         raise UsageError(f"--dtype {requested}: choose auto, float32, bfloat16 or float16")
@@ -38,14 +38,14 @@ def compute_dtype(requested: str, stored: torch.dtype, device: torch.device) -> 
 
 
 def cache_dtype(stored: torch.dtype, compute: torch.dtype) -> torch.dtype:
-    """What hidden states are cached in: the stored dtype, or float32 where float16 might not hold what was computed."""
+    """The dtype of cached hidden states: the stored one, or float32 where float16 might overflow."""
     return torch.float32 if stored == torch.float16 and compute != torch.float16 else stored
 
 
 def resolve_device(requested: str) -> torch.device:
     """The device to compute on; "auto" is the GPU if there is one. Raises UsageError when it cannot be used.
 
-    CUDA (and ROCm, which torch calls by the same name) or the CPU: other devices lack float64 or streams.
+    Only the CPU and CUDA (which in torch includes ROCm): other devices lack float64 or streams.
     """
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,20 +61,20 @@ def resolve_device(requested: str) -> torch.device:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Within it, products of float32 matrices are float32's: a caller may have allowed TF32, or bf16 on the CPU.
+    """Within it, float32 matrix products have full precision, even if the caller has allowed TF32, or bf16 on the CPU.
 
-    Their 10 or 7 bits would make Gram matrices that cannot be factorised.
+    With 10 or 7 bits of mantissa, Gram matrices could not be factorised.
     """
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set for one backend alone, which torch 2.9 and later can do
+    except RuntimeError:  # set per backend, as torch 2.9 and later allow
         backends: Any = torch.backends
-        places = (backends.cuda.matmul, backends.mkldnn.matmul)
-        each = [place.fp32_precision for place in places]
+        owners = (backends.cuda.matmul, backends.mkldnn.matmul)
+        each = [owner.fp32_precision for owner in owners]
 
         def restore() -> None:
-            for place, value in zip(places, each, strict=True):
-                place.fp32_precision = value
+            for owner, value in zip(owners, each, strict=True):
+                owner.fp32_precision = value
     else:
 
         def restore() -> None:

@@ -1,8 +1,8 @@
-"""A decoder layer that can be differentiated: its own tensors in place of mapped ones, outside of inference mode.
+"""A decoder layer that can be differentiated: with trainable tensors in place of mapped ones, outside inference mode.
 
-`survey` looks at layers before a job writes anything. It runs each kind of layer on the meta device, where nothing is
-computed, forwards and backwards: that tells whether gradients reach every tensor that is to be tuned, and how many
-bytes autograd keeps for a token until the backward pass.
+`survey` checks layers before a job writes anything. It runs each kind of layer forwards and backwards on the meta
+device, where nothing is computed. That shows whether gradients reach every tuned tensor, and how many bytes autograd
+keeps per token until the backward pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError
-from streamprune.model.binding import holding
+from streamprune.model.binding import replaced_tensors
 from streamprune.model.blank_layer import BlankLayer
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.streamed import Call, StreamedModel
@@ -25,25 +25,24 @@ from streamprune.model.streamed import Call, StreamedModel
 Run = Callable[[Tensor], Tensor]
 
 _LENGTH = 16
-"""Tokens that are looked at: so few that arrays of length², where attention makes them, do not count."""
+"""Tokens in the trial run: few, so that attention scores (length²) are negligible."""
 
 
 @contextmanager
 def trainable(streamed: StreamedModel, stage: Stage, tensors: Mapping[str, Tensor]) -> Iterator[Run]:
-    """A layer that computes with `tensors`, named within it: a function from states to states with a graph.
+    """Yields the layer's forward, from states to states, with `tensors` (named within the layer) as its parameters.
 
-    States are (batch, seqlen, hidden) in the dtype that is computed in, on the device. Each batch size is recorded
-    once; leave it out of inference mode.
+    States are (batch, seqlen, hidden) in the compute dtype, on the device. Call it outside of inference mode.
     """
     layer, known = streamed.skeleton.layers[stage.index], dict[int, Call]()
 
     def run(states: Tensor) -> Tensor:
         samples = states.shape[0]
         if samples not in known:
-            known[samples] = _plain(streamed.calls_of(samples)[stage.index], torch.clone)
-        return _called(layer, known[samples], states)
+            known[samples] = _copied(streamed.calls_of(samples)[stage.index], torch.clone)
+        return _forward(layer, known[samples], states)
 
-    with holding(layer, tensors):
+    with replaced_tensors(layer, tensors):
         yield run
 
 
@@ -51,12 +50,12 @@ def survey(
     checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, device: torch.device,
     tuned: Callable[[Stage], Collection[str]],
 ) -> int:  # fmt: skip
-    """Bytes that autograd keeps for a token of a layer, at the most; `tuned` names what is tuned of one, within it.
+    """The most bytes per token that autograd keeps for a layer; `tuned` names the tuned tensors within a layer.
 
-    Raises UnsupportedError for a layer through which gradients do not go.
+    Raises UnsupportedError for a layer that cannot be differentiated.
     """
-    hollow = BlankLayer(checkpoint, skeleton, dtype, device, 1, _LENGTH)
-    hollow.embed()
+    trial = BlankLayer(checkpoint, skeleton, dtype, device, 1, _LENGTH)
+    trial.embed()
     found = dict[tuple[Any, ...], int]()
     for stage in skeleton.layer_stages:
         names = tuple(sorted(tuned(stage)))
@@ -64,7 +63,7 @@ def survey(
         parts = [(path, type(module), str(module.extra_repr())) for path, module in layer.named_modules()]
         key = (names, *parts)
         if names and key not in found:
-            found[key] = _kept_bytes(skeleton, stage, hollow.streamed, dtype, names)
+            found[key] = _kept_bytes(skeleton, stage, trial.streamed, dtype, names)
     return max(found.values(), default=0)
 
 
@@ -85,14 +84,14 @@ def _kept_bytes(
             kept[storage._cdata] = (tensor, storage.nbytes())
         return tensor
 
-    call = _plain(streamed.calls_of(1)[stage.index], lambda t: torch.empty_like(t, device="meta"))
+    call = _copied(streamed.calls_of(1)[stage.index], lambda t: torch.empty_like(t, device="meta"))
     states = torch.empty(1, _LENGTH, skeleton.hidden_size, dtype=dtype, device="meta")
     reason = ""
     try:
-        with holding(layer, blank):
-            _backward(_called(layer, call, states))  # without hooks, which would hide what has been changed in place
+        with replaced_tensors(layer, blank):
+            _backward(_forward(layer, call, states))  # without hooks: they hide errors about in-place changes
             with torch.autograd.graph.saved_tensors_hooks(pack, _same):
-                _backward(_called(layer, call, states))
+                _backward(_forward(layer, call, states))
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())[:160]
     missing = [name for name in own if own[name].grad is None]
@@ -106,7 +105,7 @@ def _kept_bytes(
     return sum(nbytes for _, nbytes in kept.values()) // _LENGTH
 
 
-def _called(layer: nn.Module, call: Call, states: Tensor) -> Tensor:
+def _forward(layer: nn.Module, call: Call, states: Tensor) -> Tensor:
     if call.by_keyword:
         out = layer(*call.args, hidden_states=states, **call.kwargs)
     else:
@@ -119,17 +118,17 @@ def _backward(made: Tensor) -> None:
     made.float().square().sum().backward()  # type: ignore[no-untyped-call]
 
 
-def _plain(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
-    """A layer's arguments with a copy of every tensor, all the way down: those recorded are of inference mode."""
+def _copied(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
+    """A layer's arguments with every tensor copied, recursively: recorded tensors are from inference mode."""
     if isinstance(value, Call):
-        return dataclasses.replace(value, args=_plain(value.args, copy), kwargs=_plain(value.kwargs, copy))
+        return dataclasses.replace(value, args=_copied(value.args, copy), kwargs=_copied(value.kwargs, copy))
     if isinstance(value, Tensor):
         return copy(value)
     if isinstance(value, tuple | list):
-        copies = [_plain(v, copy) for v in value]
+        copies = [_copied(v, copy) for v in value]
         return type(value)(*copies) if hasattr(value, "_fields") else type(value)(copies)
     if isinstance(value, dict):
-        return {k: _plain(v, copy) for k, v in value.items()}
+        return {k: _copied(v, copy) for k, v in value.items()}
     return value
 
 

@@ -1,13 +1,13 @@
-"""Mixtures of experts: whose weights are whose on disk, and whose statistics they go by.
+"""Mixtures of experts: where each expert's weights are stored, and pooling of statistics over experts.
 
 transformers keeps the experts of a layer in one module with weights of three dimensions, `gate_up_proj` (experts, 2 ·
 intermediate, hidden) and `down_proj` (experts, hidden, intermediate); some have no gate, only `up_proj`, and some are
 transposed.
-A checkpoint holds the same, or a matrix for each expert and projection. Either way each of an expert's matrices is a
-linear here, called `….experts.3.gate_proj`, or `….experts.3.gate_up_proj` where both are one matrix.
+A checkpoint holds the same, or one matrix per expert and projection. Either way each matrix of an expert is a linear
+here, called `….experts.3.gate_proj`, or `….experts.3.gate_up_proj` where both are one matrix.
 
-A linear of an expert sees the tokens that are routed to it, weighted as the routing weights them in the output: what it
-does to a token with weight r changes the output by r times as much.
+The inputs of an expert's linears are the tokens routed to it, multiplied by their routing weights: an error in the
+output for a token with routing weight r reaches the layer's output multiplied by r.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from streamprune.errors import CheckpointError, UnsupportedError
 from streamprune.methods.stats import InputStats
 
 Pieces = list[tuple[str, int, TensorRef]]
-"""Of a weight that is put together: stored name, which of the matrices that stand side by side, tensor. Instead of the
-place, what else is done to a tensor: TRANSPOSED, or OTHER where that is not known here."""
+"""The parts that transformers assembles a weight from: (stored name, position among the concatenated matrices, tensor).
+Instead of a position, TRANSPOSED, or OTHER for an operation that is not supported."""
 
 TRANSPOSED, OTHER = -1, -2
 
@@ -35,17 +35,17 @@ _POOLED = "pooled"
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of one module: names of their linears. Outputs of `up` linears stand side by side."""
+    """The linears of the experts of one module, by expert. Outputs of an expert's `up` linears are concatenated."""
 
     path: str
     up: tuple[tuple[str, ...], ...]
     down: tuple[str, ...]
     transposed: frozenset[str] = frozenset()
-    """Those whose matrix is stored (in, out)."""
+    """Linears whose matrix is stored (in, out)."""
 
     @property
     def linears(self) -> list[str]:
-        """All of them, expert after expert, in the order of use."""
+        """All linears, expert after expert, in the order of use."""
         return self.of(range(len(self.down)))
 
     def of(self, numbers: Iterable[int]) -> list[str]:
@@ -54,13 +54,13 @@ class Experts:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds experts in the form that transformers gives all of its mixtures."""
+    """Whether a module holds experts in transformers' common form (use_experts_implementation)."""
     weights = module._parameters
     return DOWN in weights and any(up in weights for up in UP) and hasattr(module, "is_transposed")
 
 
 def check_experts(path: str, module: nn.Module) -> None:
-    """Raises UnsupportedError for experts that compute something else than up, gate, down."""
+    """Raises UnsupportedError for experts that compute anything beyond up, gate and down projections."""
     known = {*UP, DOWN, *(f"{name}_bias" for name in (*UP, DOWN))}
     extra = sorted({name for name, _ in module.named_parameters()} - known)
     if extra or getattr(module, "has_post_expert_norm", False):
@@ -76,12 +76,11 @@ def find_experts(
     stored: Mapping[str, TensorRef],
     pieces: Mapping[str, Pieces],
 ) -> tuple[Experts, dict[str, TensorRef]]:
-    """The experts of the module called `path`, and the matrix of each of their linears.
+    """The experts of the module called `path`, and parameter name -> tensor of each of their linears' matrices.
 
-    `stored` has tensors by today's name; `pieces` those that transformers puts together, by the name of the whole.
-
-    Raises CheckpointError when matrices are missing or of another shape than config.json says, UnsupportedError when
-    they are stored in a form that is not known here.
+    `stored` has tensors by parameter name; `pieces` the parts of weights that transformers assembles, by parameter
+    name. Raises CheckpointError when matrices are missing or of another shape than config.json says, UnsupportedError
+    when they are stored in an unsupported form.
     """
     check_experts(path, module)
     transposed: list[str] = []
@@ -96,7 +95,7 @@ def find_experts(
             raise CheckpointError(f"tensor {whole} is missing; is the download complete?")
         elif all(place == TRANSPOSED for _, place, _ in pieces[whole]):
             ref = pieces[whole][0][2]
-            if ref.shape != shape:  # where it is square, transformers takes it as it is
+            if ref.shape != shape:  # transformers transposes only if the shapes differ
                 shape, turned = (shape[0], shape[2], shape[1]), not turned
             found = _sliced(path, leaf, ref, shape)
         else:
@@ -111,7 +110,7 @@ def find_experts(
 
 
 def _sliced(path: str, leaf: str, ref: TensorRef, shape: tuple[int, ...]) -> list[dict[str, TensorRef]]:
-    """The experts' matrices of one tensor of three dimensions."""
+    """Each expert's matrix as a slice of one tensor of three dimensions: linear -> slice."""
     if ref.shape != shape:
         raise CheckpointError(
             f"{ref.shard}: tensor {ref.name} has shape {list(ref.shape)}, config.json says {list(shape)}"
@@ -124,7 +123,7 @@ def _sliced(path: str, leaf: str, ref: TensorRef, shape: tuple[int, ...]) -> lis
 
 
 def _pieced(path: str, pieces: Pieces, shape: tuple[int, ...], turned: bool) -> list[dict[str, TensorRef]]:
-    """The experts' matrices that are tensors of their own, in the order in which they stand side by side."""
+    """Each expert's matrices where these are separate tensors, in the order of concatenation: linear -> tensor."""
     found: list[dict[int, tuple[str, TensorRef]]] = [{} for _ in range(shape[0])]
     for name, place, ref in pieces:
         numbers = _NUMBER.findall(name.rpartition("experts")[2])
@@ -152,12 +151,12 @@ def _pieced(path: str, pieces: Pieces, shape: tuple[int, ...], turned: bool) -> 
 
 
 def pool(experts: Iterable[Experts], stats: dict[str, InputStats], groups: dict[str, str], least: int) -> list[str]:
-    """Lets experts that saw fewer than `least` tokens go by what all of their layer saw; returns their linears.
+    """Gives experts that saw fewer than `least` tokens the pooled statistics of their layer; returns their linears.
 
-    Changes `stats` and `groups` (linear -> the one whose statistics it has): sums are added up under
-    `….experts.pooled.gate_proj`. A layer whose experts saw nothing at all keeps nothing.
+    Changes `stats` (group -> statistics) and `groups` (linear -> group): the sums over experts become groups like
+    `….experts.pooled.gate_proj`. Where no expert of a layer saw a token, there is nothing to pool.
     """
-    fallen = []
+    pooled_linears = []
     for mixture in experts:
         roles = [*zip(*mixture.up, strict=True), mixture.down]
         for names in roles:
@@ -174,12 +173,12 @@ def pool(experts: Iterable[Experts], stats: dict[str, InputStats], groups: dict[
             pooled = f"{mixture.path}.{_POOLED}.{names[0].rpartition('.')[2]}"
             stats[pooled] = total
             groups |= dict.fromkeys(few, pooled)
-            fallen += few
+            pooled_linears += few
     for leader in stats.keys() - set(groups.values()):
         del stats[leader]
-    return fallen
+    return pooled_linears
 
 
 def is_pooled(leader: str | None) -> bool:
-    """Whether what a linear goes by, as `groups` has it, is the sum over all experts of its layer."""
+    """Whether a group holds statistics pooled over the experts of a layer."""
     return leader is not None and leader.rpartition(".")[0].endswith(f".{_POOLED}")

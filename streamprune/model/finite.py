@@ -1,4 +1,4 @@
-"""Stored tensors in chunks of rows, and the place of the first weight that is not a finite number."""
+"""Reads stored tensors in chunks of rows, and finds the first weight that is NaN or Inf."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamprune.model.loader import WeightLoader
 
 
 def rows_of(source: WeightLoader | ShardMaps, ref: TensorRef, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
-    """A stored tensor in chunks of whole rows, each with the number of its first; a scalar in one piece."""
+    """(first row, rows) of a stored tensor, in chunks of about `chunk_bytes`; a scalar comes in one piece."""
     count = ref.shape[0] if ref.shape else 1
     step = max(1, chunk_bytes * count // max(ref.nbytes, 1))
     for begin in range(0, count, step):
@@ -25,16 +25,16 @@ def rows_of(source: WeightLoader | ShardMaps, ref: TensorRef, chunk_bytes: int) 
 def finite_rows(
     source: WeightLoader | ShardMaps, ref: TensorRef, chunk_bytes: int, whole: TensorRef | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """As rows_of. Raises CheckpointError naming file, tensor and index of the first NaN or Inf."""
+    """As rows_of. Raises CheckpointError, with file, tensor and index, at the first NaN or Inf."""
     for begin, rows in rows_of(source, ref, chunk_bytes):
         refuse_nonfinite(ref, begin, rows, whole)
         yield begin, rows
 
 
 def refuse_nonfinite(ref: TensorRef, begin: int, rows: Tensor, whole: TensorRef | None = None) -> None:
-    """Raises CheckpointError naming the first NaN or Inf of a tensor's rows from `begin` on, if there is one.
+    """Raises CheckpointError if `rows`, which begin at row `begin` of the tensor `ref`, hold a NaN or Inf.
 
-    `ref` may be one of the equal parts of the tensor `whole`, along its first axis.
+    If `ref` is a slice of the tensor `whole` along its first axis (an expert's), the index is one of `whole`.
     """
     if rows.dtype == torch.float8_e4m3fn:
         found = ((rows.reshape(-1).view(torch.uint8) & 0x7F) == 0x7F).nonzero()
@@ -44,10 +44,10 @@ def refuse_nonfinite(ref: TensorRef, begin: int, rows: Tensor, whole: TensorRef 
     if flat is None:
         return
     index = [int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape)]
-    place = [begin + index[0], *index[1:]] if index else []
+    position = [begin + index[0], *index[1:]] if index else []
     if whole is not None and whole.shape != ref.shape:
-        place.insert(0, (ref.begin - whole.begin) // ref.nbytes)
+        position.insert(0, (ref.begin - whole.begin) // ref.nbytes)
     raise CheckpointError(
-        f"{ref.shard}: tensor {ref.name} is {float(rows.reshape(-1)[flat])} at {place}; "
+        f"{ref.shard}: tensor {ref.name} is {float(rows.reshape(-1)[flat])} at {position}; "
         "the checkpoint is damaged, download it again"
     )

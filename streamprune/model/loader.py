@@ -1,13 +1,12 @@
-"""Weights on their way to where they are used, one stage ahead of it.
+"""Prefetches weights: stage i + 1 is brought to the device while stage i computes.
 
-On the CPU a tensor is the mapped file itself, and going ahead means asking the system to read the pages of the next
-stage. On a device every tensor is copied there in pieces, file -> pinned memory -> device, by a thread and on a
-stream of their own: stage i + 1 travels while stage i computes, and a piece's pages are given back once it is copied.
+On the CPU a tensor is the mapped file itself, and prefetching asks the system to read its pages. For a device every
+tensor is copied in pieces, file -> pinned memory -> device, by a background thread on a stream of its own; the mapped
+pages of a piece are released once it is copied.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -20,27 +19,27 @@ from torch import Tensor
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.model.copies import CopyStream, Event, Sent, is_out_of_memory, received
-from streamprune.process.background import BackgroundWorker
+from streamprune.process.background import BackgroundWorker, Latch
 
 _PIECE_BYTES = 32 << 20
 _PIECES_IN_FLIGHT = 2
 
 
 @dataclass
-class _Parcel:
-    """One tensor that is expected: complete when `done` is set, with a result or an error."""
+class _Prefetch:
+    """A tensor being copied to the device. Once `done` is open, it has a result or an error."""
 
     ref: TensorRef
-    done: threading.Event = field(default_factory=threading.Event)
+    done: Latch = field(default_factory=Latch)
     sent: Sent | None = None
     error: BaseException | None = None
 
 
 class WeightLoader:
-    """The tensors of a checkpoint on `device`. A context manager; what it was told to expect arrives in the background.
+    """Brings the tensors of a checkpoint to `device`; within its context, those passed to `expect` are prefetched.
 
-    `copies` forces the path of a device, which on the CPU copies too; `drop_cache` forgets the system's cached pages
-    of what has been copied. Tensors raise on use what went wrong on their way.
+    `copies` overrides whether tensors are copied, by default to all devices but the CPU. `drop_cache` drops what has
+    been copied from the page cache. An error while prefetching a tensor is raised when the tensor is used.
     """
 
     def __init__(
@@ -49,98 +48,98 @@ class WeightLoader:
         self.maps, self.device = maps, device
         self.copies = device.type != "cpu" if copies is None else copies
         self._drop_cache = drop_cache
-        self._parcels: dict[TensorRef, _Parcel] = {}
-        self._own_lane: CopyStream | None = None
-        self._behind: BackgroundWorker[_Parcel | list[TensorRef]] = BackgroundWorker(self._work)
+        self._prefetched: dict[TensorRef, _Prefetch] = {}
+        self._stream: CopyStream | None = None
+        self._background: BackgroundWorker[_Prefetch | list[TensorRef]] = BackgroundWorker(self._work)
 
     def __enter__(self) -> Self:
-        self._behind.__enter__()
+        self._background.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._behind.drop()  # what still waits is no longer wanted
-        self._behind.__exit__(kind, error, trace)
-        self._parcels.clear()
+        self._background.drop()
+        self._background.__exit__(kind, error, trace)
+        self._prefetched.clear()
 
     def expect(self, refs: Iterable[TensorRef]) -> None:
-        """Begins to bring tensors near, and returns at once. Those that are expected already are left alone."""
+        """Starts prefetching tensors and returns at once. Those that are being prefetched already are skipped."""
         if not self.copies:
-            self._behind.put(list(refs))
+            self._background.put(list(refs))
             return
         for ref in refs:
-            if ref not in self._parcels:
-                self._parcels[ref] = parcel = _Parcel(ref)
-                self._behind.put(parcel)
+            if ref not in self._prefetched:
+                self._prefetched[ref] = prefetch = _Prefetch(ref)
+                self._background.put(prefetch)
 
     def tensor(self, ref: TensorRef) -> Tensor:
-        """A tensor on the device, in its stored dtype; waits for it where it is on its way. Raises as ShardMaps."""
-        parcel = self._parcels.get(ref)
-        if parcel is not None:
-            parcel.done.wait()
-            if parcel.sent is not None:
-                return received(parcel.sent)
-            self._parcels.pop(ref, None)
-            if parcel.error is not None and not is_out_of_memory(parcel.error):
-                raise parcel.error
-        stored = self.maps.tensor(ref)  # there may be room by now for what there was none while it was sent ahead
+        """A tensor on the device, in its stored dtype; waits if it is being prefetched. Raises as ShardMaps."""
+        prefetch = self._prefetched.get(ref)
+        if prefetch is not None:
+            prefetch.done.wait()
+            if prefetch.sent is not None:
+                return received(prefetch.sent)
+            self._prefetched.pop(ref, None)
+            if prefetch.error is not None and not is_out_of_memory(prefetch.error):
+                raise prefetch.error
+        stored = self.maps.tensor(ref)  # after running out of memory while prefetching, too: there may be enough by now
         return stored.to(self.device) if self.copies else stored
 
     def rows(self, ref: TensorRef, begin: int, end: int) -> Tensor:
         """Rows begin to end of a tensor, on the device. Raises as ShardMaps."""
-        if ref in self._parcels:
+        if ref in self._prefetched:
             return self.tensor(ref)[begin:end]
         stored = self.maps.rows(ref, begin, end)
         return stored.to(self.device) if self.copies else stored
 
     def release(self, refs: Iterable[TensorRef]) -> None:
-        """Gives back what tensors occupy, here and on the device."""
+        """Frees the memory of tensors on the device, and their mapped pages."""
         refs = list(refs)
         for ref in refs:
-            self._parcels.pop(ref, None)
+            self._prefetched.pop(ref, None)
         self.maps.release(refs)
 
     def forget(self) -> None:
-        """Lets go of everything that is here or on its way."""
-        for parcel in list(self._parcels.values()):
-            parcel.done.wait()
-        self._parcels.clear()
+        """Frees all prefetched tensors, waiting for those still being copied."""
+        for prefetch in list(self._prefetched.values()):
+            prefetch.done.wait()
+        self._prefetched.clear()
 
-    def _work(self, item: _Parcel | list[TensorRef]) -> None:
-        """In the feeding thread. What fails here fails again, with its reason, where the tensor is used."""
+    def _work(self, item: _Prefetch | list[TensorRef]) -> None:
+        """Runs in the background thread. Errors are kept for `tensor` to raise."""
         if isinstance(item, list):
             self._read(item)
             return
         try:
-            item.sent = self._carry(item.ref)
+            item.sent = self._copy(item.ref)
         except BaseException as e:  # noqa: BLE001 - raised by `tensor`
             item.error = e
-        item.done.set()
+        item.done.open()
 
     def _read(self, refs: list[TensorRef]) -> None:
         try:
             self.maps.prefetch(refs)
-        except Exception:  # noqa: BLE001 - only a hint: whoever uses the tensor meets the same error
+        except Exception:  # noqa: BLE001 - only a hint: using the tensor will raise the same error
             return
 
     @property
-    def _lane(self) -> CopyStream:
-        self._own_lane = self._own_lane or CopyStream(self.device)  # created lazily: many loaders never prefetch
-        return self._own_lane
+    def _copy_stream(self) -> CopyStream:
+        self._stream = self._stream or CopyStream(self.device)  # created lazily: many loaders never prefetch
+        return self._stream
 
-    def _carry(self, ref: TensorRef) -> Sent:
-        """Copies one tensor to the device, a few pieces in flight."""
-        flights: deque[Event | None] = deque()
+    def _copy(self, ref: TensorRef) -> Sent:
+        """Copies one tensor to the device, with a few pieces in flight at a time."""
+        in_flight: deque[Event | None] = deque()
         stored = self.maps.tensor(ref)
-        with self._lane.on():
-            there = torch.empty(stored.shape, dtype=stored.dtype, device=self.device)
-        source, target = stored.reshape(-1).view(torch.uint8), there.reshape(-1).view(torch.uint8)
+        with self._copy_stream.on():
+            copied = torch.empty(stored.shape, dtype=stored.dtype, device=self.device)
+        source, target = stored.reshape(-1).view(torch.uint8), copied.reshape(-1).view(torch.uint8)
         for begin in range(0, source.numel(), _PIECE_BYTES):
             end = min(begin + _PIECE_BYTES, source.numel())
-            flights.append(self._lane.copy(source[begin:end], target[begin:end]))
-            if len(flights) > _PIECES_IN_FLIGHT and (landed := flights.popleft()) is not None:
-                landed.synchronize()
+            in_flight.append(self._copy_stream.copy(source[begin:end], target[begin:end]))
+            if len(in_flight) > _PIECES_IN_FLIGHT and (oldest := in_flight.popleft()) is not None:
+                oldest.synchronize()
             done = replace(ref, begin=ref.begin + begin, end=ref.begin + end)
             self.maps.release([done], drop_cache=self._drop_cache)
-        return Sent(there, flights[-1] if flights else None)
+        return Sent(copied, in_flight[-1] if in_flight else None)

@@ -1,7 +1,7 @@
-"""Which tensor of a checkpoint is which of a model's weights: by name, as transformers itself finds them.
+"""Maps a model's parameters to the tensors of a checkpoint, by name, as transformers does.
 
-Old checkpoints spell names otherwise than today's modules; transformers has tables for that. Weights are found under
-their own names, tied ones possibly once, FP8 ones with a scale beside them, and those of experts as a matrix each.
+Names in old checkpoints differ from today's modules; transformers' own tables translate them. Tied weights may be
+stored once, FP8 weights come with a scale, and experts' weights are mapped matrix by matrix.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 def match_tensors(
     checkpoint: Checkpoint, model: nn.Module, quantised: bool
 ) -> tuple[dict[str, TensorRef], dict[str, Experts]]:
-    """Which stored tensor each parameter and persistent buffer is, by name; and the experts. Tied parameters may be
-    stored once.
+    """(name of parameter or persistent buffer -> stored tensor, path of a module of experts -> its experts).
 
-    In a `quantised` checkpoint linears may be FP8, with a scale beside them.
+    In a `quantised` checkpoint linears may be FP8; their scales are included as `….weight_scale`. Raises
+    CheckpointError for tensors that are missing or of a wrong shape, UnsupportedError for dtypes and forms that cannot
+    be pruned.
     """
     stored, converted = _module_names(checkpoint, model)
     owners: dict[int, TensorRef] = {}
@@ -45,9 +46,9 @@ def match_tensors(
                     found[weight + SCALE] = _scale_of(checkpoint, matrix, scale)
                 else:
                     _check_dtype(matrix)
-    apart = {f"{path}.{leaf}" for path in experts for leaf in (*UP, DOWN)}
+    of_experts = {f"{path}.{leaf}" for path in experts for leaf in (*UP, DOWN)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in apart:
+        if name in of_experts:
             continue
         ref = stored.get(name)
         if ref is None:
@@ -57,7 +58,7 @@ def match_tensors(
             raise CheckpointError(
                 f"{ref.shard}: tensor {ref.name} has shape {list(ref.shape)}, config.json says {list(parameter.shape)}"
             )
-        if quantised and ref.dtype == "F8_E4M3" and _is_linears(model, name):
+        if quantised and ref.dtype == "F8_E4M3" and _is_linear_weight(model, name):
             found[name + SCALE] = _scale_of(checkpoint, ref, stored.get(name + SCALE))
         else:
             _check_dtype(ref)
@@ -92,7 +93,7 @@ _WRAPPERS = {
 
 
 def _why_missing(checkpoint: Checkpoint, name: str) -> str:
-    """What may be the matter with a tensor that is not there, and what mends it."""
+    """The likely cause of a missing tensor, and what mends it."""
     for beside in checkpoint.beside:
         if beside.startswith(f"{name} in "):
             return f"the index does not name {beside}: add it there"
@@ -110,14 +111,14 @@ def _check_dtype(ref: TensorRef) -> None:
         )
 
 
-def _is_linears(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is the weight of a linear, of any class."""
+def _is_linear_weight(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is the weight of an nn.Linear or a subclass."""
     path, _, leaf = name.rpartition(".")
     return leaf == "weight" and isinstance(model.get_submodule(path), nn.Linear)
 
 
 def _scale_of(checkpoint: Checkpoint, weight: TensorRef, scale: TensorRef | None) -> TensorRef:
-    """The scale of an FP8 weight, if it is one. Raises CheckpointError."""
+    """Checks the scale of an FP8 weight. Raises CheckpointError when it is missing or of a wrong dtype or shape."""
     if scale is None:
         raise CheckpointError(f"{checkpoint.path}: tensor {weight.name}{SCALE} is missing; is the download complete?")
     if scale.dtype not in TORCH_DTYPES or scale.shape not in (
@@ -135,10 +136,9 @@ def _scale_of(checkpoint: Checkpoint, weight: TensorRef, scale: TensorRef | None
 
 
 def _module_names(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, TensorRef], dict[str, Pieces]]:
-    """Stored tensors under the names of today's modules, renamed by transformers' own tables of old names.
+    """(parameter name -> stored tensor, parameter name -> the pieces that transformers assembles it from).
 
-    Also returns the module names whose tensors are put together from others, not only renamed, with their pieces: name,
-    which of the patterns that stand side by side, tensor.
+    Names are translated by transformers' tables of old names.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -160,13 +160,13 @@ def _module_names(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, T
 
 
 def _place(converter: Any, place: int) -> int:
-    """What stands for a source of a conversion in Pieces."""
-    done = [type(operation).__name__ for operation in converter.operations]
-    if set(done) <= {"MergeModulelist", "Concatenate"}:
+    """The position, in Pieces, of a conversion's source number `place`; TRANSPOSED or OTHER if it is more than that."""
+    names = [type(operation).__name__ for operation in converter.operations]
+    if set(names) <= {"MergeModulelist", "Concatenate"}:
         return place
     operation = converter.operations[0]
-    ours = done == ["Transpose"] and (operation.dim0, operation.dim1) == (1, 2) and operation.check_dims
-    return TRANSPOSED if ours else OTHER
+    supported = names == ["Transpose"] and (operation.dim0, operation.dim1) == (1, 2) and operation.check_dims
+    return TRANSPOSED if supported else OTHER
 
 
 def layer_numbers(
@@ -174,9 +174,9 @@ def layer_numbers(
 ) -> dict[str, int]:
     """Name of every stored tensor that belongs to one of the `count` layers at `prefix` -> the layer's number.
 
-    A layer's weights are its own, whatever they are called on disk. Other tensors go by the list's path as the
-    checkpoint spells it, "h" for "transformer.h". Raises CheckpointError for those of further layers, unless
-    transformers leaves them out on purpose: they belong to none.
+    Parameters of a layer belong to it, whatever they are called on disk. Other tensors are assigned by the path of the
+    layer list as the checkpoint spells it, such as "h" for "transformer.h". Raises CheckpointError for tensors of
+    layers beyond `count`, unless transformers ignores them on purpose; those belong to no layer.
     """
     inside = {name: name.removeprefix(f"{prefix}.") for name in sources if name.startswith(f"{prefix}.")}
     example = next((name for name, inner in inside.items() if sources[name].name.endswith(f".{inner}")), None)
@@ -188,13 +188,13 @@ def layer_numbers(
             continue
         if int(match[1]) < count:
             found[name] = int(match[1])
-        elif not _is_left_out(model, name, int(match[1])):
+        elif not _is_ignored(model, name, int(match[1])):
             raise CheckpointError(f"{ref.shard}: tensor {name} belongs to a layer that config.json does not have")
     return found
 
 
-def _is_left_out(model: nn.Module, name: str, layer: int) -> bool:
-    """Whether transformers leaves a layer's tensor out on purpose: those that predict further tokens are not called."""
+def _is_ignored(model: nn.Module, name: str, layer: int) -> bool:
+    """Whether transformers ignores a layer's tensor on purpose, as those of multi-token prediction layers."""
     config: Any = model.config
     text = config.get_text_config()
     more = getattr(text, "num_nextn_predict_layers", 0) or 0

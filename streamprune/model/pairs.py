@@ -1,7 +1,7 @@
-"""What a layer is given and what is wanted of it, for every window of the calibration: what tuning learns from.
+"""The training data of tuning: a layer's input and its target output for every calibration window.
 
-Windows are taken in any order, so they are kept apart from the activation cache: in two files without a name, or on the
-device where hidden states stay there.
+Windows are read in random order, so they are kept separately from the activation cache: in two unnamed temporary files
+or, where hidden states are resident, on the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from streamprune.methods.tuning import token_weights
 
 
 class Pairs:
-    """Room for `samples` windows of `seqlen` tokens of `hidden` features, in `dtype`. Put in order, taken in any."""
+    """Inputs and targets (samples, seqlen, hidden) in `dtype`. Windows are put in order and read in any."""
 
     def __init__(
         self, folder: Path, samples: int, seqlen: int, hidden: int, dtype: torch.dtype, device: torch.device,
@@ -34,7 +34,7 @@ class Pairs:
         self._at = 0
 
     def put(self, given: Tensor, wanted: Tensor) -> None:
-        """The next windows (batch, seqlen, hidden): the layer's input and its target."""
+        """Stores the next windows: the layer's input `given` and its target `wanted`, both (batch, seqlen, hidden)."""
         begin, end = self._at, self._at + len(given)
         self._given[begin:end].copy_(given)
         self._wanted[begin:end].copy_(wanted)
@@ -43,7 +43,10 @@ class Pairs:
         self._at = end
 
     def of(self, windows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs in `dtype`, targets (n, seqlen, hidden), and tokens' weights (n, seqlen), on the device."""
+        """Of windows (n,) int64: inputs (n, seqlen, hidden) in `dtype`, targets, and weights of tokens (n, seqlen).
+
+        All on the device.
+        """
         at = windows.to(self._given.device)
         given, wanted = self._given[at].to(self._device, dtype), self._wanted[at].to(self._device)
         self._forget(windows.tolist())

@@ -1,4 +1,4 @@
-"""Passes of all batches through one stage, from cache to cache."""
+"""Passes of all batches through one stage: cached hidden states in, cached hidden states out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class Watcher(Protocol):
-    """What sees the inputs of a layer's linears, in the order of use, and is told when a batch is through."""
+    """Sees the inputs of a layer's linears, in the order of use, and is told when a batch is done."""
 
     def watch(self, name: str, x: Tensor, /) -> None: ...
 
@@ -37,7 +37,7 @@ class Watcher(Protocol):
 
 
 class Batches(Sequence[Tensor]):
-    """Windows (samples, seqlen) as batches (≤ `batch`, seqlen) int64, each read when it is asked for."""
+    """Windows (samples, seqlen) as batches (≤ `batch`, seqlen) int64; each is read when it is used."""
 
     def __init__(self, windows: Tokens | Windows, batch: int) -> None:
         self._windows, self._batch = windows, batch
@@ -61,7 +61,7 @@ class Batches(Sequence[Tensor]):
 def embed_pass(
     streamed: StreamedModel, batches: Sequence[Tensor], activations: Activations, *, persist: bool = True
 ) -> None:
-    """Token ids to the states before layer 0."""
+    """Computes the hidden states before layer 0 from token ids."""
     with activations.write(0, persist=persist) as put:
         for states in streamed.embed(batches):
             put(states)
@@ -80,24 +80,25 @@ def layer_pass(
     sources: dict[str, TensorRef] | None = None,
     routed: Routed | None = None,
 ) -> None:
-    """States before layer i through it to those before i + 1 (if `write`).
+    """Runs layer i on all states before it; with `write`, stores the results as the states before layer i + 1.
 
-    `watchers` see its linears' inputs, `flow` the states before and after it; `persist` as for Activations.write.
-    `loader` and `sources` as for StreamedModel.layer. `routed` collects for the layer's experts; by default a new one.
+    `watchers` see the inputs of its linears, `flow` the states before and after it. `persist` is as for
+    Activations.write, `loader` and `sources` as for StreamedModel.layer. `routed` collects the inputs of the layer's
+    experts; by default it is a new one.
     """
 
     def watch(name: str, x: Tensor) -> None:
         for watcher in watchers:
             watcher.watch(name, x)
 
-    see = watch if watchers else None
+    hook = watch if watchers else None
     if stage.experts and routed is None:
         routed = routed_to(streamed, stage)
     with (
-        streamed.layer(stage, loader=loader, sources=sources, watch=see, routed=routed) as run,
-        activations.write(stage.index + 1, persist=persist) if write else nullcontext(_nowhere) as put,
+        streamed.layer(stage, loader=loader, sources=sources, watch=hook, routed=routed) as run,
+        activations.write(stage.index + 1, persist=persist) if write else nullcontext(_discard) as put,
     ):
-        for states in _with_experts(streamed, stage, activations, run, routed, see):
+        for states in _with_experts(streamed, stage, activations, run, routed, hook):
             after = run(states)
             if flow is not None:
                 flow(states, after)
@@ -107,15 +108,15 @@ def layer_pass(
 
 
 def routed_to(streamed: StreamedModel, stage: Stage, kept: RoutedInputs | None = None) -> Routed:
-    """What collects for a layer's experts; with `kept` there, too."""
+    """A new Routed for a layer; with `kept`, it records the experts' inputs there."""
     return Routed({ref.name: ref for ref in stage.tensors}, streamed.weighted, kept)
 
 
 def _with_experts(
     streamed: StreamedModel, stage: Stage, activations: Activations, run: Callable[[Tensor], Tensor],
-    routed: Routed | None, see: InputHook | None,
+    routed: Routed | None, watch: InputHook | None,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """The states before a layer, chunk by chunk, each when the layer's experts have done their part for it."""
+    """The states before a layer, chunk by chunk, each after the layer's experts have computed for it."""
     if routed is None:
         yield from activations.read(stage.index)
         return
@@ -127,35 +128,35 @@ def _with_experts(
             for states in islice(reader, streamed.batches_at_once):
                 run(states)
                 chunks += 1
-            routed.compute(see)
+            routed.compute(watch)
         if not chunks:
             return
         routed.complete()
         yield from islice(last, streamed.batches_at_once)
 
 
-def _nowhere(states: Tensor) -> None:
-    """The states after the last layer that is run are not needed."""
+def _discard(states: Tensor) -> None:
+    """In place of a cache's `put`, where the states after a layer are not needed."""
 
 
 def check_weights(loader: WeightLoader, skeleton: Skeleton, stage: Stage) -> None:
-    """Looks at a stage's weights before they are used. Raises CheckpointError for NaN and Inf, as finite_rows.
+    """Checks a stage's weights before use. Raises CheckpointError for NaN and Inf, as finite_rows.
 
-    Those of experts are looked at when their turn comes.
+    Those of experts are checked when they are first used (routed.py).
     """
     known = {ref.name for ref in skeleton.sources.values()}
     for ref in stage.resident_tensors if stage.kind == "layer" else stage.tensors:
-        # of the embeddings and the head, a pass touches a few rows only
-        in_passing = stage.kind != "layer"
+        # a pass uses only a few rows of the embeddings and the head: they are checked without being loaded as a whole
+        in_chunks = stage.kind != "layer"
         if ref.name in known:
-            for begin, rows in finite_rows(loader.maps if in_passing else loader, ref, _CHECK_BYTES):
-                if in_passing:
+            for begin, rows in finite_rows(loader.maps if in_chunks else loader, ref, _CHECK_BYTES):
+                if in_chunks:
                     at = ref.begin + begin * (ref.nbytes // max(1, ref.shape[0] if ref.shape else 1))
                     loader.maps.release([replace(ref, begin=at, end=at + rows.nbytes)], drop_cache=True)
 
 
 def retry_smaller(streamed: StreamedModel, work: Callable[[], Result]) -> Result:
-    """What `work` returns; when it runs out of memory it starts again with batches of half the size.
+    """The result of `work`, which is repeated with batches of half the size when it runs out of memory.
 
     Raises ResourceError when a single sample does not fit.
     """
@@ -165,12 +166,12 @@ def retry_smaller(streamed: StreamedModel, work: Callable[[], Result]) -> Result
         except (torch.OutOfMemoryError, RuntimeError) as e:
             if not is_out_of_memory(e):
                 raise
-        streamed.give_way()  # out here, where the failed attempt's tensors are no longer held by its traceback
+        streamed.halve_batch()  # not in the except block, where the traceback still holds the attempt's tensors
 
 
 @contextmanager
 def out_of_memory_named(device: torch.device) -> Iterator[None]:
-    """Turns what is left of torch's out-of-memory errors into a ResourceError."""
+    """Turns torch's out-of-memory errors within it into a ResourceError."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as e:

@@ -1,11 +1,11 @@
-"""Experts at work: one at a time, for as many batches as there is room for.
+"""Computes experts one at a time, each for as many batches as memory allows.
 
-A layer's forward calls its experts in the middle, and a batch may be routed to all of them: batch after batch, all of
-their weights would be read as often as there are batches. So batches go through a layer in groups. A first pass over a
-group leaves the layer where its experts are called, and collects what they are given. Then each expert computes for
-all that the group routes to it. A second pass goes through the layer as a whole; what the experts put out is there.
+A batch may be routed to all of a layer's experts, so batch by batch their weights would be read once per batch.
+Instead, batches go through a layer in groups. A first pass over a group stops where the layer calls its experts, and
+collects their inputs. Then each expert computes for all tokens of the group that are routed to it. A second pass goes
+through the whole layer, with the experts' outputs at hand.
 
-What experts are given may be kept in files (RoutedInputs), for a refit to look at it again, expert by expert.
+Experts' inputs may be recorded in files (RoutedInputs), so that a refit can gather Grams from them, expert by expert.
 """
 
 from __future__ import annotations
@@ -27,91 +27,94 @@ from streamprune.model.finite import refuse_nonfinite
 from streamprune.process.memory import give_back_free_memory
 
 InputHook = Callable[[str, Tensor], None]
-"""(linear, its inputs (tokens, in))."""
+"""Called with a linear and its input (tokens, in)."""
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""hidden (tokens, hidden); chosen (tokens, k), numbers of experts; shares (tokens, k) -> (tokens, hidden)."""
+"""An experts module's forward: states (tokens, hidden), numbers of the chosen experts (tokens, k), their routing
+weights
+(tokens, k) -> (tokens, hidden)."""
 
-_GATHERED = 256
-"""Rows that are read from a file at once: where they lie far apart, each maps 64 KiB."""
+_GATHERED_ROWS = 256
+"""Rows that are read from a file at once: if they are far apart, each maps 64 KiB."""
 
-_SCANNED = 1 << 16
-"""Tokens that are looked through at once for those of an expert."""
+_SCANNED_TOKENS = 1 << 16
+"""Tokens that are searched at once for those of an expert."""
 
 _LEAST_ROWS = 64
-"""Rows of a product in bf16 or float16 on the CPU are a multiple of so many."""
+"""On the CPU, rows of a bf16 or float16 product are padded to a multiple of this."""
 
 
 class Enough(Exception):  # noqa: N818 - not an error
-    """Raised by what watches a layer: it has seen what it came for, the rest of the layer need not run."""
+    """Raised by an InputHook that needs no further inputs: the rest of the layer is skipped."""
 
 
 class ReachedExperts(Exception):  # noqa: N818 - not an error
-    """A layer's forward has come to its experts, which wait for the other batches of a group."""
+    """Ends a layer's forward at its experts, which wait for the other batches of the group."""
 
 
 class Weights(Protocol):
-    """The weights of a module's experts; what was used stays at hand until it is released."""
+    """The weights of a module's experts; they stay in memory from their first use until they are released."""
 
     device: torch.device
-    """Where they are computed with."""
+    """Where they compute."""
 
     def stored(self, name: str) -> tuple[TensorRef, Tensor]:
-        """A linear's weight as it is stored."""
+        """A linear's weight in its stored dtype and shape."""
 
     def product(self, name: str, x: Tensor) -> Tensor:
         """x (n, in) · Wᵀ: (n, out), in x's dtype."""
 
     def expect(self, names: Collection[str]) -> None:
-        """Begins to bring weights near."""
+        """Starts prefetching weights."""
 
     def release(self, names: Collection[str]) -> None:
-        """Lets go of weights."""
+        """Frees weights."""
 
 
 @dataclass
 class _Mixture:
-    """A module of experts whose weights are bound, and a group's way through it."""
+    """A module of experts with bound weights, and its inputs and outputs for the current group of batches."""
 
     module: Any
     experts: Experts
     weights: Weights
     given: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """What it was called with, batch after batch."""
+    """Its arguments, a call for each batch."""
     outputs: Sequence[Tensor] | None = None
-    """What it returns for each of these."""
+    """What it returns for each of these calls."""
     replayed: int = 0
+    """Outputs that the second pass has returned."""
 
     def product(self, name: str, x: Tensor) -> Tensor:
         """x (n, in) · Wᵀ: (n, out), in x's dtype."""
         if x.device.type != "cpu" or x.dtype.itemsize > 2:
             return self.weights.product(name, x)
-        # oneDNN keeps 0.6 MiB for each number of rows that it has seen, and experts see a different one each time
+        # oneDNN caches 0.6 MiB for each distinct number of rows, and experts get a different one each time
         return self.weights.product(name, F.pad(x, (0, 0, 0, padded_rows(len(x)) - len(x))))[: len(x)]
 
-    def middle(self, expert: int, x: Tensor) -> Tensor:
-        """The input of an expert's last linear, for x (n, hidden)."""
-        both = torch.cat([self.product(name, x) for name in self.experts.up[expert]], dim=-1)
+    def intermediate(self, expert: int, x: Tensor) -> Tensor:
+        """(n, intermediate), the input of an expert's down projection, of x (n, hidden)."""
+        up = torch.cat([self.product(name, x) for name in self.experts.up[expert]], dim=-1)
         bias = next((b for leaf in UP if (b := self.module._parameters.get(f"{leaf}_bias")) is not None), None)
         if bias is not None:
-            both = both + bias[expert]
+            up = up + bias[expert]
         gated = getattr(self.module, "has_gate", True)
-        found: Tensor = self.module._apply_gate(both) if gated else self.module.act_fn(both)
+        found: Tensor = self.module._apply_gate(up) if gated else self.module.act_fn(up)
         return found
 
-    def output(self, expert: int, middle: Tensor) -> Tensor:
-        """(n, hidden) of (n, intermediate)."""
-        result = self.product(self.experts.down[expert], middle)
+    def output(self, expert: int, intermediate: Tensor) -> Tensor:
+        """(n, hidden), an expert's output, of (n, intermediate)."""
+        result = self.product(self.experts.down[expert], intermediate)
         bias = self.module._parameters.get(f"{DOWN}_bias")
         return result if bias is None else result + bias[expert]
 
     def compute(
-        self, hidden: Tensor, chosen: Tensor, shares: Tensor, see: InputHook | None, weighted: bool, rows: int,
+        self, hidden: Tensor, chosen: Tensor, shares: Tensor, watch: InputHook | None, weighted: bool, rows: int,
         check: Callable[[str], None] | None = None,
     ) -> Tensor:  # fmt: skip
-        """As Forward, expert after expert, no more than `rows` tokens at once; `check(linear)` comes before its use."""
+        """As Forward, expert after expert, at most `rows` tokens at once. Calls `check(linear)` before its use."""
         out = torch.zeros_like(hidden)
-        numbers = [e for e in torch.unique(chosen).tolist() if 0 <= e < len(self.experts.down)]  # others are nobody's
+        numbers = [e for e in torch.unique(chosen).tolist() if 0 <= e < len(self.experts.down)]  # others: no expert
         self.weights.expect(self.experts.of(numbers[:1]))
         for e, following in zip(numbers, [*numbers[1:], None], strict=True):
             self.weights.expect(self.experts.of([] if following is None else [following]))
@@ -121,41 +124,43 @@ class _Mixture:
             tokens, places = torch.where(chosen == e)
             for token, place in zip(torch.split(tokens, rows), torch.split(places, rows), strict=True):
                 x, share = hidden[token], shares[token, place, None]
-                _show(see, self.experts.up[e], x, share, weighted)
-                middle = self.middle(e, x)
-                _show(see, (self.experts.down[e],), middle, share, weighted)
-                out.index_add_(0, token, (self.output(e, middle) * share).to(out.dtype))
+                _show(watch, self.experts.up[e], x, share, weighted)
+                intermediate = self.intermediate(e, x)
+                _show(watch, (self.experts.down[e],), intermediate, share, weighted)
+                out.index_add_(0, token, (self.output(e, intermediate) * share).to(out.dtype))
             self.weights.release(self.experts.of([e]))
         return out
 
 
 def padded_rows(rows: int) -> int:
-    """How many rows are multiplied instead of `rows`: one of few numbers, less than 64 or a quarter more."""
+    """`rows` rounded up to one of few sizes, by less than 64 rows or by at most a quarter."""
     step = max(_LEAST_ROWS, 1 << max(0, (rows - 1).bit_length() - 3))
     return -(-rows // step) * step
 
 
-def _show(see: InputHook | None, names: Sequence[str], x: Tensor, share: Tensor, weighted: bool) -> None:
-    if see is not None:
+def _show(watch: InputHook | None, names: Sequence[str], x: Tensor, share: Tensor, weighted: bool) -> None:
+    if watch is not None:
         seen = x * share if weighted else x
         for name in names:
-            see(name, seen)
+            watch(name, seen)
 
 
-def in_place(module: Any, experts: Experts, weights: Weights, see: InputHook | None, weighted: bool) -> Forward:
-    """What takes the place of an experts module's forward where each batch is computed at once.
+def immediate_forward(
+    module: Any, experts: Experts, weights: Weights, watch: InputHook | None, weighted: bool
+) -> Forward:
+    """A replacement for an experts module's forward that computes each batch at once.
 
-    `see` sees the linears' inputs, times the routing's weights if `weighted`.
+    `watch` sees the linears' inputs, multiplied by the routing weights if `weighted`.
     """
     mixture = _Mixture(module, experts, weights)
-    return lambda hidden, chosen, shares: mixture.compute(hidden, chosen, shares, see, weighted, max(1, len(hidden)))
+    return lambda hidden, chosen, shares: mixture.compute(hidden, chosen, shares, watch, weighted, max(1, len(hidden)))
 
 
 class Routed:
-    """What is routed to the experts of one layer. `stored` has the layer's tensors, by name.
+    """The tokens routed to one layer's experts, for a group of batches. `stored` has the layer's tensors by name.
 
-    For each group of batches `begin`, then as often as the layer has modules of experts a pass over it and `compute`,
-    then the pass that goes all the way. With `kept`, `again` is possible afterwards.
+    For each group: `begin`; for each module of experts a pass over the group, then `compute`; `complete`; a pass
+    through the whole layer. With `kept`, inputs are recorded, and `again` is possible afterwards.
     """
 
     def __init__(self, stored: Mapping[str, TensorRef], weighted: bool, kept: RoutedInputs | None = None) -> None:
@@ -163,12 +168,12 @@ class Routed:
         self._mixtures: dict[str, _Mixture] = {}
         self._checked: set[str] = set()
         self._calls = 0
-        """Of the layer, in this pass over the group."""
+        """Calls of the layer in this pass over the group."""
         self.collecting = False
-        """Whether the passes end at the experts."""
+        """Whether passes stop at the experts."""
 
     def forward_of(self, module: Any, experts: Experts, weights: Weights) -> Forward:
-        """What takes the place of an experts module's forward, for as long as `weights` are bound."""
+        """A replacement for an experts module's forward, while `weights` are bound."""
         mixture = self._mixtures[experts.path] = _Mixture(module, experts, weights)
 
         def forward(hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
@@ -183,17 +188,17 @@ class Routed:
         return forward
 
     def call(self) -> None:
-        """The layer is about to be called."""
+        """To be called before each call of the layer."""
         self._calls += 1
 
     def begin(self) -> None:
-        """The next group of batches comes."""
+        """Starts the next group of batches."""
         self.collecting, self._calls = True, 0
         for mixture in self._mixtures.values():
             mixture.outputs, mixture.given, mixture.replayed = None, [], 0
 
-    def compute(self, see: InputHook | None) -> None:
-        """The experts that the last pass has come to compute, for all of the group; `see` sees their linears' inputs.
+    def compute(self, watch: InputHook | None) -> None:
+        """Computes the experts that the last pass has reached, for the whole group; `watch` sees their linears' inputs.
 
         Raises CheckpointError for weights that are NaN or infinite.
         """
@@ -205,19 +210,19 @@ class Routed:
             lengths = [len(hidden) for hidden, _, _ in mixture.given]
             hidden, chosen, shares = (torch.cat(parts) for parts in zip(*mixture.given, strict=True))
             mixture.given = []
-            give_back_free_memory()  # for the outputs; pieces of this size stay with the process otherwise
+            give_back_free_memory()  # for the outputs: the heap would keep blocks of this size
             if self._kept is not None:
                 self._kept.add(mixture.experts.path, hidden, chosen, shares)
             check = lambda name, weights=mixture.weights: self._check(name, weights)  # noqa: E731
-            out = mixture.compute(hidden, chosen, shares, see, self._weighted, max(lengths), check)
+            out = mixture.compute(hidden, chosen, shares, watch, self._weighted, max(lengths), check)
             mixture.outputs = torch.split(out, lengths)
 
     def complete(self) -> None:
-        """The next pass goes all the way."""
+        """The next pass goes through the whole layer."""
         self.collecting = False
 
-    def again(self, names: Collection[str], see: InputHook, rows: int) -> None:
-        """`see` sees the inputs of these linears, of experts whose module is bound, once more; `rows` at a time."""
+    def again(self, names: Collection[str], watch: InputHook, rows: int) -> None:
+        """Shows `watch` the recorded inputs of these linears, `rows` tokens at a time. Their module must be bound."""
         assert self._kept is not None
         for mixture in self._mixtures.values():
             for e, (up, down) in enumerate(zip(mixture.experts.up, mixture.experts.down, strict=True)):
@@ -227,9 +232,9 @@ class Routed:
                 device = mixture.weights.device
                 for x, share in self._kept.inputs(mixture.experts.path, e, rows):
                     x, share = x.to(device), share.to(device)
-                    _show(see, wanted, x, share, self._weighted)
+                    _show(watch, wanted, x, share, self._weighted)
                     if down in names:
-                        _show(see, (down,), mixture.middle(e, x), share, self._weighted)
+                        _show(watch, (down,), mixture.intermediate(e, x), share, self._weighted)
                 mixture.weights.release(mixture.experts.of([e]))
 
     def _check(self, name: str, weights: Weights) -> None:
@@ -240,9 +245,9 @@ class Routed:
 
 
 class RoutedInputs:
-    """What the experts of a layer are given, for `tokens` in all, in unnamed files in `folder`.
+    """Records the inputs of a layer's experts, for `tokens` tokens in all, in unnamed temporary files in `folder`.
 
-    Raises ResourceError when the disk has no room for it.
+    Raises ResourceError when the disk is too small for them.
     """
 
     def __init__(self, folder: Path, tokens: int) -> None:
@@ -251,7 +256,7 @@ class RoutedInputs:
         self._used: dict[str, int] = {}
 
     def add(self, path: str, *parts: Tensor) -> None:
-        """Adds hidden (n, hidden), chosen (n, k), shares (n, k) of the module of experts called `path`."""
+        """Adds the inputs (states, chosen, shares) of the module of experts `path`; shapes as for Forward."""
         hidden, chosen, shares = parts
         parts = (hidden, chosen.to(torch.int32), shares)
         if path not in self._files:
@@ -266,19 +271,19 @@ class RoutedInputs:
             file.forget(begin, end)
 
     def inputs(self, path: str, expert: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """hidden (≤ rows, hidden) and share (≤ rows, 1) of what is routed to an expert, in the tokens' order."""
+        """States (≤ rows, hidden) and routing weights (≤ rows, 1) of the tokens routed to an expert, in order."""
         hidden, chosen, shares = self._files[path]
         used = self._used[path]
         found = []
-        for begin in range(0, used, _SCANNED):
-            token, place = torch.where(chosen.tensor[begin : min(begin + _SCANNED, used)] == expert)
+        for begin in range(0, used, _SCANNED_TOKENS):
+            token, place = torch.where(chosen.tensor[begin : min(begin + _SCANNED_TOKENS, used)] == expert)
             found.append((token + begin, shares.tensor[token + begin, place, None]))
         for file in (chosen, shares):
             file.forget(0, self._tokens)
         tokens, share = (torch.cat(parts) for parts in zip(*found, strict=True))
-        for some, its in zip(torch.split(tokens, rows), torch.split(share, rows), strict=True):
-            x = hidden.tensor.new_empty(len(some), hidden.tensor.shape[1])
-            for begin in range(0, len(some), _GATHERED):
-                x[begin : begin + _GATHERED] = hidden.tensor[some[begin : begin + _GATHERED]]
+        for part, weights in zip(torch.split(tokens, rows), torch.split(share, rows), strict=True):
+            x = hidden.tensor.new_empty(len(part), hidden.tensor.shape[1])
+            for begin in range(0, len(part), _GATHERED_ROWS):
+                x[begin : begin + _GATHERED_ROWS] = hidden.tensor[part[begin : begin + _GATHERED_ROWS]]
                 hidden.forget(0, self._tokens)
-            yield x, its
+            yield x, weights

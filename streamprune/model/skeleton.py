@@ -1,14 +1,14 @@
-"""The model without its weights: transformers' own code on the meta device, cut into stages.
+"""The model without its weights: transformers' own code on the meta device, divided into stages.
 
-A stage is what is resident at once and what becomes one output shard:
+A stage is the part of the model that is in memory at once, and becomes one output shard:
 
     embed      everything before the decoder layers
     layer i    decoder layer i
-    head       everything after them (final norm, lm_head), and tensors that nothing in the model claims
+    head       everything after them (final norm, lm_head), and tensors that the model does not use
 
-The skeleton is built by `AutoModelForCausalLM.from_config` with every parameter on the meta device and every
-buffer real: rotary frequencies and the like are computed by the model's own constructor. Parameters are bound
-to mapped tensors of the checkpoint while their stage is at work, and unbound afterwards.
+The skeleton is built by `AutoModelForCausalLM.from_config` with every parameter on the meta device and every buffer
+real: rotary frequencies and the like are computed by the model's own constructor. Parameters are bound to mapped
+tensors of the checkpoint while their stage computes, and unbound afterwards.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from streamprune.model.naming import TORCH_DTYPES, layer_numbers, match_tensors
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the walk and one output shard."""
+    """A part of the model that is in memory at once, and one output shard."""
 
     kind: str
     """"embed", "layer" or "head"."""
@@ -42,13 +42,14 @@ class Stage:
     prefix: str
     """Module path of a layer, "model.layers.3"; empty for embed and head."""
     tensors: tuple[TensorRef, ...]
+    """All tensors of the checkpoint that belong to the stage."""
     linears: Mapping[str, TensorRef]
-    """Module path of each linear of a layer -> its weight; insertion order is the module's. Those of experts come last
-    (model/experts.py); their weight may be a part of a tensor."""
+    """Module path of each linear of a layer -> its weight, in the order of the module. Experts' linears come last;
+    their weights may be slices of a tensor (model/experts.py)."""
     experts: tuple[Experts, ...] = ()
-    """Of a layer, whose weights are brought one expert at a time."""
+    """The layer's experts, whose weights are loaded one expert at a time."""
     unclaimed: frozenset[str] = frozenset()
-    """Names of tensors that nothing in the model claims; they are copied, and never at work."""
+    """Names of tensors that the model does not use; they are copied to the output."""
 
     @property
     def name(self) -> str:
@@ -60,13 +61,13 @@ class Stage:
 
     @property
     def resident_tensors(self) -> list[TensorRef]:
-        """The tensors that are at work together: all but those of experts and those that nothing claims."""
-        apart = self.unclaimed | {self.linears[name].name for experts in self.experts for name in experts.linears}
-        return [t for t in self.tensors if t.name not in apart]
+        """The tensors that are loaded together: all but experts' and unclaimed ones."""
+        excluded = self.unclaimed | {self.linears[name].name for experts in self.experts for name in experts.linears}
+        return [t for t in self.tensors if t.name not in excluded]
 
     @functools.cached_property
     def expert_of(self) -> dict[str, str]:
-        """Linear of an expert -> what the expert is called."""
+        """Linear of an expert -> name of the expert."""
         return {
             name: f"{experts.path}.{number}"
             for experts in self.experts
@@ -76,33 +77,33 @@ class Stage:
 
     @property
     def resident(self) -> int:
-        """Bytes of weights that are held at once: all that work together, and two experts."""
-        of_one = [
+        """Bytes of weights in memory at once: resident_tensors, and two of the largest expert."""
+        by_expert = [
             sum(self.linears[name].nbytes for name in (*up, down))
             for experts in self.experts
             for up, down in zip(experts.up, experts.down, strict=True)
         ]
-        return sum(t.nbytes for t in self.resident_tensors) + 2 * max(of_one, default=0)
+        return sum(t.nbytes for t in self.resident_tensors) + 2 * max(by_expert, default=0)
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A meta model, its decoder layers, its stages, and which stored tensor each parameter is."""
+    """A meta model, its decoder layers and stages, and the stored tensor of each parameter."""
 
     model: nn.Module
     layers: nn.ModuleList
     stages: tuple[Stage, ...]
     sources: Mapping[str, TensorRef]
-    """Name of every parameter and stored buffer -> tensor of the checkpoint (tied ones share one). Of a weight that is
-    stored in FP8, `….weight_scale` is here, too."""
+    """Name of every parameter and stored buffer -> tensor of the checkpoint; tied parameters share one. Scales of FP8
+    weights are included, as `….weight_scale`."""
     transposed: frozenset[str]
     """Linears whose weight is stored (in, out): transformers' Conv1D."""
     dtype: torch.dtype
-    """The checkpoint's own dtype; with FP8 weights, that of the others."""
+    """The dtype of most weights, FP8 ones not counted."""
     experts: Mapping[str, Experts]
-    """Module path of each module of experts -> whose weights are whose."""
+    """Module path of each module of experts -> its experts' linears."""
     scheme: Scheme | None
-    """How FP8 weights are computed with; None where the checkpoint is not quantised."""
+    """How linears compute with FP8 weights; None where the checkpoint is not quantised."""
     hidden_size: int
     vocab_size: int
 
@@ -113,10 +114,10 @@ class Skeleton:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Within it, every parameter lands on the meta device as soon as a module registers it.
+    """Within it, every parameter is moved to the meta device as soon as a module registers it.
 
-    `torch.empty` reserves address space only, and initialisers then run on meta tensors, so nothing is ever
-    filled in. Buffers stay real.
+    `torch.empty` only reserves address space, and initialisers then run on meta tensors, so no memory is ever touched.
+    Buffers stay real.
     """
     register = nn.Module.register_parameter
 
@@ -133,9 +134,9 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that most bytes of a checkpoint are in, FP8 weights and their scales left out.
+    """The dtype of most bytes of a checkpoint, not counting FP8 weights and their scales.
 
-    Raises UnsupportedError when it is none we compute in.
+    Raises UnsupportedError when it is not BF16, F16 or F32.
     """
     sizes: dict[str, int] = {}
     scaled = {name for name in checkpoint.tensors if name + SCALE in checkpoint.tensors}
@@ -149,10 +150,10 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_remote_code: bool = False) -> Skeleton:
-    """The skeleton of a checkpoint.
+    """The skeleton of a checkpoint, to compute in `compute_dtype`.
 
-    Raises UnsupportedError when transformers does not know the architecture or it has no list of decoder
-    layers, CheckpointError when tensors are missing or of another shape than the configuration says.
+    Raises UnsupportedError when transformers does not know the architecture or its layers cannot be streamed or pruned,
+    CheckpointError when tensors are missing or of another shape than the configuration says.
     """
     scheme = read_scheme(checkpoint)
     config = load_config(checkpoint, trust_remote_code)
@@ -188,7 +189,7 @@ def _build_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype, trust_
             raise UnsupportedError(f"{kind} has no causal language model in transformers") from e
         raise CheckpointError(f"{checkpoint.path}/config.json: {one_line(e)}") from e
     except Exception as e:
-        why = "it asks for weights beyond all memory" if _is_too_large(e) else one_line(e)
+        why = "its weights would exceed all memory" if _is_too_large(e) else one_line(e)
         raise CheckpointError(f"{checkpoint.path}/config.json does not describe a {kind} model: {why}") from e
     model.requires_grad_(False)
     result: nn.Module = model.eval()
@@ -196,27 +197,30 @@ def _build_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype, trust_
 
 
 def _is_too_large(error: Exception) -> bool:
-    """Whether it is torch's refusal to reserve the memory of a tensor."""
+    """Whether torch could not reserve the address space of a tensor."""
     return any(words in str(error) for words in ("you tried to allocate", "Storage size calculation overflowed"))
 
 
 def _model_class(config: Any) -> Any:
-    """The class that loads a configuration's whole checkpoint, other modalities included."""
+    """The class that loads the whole checkpoint, other modalities included."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     classes = [AutoModelForCausalLM, AutoModelForImageTextToText]
     if _wraps(config):
-        classes.reverse()  # the causal class of some is the text model alone
+        classes.reverse()  # for some, the causal class is the text model alone
     return next((c for c in classes if type(config) in c._model_mapping), AutoModelForCausalLM)
 
 
 def _wraps(config: Any) -> bool:
-    """Whether the text model is a part of the model: its configuration is a part of the model's."""
+    """Whether the text model is only a part of the model, as in vision-language models."""
     return config.get_text_config() is not config
 
 
 def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
-    """The outermost ModuleList with one entry a decoder layer; of a model that sees or hears, within its text model."""
+    """The path of the list of decoder layers, and the list: the outermost ModuleList of the configured length.
+
+    In a multimodal model, the one within its text model.
+    """
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
     root = model.get_decoder() if _wraps(config) else model  # type: ignore[operator]
     inside = {id(m) for m in root.modules()}
@@ -234,11 +238,11 @@ def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
 
 
 _STREAMS = ("hc_mult", "hc_count")
-"""What configurations call the number of streams of hidden states."""
+"""Configuration keys for the number of streams of hidden states (hyper-connections)."""
 
 
 def _refuse_dependent_layers(config: Any, layers: nn.ModuleList) -> None:
-    """Refuses layers that need more than the hidden states of the one before, or are not their weights' only users."""
+    """Refuses layers that need more than the previous layer's hidden states, or share weights with other layers."""
     kind, text = config.model_type, config.get_text_config()
     if getattr(text, "num_attention_heads", None) is None:
         raise UnsupportedError(f"{kind} has no attention; models that are recurrent throughout cannot be pruned yet")
@@ -261,11 +265,11 @@ def _refuse_dependent_layers(config: Any, layers: nn.ModuleList) -> None:
 
 
 def _refuse_other_weights(config: Any, prefix: str, layers: nn.ModuleList, experts: Collection[str]) -> None:
-    """Refuses layers whose weights are neither linears nor experts as we know them: they would silently stay dense.
+    """Refuses layers with large weights outside linears and known experts: they would silently stay dense.
 
-    Convolutions of each channel by itself, as recurrent layers begin with, may: they have a few weights a channel. So
-    may matrices one side of which is shorter than the hidden states, as those of routers and of recurrent states.
-    Refuses Mamba's first version, too, which multiplies with a linear's weight itself: its input cannot be watched.
+    Small ones may stay dense: depthwise convolutions, with which recurrent layers begin, and matrices with one side
+    shorter than the hidden size, such as those of routers and recurrent states. Also refuses Mamba 1, which multiplies
+    with a linear's weight without calling the linear, so its input cannot be seen.
     """
     kind, width = config.model_type, config.get_text_config().hidden_size
     for path, module in layers.named_modules():
@@ -277,8 +281,8 @@ def _refuse_other_weights(config: Any, prefix: str, layers: nn.ModuleList, exper
             )
     for name, parameter in layers.named_parameters():
         owner = layers.get_submodule(name.rpartition(".")[0])
-        by_channel = isinstance(owner, nn.Conv1d) and owner.groups == owner.in_channels
-        if parameter.dim() > 2 and not by_channel and f"{prefix}.{name}".rpartition(".")[0] not in experts:
+        depthwise = isinstance(owner, nn.Conv1d) and owner.groups == owner.in_channels
+        if parameter.dim() > 2 and not depthwise and f"{prefix}.{name}".rpartition(".")[0] not in experts:
             raise UnsupportedError(
                 f"{kind}: {prefix}.{name} is a weight of {parameter.dim()} dimensions, and not of experts as "
                 "transformers usually holds them; such weights cannot be pruned yet"
@@ -300,7 +304,7 @@ def _cut_stages(
     sources: Mapping[str, TensorRef],
     experts: Mapping[str, Experts],
 ) -> tuple[Stage, ...]:
-    """Every tensor of the checkpoint into exactly one stage."""
+    """Assigns every tensor of the checkpoint to exactly one stage."""
     names = [n for n, _ in model.named_parameters(remove_duplicate=False) if n in sources]
     before = {sources[n].name for n in names[: next(i for i, n in enumerate(names) if n.startswith(prefix + "."))]}
     numbers = layer_numbers(checkpoint, model, prefix, len(layers), sources)

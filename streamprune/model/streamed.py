@@ -1,13 +1,13 @@
-"""The walk of activations through the model: embed, layer after layer, head.
+"""Runs a model stage by stage: embed, one layer after the other, head.
 
-Every decoder layer of the skeleton is replaced by a recorder that hands its input on unchanged and keeps the
-arguments it was called with. One run of the model's own forward then yields, for each layer, exactly the
-keyword arguments that the architecture gives it: masks of each kind, rotary embeddings, alibi. The real
-layers are called with these, one at a time, on states from the disk cache. For the head, the last recorder
-returns the cached states, so the final norm, softcaps and lm_head are the model's own code.
+To learn how the model calls its layers, every decoder layer is replaced by a recorder, which passes its input on
+unchanged and keeps its arguments. One run of the model's own forward then yields exactly the arguments that the
+architecture gives each layer: masks of each kind, rotary embeddings, alibi. The real layers are called with these, one
+at a time, on states from the disk cache. For the head, the last recorder returns the cached states, so that the final
+norm, softcaps and lm_head are the model's own code.
 
-All windows have the same length and no padding, so the arguments depend on the batch's size only; an
-architecture whose arguments depend on the tokens is noticed and refused.
+All windows have the same length and no padding, so the arguments depend on the batch size only. An architecture whose
+arguments depend on the tokens is detected and refused.
 """
 
 from __future__ import annotations
@@ -38,18 +38,21 @@ class Call:
     by_keyword: bool
 
 
-_BESIDE = object()
-"""What recorders return beside the states, where the model expects a tuple. No layer may be given it."""
+_SECOND_OUTPUT = object()
+"""Second element of the tuple that recorders return to models that expect one. No layer may get it as an argument."""
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps its arguments, returns its input (or `replace`) unchanged."""
+    """Takes the place of a decoder layer: keeps its arguments and returns its input, or `replace` if that is set.
+
+    With `compare`, `handed_on` tells whether its input is what the `first` recorder passed on.
+    """
 
     def __init__(self, as_tuple: bool, first: _Recorder | None, compare: bool) -> None:
         super().__init__()
         self.compare = compare
         self.as_tuple = as_tuple
-        self.first = [first] if first else []  # in a list, so that it is no submodule
+        self.first = [first] if first else []  # in a list, so that it does not become a submodule
         self.received: Tensor | None = None
         self.handed_on = False
         self.call: Call | None = None
@@ -59,7 +62,7 @@ class _Recorder(nn.Module):
         by_keyword = "hidden_states" in kwargs
         states = kwargs.pop("hidden_states") if by_keyword else args[0]
         if not self.first:
-            self.received = states.clone()  # what comes after may change the states in place
+            self.received = states.clone()  # the model may change the states in place later
             self.handed_on = True
         elif self.compare:
             given = self.first[0].received
@@ -68,15 +71,15 @@ class _Recorder(nn.Module):
             self.handed_on = True
         self.call = Call(args if by_keyword else args[1:], kwargs, by_keyword)
         out = states if self.replace is None else self.replace
-        return (out, _BESIDE) if self.as_tuple else out
+        return (out, _SECOND_OUTPUT) if self.as_tuple else out
 
 
 class StreamedModel:
     """Runs a skeleton's stages on batches of token ids (batch, seqlen) or hidden states (batch, seqlen, hidden).
 
-    `dtype` is what is computed in, on the device of `loader`. All methods must be called with the same seqlen. With
-    `max_samples` a layer is given no more samples at once: a batch is then computed in parts. `weighted`: whether
-    `watch` sees the inputs of experts times their routing weights. `group` batches share a pass over the experts.
+    Computes in `dtype` on the device of `loader`. All calls must have the same seqlen. Batches of more than
+    `max_samples` are computed in parts. With `weighted`, `watch` sees experts' inputs multiplied by their routing
+    weights. Experts process up to `group` batches together.
     """
 
     def __init__(
@@ -95,10 +98,10 @@ class StreamedModel:
                     buffer_owner._buffers[name] = buffer.to(self.device)
 
     def embed(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Hidden states before layer 0 for each batch of ids; remembers the layers' arguments on the way.
+        """Hidden states before layer 0 for each batch of ids; records the layers' arguments on the way.
 
-        Raises UnsupportedError when the model does something between layers, or when a layer's arguments
-        depend on the tokens.
+        Raises UnsupportedError when the model computes something between layers, or when layers' arguments depend on
+        the tokens.
         """
         with self._outside(head=False):
             for ids in batches:
@@ -117,13 +120,13 @@ class StreamedModel:
         return states
 
     def learn_calls(self, batches: Sequence[Tensor]) -> None:
-        """Records the layers' arguments for each batch size in `batches`, for a walk that resumes at a layer."""
+        """Records the layers' arguments for each batch size in `batches`, for a job that resumes at a layer."""
         firsts = {ids.shape[0]: ids for ids in reversed(batches)}
         for _ in self.embed(list(firsts.values())):
             pass
 
-    def give_way(self) -> None:
-        """Halves `most`, because memory ran out. Raises ResourceError when it is one sample already."""
+    def halve_batch(self) -> None:
+        """Halves `max_samples` after memory ran out. Raises ResourceError when it is one already."""
         largest = self.max_samples or (1 if self._example is None else len(self._example))
         if largest == 1:
             flag = "--max-ram or" if self.device.type == "cpu" else "--max-vram or"
@@ -138,13 +141,13 @@ class StreamedModel:
 
     @property
     def batches_at_once(self) -> int:
-        """Batches that experts compute for at once; fewer after memory has run out."""
+        """Batches in a group that experts process together; fewer after memory ran out."""
         largest = 1 if self._example is None else len(self._example)
         return max(1, self.group * min(self.max_samples or largest, largest) // largest)
 
     @contextmanager
     def _outside(self, head: bool) -> Iterator[None]:
-        """The parameters outside the decoder layers, bound; without `head`, those that make logits are not."""
+        """Binds the parameters outside the decoder layers; without `head`, not those of the LM head."""
         with bound(self.skeleton, None, self.loader, self.dtype, head=head) as used:
             try:
                 yield
@@ -163,9 +166,9 @@ class StreamedModel:
                     final = base(input_ids=ids, use_cache=False)[0]
                 except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as e:
                     if is_out_of_memory(e) or is_of_device(e):
-                        raise  # says nothing about the model, whose unfinished work would be thrown away
-                    failure = e.with_traceback(None)  # whose frames hold tensors
-                    final = None  # the model takes a layer's output apart: it expects a tuple, or the other way round
+                        raise  # says nothing about the model; as an UnsupportedError it would discard unfinished work
+                    failure = e.with_traceback(None)  # its frames hold tensors
+                    final = None  # probably it expects a tuple from its layers, or none
                 objection = _objection(recorders, final, self.skeleton.hidden_size)
                 first = recorders[0].received
                 if first is not None and not objection:
@@ -183,13 +186,12 @@ class StreamedModel:
         watch: InputHook | None = None,
         routed: Routed | None = None,
     ) -> Iterator[Callable[[Tensor], Tensor]]:
-        """One decoder layer with its weights bound: a function from states to states, (batch, seqlen, hidden).
+        """Yields the forward of one decoder layer with bound weights: from states to states, (batch, seqlen, hidden).
 
-        `watch(linear, x)` sees the input (tokens, in) of each linear. With `routed`, whose it is to show those of
-        experts, what comes out while it collects is of no use, and nothing is seen. Where `watch` raises Enough, what
-        comes out is of no use either. `loader` and `sources` may take the weights from elsewhere, as when the pruned
-        layer is run. On a device the weights stay there until the caller
-        releases them; on the CPU their pages are given back on leaving.
+        `watch(linear, x)` sees the input (tokens, in) of each linear. With `routed`, that shows experts' inputs;
+        while it is collecting, outputs are invalid and `watch` is not called. Outputs are invalid, too, when `watch`
+        raises Enough. `loader` and `sources` replace where weights come from, to run the pruned layer for example. On a
+        device the weights stay until the caller releases them; on the CPU their pages are released on leaving.
         """
         layer = self.skeleton.layers[stage.index]
         hooks = [
@@ -215,7 +217,7 @@ class StreamedModel:
             return result
 
         def run(states: Tensor) -> Tensor:
-            parts = [part(some) for some in torch.split(states, self.max_samples or len(states))]
+            parts = [part(chunk) for chunk in torch.split(states, self.max_samples or len(states))]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         source = loader or self.loader
@@ -235,7 +237,7 @@ class StreamedModel:
 
     @contextmanager
     def experts(self, path: str, routed: Routed) -> Iterator[None]:
-        """One module of experts with its weights bound, for `routed.again`."""
+        """Binds the weights of one module of experts, for `routed.again`."""
         with bound(self.skeleton, path, self.loader, self.dtype, routed=routed) as used:
             try:
                 yield
@@ -244,7 +246,7 @@ class StreamedModel:
                     self.loader.release(used)
 
     def calls_of(self, samples: int) -> list[Call]:
-        """The layers' arguments for so many samples, recorded if there was no such batch yet."""
+        """The layers' arguments for batches of `samples`; recorded now if there was no such batch yet."""
         if samples not in self._calls:
             assert self._example is not None
             repeats = -(-samples // len(self._example))
@@ -254,9 +256,9 @@ class StreamedModel:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """The head with its weights bound: states (tokens, hidden) -> logits (tokens, vocab).
+        """Yields the head with bound weights: states (tokens, hidden) -> logits (tokens, vocab).
 
-        The final norm and lm_head work on each position alone, so any positions may share a call.
+        The final norm and lm_head treat each position separately, so a call may mix positions of any windows.
         """
         assert self._as_tuple is not None, "embed or learn_calls comes first"
         with (
@@ -275,7 +277,7 @@ class StreamedModel:
 
 
 def _watching(watch: InputHook, name: str, routed: Routed | None) -> Callable[..., None]:
-    """A hook that shows a linear's input, however it is passed."""
+    """A forward pre-hook that passes a linear's input to `watch`, whether positional or by keyword."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if routed is None or not routed.collecting:
@@ -286,18 +288,13 @@ def _watching(watch: InputHook, name: str, routed: Routed | None) -> Callable[..
 
 @contextmanager
 def _recorders(skeleton: Skeleton, as_tuple: bool, compare: bool = True) -> Iterator[list[_Recorder]]:
-    """Puts a recorder in the place of every decoder layer; they `compare` what reaches them with what was handed on."""
+    """Replaces every decoder layer by a recorder, see _Recorder for `compare`."""
     layers = skeleton.layers
     real = list(layers)
     recorders = [_Recorder(as_tuple, None, compare)]
     recorders += [_Recorder(as_tuple, recorders[0], compare) for _ in real[1:]]
     for i, (recorder, layer) in enumerate(zip(recorders, real, strict=True)):
-        for attribute in (
-            "attention_type",
-            "layer_type",
-            "is_sliding",
-            "block_type",
-        ):  # read by some models before the call
+        for attribute in ("attention_type", "layer_type", "is_sliding", "block_type"):  # some models read these
             if hasattr(layer, attribute):
                 setattr(recorder, attribute, getattr(layer, attribute))
         layers[i] = recorder
@@ -309,9 +306,9 @@ def _recorders(skeleton: Skeleton, as_tuple: bool, compare: bool = True) -> Iter
 
 
 def _objection(recorders: list[_Recorder], final: Tensor | None, width: int) -> str:
-    """Why layers cannot be streamed, after a run of the model that gave `final`, if it got so far; "" if they can."""
+    """Why layers cannot be streamed, after a recorded run with output `final` (None: it failed); "" if they can be."""
     first, calls = recorders[0].received, [r.call for r in recorders if r.call is not None]
-    if any(value is _BESIDE for call in calls for value in (*call.args, *call.kwargs.values())):
+    if any(value is _SECOND_OUTPUT for call in calls for value in (*call.args, *call.kwargs.values())):
         return "hands more than hidden states from layer to layer; its layers cannot be streamed one by one"
     if first is not None and (first.dim() != 3 or first.shape[-1] != width):
         return f"gives its layers states {list(first.shape)} instead of (batch, tokens, {width}), which cannot be kept"
@@ -324,7 +321,7 @@ def _objection(recorders: list[_Recorder], final: Tensor | None, width: int) -> 
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two layers' arguments are equal, all the way down."""
+    """Whether two layers' arguments are equal, recursively."""
     if isinstance(a, Call) and isinstance(b, Call):
         return _same(a.args, b.args) and _same(a.kwargs, b.kwargs)
     if isinstance(a, Tensor) and isinstance(b, Tensor):

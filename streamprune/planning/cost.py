@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from streamprune.model.shapes import attention_width, forgotten, linear_shape, routed_share
+from streamprune.model.shapes import attention_width, linear_shape, routed_share, uncached_experts
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.planning.refit_cost import NO_REFIT, RefitWork
 
@@ -171,7 +171,7 @@ def work_of(skeleton: Skeleton, stage: Stage, chosen: Collection[str], seqlen: i
         attention=2 * seqlen * attention_width(skeleton) * times,
         traffic=int(itemsize * (states + 4 * sum(part * rows for part, rows, _ in computed))),
         inputs=int(itemsize * sum((share if apart else 1) * width for apart, _, width in shapes)),
-        again=forgotten(stage), last=stage.index == len(skeleton.layers) - 1,
+        again=uncached_experts(stage), last=stage.index == len(skeleton.layers) - 1,
     )  # fmt: skip
 
 

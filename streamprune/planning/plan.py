@@ -20,9 +20,9 @@ from streamprune.calibration.texts import positions
 from streamprune.calibration.tokens import has_bos
 from streamprune.methods.allocation import LOOKS
 from streamprune.methods.recipes import Recipe
-from streamprune.model.beside import least_beside
 from streamprune.model.budget import Layout, estimate, memory_of
 from streamprune.model.device import cache_dtype
+from streamprune.model.extra_memory import least_extra
 from streamprune.model.skeleton import Skeleton
 from streamprune.planning.cost import PAIRED_FORWARDS, RunShape, Speeds, Split, StageWork, stage_seconds, work_of
 from streamprune.planning.refits import planned_refits
@@ -193,7 +193,7 @@ def _memory(setup: Setup, run: _Run) -> tuple[int, int, int]:
     if not run.windows:
         return budget.base + budget.reserve, budget.base + budget.reserve, weights
     if on_device:
-        return budget.peak(layout.batch, layout.group), budget.peak(1), weights + least_beside(refit, tune)
+        return budget.peak(layout.batch, layout.group), budget.peak(1), weights + least_extra(refit, tune)
     least = refit.least if refit else 0
     return (
         budget.refitting(refit, layout.room).tuning(tune, layout.windows).peak(layout.batch, layout.group),

@@ -1,1 +1,1 @@
-"""What belongs to the running process: memory, threads, signals, streams, versions."""
+"""The running process: memory, threads, signals, standard streams, package versions."""

@@ -1,4 +1,9 @@
-"""Work beside the main thread: a thread that follows behind, and one that reads ahead."""
+"""Threads beside the main one: a worker that takes items off its hands, and reading one item ahead.
+
+Built on SimpleQueue alone: a signal handler that raises (Ctrl-C, SIGTERM) within threading.Event, Condition,
+queue.Queue or Thread.join can lose a wake-up, leave a lock held, or mark a running thread as ended (bpo-46726,
+gh-92530).
+"""
 
 from __future__ import annotations
 
@@ -20,85 +25,100 @@ class Readable(Protocol[Read]):
     def __getitem__(self, number: int, /) -> Read: ...
 
 
-class _Mark:
-    """Put among the items; answered when all before it are done."""
+class Latch:
+    """Closed until `open` is called, then open for good; any number of threads may wait for that.
+
+    In place of threading.Event: each waiting thread has a queue of its own, so one that is interrupted takes nothing
+    from the others.
+    """
 
     def __init__(self) -> None:
-        self.reached: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.is_open = False
+        self._waiting: list[queue.SimpleQueue[None]] = []
+
+    def open(self) -> None:
+        """Wakes all threads that wait, and lets later ones pass."""
+        self.is_open = True
+        for waiting in self._waiting:
+            waiting.put(None)
+
+    def wait(self) -> None:
+        """Returns once the latch is open."""
+        mine: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._waiting.append(mine)  # before looking: `open` sets the flag before it reads the list
+        if not self.is_open:
+            mine.get()
 
 
 class BackgroundWorker(Generic[Item]):
-    """Calls `work(item)` in a thread of its own for each item that is put, in order, `ahead` waiting at most.
+    """Calls `work(item)` in a thread of its own for each item that is put, in order; at most `ahead` items wait.
 
     Leaving the context waits for the last item. What `work` raises is raised by the next `put`, by `drain` or on
-    leaving; items after it are dropped. When the context is left with an exception, items that still wait are dropped.
-
-    Built on SimpleQueue alone: a signal handler that raises (Ctrl-C, SIGTERM) within queue.Queue, Condition or
-    Thread.join can lose a wake-up, leave a lock held, or mark a thread that runs as ended (bpo-46726, gh-92530).
+    leaving, and later items are dropped. When the context is left with an exception, waiting items are dropped.
     """
 
     def __init__(self, work: Callable[[Item], None], ahead: int | None = None) -> None:
         self._work = work
-        self._items: queue.SimpleQueue[Item | _Mark | None] = queue.SimpleQueue()
-        self._room: queue.SimpleQueue[None] | None = None if ahead is None else queue.SimpleQueue()
+        self._items: queue.SimpleQueue[Item | Latch | None] = queue.SimpleQueue()
+        """None ends the thread; a latch is opened when all items before it are done."""
+        self._free_slots: queue.SimpleQueue[None] | None = None if ahead is None else queue.SimpleQueue()
         for _ in range(ahead or 0):
-            self._put_room()
-        self._ended, self._told = False, queue.SimpleQueue[None]()
+            self._free_slot()
+        self._ended = Latch()
         self._error: BaseException | None = None
         self._dropping = False
-        self._thread = threading.Thread(target=self._run, name="streamprune-behind", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="streamprune-worker", daemon=True)
 
     def put(self, item: Item) -> None:
-        """Hands one item on; waits while `ahead` items wait."""
+        """Queues an item; blocks while `ahead` items wait already."""
         self._raise()
-        if self._room is not None:
-            self._room.get()
+        if self._free_slots is not None:
+            self._free_slots.get()
         self._items.put(item)
 
     def drain(self) -> None:
-        """Waits until all that was put is done."""
-        mark = _Mark()
-        self._items.put(mark)
-        mark.reached.get()
+        """Waits until all items put so far are done."""
+        reached = Latch()
+        self._items.put(reached)
+        reached.wait()
         self._raise()
 
     def drop(self) -> None:
-        """Drops what still waits; the item at hand is finished."""
+        """Drops the items that still wait; the current one is finished."""
         self._dropping = True
 
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _put_room(self) -> None:
-        if self._room is not None:
-            self._room.put(None)
+    def _free_slot(self) -> None:
+        if self._free_slots is not None:
+            self._free_slots.put(None)
 
     def _run(self) -> None:
         try:
             while (item := self._items.get()) is not None:
-                if isinstance(item, _Mark):
-                    item.reached.put(None)
+                if isinstance(item, Latch):
+                    item.open()
                 else:
-                    self._put_room()
+                    self._free_slot()
                     self._do(item)
-                del item  # not held while there is nothing to do
+                del item  # or it would stay alive while the thread waits for the next one
         finally:
-            self._ended = True
-            self._told.put(None)
+            self._ended.open()
 
     def _do(self, item: Item) -> None:
         try:
             if not self._dropping and self._error is None:
                 self._work(item)
-        except BaseException as e:  # noqa: BLE001 - handed to the thread that puts
+        except BaseException as e:  # noqa: BLE001 - raised in the thread that puts
             self._error = e
 
     def __enter__(self) -> Self:
         try:
             self._thread.start()
         except BaseException:
-            self._items.put(None)  # interrupted, it may have started all the same
+            self._items.put(None)  # when interrupted, the thread may have started nevertheless
             raise
         return self
 
@@ -108,10 +128,10 @@ class BackgroundWorker(Generic[Item]):
         if kind is not None:
             self.drop()
         interrupted: BaseException | None = None
-        while not self._ended:  # whatever interrupts the waiting, the item at hand is finished first
+        while not self._ended.is_open:  # even when interrupted here: the current item is always finished
             try:
                 self._items.put(None)
-                self._told.get()
+                self._ended.wait()
             except BaseException as e:  # noqa: BLE001 - raised below
                 self._dropping = True
                 interrupted = e
@@ -122,23 +142,23 @@ class BackgroundWorker(Generic[Item]):
 
 
 def read_ahead(items: Readable[Item]) -> Iterator[Item]:
-    """The items in order, the next one always being fetched in a thread of its own while one is used."""
+    """The items in order; while one is used, a background thread fetches the next."""
     ready: queue.SimpleQueue[tuple[Item, None] | tuple[None, BaseException]] = queue.SimpleQueue()
 
     def fetch(number: int) -> None:
         try:
             ready.put((items[number], None))
-        except BaseException as e:  # noqa: BLE001 - raised by whoever takes the item
+        except BaseException as e:  # noqa: BLE001 - raised below, in the consumer's thread
             ready.put((None, e))
 
-    with BackgroundWorker(fetch) as behind:
+    with BackgroundWorker(fetch) as fetcher:
         if len(items):
-            behind.put(0)
+            fetcher.put(0)
         for following in range(1, len(items) + 1):
             item, error = ready.get()
             if error is not None:
                 raise error
             if following < len(items):
-                behind.put(following)
+                fetcher.put(following)
             yield item  # type: ignore[misc]
             del item

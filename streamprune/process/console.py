@@ -1,8 +1,8 @@
-"""stdout and stderr as a job of hours needs them: what nobody can be shown is dropped, and no character fails.
+"""Makes stdout and stderr safe for a job that runs for hours: printing never ends it.
 
-a descriptor that is closed    leads nowhere from now on; else the next file to be opened would be "stderr"
-stderr that cannot be written  is given up, and the job goes on
-letters that stdout lacks      are written in ASCII: "..." for "…", "\\xe9" for "é"
+closed descriptors           are opened on /dev/null; otherwise the next file to be opened would become "stderr"
+stderr fails (disk full, …)  output to it is dropped from then on, and the job goes on
+encoding lacks a character   it is written in ASCII: "..." for "…", "\\xe9" for "é"
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _ERRORS = "streamprune.ascii"
 
 
 class _Droppable:
-    """A text stream that is given up at the first failure: what cannot be written is dropped from then on."""
+    """A text stream that drops all output after its first failure."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._lost = False
+        self._failed = False
 
     def write(self, text: str) -> int:
         self._attempt(lambda: self._stream.write(text))
@@ -37,24 +37,24 @@ class _Droppable:
         self._attempt(self._stream.flush)
 
     def _attempt(self, action: Callable[[], object]) -> None:
-        if self._lost:
+        if self._failed:
             return
         try:
             action()
-        except (OSError, ValueError):  # full, or its reader has gone away; closed
-            self._lost = True
+        except (OSError, ValueError):  # disk full, reader gone, or stream closed
+            self._failed = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 def steady_streams() -> None:
-    """Makes stdout and stderr of this process safe to print to. For programs, not for libraries."""
+    """Makes stdout and stderr of this process safe to print to. For the command line only: it replaces sys.stderr."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     codecs.register_error(_ERRORS, _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -66,7 +66,7 @@ def steady_streams() -> None:
 
 @contextlib.contextmanager
 def stdout_kept_clean() -> Iterator[None]:
-    """Within it, what anybody prints goes to stderr: code that comes with a checkpoint, and libraries."""
+    """Redirects stdout to stderr: libraries and a checkpoint's own code may print, and must not mix with the result."""
     if sys.stderr is None:
         yield
         return
@@ -75,22 +75,22 @@ def stdout_kept_clean() -> Iterator[None]:
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:
-    """The handler of characters that an encoding lacks."""
+    """A codecs error handler: ASCII in place of what the encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
     return "".join(_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
 
 
-def aside(text: str) -> None:
-    """One line on stderr, if there is somebody to read it."""
+def print_stderr(text: str) -> None:
+    """Prints one line to stderr; nothing where that is missing or fails."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             print(text, file=sys.stderr, flush=True)
 
 
-def speaks_unicode(text: str) -> bool:
-    """Whether stdout can carry `text` as it is."""
+def can_print(text: str) -> bool:
+    """Whether stdout can encode `text` as it is."""
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:

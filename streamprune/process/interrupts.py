@@ -1,11 +1,11 @@
-"""Ctrl-C and SIGTERM: heard once, acted upon for certain.
+"""Ctrl-C and SIGTERM: never lost, never a deadlock.
 
-At start-up, where nothing has to be tidied up but a lock's file, a signal ends the program on the spot: while libraries
-are imported, an exception out of nowhere can end in a deadlock of Python's import locks or in C++'s std::terminate.
+During start-up, where only a lock file has to be cleaned up, a signal ends the process at once: an exception raised at
+an arbitrary point of an import can deadlock Python's import locks or end in C++'s std::terminate.
 
-While a job is at `work`, a signal becomes a KeyboardInterrupt in the main thread, wherever that happens to be. Within a
-library's `__del__`, a callback from C or an `except` that catches all, it would be lost and the job would go on: so
-what was heard is remembered, and `check`, between the steps of a job, raises it again.
+Within `work`, a signal raises KeyboardInterrupt in the main thread, wherever that is. If that is in a library's
+`__del__`, in a callback from C or under an `except` that catches everything, the exception is swallowed and the job
+would go on. So signals are recorded, and `check`, called between the steps of a job, raises KeyboardInterrupt again.
 """
 
 from __future__ import annotations
@@ -20,67 +20,67 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NoReturn
 
-EXIT_CODE = 130
+from streamprune.errors import INTERRUPTED
 
 
 @dataclass
 class _State:
-    """Of this process, which has one set of signal handlers."""
+    """One per process, as signal handlers are."""
 
-    heard: list[int] = field(default_factory=list)
-    """The signals since `listening` began."""
+    received: list[int] = field(default_factory=list)
+    """Signals since `listening` began."""
     at_once: bool = False
-    """Whether a signal ends the process where it stands."""
-    tidy: list[Callable[[], object]] = field(default_factory=list)
-    """What is done before that, the latest first."""
+    """Whether a signal ends the process at once, rather than raising KeyboardInterrupt."""
+    cleanups: list[Callable[[], object]] = field(default_factory=list)
+    """Called before that, the latest first."""
 
 
 _state = _State()
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt where a signal has been heard, though nobody else may have noticed."""
-    if _state.heard:
+    """Raises KeyboardInterrupt if a signal has been received, even if an earlier KeyboardInterrupt was swallowed."""
+    if _state.received:
         raise KeyboardInterrupt
 
 
 def was_interrupted() -> bool:
-    """Whether a signal has been heard."""
-    return bool(_state.heard)
+    """Whether a signal has been received."""
+    return bool(_state.received)
 
 
-def before_leaving(tidy: Callable[[], object]) -> None:
-    """Has `tidy` called before a signal ends the process on the spot; until `forget`."""
-    _state.tidy.append(tidy)
+def before_leaving(cleanup: Callable[[], object]) -> None:
+    """Registers `cleanup` to be called before a signal ends the process at once, until `forget`."""
+    _state.cleanups.append(cleanup)
 
 
-def forget(tidy: Callable[[], object]) -> None:
-    """The opposite of before_leaving."""
-    if tidy in _state.tidy:
-        _state.tidy.remove(tidy)
+def forget(cleanup: Callable[[], object]) -> None:
+    """Undoes before_leaving."""
+    if cleanup in _state.cleanups:
+        _state.cleanups.remove(cleanup)
 
 
 def leave(number: int, frame: FrameType | None) -> NoReturn:
-    """A signal's handler that ends the process with one line and EXIT_CODE."""
+    """A signal handler that cleans up, prints one line and ends the process with exit code 130."""
     try:
-        for tidy in reversed(_state.tidy):
+        for cleanup in reversed(_state.cleanups):
             with contextlib.suppress(OSError):
-                tidy()
+                cleanup()
         with contextlib.suppress(OSError):
             os.write(2, b"streamprune: error: interrupted\n")
     finally:
-        os._exit(EXIT_CODE)
+        os._exit(INTERRUPTED)
 
 
-def _hear(number: int, frame: FrameType | None) -> None:
+def _on_signal(number: int, frame: FrameType | None) -> None:
     if _state.at_once:
         leave(number, frame)
-    _state.heard.append(number)
+    _state.received.append(number)
     raise KeyboardInterrupt
 
 
 def listen(handler: Callable[[int, FrameType | None], Any]) -> dict[signal.Signals, Any]:
-    """Lets SIGINT (unless it is ignored, as behind nohup) and SIGTERM call `handler`; returns what they called before.
+    """Installs `handler` for SIGTERM and SIGINT, unless they are ignored (as under nohup); returns the previous ones.
 
     For the main thread only.
     """
@@ -90,33 +90,33 @@ def listen(handler: Callable[[int, FrameType | None], Any]) -> dict[signal.Signa
 
 @contextmanager
 def listening(program: bool) -> Iterator[None]:
-    """Within it, signals are heard; outside of `work` they end the process, if it is ours (a `program`)."""
+    """Handles signals within it. Outside of `work` they end the process if it is our own `program`, not a caller's."""
     _state.at_once = program
-    before = listen(_hear)
-    told, shown = sys.unraisablehook, sys.excepthook
+    before = listen(_on_signal)
+    unraisable_before, uncaught_before = sys.unraisablehook, sys.excepthook
 
     def unraisable(what: Any) -> None:
         if not issubclass(what.exc_type, KeyboardInterrupt):
-            told(what)
+            unraisable_before(what)
 
     def uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if not issubclass(kind, KeyboardInterrupt):
-            shown(kind, error, trace)
+            uncaught_before(kind, error, trace)
 
-    sys.unraisablehook, sys.excepthook = unraisable, uncaught  # no traceback: it is remembered instead
+    sys.unraisablehook, sys.excepthook = unraisable, uncaught  # no traceback: the signal is recorded
     try:
         yield
     finally:
-        sys.unraisablehook, sys.excepthook = told, shown
+        sys.unraisablehook, sys.excepthook = unraisable_before, uncaught_before
         for number, handler in before.items():
             signal.signal(number, handler)
-        _state.heard.clear()
+        _state.received.clear()
         _state.at_once = False
 
 
 @contextmanager
 def work() -> Iterator[None]:
-    """Within it, a signal raises KeyboardInterrupt, for there is something to tidy up."""
+    """Within it, a signal raises KeyboardInterrupt, so that the job can clean up."""
     before, _state.at_once = _state.at_once, False
     try:
         yield

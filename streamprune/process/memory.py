@@ -1,4 +1,4 @@
-"""Memory: what this process holds, what the machine has left, and amounts of it as people write them."""
+"""Memory that this process holds and that the machine has left; parsing and formatting amounts of it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now, mapped file pages counted."""
-    return _kilobytes("/proc/self/status", "VmRSS") or _highest()
+    """Resident memory of this process now, including mapped file pages."""
+    return _kilobytes("/proc/self/status", "VmRSS") or _peak_rusage()
 
 
 def peak_resident_bytes() -> int:
-    """Highest resident memory of this process so far, mapped file pages counted."""
-    return _kilobytes("/proc/self/status", "VmHWM") or _highest()
+    """Peak resident memory of this process so far, including mapped file pages."""
+    return _kilobytes("/proc/self/status", "VmHWM") or _peak_rusage()
 
 
 def available_bytes() -> int | None:
-    """What the machine could still give to processes without swapping; None where it does not say."""
+    """Bytes that processes could still allocate without swapping; None where the system does not tell."""
     return _kilobytes("/proc/meminfo", "MemAvailable")
 
 
@@ -35,14 +35,14 @@ def _kilobytes(file: str, field: str) -> int | None:
     return int(found.group(1)) << 10 if found else None
 
 
-def _highest() -> int:
-    """Where there is no /proc: in bytes on macOS, in KiB elsewhere."""
+def _peak_rusage() -> int:
+    """Peak resident bytes where there is no /proc. `ru_maxrss` is in bytes on macOS, in KiB elsewhere."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
 
 
 def give_back_free_memory() -> None:
-    """Returns what the heap holds free to the system; otherwise it grows a little with every layer. glibc only."""
+    """Returns free heap memory to the system (glibc only); without it, the process grows a little with every layer."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -59,7 +59,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people: "712 MiB", "1.43 GiB"."""
+    """Bytes for reading: "712 MiB", "1.43 GiB"."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(count) >= size:
             number = count / size

@@ -1,4 +1,4 @@
-"""Versions of the packages that a result was made with."""
+"""Versions of installed packages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def version_of(package: str) -> str:
-    """Its version, or "not installed": this program may be run from its source tree."""
+    """The version of `package`, or "not installed", as streamprune itself may be when run from its source tree."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -10,10 +10,10 @@ from streamprune.calibration.gram_sums import MOST_HELD
 from streamprune.calibration.grams import gram_bytes, largest_at_once
 from streamprune.errors import ResourceError, UnsupportedError
 from streamprune.methods.tuning import state_bytes
-from streamprune.model.beside import RefitNeeds, TuneNeeds
 from streamprune.model.budget import Layout, estimate, layout_for, token_bytes, waiting_bytes
 from streamprune.model.device import cache_dtype
 from streamprune.model.differentiable import survey
+from streamprune.model.extra_memory import RefitNeeds, TuneNeeds
 from streamprune.model.shapes import linear_shape
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.pruning.records import Resolved

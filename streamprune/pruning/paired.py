@@ -28,8 +28,8 @@ from streamprune.calibration.grams import LayerGrams
 from streamprune.calibration.statistics import Collector
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError
-from streamprune.model.activations import Aside
-from streamprune.model.binding import in_their_place
+from streamprune.model.activations import StateBuffer
+from streamprune.model.binding import replaced_weights
 from streamprune.model.passes import check_weights, retry_smaller
 from streamprune.model.routed import Enough
 from streamprune.model.skeleton import Skeleton, Stage
@@ -46,7 +46,7 @@ class PairedPass(CalibrationPass):
     """Runs `windows` (samples, seqlen) through both models; `batch` counts windows, so chunks of a cache have twice
     as many states. For models without experts."""
 
-    dense: Aside
+    dense: StateBuffer
     """What the dense model makes of the layer at work."""
 
     placed: dict[str, Tensor]
@@ -148,7 +148,7 @@ class PairedPass(CalibrationPass):
                     halves = (torch.split(states, streamed.max_samples or len(states)) for states in chunk.chunk(2))
                     for dense, states in zip(*halves, strict=True):
                         wanted, stream = half(run, dense)
-                        with in_their_place(streamed.skeleton, self.placed):
+                        with replaced_weights(streamed.skeleton, self.placed):
                             given, own = half(run, states)
                         if len(given) != len(wanted):
                             raise UnsupportedError(f"{name} is not called as often as in the dense model")
@@ -196,9 +196,11 @@ class PairedPass(CalibrationPass):
         retry_smaller(self.streamed, attempt)
         self.pruned_layer(stage, shard, persist)
 
-    def _aside(self) -> Aside:
+    def _aside(self) -> StateBuffer:
         states, hidden = self.activations, self.streamed.skeleton.hidden_size
-        return Aside(states.folder, self.windows.size, hidden, self.streamed.cache_dtype, resident=states.resident)
+        return StateBuffer(
+            states.folder, self.windows.size, hidden, self.streamed.cache_dtype, resident=states.resident
+        )
 
 
 @contextmanager

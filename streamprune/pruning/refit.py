@@ -20,7 +20,7 @@ from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping
 from streamprune.methods.refits import METHODS, Choice, Method, Prepared, RefitRequest, Sample, choose
 from streamprune.methods.selection import Amount
-from streamprune.model.beside import RefitNeeds
+from streamprune.model.extra_memory import RefitNeeds
 
 WORKING_BYTES = 192 << 20
 """Memory for the arrays of a refit besides the Gram, about; from it follows how many rows are refitted at once."""
@@ -141,7 +141,7 @@ class LayerRefit:
             asks = {other: self._ask(other) for other in samples}
             self._chosen |= choose(self.refit.method, samples, gram, asks, self.refit.dampings)
         if len(gram.held):
-            gram.absorb()
+            gram.absorb_held_()
         choice = self._chosen[name]
         used = self._prepare(gram, choice.damping).damping if choice.damping else None
         return Outcome(choice, used)
