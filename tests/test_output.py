@@ -136,7 +136,7 @@ def test_one_file_without_an_index(models: Models, text: Path, tmp_path: Path, k
     assert [p.name for p in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
     one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many")
     assert one.keys() == many.keys() and all(torch.equal(t, many[n]) for n, t in one.items())
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "one", output_loading_info=True)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "one", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert inspect(tmp_path / "one", expect="2:4", against=models(kind)).ok
 

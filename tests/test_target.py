@@ -48,9 +48,8 @@ def mixed(models: Models, tmp_path: Path) -> Path:
 def test_linears_come_in_the_order_of_their_shard(mixed: Path, text: Path, tmp_path: Path, recipe: str) -> None:
     """Grams are freed and weights fetched in this order; the shard asks for them in its own."""
     target = target_of(mixed, recipe)
-    result = prune(
-        mixed, tmp_path / "out", sparsity=0.5, method=recipe, calib=text, samples=2, seqlen=16, propagate="dense"
-    )
+    how = {"sparsity": 0.5, "method": recipe, "samples": 2, "seqlen": 16, "propagate": "dense", "shard_size": 1}
+    result = prune(mixed, tmp_path / "out", calib=text, **how)
     written = [linear["name"] for linear in result.report["linears"]]
     for stage in target.skeleton.layer_stages:
         ordered = list(target.linears_of(stage))
