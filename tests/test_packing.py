@@ -159,9 +159,8 @@ def test_headers_of_any_style(tmp_path: Path, style: dict[str, Any], shards: int
 
 
 def test_pieces_smaller_than_a_tensor(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamprune.packing.survey.CHUNK_BYTES", 300)
+    monkeypatch.setattr("streamprune.packing.rows.CHUNK_BYTES", 300)
     monkeypatch.setattr("streamprune.packing.shards.MASK_BYTES", 100)  # one bitmask is kept, others made again
-    monkeypatch.setattr(bitmask, "CHUNK_BYTES", 300)
     there_and_back(model, tmp_path)
 
 

@@ -58,7 +58,7 @@ def find_side_files(root: Path, weights: Collection[str], follow_links: bool) ->
     homes = {(root / name).resolve().parent for name in ("config.json", *weights)} | {root.resolve()}
     carried: list[str] = []
     left: list[str] = []
-    for name, entry in _streamed(root, ""):
+    for name, entry in _walk(root, ""):
         if entry.is_dir(follow_symlinks=False):
             left.append(f"{name}/")
         elif name in weights or name == "streamprune.json":
@@ -101,7 +101,7 @@ def _is_what_it_seems(path: Path, name: str) -> bool:
     return not page_in_place(head) or name.lower().endswith((".html", ".htm", ".md", ".svg", ".xml"))
 
 
-def _streamed(root: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def _walk(root: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Files, and folders of training that are not entered, each with its relative name; nothing hidden."""
     try:
         with os.scandir(root / prefix) as entries:
@@ -111,7 +111,7 @@ def _streamed(root: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]
                     continue
                 if entry.is_dir(follow_symlinks=False) and not _TRAINING.fullmatch(entry.name):
                     if entry.name != "__pycache__":
-                        yield from _streamed(root, f"{name}/")
+                        yield from _walk(root, f"{name}/")
                 else:
                     yield name, entry
     except OSError as error:

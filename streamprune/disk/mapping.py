@@ -100,7 +100,7 @@ class ShardMaps:
         return memoryview(self._map(ref.shard).data)[ref.begin : ref.end].toreadonly()
 
     def prefetch(self, refs: Iterable[TensorRef]) -> None:
-        """RefitRequest the system to start reading `refs`; returns at once. Raises as `raw`."""
+        """Ask the system to start reading `refs`; returns at once. Raises as `raw`."""
         for shard, begin, end in _spans(refs):
             mapped = self._map(shard)
             start = begin - begin % _PAGE

@@ -98,7 +98,7 @@ def _read(
     transposed: bool,
     comparison: LinearComparison | None,
 ) -> int:
-    """WeightLoader all rows to `count` and `comparison`; returns the most set items of four neighbours as stored.
+    """Hand all rows to `count` and `comparison`; returns the most set items of four neighbours as stored.
 
     Packing goes along stored rows and by bits, so that -0.0 is kept and Conv1D is packed along its outputs. If 4 does
     not divide the stored rows: 4.

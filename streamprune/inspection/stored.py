@@ -159,7 +159,7 @@ def _mapped(maps: ShardMaps, ref: TensorRef) -> Iterator[NDArray[np.uint8]]:
 
 
 def _unpacked(maps: ShardMaps, packed: PackedTensor) -> Iterator[NDArray[np.uint8]]:
-    from streamprune.methods.bitmask import unpacked_rows  # compiled loops, which dense checkpoints do not need
+    from streamprune.packing.rows import unpacked_rows  # here, for dense checkpoints do not need its compiled loops
 
     for _, bits in unpacked_rows(maps, packed, _UNPACKED_BYTES):
         yield bits.reshape(-1).view(np.uint8)

@@ -22,7 +22,7 @@ TYPICAL_BITS = 19
 class Selection(NamedTuple):
     """What a pruning kernel returns.
 
-    weight   (rows, in_features), the dtype of the input. RoutedInputs weights are bit-identical to the source; every
+    weight   (rows, in_features), the dtype of the input. Kept weights are bit-identical to the source; every
              zero, pruned or kept, is +0.0.
     keep     (rows, in_features) bool, False where pruned; None unless asked for. It is the selection itself:
              a kept weight that happens to be zero is True.

@@ -24,8 +24,9 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.packed import TWO_FOUR, PackedTensor, packed_refs
 from streamprune.disk.shards import fill_in_order, header_of
 from streamprune.errors import CheckpointError, UnsupportedError
-from streamprune.methods.bitmask import pack_rows, unpacked_rows
-from streamprune.packing.survey import COUNT, Survey, pieces, rows_of, source_header
+from streamprune.methods.bitmask import pack_rows
+from streamprune.packing.rows import pieces, rows_of, unpacked_rows
+from streamprune.packing.survey import COUNT, Survey, source_header
 
 HEADER_KEY = "streamprune.header"
 """Of the metadata of a packed shard: the JSON text of the source shard's header, padding and all."""

@@ -7,23 +7,22 @@ so that `unpack` can tell that it restores them. From this follows which linears
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.durable import AtomicFile
-from streamprune.disk.header import DTYPE_BITS, TensorRef, header_prefix, read_header
+from streamprune.disk.header import TensorRef, header_prefix, read_header
 from streamprune.disk.linears import find_linears
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.packed import BITMASK, TWO_FOUR, packed_refs
 from streamprune.errors import CheckpointError, UnsupportedError
-from streamprune.methods.bitmask import CHUNK_BYTES, UNSIGNED, count_kept, holds_24
+from streamprune.methods.bitmask import count_kept, holds_24
+from streamprune.packing.rows import pieces, rows_of
 from streamprune.process.memory import format_bytes
 
 COUNT = np.dtype("<u4")
@@ -101,27 +100,6 @@ def source_header(checkpoint: Checkpoint, shard: str) -> bytes:
             f"{checkpoint.path / shard}: has changed since it was opened; start again when nothing else writes to it"
         )
     return whole
-
-
-def pieces(maps: ShardMaps, ref: TensorRef, row_bytes: int = 1, *, release: bool = True) -> Iterator[memoryview]:
-    """The bytes of a tensor, whole rows of `row_bytes` and some 16 MiB at a time.
-
-    The next piece is being read meanwhile. With `release`, the pages of one are given back when the next is asked for.
-    """
-    step = max(1, CHUNK_BYTES // row_bytes) * row_bytes
-    cut = [replace(ref, begin=at, end=min(at + step, ref.end)) for at in range(ref.begin, ref.end, step)]
-    for number, piece in enumerate(cut):
-        maps.prefetch(cut[number + 1 : number + 2])
-        yield maps.raw(piece)
-        if release:
-            maps.release([piece])
-
-
-def rows_of(maps: ShardMaps, ref: TensorRef) -> Iterator[NDArray[Any]]:
-    """The rows of a matrix as bits (n, in), some 16 MiB at a time."""
-    width, dtype = ref.shape[1], UNSIGNED[DTYPE_BITS[ref.dtype] // 8]
-    for piece in pieces(maps, ref, ref.nbytes // ref.shape[0]):
-        yield np.frombuffer(piece, dtype).reshape(-1, width)
 
 
 def _count(maps: ShardMaps, ref: TensorRef, counts: AtomicFile, digest: Any) -> _Linear:
