@@ -21,7 +21,7 @@ HOUSE: dict[str, list[str]] = {
     "progress": [],
     "settings": [],
     "disk": [
-        "direct header",
+        "direct header room",
         "durable folder",
         "checkpoint hub journal lock places scratch shards",
         "cache claims linears mapping state",
@@ -93,7 +93,7 @@ NO_TORCH += [
     "calibration.texts",
 ]
 NO_TORCH += ["disk.durable", "disk.header", "disk.checkpoint", "disk.hub", "disk.journal", "disk.state", "disk.shards"]
-NO_TORCH += ["disk.lock", "disk.direct", "disk.linears", "disk.packed", "packing.job", "packing.files"]
+NO_TORCH += ["disk.lock", "disk.direct", "disk.room", "disk.linears", "disk.packed", "packing.job", "packing.files"]
 
 
 def place(module: str) -> tuple[int, int]:

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from test_packed import sparse, two_four
 
 import streamprune.methods.bitmask as bitmask
-import streamprune.packing.job as packing
 from streamprune.cli import main
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.lock import Lock
@@ -389,7 +388,7 @@ def test_nothing_to_gain(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_noticed_first(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
     refused(ResourceError, lambda: pack(model, tmp_path / "packed"), "free")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 

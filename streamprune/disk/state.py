@@ -14,7 +14,7 @@ is in a folder of the job's own below DIR.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,6 +96,18 @@ class JobState:
             durable.replace_file(self.tokens, tokens)
         cache = None if self.folder in self.cache.parents else str(self.cache)
         journal.write_json(self.folder / "job.json", "job", {**job, "cache": cache})
+
+    def check_resumable(self, shards: Iterable[Mapping[str, Any] | None]) -> None:
+        """Removes temporary files that a crash left behind, and checks the `shards` of the journal (None: no shard).
+
+        Raises CorruptStateError if one is missing or has another size than when it was written.
+        """
+        for path in [*self.partial.glob(".*.tmp"), *self.folder.glob(".*.tmp")]:
+            durable.remove(path)
+        for shard in shards:
+            if shard and not _is_whole(self.partial, shard):
+                path = self.partial / shard["name"]
+                raise CorruptStateError(f"{path} is missing or damaged; start again with --restart")
 
     def discard(self) -> None:
         """Throws the unfinished work away, in an order in which each beginning of it can be resumed.
@@ -235,11 +247,17 @@ def _read_report(folder: Path) -> Report:
 
 def _check_files(folder: Path, report: Report) -> None:
     for file in report.get("files", []):
-        path = folder / file["name"]
-        if not path.is_file() or path.stat().st_size != file["bytes"]:
+        if not _is_whole(folder, file):
+            path = folder / file["name"]
             raise CorruptStateError(
                 f"{path} is missing or not {file['bytes']} bytes long; remove {folder} and run again"
             )
+
+
+def _is_whole(folder: Path, file: Mapping[str, Any]) -> bool:
+    """Whether a file of `folder` is there, as long as its entry in a report or journal says: name and bytes."""
+    path = folder / str(file["name"])
+    return path.is_file() and path.stat().st_size == file["bytes"]
 
 
 def find_unfinished(spec: Job) -> tuple[JobState, Report] | None:

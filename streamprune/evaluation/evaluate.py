@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,8 +32,9 @@ from streamprune.disk.hub import resolve_model
 from streamprune.disk.lock import Lock
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.places import cache_folder
+from streamprune.disk.room import SLACK_BYTES, check_room
 from streamprune.disk.scratch import ScratchTokens
-from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
+from streamprune.errors import CheckpointError, LockedError, UsageError
 from streamprune.evaluation.one_model import Run, disk_bytes
 from streamprune.evaluation.two_models import (
     Divergence,
@@ -51,7 +51,7 @@ from streamprune.model.passes import Batches, out_of_memory_named
 from streamprune.model.skeleton import build_skeleton, stored_dtype
 from streamprune.model.streamed import StreamedModel
 from streamprune.process import interrupts
-from streamprune.process.memory import format_bytes, give_back_free_memory, peak_resident_bytes
+from streamprune.process.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.progress import Progress, ProgressCallback, no_progress
 from streamprune.settings import Resources
 
@@ -139,7 +139,8 @@ def evaluate(
             durable.make_folder(place)
             runs.append(Run(subject, loader, place, layout, keep=keep, is_reference=c is dense))
         if states := disk_bytes(runs, cut.size):
-            _check_disk(folder, states + (64 << 20))
+            advice = "free some, or name another folder with --work"
+            check_room([(folder.parent, states + SLACK_BYTES)], advice, detail=" for activations")
         nats, apart = _stream(runs, Batches(cut, layouts[0].batch), progress)
     tokens = len(cut) * (cut.shape[1] - 1)
     nll = _finite(float(nats.sum()) / tokens, checkpoint)
@@ -242,15 +243,6 @@ def _loss(streamed: StreamedModel, batches: Sequence[Tensor], chunks: Iterator[T
 def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
     """−log p of each of `wanted` (tokens,) under logits (tokens, vocab), computed in float32, (tokens,) float64."""
     return torch.nn.functional.cross_entropy(logits.float(), wanted.to(logits.device), reduction="none").double()
-
-
-def _check_disk(folder: Path, need: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise ResourceError(
-            f"{folder.parent} has {format_bytes(free)} free, evaluation needs {format_bytes(need)} for activations; "
-            "free some or name another folder with --work"
-        )
 
 
 @contextmanager

@@ -13,7 +13,6 @@ finish    config.json, index, side files; the report, or the original's own; ren
 from __future__ import annotations
 
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from streamprune.disk.hub import resolve_model
 from streamprune.disk.journal import differences, is_touched
 from streamprune.disk.lock import Lock
 from streamprune.disk.packed import LAYOUTS, is_packed
+from streamprune.disk.room import SLACK_BYTES, check_room
 from streamprune.disk.state import (
     REPORT,
     JobState,
@@ -41,7 +41,6 @@ from streamprune.disk.state import (
 )
 from streamprune.errors import (
     CheckpointError,
-    CorruptStateError,
     ResourceError,
     StateError,
     UnsupportedError,
@@ -49,15 +48,12 @@ from streamprune.errors import (
 )
 from streamprune.packing.files import Originals, is_restored, read_originals, source_name
 from streamprune.process import interrupts
-from streamprune.process.memory import format_bytes, peak_resident_bytes
+from streamprune.process.memory import peak_resident_bytes
 from streamprune.process.versions import version_of
 from streamprune.progress import Progress, ProgressCallback, no_progress
 
 if TYPE_CHECKING:
     from streamprune.packing.work import Work
-
-SLACK_BYTES = 64 << 20
-"""Disk for everything besides shards."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +235,8 @@ def _run(
             work = make_work(checkpoint, maps, spec.layout, originals)
             if unfinished is None:
                 resolved = work.prepare(state)
-                _check_disk(spec.out, work.nbytes())
+                room = [(spec.out.parent, work.nbytes() + SLACK_BYTES)]
+                check_room(room, "free some, or choose another OUT")
                 state.create({"job": spec.fixed(), "content": checkpoint.content(), "resolved": resolved}, None)
             else:
                 work.resume(state, unfinished[1]["resolved"])
@@ -256,16 +253,8 @@ def _run(
 
 def _shards(state: JobState, checkpoint: Checkpoint, work: Work, progress: ProgressCallback) -> list[dict[str, Any]]:
     """Writes the shards that are not there yet; returns the journal."""
-    for path in [*state.partial.glob(".*.tmp"), *state.folder.glob(".*.tmp")]:
-        durable.remove(path)
     records = journal.read(state.journal)
-    for record in records:
-        shard = record["shard"]
-        if shard is None:
-            continue
-        path = state.partial / shard["name"]
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            raise CorruptStateError(f"{path} is missing or damaged; start again with --restart")
+    state.check_resumable(record["shard"] for record in records)
     for number in range(len(records), len(checkpoint.shards)):
         interrupts.check()
         since = time.perf_counter()
@@ -277,18 +266,9 @@ def _shards(state: JobState, checkpoint: Checkpoint, work: Work, progress: Progr
             with file:
                 written = {"name": name, "bytes": file.size, "xxh3_128": file.digest}
             work.verify(state.partial / name, shard)
-        record = {"shard": written, "seconds": time.perf_counter() - since}
+        seconds = time.perf_counter() - since
+        record = {"shard": written, "seconds": seconds}
         journal.append(state.journal, record)
         records.append(record)
-        progress(Progress(shard, number + 1, len(checkpoint.shards), record["seconds"]))
+        progress(Progress(shard, number + 1, len(checkpoint.shards), seconds))
     return records
-
-
-def _check_disk(out: Path, size: int) -> None:
-    there = next(p for p in out.absolute().parents if p.exists())
-    free, needed = shutil.disk_usage(there).free, size + SLACK_BYTES
-    if free < needed:
-        raise ResourceError(
-            f"{there} has {format_bytes(free)} free, this job needs {format_bytes(needed)}; free some, or choose "
-            "another OUT"
-        )

@@ -29,7 +29,7 @@ from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
 from streamprune.pruning.describe import HALF, describe_prune, open_model
 from streamprune.pruning.memory import layout_of, models_at_once, refit_needs, scratch_bytes, tune_needs
-from streamprune.pruning.prepare import SLACK_BYTES
+from streamprune.disk.room import SLACK_BYTES
 from streamprune.pruning.setup import Setup, open_given
 from streamprune.pruning.target import Target
 from streamprune.settings import Calibration, Resources
