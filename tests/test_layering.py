@@ -37,8 +37,9 @@ HOUSE: dict[str, list[str]] = {
         "cpu_fp8",
     ],
     "methods": [
-        "allocation bitmask counting inverse recipes selection stats tuning",
-        "admm gram scores sparsegpt",
+        "allocation bitmask counting inverse recipes stats tuning",
+        "gram scores selection",
+        "admm sparsegpt",
         "conjugate",
         "fp8 refits",
     ],

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamprune.errors import UnsupportedError, UsageError
+from streamprune.methods.recipes import SELECTORS
 from streamprune.methods.scores import SCORES, WITHOUT_STATISTICS
 from streamprune.methods.selection import (
-    SELECTORS,
     Pattern,
     check_pattern,
     parse_pattern,

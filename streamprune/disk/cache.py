@@ -20,7 +20,7 @@ from torch import Tensor
 from streamprune.disk import durable, journal
 from streamprune.errors import CorruptStateError
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class CacheWriter:
@@ -69,7 +69,7 @@ class CacheReader:
         self._path = folder / f"{stage:04d}.bin"
         manifest = journal.read_json(self._path.with_suffix(".json"), "cache")
         try:
-            self._dtype = DTYPES[manifest["dtype"]]
+            self._dtype = _DTYPES[manifest["dtype"]]
             self.samples, *self._shape = (int(n) for n in manifest["shape"])
             self._chunk_samples = int(manifest["chunk_samples"])
             self._digests: list[str] = list(manifest["chunks"])

@@ -26,8 +26,7 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.header import DTYPE_BITS, TensorRef, open_file, show
 from streamprune.errors import CheckpointError, ResourceError, UnsupportedError
 
-# dtypes that only newer versions of torch have are left out where it lacks them
-TORCH_DTYPES: dict[str, torch.dtype] = {
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, attribute)
     for name, attribute in {
         "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
@@ -38,6 +37,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     }.items()
     if hasattr(torch, attribute)
 }  # fmt: skip
+"""By the name in a safetensors header, every dtype that this version of torch has."""
 
 _PAGE = mmap.PAGESIZE
 
@@ -194,7 +194,7 @@ def _torch_type(ref: TensorRef, shape: tuple[int, ...]) -> tuple[torch.dtype, tu
     if ref.dtype == "F4" and isinstance(paired, torch.dtype) and shape and shape[-1] % 2 == 0:
         return paired, (*shape[:-1], shape[-1] // 2)
     try:
-        return TORCH_DTYPES[ref.dtype], shape
+        return SAFETENSORS_DTYPES[ref.dtype], shape
     except KeyError:
         raise UnsupportedError(
             f"{ref.shard}: tensor {show(ref.name)}: torch {torch.__version__} has no dtype for {ref.dtype}, "

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from streamprune.disk.mapping import TORCH_DTYPES, ShardMaps
+from streamprune.disk.mapping import SAFETENSORS_DTYPES, ShardMaps
 from streamprune.inspection.scales import WeightScales, read_scales
 from streamprune.inspection.stored import BitStream, StoredTensor
 
@@ -28,7 +28,7 @@ _BLOCK_BYTES = 2**18
 _ITEMS = 2**16  # values that are compared at a time: as float64 half a megabyte
 _DOT = 8192
 _CODES = {
-    name: torch.arange(256, dtype=torch.uint8).view(TORCH_DTYPES[name]).float().numpy()
+    name: torch.arange(256, dtype=torch.uint8).view(SAFETENSORS_DTYPES[name]).float().numpy()
     for name in ("F8_E4M3", "F8_E5M2")
 }
 

@@ -37,8 +37,8 @@ from streamprune.kernels.torch_fp8 import encode
 from streamprune.methods.conjugate import Metric
 from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping
+from streamprune.methods.recipes import FP8_SCALES
 
-SCALES = ("amax", "mse")
 FP8_MAX = 448.0  # the largest number of E4M3
 _FACTORS = {"amax": (1.0,), "mse": tuple(1 + i / 16 for i in reversed(range(16)))}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -69,17 +69,18 @@ def quantise(
     power: Tensor | None = None,
     backend: str | None = None,
 ) -> Quantised:
-    """Codes and scales of rows of one linear; a code is round-to-nearest-even of float32(w) / float32(scale).
+    """Codes and scales of rows of one linear; a code is float32(w) / float32(scale), rounded to nearest even.
 
-    weight (n, in) bf16, fp16 or fp32, finite, on any device; scale_dtype one of these; how one of SCALES; power (in,)
-    float32, the a_j, not negative, or None for 1. Rows are independent, so a linear may come in chunks. backend None
-    takes Numba for CPU tensors and Torch for others; "numba" or "torch" forces one; they give the same bits. Raises
-    UsageError for another `how`, and for weights that scale · code could not hold in `scale_dtype`.
+    weight (n, in) bf16, fp16 or fp32, finite, on any device; scale_dtype is one of these dtypes, `how` one of
+    FP8_SCALES; power (in,) float32, not negative, holds the a_j, None means all 1. Rows are independent, so a linear
+    may be passed in chunks of rows. backend None uses Numba for CPU tensors and Torch for all others; "numba" or
+    "torch" forces one; both give the same bits. Raises UsageError for an unknown `how`, and where scale · code would
+    overflow `scale_dtype`.
     """
     if weight.ndim != 2 or weight.dtype not in _DTYPES or scale_dtype not in _DTYPES:
         raise ValueError(f"expected 2-D bf16, fp16 or fp32, not {weight.dtype} {[*weight.shape]} and {scale_dtype}")
-    if how not in SCALES:
-        raise UsageError(f"FP8 scale {how!r} is none of {', '.join(SCALES)}")
+    if how not in FP8_SCALES:
+        raise UsageError(f"FP8 scale {how!r} is none of {', '.join(FP8_SCALES)}")
     if power is None:
         power = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device)
     if power.dtype != torch.float32 or power.shape != weight.shape[1:]:

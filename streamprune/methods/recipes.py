@@ -26,7 +26,7 @@ from typing import Any
 from streamprune.errors import UsageError
 from streamprune.settings import option
 
-SCORES = ("lscore", "lscore-isotropic", "wanda", "magnitude")
+SCORE_NAMES = ("lscore", "lscore-isotropic", "wanda", "magnitude")
 SELECTORS = ("ewma", "exact")
 PROPAGATIONS = ("dense", "pruned", "asymmetric")
 ALLOCATIONS = ("uniform", "owl", "error")
@@ -48,7 +48,7 @@ class Recipe:
     dense one gave. None in what follows is the recipe's own choice, see `filled`.
     """
 
-    score: str = option("lscore", f"another score: {', '.join(SCORES)}")
+    score: str = option("lscore", f"another score: {', '.join(SCORE_NAMES)}")
     selector: str = option("ewma", f"another selector for --sparsity: {', '.join(SELECTORS)}")
     refit: str | None = option(
         None, f"another refit: none, cg (on the mask of any score), {', '.join(REFITS[2:])}", metavar="REFIT"
@@ -92,7 +92,7 @@ class Recipe:
         return replace(RECIPES[name], **{key: value for key, value in changes.items() if value is not None})
 
     def __post_init__(self) -> None:
-        known = {"score": SCORES, "selector": SELECTORS, "refit": REFITS, "quantize": QUANTIZE, "tune": TUNE}
+        known = {"score": SCORE_NAMES, "selector": SELECTORS, "refit": REFITS, "quantize": QUANTIZE, "tune": TUNE}
         for name, there in known.items():
             value = getattr(self, name)
             if value is not None and value not in there:

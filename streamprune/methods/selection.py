@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from streamprune.errors import UsageError
 from streamprune.kernels import Selection
+from streamprune.methods.recipes import SELECTORS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_GROUP = 32
-SELECTORS = {"ewma": "prune_ewma", "exact": "prune_exact"}  # names of functions of both kernel modules
 
 
 class Pattern(NamedTuple):
@@ -145,7 +145,8 @@ def select(
     if selector not in SELECTORS:
         raise UsageError(f"selector {selector!r} is none of {', '.join(SELECTORS)}")
     count = prune_count(sparsity, weight.shape[1])
-    pruned = getattr(kernels, SELECTORS[selector])(weight, feature, power, count, out=out, want_keep=want_keep)
+    prune = getattr(kernels, f"prune_{selector}")
+    pruned = prune(weight, feature, power, count, out=out, want_keep=want_keep)
     return pruned
 
 
