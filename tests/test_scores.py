@@ -133,7 +133,7 @@ def test_select_refuses_what_cannot_be() -> None:
         select(weight, feature, 2, sparsity=0.5, selector="best")
     with pytest.raises(UsageError, match="backend"):
         select(weight, feature, 2, sparsity=0.5, backend="cuda")
-    with pytest.raises(UsageError, match="multiple of 3 inputs, and 8 is none"):
+    with pytest.raises(UsageError, match="multiple of 3 inputs, not 8"):
         select(weight, feature, 2, pattern=Pattern(2, 3))
     check_pattern(Pattern(2, 4), 8)
 

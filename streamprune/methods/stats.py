@@ -16,8 +16,8 @@ class InputStats:
     sum     (in_features,) float64 on the CPU: sum of x_j
     sumsq   (in_features,) float64 on the CPU: sum of x_j²
 
-    Linears that share an input (q/k/v, gate/up) share one object. Raises ValueError for any other shape or
-    dtype.
+    Linears that read the same input (q, k and v; gate and up) share one object. Raises ValueError for any other shape
+    or dtype.
     """
 
     tokens: int
@@ -59,5 +59,5 @@ class InputStats:
 
     @property
     def silent(self) -> bool:
-        """True when no input was ever different from zero (an expert that no token was routed to)."""
+        """True when every input was zero, or no token was seen (an expert that no token was routed to)."""
         return not bool(self.sumsq.any())
