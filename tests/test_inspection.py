@@ -409,7 +409,7 @@ def test_the_table_is_readable_at_120_columns(tmp_path: Path, against: bool) -> 
 @pytest.mark.parametrize(
     ("scale", "why"),
     [
-        (torch.ones(2, 1), r"the shape \[2, 1\], 4 rows need"),
+        (torch.ones(2, 1), r"the shape \[2, 1\]; 4 rows need"),
         (torch.ones(4, 2), r"the shape \[4, 2\]"),
         (torch.ones(1, 32), r"the shape \[1, 32\]"),
         (torch.ones(4, 1, dtype=torch.int32), "is I32"),
