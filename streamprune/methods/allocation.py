@@ -34,7 +34,7 @@ STEPS = 9
 """Number of sparsities at which the error of a linear is evaluated."""
 
 LOOKS = {"owl": 2, "error": STEPS}
-"""How often each way of sharing out goes through the weights of a linear."""
+"""How many passes over the weights of a linear each kind of allocation makes."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def levels_around(sparsity: float) -> list[float]:
 
 
 def least_share(kind: str, sparsity: float) -> float:
-    """The lowest sparsity of a layer that sharing out `sparsity` can come to; `kind` is "owl" or "error"."""
+    """The lowest sparsity that a layer can get when `sparsity` is allocated; `kind` is "owl" or "error"."""
     return levels_around(sparsity)[0] if kind == "error" else max(0.0, sparsity - 2 * SPREAD)
 
 
