@@ -31,7 +31,7 @@ from mixtures import EVERY, Mixture  # noqa: E402
 HEAD = "| model type | for example | pruned | statistics | `inspect` | loads | `eval` | refit | FP8 | |"
 Group = Mapping[str, Family] | Mapping[str, Mixture]
 TABLES: list[dict[str, Group]] = [
-    {"": DENSE, "attention and recurrent layers": RECURRENT, "text models within models that see": SEEING},
+    {"": DENSE, "attention and recurrent layers": RECURRENT, "text model of a vision-language model": SEEING},
     {"": EVERY},
 ]
 """Each a table: what a note says of its families, and these."""
