@@ -22,7 +22,7 @@ LIKE = "llama"
 """The family whose layers are called as those of all mixtures here."""
 
 FUSED = ("gate_up_proj",)
-_SHARED, _SEES = "shared experts", "within a model that sees"
+_SHARED, _SEES = "shared experts", "part of a vision-language model"
 _SEEN = {"rope_type": "default", "mrope_section": [1, 1, 2]}
 _TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 _COMMON = {

@@ -364,7 +364,7 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(UsageError):
             solve(weight, operator, **amounts)  # type: ignore[arg-type]
     for wrong in (weight.double(), weight[:, :5]):
-        with pytest.raises(ValueError, match="no float32 weight"):
+        with pytest.raises(ValueError, match="expected a float32 weight"):
             solve(wrong, operator, sparsity=0.5)
     for gradual in (21, -1):
         with pytest.raises(ValueError, match=f"gradual {gradual}"):

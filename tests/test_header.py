@@ -77,8 +77,8 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "offsets swapped": (shard_bytes({"a": entry("U8", [1], 1, 0)}, b"x"), "1 to 0"),
     "too few bytes": (shard_bytes({"a": entry("F32", [2], 0, 4)}, b"xxxx"), "takes 8 bytes"),
     "half a byte": (shard_bytes({"a": entry("F4", [3], 0, 2)}, b"xx"), "takes 2 bytes"),
-    "a hole first": (shard_bytes({"a": entry("U8", [1], 1, 2)}, b"xx"), "a hole"),
-    "a hole": (shard_bytes({"a": ONE, "b": entry("U8", [1], 2, 3)}, b"xxx"), "a hole"),
+    "a hole first": (shard_bytes({"a": entry("U8", [1], 1, 2)}, b"xx"), "a gap"),
+    "a hole": (shard_bytes({"a": ONE, "b": entry("U8", [1], 2, 3)}, b"xxx"), "a gap"),
     "an overlap": (
         shard_bytes({"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 1, 3)}, b"xxx"),
         "an overlap",

@@ -306,7 +306,7 @@ def test_only_and_skip(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="leave none of 3 linears"):
             inspect(folder, **arguments)  # type: ignore[arg-type]
     for arguments in ({"only": "("}, {"skip": "("}):
-        with pytest.raises(UsageError, match="no regular expression"):
+        with pytest.raises(UsageError, match="not a regular expression"):
             inspect(folder, **arguments)  # type: ignore[arg-type]
 
 
@@ -409,7 +409,7 @@ def test_the_table_is_readable_at_120_columns(tmp_path: Path, against: bool) -> 
 @pytest.mark.parametrize(
     ("scale", "why"),
     [
-        (torch.ones(2, 1), r"the shape \[2, 1\], 4 rows want"),
+        (torch.ones(2, 1), r"the shape \[2, 1\]; 4 rows need"),
         (torch.ones(4, 2), r"the shape \[4, 2\]"),
         (torch.ones(1, 32), r"the shape \[1, 32\]"),
         (torch.ones(4, 1, dtype=torch.int32), "is I32"),

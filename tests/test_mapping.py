@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import streamprune.disk.mapping as mapping
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
-from streamprune.disk.mapping import TORCH_DTYPES, ShardMaps
+from streamprune.disk.mapping import SAFETENSORS_DTYPES, ShardMaps
 from streamprune.errors import CheckpointError, ResourceError, UnsupportedError
 
 
@@ -33,7 +33,7 @@ def as_bytes(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
 
 
-DTYPES = sorted(set(TORCH_DTYPES) - {"F8_E8M0"})  # which the safetensors library does not write in all versions
+DTYPES = sorted(set(SAFETENSORS_DTYPES) - {"F8_E8M0"})  # which the safetensors library does not write in all versions
 
 
 @st.composite
@@ -41,7 +41,7 @@ def tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     """Up to six tensors of random dtype and shape, 0-d and empty ones among them, of random bytes."""
     made = {}
     for i in range(draw(st.integers(1, 6))):
-        dtype = TORCH_DTYPES[draw(st.sampled_from(DTYPES))]
+        dtype = SAFETENSORS_DTYPES[draw(st.sampled_from(DTYPES))]
         shape = draw(st.lists(st.integers(0, 5), max_size=3))
         top = 2 if dtype == torch.bool else 256
         count = int(torch.tensor(shape).prod()) if shape else 1

@@ -17,7 +17,8 @@ from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.packed import BITMASK, TWO_FOUR, find_packed, is_packed, packed_refs
 from streamprune.errors import CheckpointError
-from streamprune.methods.bitmask import count_kept, holds_24, pack_rows, unpack_rows, unpacked_rows
+from streamprune.methods.bitmask import count_kept, holds_24, pack_rows, unpack_rows
+from streamprune.packing.rows import unpacked_rows
 
 UNSIGNED = [np.uint8, np.uint16, np.uint32, np.uint64]
 NAME = "model.layers.0.mlp.up_proj"

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from test_packed import sparse, two_four
 
 import streamprune.methods.bitmask as bitmask
-import streamprune.packing.job as packing
 from streamprune.cli import main
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.lock import Lock
@@ -159,9 +158,8 @@ def test_headers_of_any_style(tmp_path: Path, style: dict[str, Any], shards: int
 
 
 def test_pieces_smaller_than_a_tensor(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamprune.packing.survey.CHUNK_BYTES", 300)
+    monkeypatch.setattr("streamprune.packing.rows.CHUNK_BYTES", 300)
     monkeypatch.setattr("streamprune.packing.shards.MASK_BYTES", 100)  # one bitmask is kept, others made again
-    monkeypatch.setattr(bitmask, "CHUNK_BYTES", 300)
     there_and_back(model, tmp_path)
 
 
@@ -390,7 +388,7 @@ def test_nothing_to_gain(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_noticed_first(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
     refused(ResourceError, lambda: pack(model, tmp_path / "packed"), "free")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -430,9 +428,9 @@ TAMPERED: dict[str, tuple[Any, Any, str]] = {
     "kept header no JSON": (lambda h: h["__metadata__"].update({"streamprune.header": "{"}), bytes, "malformed"),
     "kept header empty": (lambda h: h["__metadata__"].update({"streamprune.header": ""}), bytes, "byte 8"),
     "kept header no text": (lambda h: h["__metadata__"].update({"streamprune.header": "{\ud800"}), bytes, "UTF-8"),
-    "tensor removed": (edit_kept(lambda k: k.pop(UP)), bytes, "a hole"),
-    "other shape": (edit_kept(lambda k: k[UP].update(shape=[40, 24])), bytes, "by streamprune.header"),
-    "other name": (edit_kept(lambda k: k.update({UP.replace("up", "xx"): k.pop(UP)})), bytes, "by streamprune.header"),
+    "tensor removed": (edit_kept(lambda k: k.pop(UP)), bytes, "a gap"),
+    "other shape": (edit_kept(lambda k: k[UP].update(shape=[40, 24])), bytes, "to streamprune.header"),
+    "other name": (edit_kept(lambda k: k.update({UP.replace("up", "xx"): k.pop(UP)})), bytes, "to streamprune.header"),
     "other metadata": (edit_kept(lambda k: k.update(__metadata__={"format": "xx"})), bytes, "other bytes than"),
     "longer metadata": (edit_kept(lambda k: k.update(__metadata__={"format": "x"})), bytes, "the file ends at"),
     "another last byte": (lambda h: None, flip, "other bytes than were packed"),

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamprune.errors import UnsupportedError, UsageError
+from streamprune.methods.recipes import SELECTORS
 from streamprune.methods.scores import SCORES, WITHOUT_STATISTICS
 from streamprune.methods.selection import (
-    SELECTORS,
     Pattern,
     check_pattern,
     parse_pattern,
@@ -133,7 +133,7 @@ def test_select_refuses_what_cannot_be() -> None:
         select(weight, feature, 2, sparsity=0.5, selector="best")
     with pytest.raises(UsageError, match="backend"):
         select(weight, feature, 2, sparsity=0.5, backend="cuda")
-    with pytest.raises(UsageError, match="multiple of 3 inputs, and 8 is none"):
+    with pytest.raises(UsageError, match="multiple of 3 inputs, not 8"):
         select(weight, feature, 2, pattern=Pattern(2, 3))
     check_pattern(Pattern(2, 4), 8)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from streamprune.disk.linears import compile_filter
 from streamprune.errors import UsageError
-from streamprune.methods.recipes import RECIPES, SCORES, SELECTORS, Recipe
+from streamprune.methods.recipes import FP8_SCALES, RECIPES, REFITS, SCORE_NAMES, SELECTORS, Recipe
 from streamprune.process.memory import format_bytes, parse_bytes
 from streamprune.pruning.spec import DrawnText, JobSpec
 from streamprune.settings import Calibration, Resources
@@ -199,11 +199,13 @@ def test_settings_refuse(make: Callable[[], object], flag: str) -> None:
 
 
 def test_names_of_the_parts_agree() -> None:
-    """recipes.py names what scores.py and selection.py implement, without importing them."""
-    from streamprune.methods import scores, selection
+    """recipes.py names, without importing torch, what the modules beside it implement."""
+    from streamprune.kernels import cpu, torch_ops
+    from streamprune.methods import fp8, refits, scores
 
-    assert tuple(scores.SCORES) == SCORES
-    assert tuple(selection.SELECTORS) == SELECTORS
-    assert {
-        name for name in SCORES if not Recipe.named("wanda", score=name).needs_statistics
-    } == scores.WITHOUT_STATISTICS
+    assert tuple(scores.SCORES) == SCORE_NAMES
+    assert all(hasattr(kernels, f"prune_{selector}") for selector in SELECTORS for kernels in (cpu, torch_ops))
+    assert {"none", *refits.METHODS} == set(REFITS)
+    assert tuple(fp8._FACTORS) == FP8_SCALES
+    without = {name for name in SCORE_NAMES if not Recipe.named("wanda", score=name).needs_statistics}
+    assert without == scores.WITHOUT_STATISTICS

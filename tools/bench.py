@@ -1,4 +1,4 @@
-"""How fast the program is, beside what bounds it: copying, a bare forward pass, the sorting that others do.
+"""Benchmarks, each compared with a baseline: copying, a plain forward pass, or the sorting that others do.
 
     python tools/bench.py kernels --large                    selection kernels against memcpy, sort, topk
     python tools/bench.py refits --shape 1024x4096           refits against one product with the Gram
@@ -9,9 +9,9 @@
     python tools/bench.py peers --peer peer/bin/python       the same prune by llm-compressor
     python tools/bench.py all --quick                        each of them on small shapes, in a minute or two
 
-Every figure is the median of several runs, with the least and greatest, and a ratio to a baseline that was measured
-in turns with it. Output is a table, Markdown with --markdown, or with --json one object a line, the machine first.
-A new subcommand is a function that yields rows (bench_rig.figure) and an entry in COMMANDS.
+Every figure is the median of several runs, with minimum and maximum, and the ratio to a baseline that was measured in
+alternation with it. Output is a table, in Markdown with --markdown, or with --json one object per line, the machine
+first. A new subcommand is a function that yields rows (bench_rig.figure) and an entry in COMMANDS.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: where its functions are, what its table shows besides, how often it runs, how `all` calls it."""
+    """A subcommand: module and functions, extra table columns, default repeats, and arguments when run by `all`."""
 
     module: str
     measure: str
@@ -85,7 +85,7 @@ COMMANDS = {
     "peers": Command("bench_peers", "peers", "add_options", "the same prune by llm-compressor, if it is installed", 3),
 }  # fmt: skip
 APART = {"peers"}
-"""Not among `all`: they need what is not part of the project."""
+"""Not part of `all`, as they need other programs."""
 
 
 class _Parser(argparse.ArgumentParser):

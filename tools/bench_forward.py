@@ -1,4 +1,4 @@
-"""The streamed calibration and the whole prune against a bare forward pass of the same layer."""
+"""Streamed calibration, and the whole prune, compared with a plain forward pass of the same layer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Batches:
-    """How a run cut its windows up: `samples` of `seqlen` tokens, `batch` at a time, in what dtype and where."""
+    """The batches of a run: `samples` windows of `seqlen` tokens, `batch` at a time, with dtype and device."""
 
     samples: int
     seqlen: int
@@ -60,7 +60,8 @@ class Batches:
 
 
 class BareLayer:
-    """transformers' own first decoder layer of a checkpoint, its weights ordinary tensors in RAM or on the device.
+    """The first decoder layer of a checkpoint in transformers, with weights as ordinary tensors in RAM or on the
+    device.
 
     It is called with the arguments that the model gives it, on random states (batch, seqlen, hidden).
     """
@@ -185,7 +186,7 @@ def _calibrate(
 ) -> tuple[Mapping[str, Any], float]:  # fmt: skip
     """One calibration in a fresh process: its report, and the mean seconds of the layers after the first.
 
-    The mean, as a commit runs behind the next layer's pass: what one layer waits another does not.
+    The mean, as commits run in the background of the next layer's pass, so that delays move from layer to layer.
     """
     out = folder / "statistics"
     found = call(

@@ -18,7 +18,7 @@ Work = Callable[[], object]
 SORT = "torch.sort + scatter (Wanda)"
 TOPK = "torch.topk + scatter"
 PATTERNS = ((2, 4), (4, 8), (8, 16), (16, 32))
-_BUDGET = 20.0  # seconds of all runs of a case; slow baselines get fewer of them
+_BUDGET = 20.0  # seconds for all runs of a case; slow baselines are run less often
 _FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
 
 
@@ -60,7 +60,7 @@ def device_named(name: str) -> torch.device:
 
 
 def _measure(cases: dict[str, Work], on: str, device: torch.device, repeat: int) -> Iterator[Row]:
-    """Rounds over all cases, memcpy before every single run; then a row a case."""
+    """Runs all cases in rounds, with memcpy before every single run; then yields a row per case."""
     runs: dict[str, list[float]] = {name: [] for name in cases}
     base: dict[str, list[float]] = {name: [] for name in cases}
     timed = _gpu_timer(device) if device.type == "cuda" else _wall_ms

@@ -1,11 +1,11 @@
-"""The same prune by another program: llm-compressor, in a Python environment of its own, beside ours.
+"""The same prune by another program for comparison: llm-compressor, in a Python environment of its own.
 
     python -m venv peer && peer/bin/pip install llmcompressor
     python tools/bench.py peers --peer peer/bin/python --model smollm2 --calib c4.txt --samples 32 --seqlen 512
 
-Both are given the same windows of token ids, and prune to 2:4 whatever both call by the same name; obs-admm, which only
-we have, is set beside their SparseGPT. Seconds are those of the whole process, imports included. Neither is installed
-for the other.
+Both get the same windows of token ids and prune to 2:4 with the method of the same name; obs-admm, which llm-compressor
+does not have, is compared with its SparseGPT. Seconds are those of the whole process, imports included. The two
+programs need not be installed in the same environment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Refits of one linear: what each prepares once for a Gram, and what rows take, beside one product with the Gram."""
+"""Refits of one linear: time to prepare a Gram matrix, and time for rows, compared with one product with the matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks stand on: runs and ratios, the machine, child processes, places on disk."""
+"""Common parts of the benchmarks: runs and ratios, the machine, child processes, folders on disk."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from make_checkpoint import Shape, shape_from, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SLACK_BYTES = 192 << 20
-"""Disk besides weights and activations; the program itself wants 64 MiB of it."""
+"""Disk space besides weights and activations; the program itself requires 64 MiB of it."""
 
 Row = dict[str, Any]
 
 
 class BenchError(Exception):
-    """What keeps a benchmark from being run; one line, exit code 2."""
+    """A reason why a benchmark cannot be run; a one-line message, exit code 2."""
 
 
 # ---- runs and ratios
 
 
 def interleaved(measures: Sequence[Callable[[], Mapping[str, float]]], repeat: int) -> dict[str, list[float]]:
-    """Calls every measure `repeat` times, round after round, every other round backwards; returns the runs by name.
+    """Calls every measure `repeat` times, in rounds of alternating order; returns the runs of each figure by name.
 
-    A measure returns one figure or several. A slow drift of the machine meets all of them alike.
+    A measure returns one or several figures. Thus slow changes of the machine's speed affect all measures alike.
     """
     runs: dict[str, list[float]] = {}
     for number in range(repeat):
@@ -51,10 +51,10 @@ def interleaved(measures: Sequence[Callable[[], Mapping[str, float]]], repeat: i
 
 
 def figure(case: str, runs: Sequence[float], baseline: str, base: Sequence[float], *, unit: str, on: str = "") -> Row:
-    """One figure: medians of `runs` and of the baseline's, run by run beside them, both in `unit`; and their ratio.
+    """A table row: medians of `runs` and of the baseline's runs `base`, in `unit`, and their ratio.
 
-    `ratio` is median / median; `ratio_min` and `ratio_max` are the least and greatest ratio of two runs of a round,
-    so `ratio` is never outside. `on` says what was worked on.
+    Runs with the same index are of the same round. `ratio` is median / median; `ratio_min` and `ratio_max` are the
+    least and greatest ratio within a round. `on` says what was measured, such as shape and device.
     """
     ratios = [a / b for a, b in zip(runs, base, strict=True)]
     value, base_value = statistics.median(runs), statistics.median(base)
@@ -67,7 +67,7 @@ def figure(case: str, runs: Sequence[float], baseline: str, base: Sequence[float
 
 
 def say(text: str) -> None:
-    """Shows what is going on, on a terminal's stderr; an empty text wipes it out."""
+    """Shows progress on stderr if it is a terminal; an empty text clears the line."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
@@ -76,7 +76,7 @@ def say(text: str) -> None:
 
 
 def machine() -> Row:
-    """What the figures are measured on: processor, threads, RAM in bytes, versions, GPU and commit if there are any."""
+    """The machine: processor, threads, RAM in bytes, versions of packages, GPU and commit (None without one)."""
     import torch
 
     memory = _search("/proc/meminfo", r"MemTotal:\s+(\d+) kB")
@@ -92,7 +92,7 @@ def machine() -> Row:
 
 
 def commit() -> str | None:
-    """The commit of this working tree, "+" behind it when files that git knows differ; None without git."""
+    """The commit of this working tree, with "+" if tracked files are modified; None without git."""
     try:
         found = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=7", "--match=", "--dirty=+"],
@@ -114,7 +114,7 @@ def _search(file: str, pattern: str) -> str | None:
 
 @dataclass(frozen=True)
 class Ran:
-    """A process that has ended: exit code, seconds from start to end, VmHWM in bytes (None without /proc), texts."""
+    """A finished process: exit code, seconds of wall time, VmHWM in bytes (None without /proc), stdout and stderr."""
 
     code: int
     seconds: float
@@ -156,7 +156,7 @@ def run(*command: str, python: str = sys.executable) -> Ran:
 def _watch(pid: int, peaks: list[int]) -> None:
     """Reads a process's VmHWM a hundred times a second until it is gone.
 
-    getrusage would count what this process held when it forked; VmHWM begins with the child's own program.
+    getrusage would include the memory of this process at the fork; VmHWM starts with the child's own program.
     """
     while True:
         try:
@@ -170,7 +170,7 @@ def _watch(pid: int, peaks: list[int]) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process, gently if it listens."""
+    """Terminates a process; kills it if it does not end."""
     process.terminate()
     try:
         process.wait(20)
@@ -194,7 +194,7 @@ def call(verb: str, **arguments: object) -> dict[str, Any]:
 
 @contextmanager
 def temporary_folder(arguments: argparse.Namespace) -> Iterator[Path]:
-    """A folder below --work that is gone afterwards, whatever happens."""
+    """A folder below --work that is removed afterwards in any case."""
     work = Path(arguments.work) if arguments.work else None
     if work is not None and not work.is_dir():
         raise BenchError(f"--work {work}: no such folder")
@@ -287,7 +287,7 @@ def copy_durably(source: Path, target: Path) -> float:
 
 
 def into_page_cache(folder: Path) -> None:
-    """Reads all files of a folder, so that they lie in the page cache if they fit."""
+    """Reads all files of a folder, so that they are in the page cache if they fit."""
     buffer = bytearray(8 << 20)
     for path in files_of(folder):
         with path.open("rb", buffering=0) as f:

@@ -1,4 +1,4 @@
-"""How good each method is: every recipe at several sparsities and patterns, on one model and one text.
+"""Compares the quality of methods: every recipe at several sparsities and patterns, on given models and a text.
 
     python tools/compare.py tiny-llama --calib c4.txt --text wikitext2.txt --samples 64 --seqlen 512
     python tools/compare.py tiny-llama --calib c4.txt --text wikitext2.txt --methods wanda,wanda+cg --amounts 0.5,2:4

@@ -1,4 +1,4 @@
-"""What a comparison has found so far, on disk after every cell; and what makes two comparisons the same."""
+"""The results of a comparison, saved after every cell, and the fields that identify a comparison."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Cell = dict[str, Any]
 
 
 def describe_job(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All that figures depend on, by content: model, texts, settings, program, machine; not methods and amounts.
+    """Everything that the figures depend on: model, texts, settings, program, machine; but not methods and amounts.
 
     Raises the errors of streamprune.errors when MODEL or a text cannot be read.
     """
@@ -97,7 +97,7 @@ class Results:
         self.value = {key: there[key] for key in self.value}
 
     def _clear(self) -> None:
-        """The results go last: until then the folder is known to be a comparison's."""
+        """Deletes the results last, because they mark the folder as that of a comparison."""
         for name in ("work", "models"):
             durable.clear(self.folder / name)
         for name in reversed(FILES):

@@ -1,4 +1,4 @@
-"""Which families of architectures work, tried on the spot: Markdown tables.
+"""Tests which families of architectures work, and prints the results as Markdown tables.
 
     python tools/families.py                     every family
     python tools/families.py llama mixtral t5    some
@@ -31,10 +31,10 @@ from mixtures import EVERY, Mixture  # noqa: E402
 HEAD = "| model type | for example | pruned | statistics | `inspect` | loads | `eval` | refit | FP8 | |"
 Group = Mapping[str, Family] | Mapping[str, Mixture]
 TABLES: list[dict[str, Group]] = [
-    {"": DENSE, "attention and recurrent layers": RECURRENT, "text models within models that see": SEEING},
+    {"": DENSE, "attention and recurrent layers": RECURRENT, "text model of a vision-language model": SEEING},
     {"": EVERY},
 ]
-"""Each a table: what a note says of its families, and these."""
+"""Each is a table: note -> families with that note."""
 KINDS = list(dict.fromkeys(kind for group in [*TABLES[0].values(), EVERY, REFUSED] for kind in group))
 
 
@@ -43,7 +43,7 @@ def say(text: str) -> None:
 
 
 def row(kind: str, family: Family | Mixture, group: str, folder: Path) -> str:
-    """A family's line; what fails is "**no**", and said on stderr."""
+    """The row of a family; a failed check is "**no**", with the error on stderr."""
     from family_checks import CHECKS, MixtureTrial, Trial
 
     trial = MixtureTrial(kind, folder) if isinstance(family, Mixture) else Trial(kind, folder)
@@ -61,7 +61,7 @@ def row(kind: str, family: Family | Mixture, group: str, folder: Path) -> str:
 
 
 def refusal(kind: str, folder: Path) -> str:
-    """What the program says of a family that it refuses."""
+    """The program's error for a family that it refuses."""
     from family_checks import HALF, write_tokens
 
     from streamprune.errors import UnsupportedError

@@ -1,17 +1,16 @@
-"""What the Torch backend does on a real GPU, by one command: its tests, then figures beside what bounds them.
+"""Tests and benchmarks of the Torch backend on a real GPU, by one command.
 
     python tools/gpu_check.py                          eight minutes, everything, in order of value
     python tools/gpu_check.py --minutes 4 --out found
     python tools/gpu_check.py --only kernels,2:4       some sections, in this order of value all the same
     python tools/gpu_check.py --wheels wheels          Python packages from wheels, no package index
 
-Each section is a process of its own and may take its share of the time that is left. What a section has found is in
-OUT/gpu_check.json and OUT/gpu_check.md when it ends, of its own accord or because its time was up: a run that is cut
-off leaves what was done by then. --small takes tiny shapes and --device cpu another device: both are for trying the
-tool, and their figures say nothing.
+Each section runs in a process of its own, and may take its share of the remaining time. Its results are written to
+OUT/gpu_check.json and OUT/gpu_check.md when it ends or its time is up, so that an interrupted run leaves the results so
+far. --small (tiny shapes) and --device cpu are for testing this tool; their figures are meaningless.
 
-It needs a Python with torch for CUDA, numpy, numba, safetensors and pytest; what else is missing there, or too old, may
-come as wheels: README.md has the line that fetches them.
+It needs a Python with torch for CUDA, numpy, numba, safetensors and pytest. Other packages that are missing or too old
+can be passed as wheels; streamprune/disk/README.md has the command to download them.
 
 Exit codes: 0 all sections done, 1 one of them failed or was cut off, 2 usage, 5 no GPU, 130 interrupted.
 """
@@ -41,7 +40,7 @@ _TEXT_LINES = 60  # of a section's output that is no JSON, the last
 
 
 class CheckError(Exception):
-    """What keeps the check from being run: one line and the exit code."""
+    """A reason why the check cannot be run: a one-line message and the exit code."""
 
     def __init__(self, message: str, code: int = 2) -> None:
         super().__init__(message)
@@ -50,7 +49,7 @@ class CheckError(Exception):
 
 @dataclass(frozen=True)
 class Section:
-    """A command whose lines are rows in JSON or text, its share of the time, and what it is called with in small."""
+    """A command that prints JSON rows or text, its share of the time, and its arguments (`small` with --small)."""
 
     title: str
     share: float
@@ -94,7 +93,7 @@ SECTIONS = {
 
 @dataclass
 class Found:
-    """What a section has come to."""
+    """The result of a section."""
 
     status: str
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""Makes a synthetic Llama, or Mixtral, checkpoint of any size, streamed to disk: for measuring, not for talking to.
+"""Makes a synthetic Llama or Mixtral checkpoint of any size, streamed to disk, for benchmarks.
 
     python tools/make_checkpoint.py OUT --preset 7b --layers 4
     python tools/make_checkpoint.py OUT --preset 70b-layer
@@ -31,7 +31,7 @@ LEAST_VOCAB = 2048
 
 
 Shapes = dict[str, tuple[int, ...]]
-"""Of tensors, by name."""
+"""Shapes of tensors by name."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Shape:
     kv_heads: int
     vocab: int
     experts: int = 0
-    """In each layer; `intermediate` is one's."""
+    """Experts in each layer, each of width `intermediate`; 0 for a Llama."""
     routed: int = 2
-    """Experts for a token."""
+    """Experts per token."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

@@ -1,4 +1,4 @@
-"""What 2:4 buys on a GPU: tokens per second of a pruned model with Torch's sparse kernels, beside its dense ones.
+"""Speed of 2:4 on a GPU: tokens per second of a pruned model with Torch's sparse kernels and with dense ones.
 
     python tools/run_24.py OUT                                   a 2:4 output of prune: its linears, and all of it
     python tools/run_24.py OUT --batches 1,64,4096 --seqlen 512

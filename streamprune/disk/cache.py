@@ -1,11 +1,10 @@
 """The activation cache: hidden states of one stage on disk, (samples, seqlen, hidden), in fixed-size chunks.
 
 `0007.bin` holds the chunks one after the other, raw and without a header; `0007.json` is the manifest: shape,
-dtype, samples a chunk, and an xxh3_64 a chunk. The manifest is written last, so a cache is complete when its
-manifest exists. A chunk is one batch of the forward pass; the last one may hold fewer samples.
+dtype, samples per chunk, and the xxh3_64 of each chunk. The manifest is written last, so that a cache is complete if
+its manifest exists. A chunk is one batch of the forward pass; the last one may hold fewer samples.
 
-Chunks are read with plain reads into a fresh buffer, verified, and handed over: no more than one chunk is ever
-resident, and none is mapped.
+Chunks are not mapped, but read into a new buffer and verified, so that only the chunks in use are resident.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 from streamprune.disk import durable, journal
 from streamprune.errors import CorruptStateError
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class CacheWriter:
@@ -69,13 +68,13 @@ class CacheReader:
         self._path = folder / f"{stage:04d}.bin"
         manifest = journal.read_json(self._path.with_suffix(".json"), "cache")
         try:
-            self._dtype = DTYPES[manifest["dtype"]]
+            self._dtype = _DTYPES[manifest["dtype"]]
             self.samples, *self._shape = (int(n) for n in manifest["shape"])
             self._chunk_samples = int(manifest["chunk_samples"])
             self._digests: list[str] = list(manifest["chunks"])
             chunks = -(-self.samples // self._chunk_samples)
             if min(self.samples, self._chunk_samples, *self._shape) < 1 or len(self._digests) != chunks:
-                raise ValueError("numbers that do not fit")
+                raise ValueError("inconsistent sizes")
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
             raise CorruptStateError(f"{self._path.with_suffix('.json')} is damaged; start again with --restart") from e
         self._sample_bytes = self._dtype.itemsize
@@ -95,7 +94,9 @@ class CacheReader:
             raise IndexError(chunk)
         first = chunk * self._chunk_samples
         samples = min(self._chunk_samples, self.samples - first)
-        data = torch.empty(samples * self._sample_bytes, dtype=torch.uint8)  # a bytearray is zeroed with the GIL held
+        data = torch.empty(
+            samples * self._sample_bytes, dtype=torch.uint8
+        )  # a bytearray would be zeroed while holding the GIL
         whole = view = data.numpy().data
         try:
             with self._path.open("rb", buffering=0) as f:

@@ -1,8 +1,8 @@
 """A safetensors checkpoint: its index, shards, configuration and side files, checked before a tensor is read.
 
-Headers are checked in header.py; here, that shards and index tell the same story: a tensor that the index
-puts elsewhere, or does not know, is an error. Tensors are mapped in mapping.py. Imports neither torch nor
-numpy, so that a run which finds its work done ends at once.
+Headers are checked in header.py; this module checks that shards and index agree: every tensor of the index must be in
+the shard that it names. Tensors of the shards that the index does not name are no part of the model (`beside`). Tensors
+are mapped in mapping.py. Imports neither torch nor numpy, so that a run that finds its work done ends at once.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Checkpoint:
     shard_headers: Mapping[str, str]
     shard_stats: Mapping[str, tuple[int, int]]
     index: str | None = None
-    """The index that says which shard holds what, if there is one."""
+    """File name of the index, if one is used."""
     beside: tuple[str, ...] = ()
-    """Tensors of the shards that the index does not name there, as "NAME in SHARD"; they are no part of the model."""
+    """Tensors that the index does not assign to the shard they are in, as "NAME in SHARD"; not part of the model."""
     follow_links: bool = False
-    """Whether side files are carried that are links to places outside the checkpoint."""
+    """Whether side files are copied that are links to places outside the checkpoint."""
 
     @property
     def nbytes(self) -> int:
@@ -50,17 +50,18 @@ class Checkpoint:
         return sum(ref.nbytes for ref in self.tensors.values())
 
     def side_files(self) -> SideFiles:
-        """What is carried over beside the weights, and what is left behind; see disk/folder.py, and what it raises."""
+        """Which other files are copied with the weights, and which are not. See and raises as
+        folder.find_side_files."""
         weights = {*self.shards, self.index} if self.index else {*self.shards}
         return find_side_files(self.path, weights, self.follow_links)
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes that tell whether a resumed job reads the same files, by their mtime too.
+        """Hashes that tell whether a resumed job reads the same files; they include mtimes.
 
         Keys: config (config.json), tokenizer (its files), shards (name, size, mtime and header of each).
 
         Raises:
-            CheckpointError: a file cannot be read any more.
+            CheckpointError: a file can no longer be read.
         """
         shards = xxhash.xxh3_128()
         for shard in self.shards:
@@ -73,10 +74,10 @@ class Checkpoint:
         }
 
     def content(self) -> str:
-        """A hash of headers and 4 KiB from the middle of each tensor: whether files of another mtime are the same.
+        """A hash of headers and 4 KiB from the middle of each tensor, to recognise files whose mtime has changed.
 
-        What is trained or converted changes a tensor nearly everywhere, and each tensor is looked at. Raises
-        CheckpointError for a file that cannot be read any more.
+        Training or conversion changes a tensor nearly everywhere, so that a sample of each tensor is enough. Raises
+        CheckpointError if a file can no longer be read.
         """
         digest = xxhash.xxh3_128()
         for shard in self.shards:
@@ -90,13 +91,13 @@ class Checkpoint:
         return digest.hexdigest()
 
     def identity(self) -> dict[str, str]:
-        """Hashes that tell whether a model copied elsewhere is the same model.
+        """Hashes that tell whether a copy of a model, with other mtimes, is the same model.
 
-        Config, headers and sizes are equal for every fine-tune of a model, so `sample` adds 16 pieces of
-        4 KiB, evenly spread over each shard's data. Keys: config, headers (with sizes), sample.
+        Config, headers and sizes are the same for all fine-tunes of a model, so `sample` adds 16 pieces of
+        4 KiB, evenly spaced over each shard's data. Keys: config, headers (with sizes), sample.
 
         Raises:
-            CheckpointError: a file cannot be read any more.
+            CheckpointError: a file can no longer be read.
         """
         headers, sample = xxhash.xxh3_128(), xxhash.xxh3_128()
         for shard in self.shards:
@@ -130,7 +131,7 @@ def open_checkpoint(path: Path, *, follow_links: bool = False) -> Checkpoint:
     if index is not None:
         weight_map, metadata = _read_index(path / index)
         if single is not None and single not in weight_map.values():
-            weight_map, metadata = None, {}  # as transformers does: model.safetensors goes first
+            weight_map, metadata = None, {}  # as in transformers, model.safetensors takes precedence
     shards = tuple(sorted(set(weight_map.values()))) if weight_map is not None else (str(single),)
     tensors: dict[str, TensorRef] = {}
     headers: dict[str, str] = {}
@@ -147,7 +148,7 @@ def open_checkpoint(path: Path, *, follow_links: bool = False) -> Checkpoint:
     for name, shard in (weight_map or {}).items():
         if name not in tensors:
             elsewhere = next((b.rpartition(" in ")[2] for b in beside if b.rpartition(" in ")[0] == show(name)), None)
-            mend = f"{elsewhere} does: mend the index" if elsewhere else "download the checkpoint again"
+            mend = f"{elsewhere} holds it: mend the index" if elsewhere else "download the checkpoint again"
             raise CheckpointError(
                 f"{path / str(index)}: tensor {show(name)} should be in {shard}, which does not hold it; {mend}"
             )
@@ -166,9 +167,9 @@ def open_shard(path: Path) -> Checkpoint:
 
 
 def quantisation_of(checkpoint: Checkpoint) -> tuple[str, Any] | None:
-    """Where config.json says that the weights are quantised (also within a section such as text_config), and what.
+    """(key, value) of the quantisation in config.json, also within a section such as text_config; None without one.
 
-    That zeros were counted, with `sparsity_config` of the format "dense", is no quantisation.
+    A description that only counts zeros (a `sparsity_config` of format "dense") is no quantisation.
     """
     sections = [("", checkpoint.config)]
     sections += [(f"{key}.", value) for key, value in checkpoint.config.items() if isinstance(value, dict)]
@@ -187,10 +188,10 @@ def _is_plain(description: Mapping[str, Any]) -> bool:
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose config.json says that its weights are quantised already.
+    """Refuses a checkpoint whose config.json says that its weights are quantised.
 
     Raises:
-        UnsupportedError: it does; the message names the method.
+        UnsupportedError: they are; the message names the method.
     """
     found = quantisation_of(checkpoint)
     if found is None:
@@ -199,7 +200,7 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
     sparsity = description.get("sparsity_config") if isinstance(description, dict) else None
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
         raise UnsupportedError(
-            f"{checkpoint.path / 'config.json'}: {where} says the weights are packed; make them plain with `unpack`"
+            f"{checkpoint.path / 'config.json'}: {where} says that the weights are packed; restore them with `unpack`"
         )
     method = description.get("quant_method", "unknown") if isinstance(description, dict) else description
     raise UnsupportedError(

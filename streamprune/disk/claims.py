@@ -1,7 +1,7 @@
-"""What a folder claims to hold, against its headers: before a model of a billion layers is built.
+"""Plausibility of config.json against the shard headers, before a model with a billion layers is built.
 
-Only what no checkpoint can have is refused here, in no time; what is merely wrong is found, by name, when tensors are
-matched with the model. Sections (`text_config`) are held to the same; those that lack a size say nothing of it.
+Only sizes that the checkpoint cannot possibly have are refused here; other errors are found, with the tensor's name,
+when tensors are matched with the model. Sections such as `text_config` are checked in the same way.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ _SIZES = (
 )  # fmt: skip
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "moe_num_experts")
 _HARMLESS = 1 << 10, 1 << 24, 1 << 16
-"""Layers, sizes, experts that are built in no time; configurations hold stale ones, too, which no part uses."""
+"""Numbers of layers, sizes and experts that are always accepted: they are built quickly, and may be unused
+leftovers."""
 
 
 def refuse_adapter(checkpoint: Checkpoint) -> None:
-    """Refuses full weights with an adapter beside them, for they are not what is run.
+    """Refuses a folder with an adapter beside full weights: transformers would load another model than the weights.
 
     Raises:
         UnsupportedError: there is an adapter_config.json.
@@ -43,15 +44,15 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
 
 
 def check_folder(name: str) -> None:
-    """As check_claims, of a model that is a folder: for commands that import torch before they look at their model."""
+    """check_claims for a model that is a folder: for commands that import torch before they open their model."""
     if Path(name).is_dir():
         check_claims(open_checkpoint(Path(name)))
 
 
 def check_claims(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for layers and experts by the thousand and axes by the million that no tensor has.
+    """Raises CheckpointError if config.json has far more layers or experts, or larger sizes, than the tensors allow.
 
-    And as refuse_adapter, which says the same of the folder.
+    Also raises UnsupportedError as refuse_adapter.
     """
     refuse_adapter(checkpoint)
     tensors = len(checkpoint.tensors)

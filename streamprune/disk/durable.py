@@ -1,15 +1,14 @@
 """Every change that streamprune makes to a disk: write, fsync, rename, remove.
 
-No other module creates, changes or removes a file, but for scratch.py, whose file has no name, and lock.py; a test
-enforces it.
-What the functions guarantee, on a file system that keeps POSIX's promises:
+No other module creates, changes or removes a file, except scratch.py, whose files have no name, and lock.py; a test
+enforces it. What the functions guarantee, on a file system with POSIX semantics:
 
   FilePart        what is durable before it in the file stays as it is; after the commit the part survives
-  replace_file    readers see the old file, the new file or none, never a part; after the return the new
-                  one survives a power loss (temporary file, fsync, rename, fsync of the folder)
-  append_line     a line is either whole or recognisably torn; after the return it survives
+  replace_file    readers see the old file, the new file or none, never a part; once it returns, the new
+                  file survives a power loss (temporary file, fsync, rename, fsync of the folder)
+  append_line     a line is either whole or recognisably torn; once it returns, the line survives a power loss
   publish         a folder appears under its final name in one step
-  remove, clear   idempotent; a crash in the middle leaves less, never something else
+  remove, clear   idempotent; after a crash in the middle, some files are left and none is changed
 
 Modes follow the umask (0666 for files, 0777 for folders), so that others can read what was written.
 
@@ -35,18 +34,18 @@ from streamprune.errors import CheckpointError, ResourceError, StateError
 Buffer = bytes | bytearray | memoryview
 
 _WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-"""Links are never written through: whoever laid one beside OUT does not get to choose what is overwritten."""
+"""Never follow symlinks: one planted beside OUT could redirect the write."""
 
 _LARGE_PIECE = 1 << 20
-"""A piece of this size takes its file past the page cache."""
+"""From the first piece of this size on, a file is written with O_DIRECT."""
 
 _FLUSH_BYTES = 32 << 20
-"""Dirty data is handed to the disk in pieces of this size, so that the final fsync is short."""
+"""Writeback is started after every so many bytes, so that the final fsync is short."""
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusals into errors that say what to do.
+    """Turns OSError into errors of ours that say what to do.
 
     Raises ResourceError for a full disk or quota, StateError for a folder that cannot be written.
     """
@@ -80,8 +79,8 @@ class _Stream:
     """Bytes on their way into an open file, from byte `begin` on.
 
     `size` bytes have been written; `digest` (xxh3_128, hexadecimal) is of these, and of what `hash` had seen before.
-    `reread=True` leaves the data in the page cache, for files that are read again at once; others pass it by from the
-    first large piece on, where the file system can do that.
+    `reread=True` leaves the data in the page cache, for files that are read again soon; other files bypass it from the
+    first large piece on, if the file system supports that (direct.py).
     """
 
     def __init__(self, path: Path, fd: int, begin: int, before: xxhash.xxh3_128 | None, reread: bool) -> None:
@@ -90,7 +89,7 @@ class _Stream:
         self._fd, self._reread = fd, reread
         self._flushed = 0
         self._direct: DirectWriter | None = None
-        self._past = not reread
+        self._bypass = not reread
 
     @property
     def digest(self) -> str:
@@ -101,13 +100,13 @@ class _Stream:
         view = memoryview(data).cast("B")
         self.hash.update(view)
         with disk_errors(self.path):
-            if self._direct is None and self._past and len(view) >= _LARGE_PIECE:
+            if self._direct is None and self._bypass and len(view) >= _LARGE_PIECE:
                 head = view[: -(self.begin + self.size) % ALIGNMENT]
                 self._append(head)
                 view = view[len(head) :]
                 writer = DirectWriter(self._fd, os.write)
                 self._direct = writer if writer.works else None
-                self._past = writer.works
+                self._bypass = writer.works
             if self._direct is None:
                 self._append(view)
             else:
@@ -154,7 +153,7 @@ class AtomicFile(_Stream):
         self._pending = True
 
     def commit(self) -> None:
-        """Makes the file durable under its own name and forgets its cached pages."""
+        """Makes the file durable under its own name; unless `reread`, drops it from the page cache."""
         with disk_errors(self.path):
             self._settle()
             os.replace(self.temporary, self.path)
@@ -205,19 +204,19 @@ class FilePart(_Stream):
 
 
 def _start_writeback(fd: int, offset: int, length: int) -> None:
-    """Asks the kernel to begin writing a range that is complete; a hint, where it exists."""
+    """Asks the kernel to start writing a complete range to disk; only a hint, where the system has it."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def _drop_cached(fd: int) -> None:
-    """Gives the page cache back: what was written once is not read again soon."""
+    """Drops the file from the page cache, as it is not read again soon."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
+    """Makes created, renamed and removed names in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -239,7 +238,7 @@ def copy_file(source: Path, target: Path) -> tuple[int, str]:
         with source.open("rb") as r, AtomicFile(target) as w:
             while block := r.read(4 << 20):
                 w.write(block)
-    except OSError as e:  # the target's errors have been turned into ours already
+    except OSError as e:  # of the source: AtomicFile raises errors of ours
         raise CheckpointError(f"{source}: cannot be read ({e.strerror}); the same command resumes when it can") from e
     return w.size, w.digest
 
@@ -277,7 +276,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 def make_folder(path: Path, mode: int = 0o777) -> None:
-    """Creates a folder, of this mode less the umask, and its parents, durably."""
+    """Creates a folder and its parents, durably. `mode` (of the folder itself) is subject to the umask."""
     if path.is_dir():
         return
     with disk_errors(path):

@@ -1,8 +1,8 @@
-"""compressed-tensors' `float-quantized` checkpoints: FP8 weights with one scale an output channel.
+"""compressed-tensors' `float-quantized` checkpoints: FP8 weights with one scale per output channel.
 
-A linear P is stored as `P.weight` F8_E4M3 (out, in) and `P.weight_scale` (out, 1); its weights are scale × code. Inputs
-of these linears are rounded to FP8, too, each token by a scale of its own, when the model runs. config.json says so in
-its `quantization_config`, with the linears that stay as they were under `ignore`
+A linear P is stored as `P.weight` F8_E4M3 (out, in) and `P.weight_scale` (out, 1); its weights are scale × code. When
+the model runs, the inputs of these linears are rounded to FP8 as well, with a scale of its own for each token.
+`quantization_config` in config.json describes this, and lists the linears that are not quantised under `ignore`
 (https://github.com/vllm-project/compressed-tensors). Imports no torch.
 """
 
@@ -20,21 +20,21 @@ from streamprune.errors import UnsupportedError
 
 FORMAT = "float-quantized"
 SCALE = "_scale"
-"""What is added to the name of a weight."""
+"""Suffix: the scales of P.weight are called P.weight_scale."""
 
 _EIGHT_BITS = {"num_bits": 8, "type": "float", "symmetric": True}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a float-quantized checkpoint is computed with."""
+    """How a float-quantized checkpoint is to be run."""
 
     rounds_inputs: bool
     """Whether the inputs of quantised linears are rounded to FP8, token by token."""
 
 
 def configured(config: Mapping[str, Any], ignore: Sequence[str]) -> bytes:
-    """The text of config.json with the description of an FP8 checkpoint; `ignore` are modules that are not FP8."""
+    """config.json with the description of an FP8 checkpoint; `ignore` are the linears that are not FP8."""
     description = {
         "quant_method": "compressed-tensors",
         "format": FORMAT,
@@ -60,12 +60,12 @@ def configured(config: Mapping[str, Any], ignore: Sequence[str]) -> bytes:
 def read_scheme(checkpoint: Checkpoint) -> Scheme | None:
     """The scheme of a float-quantized checkpoint; None for one that is not quantised.
 
-    Raises UnsupportedError for any other quantisation, in the words of what is not known about it.
+    Raises UnsupportedError for any other quantisation, and for packed weights; the message says what is not supported.
     """
     found = quantisation_of(checkpoint)
     if found is None:
         if is_packed(checkpoint):
-            raise UnsupportedError(f"{checkpoint.path}: the weights are packed; make them plain with `unpack`")
+            raise UnsupportedError(f"{checkpoint.path}: the weights are packed; restore them with `unpack`")
         return None
     where, description = found
 
@@ -79,8 +79,10 @@ def read_scheme(checkpoint: Checkpoint) -> Scheme | None:
         method = description.get("quant_method", "unknown") if isinstance(description, dict) else description
         raise refuse(f"the weights are quantised ({method})")
     sparsity = description.get("sparsity_config")
-    if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):  # zeros were but counted
-        raise UnsupportedError(f"{checkpoint.path}: the weights are packed; make them plain with `unpack`")
+    if sparsity and not (
+        isinstance(sparsity, dict) and sparsity.get("format") == "dense"
+    ):  # a dense one only counts zeros
+        raise UnsupportedError(f"{checkpoint.path}: the weights are packed; restore them with `unpack`")
     groups = description.get("config_groups")
     if not isinstance(groups, dict) or not groups or description.get("kv_cache_scheme"):
         raise refuse("it has no config_groups, or a kv_cache_scheme")

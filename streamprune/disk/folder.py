@@ -1,8 +1,9 @@
-"""The folder of a checkpoint: which files are its weights, which go with them, and which are left behind.
+"""The folder of a checkpoint: which files are its weights, which are copied with them, and which are left behind.
 
-Left behind are weights of other formats and copies of these, the state of training, rubbish of downloads and editors,
-pages that a server sent in place of a file, and links that lead out of the checkpoint: to another place than those that
-its config.json and its shards come from (a folder in the hub's cache is all links, into one folder).
+Left behind are other copies of the weights in any format, training state, temporary files of downloads and editors, web
+pages saved in place of a file, and links that lead out of the checkpoint. A link stays within the checkpoint if its
+target lies beside config.json or a shard, links resolved: a folder in the hub's cache consists of links into one other
+folder.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TOKENIZER_PATTERNS = (
     "*.tiktoken", "chat_template*", "tokenization_*.py",
 )  # fmt: skip
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_RUBBISH = (
+_TEMPORARY = (
     "*.incomplete", "*.aria2", "*.part", "*.crdownload", "*.tmp", "*.bak", "*.orig", "*.swp", "*~", "optimizer*.bin",
     "scheduler*.bin", "*.distcp",
 )  # fmt: skip
@@ -40,30 +41,30 @@ _HEAD_BYTES = 512
 
 @dataclass(frozen=True)
 class SideFiles:
-    """Files beside the weights, as sorted relative POSIX paths: what goes with them, what does not."""
+    """Files beside the weights, as sorted relative POSIX paths: those to copy, and those to leave behind."""
 
     carried: tuple[str, ...]
     left_behind: tuple[str, ...]
 
 
 def find_side_files(root: Path, weights: Collection[str], follow_links: bool) -> SideFiles:
-    """Everything in the folder `root` beside its `weights` (shards and index), hidden files and `streamprune.json`.
+    """All files in the folder `root` except `weights` (shards and index), hidden files and `streamprune.json`.
 
-    Links to files are followed where they stay within the checkpoint, or with `follow_links`; linked folders are not.
+    Links to files are followed if they stay within the checkpoint, or with `follow_links`; links to folders never are.
 
     Raises:
-        CheckpointError: a link leads nowhere, a folder cannot be read, or a file that the model needs is a git-lfs
+        CheckpointError: a link is dangling, a folder cannot be read, or a file that the model needs is a git-lfs
             pointer.
     """
     homes = {(root / name).resolve().parent for name in ("config.json", *weights)} | {root.resolve()}
     carried: list[str] = []
     left: list[str] = []
-    for name, entry in _streamed(root, ""):
+    for name, entry in _walk(root, ""):
         if entry.is_dir(follow_symlinks=False):
             left.append(f"{name}/")
         elif name in weights or name == "streamprune.json":
             continue
-        elif _matches(entry.name, (*WEIGHT_PATTERNS, *_RUBBISH)):
+        elif _matches(entry.name, (*WEIGHT_PATTERNS, *_TEMPORARY)):
             left.append(name)
         elif not entry.is_file():
             if entry.is_symlink() and not Path(entry.path).exists():
@@ -72,7 +73,7 @@ def find_side_files(root: Path, weights: Collection[str], follow_links: bool) ->
         elif entry.is_symlink() and not follow_links and not _stays(Path(entry.path), homes):
             left.append(name)
         else:
-            (carried if _is_what_it_seems(Path(entry.path), name) else left).append(name)
+            (carried if _is_genuine(Path(entry.path), name) else left).append(name)
     return SideFiles(tuple(sorted(carried)), tuple(sorted(left)))
 
 
@@ -81,7 +82,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def is_tokenizers(name: str) -> bool:
-    """Whether a side file is one of the tokenizer's."""
+    """Whether a side file belongs to the tokenizer."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in TOKENIZER_PATTERNS)
 
 
@@ -90,8 +91,11 @@ def _stays(link: Path, homes: Collection[Path]) -> bool:
     return any(home in target.parents for home in homes)
 
 
-def _is_what_it_seems(path: Path, name: str) -> bool:
-    """False for a web page under another name, and a pointer to a file that nothing needs. Raises CheckpointError."""
+def _is_genuine(path: Path, name: str) -> bool:
+    """False for a web page under another name, and for a git-lfs pointer to a file that the model does not need.
+
+    Raises CheckpointError for a git-lfs pointer in place of a file that it needs.
+    """
     with open_file(path) as f:
         head = read_bytes(f, path, _HEAD_BYTES)
     if why := pointer_in_place(head):
@@ -101,8 +105,9 @@ def _is_what_it_seems(path: Path, name: str) -> bool:
     return not page_in_place(head) or name.lower().endswith((".html", ".htm", ".md", ".svg", ".xml"))
 
 
-def _streamed(root: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Files, and folders of training that are not entered, each with its relative name; nothing hidden."""
+def _walk(root: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Walks all files below `root`, with relative names; training folders are yielded, not entered. Skips hidden
+    names."""
     try:
         with os.scandir(root / prefix) as entries:
             for entry in entries:
@@ -111,7 +116,7 @@ def _streamed(root: Path, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]
                     continue
                 if entry.is_dir(follow_symlinks=False) and not _TRAINING.fullmatch(entry.name):
                     if entry.name != "__pycache__":
-                        yield from _streamed(root, f"{name}/")
+                        yield from _walk(root, f"{name}/")
                 else:
                     yield name, entry
     except OSError as error:
@@ -134,9 +139,9 @@ def list_folder(path: Path) -> list[str]:
 
 
 def choose_weights(path: Path, names: Sequence[str]) -> tuple[str | None, str | None]:
-    """The (index file, single file) to use: one of them, or both when it takes the index to decide.
+    """The (index file, single file) to use; both are given if the content of the index must decide between them.
 
-    Raises CheckpointError for none, or too many to choose between; UnsupportedError for weights of another format.
+    Raises CheckpointError if there is none, or no way to choose; UnsupportedError for weights of another format.
     """
     single = [n for n in names if n.endswith(".safetensors") and not n.startswith(".")]
     indexes = [n for n in names if n.endswith(INDEX_SUFFIX) and not n.startswith(".")]

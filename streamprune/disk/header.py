@@ -1,9 +1,9 @@
 """The header of one safetensors file, checked down to the last byte.
 
 A file is `8 bytes n (little-endian) | n bytes JSON header | data`. The header maps each tensor to its dtype,
-shape and byte range in data; the ranges must cover data without overlap, hole or rest
-(https://github.com/huggingface/safetensors#format). Stricter than the safetensors library where the
-format is: the header begins with `{`, no key occurs twice, `__metadata__` maps text to text. Imports neither
+shape and byte range in data; the ranges must cover the data without overlap or gap
+(https://github.com/huggingface/safetensors#format). Enforces rules of the format that the safetensors library does
+not check: the header begins with `{`, no key occurs twice, `__metadata__` maps strings to strings. Imports neither
 torch nor numpy.
 """
 
@@ -74,7 +74,7 @@ def read_shard(path: Path) -> Shard:
 
 
 def read_header(path: Path) -> bytes:
-    """The JSON text of a safetensors file's header, padding and all. Raises CheckpointError, as read_shard."""
+    """The JSON text of a safetensors file's header, with its padding. Raises CheckpointError as read_shard."""
     with open_file(path) as f:
         return _read_header(f, path, os.fstat(f.fileno()).st_size)
 
@@ -107,9 +107,9 @@ def _read_header(f: BinaryIO, path: Path, size: int) -> bytes:
 
 
 def check_header(path: Path, header: bytes, size: int) -> tuple[list[TensorRef], dict[str, str]]:
-    """Check the JSON text of a header; `path` is of the file that it is, or was, in, and `size` that file's bytes.
+    """Checks the JSON text of a header; `path` and `size` are those of the file that it is (or was) part of.
 
-    Returns its tensors by offset, and its metadata.
+    Returns its tensors in order of offset, and its metadata.
 
     Raises:
         CheckpointError: it is malformed, or its tensors do not cover the file.
@@ -135,7 +135,7 @@ def _is_size(value: object) -> bool:
 
 
 def _is_text(name: str) -> bool:
-    """False for half a surrogate pair, which JSON can write but UTF-8 cannot."""
+    """False for an unpaired surrogate, which JSON can express but UTF-8 cannot."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -172,9 +172,9 @@ def _check_cover(path: Path, refs: Sequence[TensorRef], start: int, size: int) -
     at = start
     for ref in refs:
         if ref.begin != at:
-            kind = "a hole" if ref.begin > at else "an overlap"
+            kind = "a gap" if ref.begin > at else "an overlap"
             raise CheckpointError(
-                f"{path}: tensor {show(ref.name)} begins at byte {ref.begin} where {at} is due: {kind}; "
+                f"{path}: tensor {show(ref.name)} begins at byte {ref.begin} instead of {at}: {kind}; "
                 "save the file again"
             )
         at = ref.end
@@ -192,7 +192,7 @@ def open_file(path: Path) -> BinaryIO:
     """Open the regular file `path` for reading.
 
     Raises:
-        CheckpointError: it is missing, a link to nowhere, a folder, a device, or may not be read.
+        CheckpointError: it is missing, a dangling link, a folder or a device, or may not be read.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # before open: opening a pipe would wait for its writer
@@ -206,7 +206,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_bytes(file: BinaryIO, path: Path, size: int) -> bytes:
-    """Up to `size` bytes from where `file` stands, -1 for all. Raises CheckpointError."""
+    """Up to `size` bytes from the current position of `file`, -1 for all. Raises CheckpointError."""
     try:
         parts = []
         while size and (part := file.read(size)):
@@ -218,14 +218,14 @@ def read_bytes(file: BinaryIO, path: Path, size: int) -> bytes:
 
 
 def pointer_in_place(head: bytes) -> str | None:
-    """What to say of a file that begins with `head` and is only a pointer to it; None where it is none."""
+    """If a file that begins with `head` is a git-lfs pointer, the end of an error message about it; else None."""
     if not head.startswith(b"version https://git-lfs.github.com/"):
         return None
     return "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder"
 
 
 def page_in_place(head: bytes) -> str | None:
-    """What to say of a file that begins with `head` and is a web page; None where it is none."""
+    """If a file that begins with `head` is a web page, the end of an error message about it; else None."""
     if not head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
         return None
     return "is a web page that was saved in place of the file; download it again, logged in if the model asks for it"
@@ -268,7 +268,7 @@ def parse_object(path: Path, data: bytes, what: str, *, repeats: bool = False) -
 
 
 def show(value: object) -> str:
-    """`value` for an error message: one line, printable in any encoding that has ASCII when it is odd."""
+    """`value` for an error message: one line of at most 200 characters, escaped if not all of them are printable."""
     try:
         text = str(value)
     except (RecursionError, ValueError):  # nested too deeply, an integer of thousands of digits

@@ -22,8 +22,8 @@ _OTHER_WEIGHTS = [p for p in WEIGHT_PATTERNS if "safetensors" not in p] + ["orig
 def resolve_model(name: str | Path, *, revision: str | None = None, quiet: bool = False) -> Path:
     """The folder of the model that `name` means.
 
-    An existing folder goes first. Otherwise `model` and `org/model` are hub names; a Path, and a text that
-    begins with `/`, `.` or `~`, has more than one slash, or whose first part is an existing folder, are not.
+    An existing folder takes precedence. Otherwise `model` and `org/model` are hub names, but not a Path object, or a
+    string that begins with `/`, `.` or `~`, has more than one slash, or whose first part is an existing folder.
     `revision` is a branch, tag or commit of a hub model. `quiet` hides the progress bars of a download.
 
     Raises:
@@ -99,7 +99,7 @@ def _explain(error: Exception, offline: bool) -> str:
         first_line = next(iter(str(error).splitlines()), "")
         why = f"the download failed: {type(error).__name__} {show(first_line)}"
     if offline:
-        return f"{why}, and HF_HUB_OFFLINE forbids to fetch it; unset it, or pass a folder"
+        return f"{why}, and HF_HUB_OFFLINE forbids downloading it; unset it, or pass a folder"
     if isinstance(error, errors.LocalEntryNotFoundError):
         why += ", and the hub cannot be reached"
     return f"{why}; check the network and run again, or pass a folder"

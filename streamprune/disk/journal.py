@@ -1,10 +1,10 @@
-"""The journal of a job: one line a finished stage, the commit point of everything else.
+"""The journal of a job: one line per finished stage, which commits everything that the stage has written.
 
-A line is JSON with its own xxh3_64 in front: `<16 hex digits> {...}\\n`. A torn last line (the process died
-while writing it) is cut off at the next start: its stage did not happen. Damage anywhere else is an error.
+A line is JSON preceded by its xxh3_64: `<16 hex digits> {...}\\n`. A torn last line (the process died while writing
+it) is cut off at the next start, and its stage is done again. Damage anywhere else is an error.
 
-A job's folder of state holds `job.json` (what the job is; it has an xxh3_64 too), `journal`, `tokens.npy` and, per
-layer, the statistics; formats carry a version and unknown versions are refused.
+A job's state folder holds `job.json` (what the job is, with an xxh3_64 of its own), `journal`, `tokens.npy` and the
+statistics of each layer; formats carry a version, and unknown versions are refused.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from streamprune.errors import CorruptStateError
 Record = dict[str, Any]
 
 VERSIONS = {"job": 2}
-"""Of JSON documents by kind; all others have 1. 2 has a seal."""
+"""Version of JSON documents by kind, 1 for all others. Version 2 of job.json has a checksum."""
 
-SEALED = {"job"}
-"""Documents that no person is meant to read or write: the xxh3_64 of all else in them finds any damage."""
+CHECKSUMMED = {"job"}
+"""Kinds of documents with a checksum: an xxh3_64 of all other fields, which detects any change."""
 
 LINE_VERSION = 2
-"""Of the journal's lines. 2 says of each stage whether its cache is durable, and which batch memory forced on it."""
+"""Version of journal lines. Version 2 records whether a stage's cache is durable, and a batch size reduced to fit."""
 
 
 def append(path: Path, record: Record) -> None:
@@ -74,8 +74,8 @@ def _digest(body: bytes) -> bytes:
 def write_json(path: Path, kind: str, value: Record) -> None:
     """Writes a versioned JSON document, atomically and durably."""
     document = {"format": f"streamprune-{kind}", "version": VERSIONS.get(kind, 1), **value}
-    if kind in SEALED:
-        document["xxh3_64"] = _seal(document)
+    if kind in CHECKSUMMED:
+        document["xxh3_64"] = _checksum(document)
     durable.replace_file(path, json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
 
 
@@ -92,18 +92,18 @@ def read_json(path: Path, kind: str) -> Record:
         raise CorruptStateError(
             f"{path} has version {value.get('version')}, this program knows {known}; start again with --restart"
         )
-    if kind in SEALED and value.pop("xxh3_64", None) != _seal(value):
+    if kind in CHECKSUMMED and value.pop("xxh3_64", None) != _checksum(value):
         raise CorruptStateError(f"{path} is damaged; start again with --restart")
     return value
 
 
-def _seal(document: Record) -> str:
-    """xxh3_64 of a document, whose fields keep their order on the disk."""
+def _checksum(document: Record) -> str:
+    """xxh3_64 of a document; the order of fields counts, and is preserved on disk."""
     return xxhash.xxh3_64_hexdigest(json.dumps(document).encode())
 
 
 def differences(mine: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
-    """Says in words which of a job's fixed fields differ from recorded ones; empty when none does."""
+    """Which of a job's fixed fields differ from recorded ones, in words; empty if none does."""
     keys = [*mine, *(k for k in recorded if k not in mine)]
     return ", ".join(
         f"{k} is {_show(recorded.get(k))} there and {_show(mine.get(k))} here"
@@ -116,15 +116,18 @@ def is_touched(
     mine: Mapping[str, Any], recorded: Mapping[str, Any], content: object, now: Callable[[], str] | None,
     notes: list[str],
 ) -> bool:  # fmt: skip
-    """Whether only the checkpoint's times differ, and its recorded `content` is that of `now`. Adds to `notes`."""
+    """Whether the jobs differ only in the shards' mtimes, and the recorded `content` equals `now()`.
+
+    If so, adds a remark to `notes`.
+    """
     if now is None or {k for k in mine.keys() | recorded.keys() if mine.get(k) != recorded.get(k)} != {"model shards"}:
         return False
     since = time.perf_counter()
     if content != now():
         return False
     notes.append(
-        "MODEL's shards have other times than when this job began; their headers and 4 KiB of each tensor are the same "
-        f"({time.perf_counter() - since:.1f} s to look), so they count as the same model"
+        "MODEL's shards have other modification times than when this job began; their headers and 4 KiB of each tensor "
+        f"are the same ({time.perf_counter() - since:.1f} s to compare), so they count as the same model"
     )
     return True
 

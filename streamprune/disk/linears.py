@@ -1,8 +1,8 @@
-"""Which tensors of a checkpoint are linears of its layers, by names, dtypes and shapes alone: no model is built.
+"""Which tensors of a checkpoint are linears of its layers, by name, dtype and shape alone: no model is built.
 
-A *linear* is here a 2-D tensor `NAME.weight` of a floating dtype whose name lies in a numbered list of layers
+A *linear* here is a 2-D tensor `NAME.weight` of a floating dtype whose name is within a numbered list of layers
 (`layers.7.`, `h.7.`, `blocks.7.`), except norms, embeddings, routers of experts, and the layers of vision and audio
-towers. Experts that are one 3-D tensor (experts, rows, columns) are no linears here; `expert_names` tells them apart.
+towers. Fused experts, a 3-D tensor (experts, rows, columns), are not linears here; `expert_names` lists their matrices.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from streamprune.disk.header import TensorRef
 from streamprune.errors import UsageError
 
 FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
-"""Dtypes of linears; the FNUZ kinds of float8 are not here."""
+"""Dtypes of linears; the FNUZ variants of float8 are not supported."""
 
 _LAYER = re.compile(r"(^|\.)(layers|h|blocks|block|layer)\.\d+\.")
 _NO_LINEAR = re.compile(
@@ -31,13 +31,13 @@ _TRANSPOSED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "ar
 
 
 def is_linear_weight(name: str) -> bool:
-    """Whether the name of a tensor is that of a layer's linear; dtype and shape are for the caller to look at."""
+    """Whether a tensor's name is that of a layer's linear; the caller checks dtype and shape."""
     module = name.removesuffix(".weight")
     return module != name and bool(_LAYER.search(name)) and not _NO_LINEAR.search(module)
 
 
 def find_linears(checkpoint: Checkpoint) -> dict[str, TensorRef]:
-    """The linears of a checkpoint by module name, layer 2 before layer 10; the rule is at the top."""
+    """The linears of a checkpoint by module name, layer 2 before layer 10; see the top for the rule."""
     found = {
         name.removesuffix(".weight"): ref
         for name, ref in checkpoint.tensors.items()
@@ -47,14 +47,14 @@ def find_linears(checkpoint: Checkpoint) -> dict[str, TensorRef]:
 
 
 def by_number(name: str) -> tuple[tuple[bool, int, str], ...]:
-    """A sort key for module names: numbers between dots count as numbers."""
+    """A sort key for module names that compares numbers between dots by value."""
     return tuple(
         (False, 0, part) if not _NUMBER.fullmatch(part) else (True, int(part), part) for part in name.split(".")
     )
 
 
 def expert_names(ref: TensorRef) -> list[str]:
-    """What the experts' matrices of a 3-D tensor are called, `….experts.3.down_proj.weight`; none if it holds none."""
+    """The names of the experts' matrices in a 3-D tensor, `….experts.3.down_proj.weight`; empty for other tensors."""
     module = ref.name.removesuffix(".weight")
     parent, _, leaf = module.rpartition(".")
     if len(ref.shape) != 3 or ref.dtype not in FLOATING or not _LAYER.search(ref.name) or not _FUSED.search(module):
@@ -64,14 +64,14 @@ def expert_names(ref: TensorRef) -> list[str]:
 
 
 def is_transposed(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the linear `name` is stored as (in, out): transformers' Conv1D, and experts of some models."""
+    """Whether the linear `name` is stored as (in, out), as in transformers' Conv1D and the experts of some models."""
     kind, leaf = checkpoint.config.get("model_type"), name.rpartition(".")[2]
     conv1d = kind in _CONV1D_MODELS and leaf in _CONV1D_NAMES
     return conv1d or (kind in _TRANSPOSED_EXPERTS and ".experts." in name and bool(_FUSED.search(leaf)))
 
 
 def compile_filter(flag: str, pattern: str | None) -> re.Pattern[str] | None:
-    """The compiled --only or --skip expression. Raises UsageError when it is no regular expression."""
+    """The compiled --only or --skip expression, None for None. Raises UsageError if it is not a regular expression."""
     if pattern is None:
         return None
     try:

@@ -1,6 +1,6 @@
 """At most one process at a time works on an output.
 
-The second module that changes the disk on its own (see durable.py): its file says nothing that has to survive a crash.
+Changes the disk without durable.py, as nothing in the lock file has to survive a crash.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from streamprune.process import interrupts
 class Lock:
     """An exclusive advisory lock on a file beside OUT; the kernel frees it when the process ends.
 
-    The file is removed on release. Whoever opened it before the removal notices that the name now leads
-    to another file, and tries again.
+    The file is removed on release. A process that opened it before the removal notices that the name now
+    belongs to another file, and tries again. Raises LockedError, with the holder's process id, if it is held.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,12 +1,12 @@
-"""Tensors of a checkpoint as views on its mapped files: read when they are touched, and not copied.
+"""Tensors of a checkpoint as views of its mapped files, which are read on access and not copied.
 
-Each shard is mapped once and whole, which takes address space only. The mapping is private: writing to a
-tensor changes this process's copy of the page, never the file. It does not reserve memory for such copies, so
-that a shard may be larger than the RAM (a plain copy-on-write mapping of it would be refused).
+Each shard is mapped as a whole, once, which takes only address space. The mapping is private: writing to a
+tensor changes this process's copy of the page, never the file. No memory is reserved for such copies, so that a
+shard may be larger than RAM (an ordinary copy-on-write mapping of it would be refused).
 
-Pages that were touched count as resident until `release`. A view keeps the mapping alive, also after `close`.
-Should another program truncate a mapped file, touching the lost part ends the process with SIGBUS; the size
-is therefore checked again before each view is made.
+Pages that were accessed count as resident until `release`. A view keeps the mapping alive, even after `close`.
+If another program truncates a mapped file, access to the lost part ends the process with SIGBUS; the size is
+therefore checked again before each view is made.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.header import DTYPE_BITS, TensorRef, open_file, show
 from streamprune.errors import CheckpointError, ResourceError, UnsupportedError
 
-# dtypes that only newer versions of torch have are left out where it lacks them
-TORCH_DTYPES: dict[str, torch.dtype] = {
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, attribute)
     for name, attribute in {
         "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
@@ -38,6 +37,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     }.items()
     if hasattr(torch, attribute)
 }  # fmt: skip
+"""By the name in a safetensors header, every dtype that this version of torch has."""
 
 _PAGE = mmap.PAGESIZE
 
@@ -68,7 +68,7 @@ class ShardMaps:
     def tensor(self, ref: TensorRef) -> torch.Tensor:
         """The tensor of `ref`, its shape and dtype, on the CPU.
 
-        A view on the file, or a copy where its offset is no multiple of the item size.
+        A view of the file, or a copy if its offset is not a multiple of the item size.
 
         Raises:
             CheckpointError: the file is gone or has changed since the checkpoint was opened.
@@ -108,10 +108,10 @@ class ShardMaps:
                 mapped.data.madvise(mmap.MADV_WILLNEED, start, end - start)
 
     def release(self, refs: Iterable[TensorRef], *, drop_cache: bool = False) -> None:
-        """Give back the memory of the pages that lie wholly within `refs`; neighbours count as one range.
+        """Gives back the memory of all pages that lie wholly within `refs`; adjacent ones count as one range.
 
-        Views stay usable: a page that is touched again is read again from the file, or the system's cache,
-        and what was written to it is lost. `drop_cache` asks the system to forget its cached copy too.
+        Views stay usable: a page that is accessed again is read again, from the page cache or the file, and what
+        was written to it is lost. `drop_cache` asks the system to drop the pages from its cache as well.
         """
         for shard, begin, end in _spans(refs):
             mapped = self._open.get(shard)
@@ -119,14 +119,14 @@ class ShardMaps:
                 continue
             start, stop = -(-begin // _PAGE) * _PAGE, end - end % _PAGE
             if end == mapped.size:
-                stop = -(-end // _PAGE) * _PAGE  # the rest of the last page belongs to nobody
+                stop = -(-end // _PAGE) * _PAGE  # the rest of the last page is unused
             if start < stop and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.data.madvise(mmap.MADV_DONTNEED, start, min(stop, mapped.size) - start)
             if drop_cache and start < stop and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(mapped.file.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Close the files. Views that are still in use stay valid; each mapping ends with its last view."""
+        """Closes the files. Views stay valid; each mapping ends with its last view."""
         with self._lock:
             self._closed = True
             for mapped in self._open.values():
@@ -134,7 +134,7 @@ class ShardMaps:
             self._open.clear()
 
     def _view(self, ref: TensorRef, begin: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """Tensor of `shape` and the dtype of `ref` from absolute byte `begin` of its shard."""
+        """The tensor of `shape`, in the dtype of `ref`, that begins at byte `begin` of its shard."""
         dtype, shape = _torch_type(ref, shape)
         count = math.prod(shape)
         if count == 0:
@@ -189,12 +189,12 @@ def _private_map(descriptor: int, size: int) -> mmap.mmap:
 
 
 def _torch_type(ref: TensorRef, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, ...]]:
-    """The torch dtype and shape; torch counts pairs of 4-bit floats, the file single ones."""
+    """The torch dtype and shape of a tensor; torch counts 4-bit floats in pairs, safetensors singly."""
     paired = getattr(torch, "float4_e2m1fn_x2", None)
     if ref.dtype == "F4" and isinstance(paired, torch.dtype) and shape and shape[-1] % 2 == 0:
         return paired, (*shape[:-1], shape[-1] // 2)
     try:
-        return TORCH_DTYPES[ref.dtype], shape
+        return SAFETENSORS_DTYPES[ref.dtype], shape
     except KeyError:
         raise UnsupportedError(
             f"{ref.shard}: tensor {show(ref.name)}: torch {torch.__version__} has no dtype for {ref.dtype}, "
@@ -203,7 +203,7 @@ def _torch_type(ref: TensorRef, shape: tuple[int, ...]) -> tuple[torch.dtype, tu
 
 
 def _spans(refs: Iterable[TensorRef]) -> Iterator[tuple[str, int, int]]:
-    """Ranges (shard, begin, end) of `refs`, empty ones left out and neighbours joined."""
+    """The ranges (shard, begin, end) of `refs`, without empty ones, adjacent ones merged."""
     joined: tuple[str, int, int] | None = None
     for ref in sorted(refs, key=lambda ref: (ref.shard, ref.begin)):
         if ref.begin == ref.end:

@@ -2,15 +2,15 @@
 
 A dense tensor `P.weight` of shape (..., in) is stored as parts, P being the name of its module:
 
-    P.compressed    what is kept, in the dtype of the weight, row after row: (out, in / 2) for sparse-24-bitmask,
+    P.compressed    the kept values, in the dtype of the weight, row after row: (out, in / 2) for sparse-24-bitmask,
                     (nnz,) for sparse-bitmask
-    P.bitmask       U8 (..., ceil(in / 8)): bit j % 8 of byte j // 8, the lowest first, says that column j is kept
-    P.shape         I64, the dense shape: written as (rank, 1) for sparse-24-bitmask, as (rank,) for sparse-bitmask
-    P.row_offsets   I64 (out,), for sparse-bitmask only: kept values before each row
+    P.bitmask       U8 (..., ceil(in / 8)): bit j % 8 (counted from the lowest) of byte j // 8 is set if column j is
+    kept P.shape         I64, the dense shape: written as (rank, 1) for sparse-24-bitmask, as (rank,) for sparse-bitmask
+    P.row_offsets   I64 (out,), for sparse-bitmask only: number of kept values before each row
 
-Read are shapes of any rank and integer dtype, weights of any rank (old releases packed norms too), and parts that lie
-in different shards. The row offsets follow from the bitmask and are wrong for tensors of rank 3 in old files, so
-nobody looks at them. Imports neither torch nor numpy.
+The reader accepts shapes of any rank and integer dtype, weights of any rank (old releases packed norms too), and parts
+in different shards. Row offsets follow from the bitmask, and old files have wrong ones for tensors of rank 3, so they
+are not read. Imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class PackedTensor:
 
 
 def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, TensorRef]]:
-    """Parts by module, of modules that have two of the three parts that both layouts need."""
+    """Parts by module, for modules with at least two of the three required parts (find_packed refuses incomplete
+    ones)."""
     found: dict[str, dict[str, TensorRef]] = {}
     for name, ref in checkpoint.tensors.items():
         module, _, part = name.rpartition(".")
@@ -97,13 +98,13 @@ def find_packed(checkpoint: Checkpoint, maps: ShardMaps) -> dict[str, PackedTens
     Reads the few bytes of each `P.shape`; empty for a dense checkpoint.
 
     Raises:
-        CheckpointError: a part is missing, or parts do not fit each other; the message names file and tensor.
+        CheckpointError: a part is missing, or parts do not fit together; the message names file and tensor.
     """
     found = {}
     for module, parts in _modules(checkpoint).items():
         packed = _packed(checkpoint, maps, module, parts)
         if packed.name in checkpoint.tensors:
-            raise _bad(checkpoint, checkpoint.tensors[packed.name], "is there both dense and packed")
+            raise _bad(checkpoint, checkpoint.tensors[packed.name], "is both dense and packed")
         found[packed.name] = packed
     return found
 
@@ -116,7 +117,7 @@ def _packed(checkpoint: Checkpoint, maps: ShardMaps, module: str, parts: dict[st
     values, mask, shape_ref = (parts[part] for part in _NEEDED)
     shape = _read_shape(checkpoint, maps, shape_ref)
     if DTYPE_BITS[values.dtype] % 8:
-        raise _bad(checkpoint, values, f"has the dtype {values.dtype}, whose items are no whole bytes")
+        raise _bad(checkpoint, values, f"has the dtype {values.dtype}, whose items are not whole bytes")
     wanted = (*shape[:-1], -(-shape[-1] // 8))
     if mask.dtype != "U8" or mask.shape != wanted:
         found = f"{mask.dtype} {list(mask.shape)}"
@@ -150,10 +151,10 @@ def _bad(checkpoint: Checkpoint, ref: TensorRef, why: str) -> CheckpointError:
 
 
 def packed_refs(ref: TensorRef, layout: str, kept: int) -> list[TensorRef]:
-    """The parts of the dense matrix `ref` (out, in) with `kept` nonzeros, to be written; each begins at 0.
+    """The parts into which the dense matrix `ref` (out, in) with `kept` nonzeros is packed, with begin 0.
 
-    In the order compressed, bitmask, shape, row_offsets; the last for sparse-bitmask only. The sum of their bytes
-    tells what packing would save. `layout` is one of LAYOUTS; for sparse-24-bitmask `kept` plays no part.
+    In the order compressed, bitmask, shape, row_offsets; the last for sparse-bitmask only. `layout` is one of LAYOUTS;
+    for sparse-24-bitmask, `kept` is not used.
     """
     module = ref.name.removesuffix(".weight")
     rows, width = ref.shape

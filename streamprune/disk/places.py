@@ -1,8 +1,8 @@
-"""Where a user's files may go that are no output: compiled kernels, work folders, code that comes with a checkpoint.
+"""Where files other than output go: compiled kernels, work folders, code that comes with a checkpoint.
 
-In order: XDG_CACHE_HOME, `.cache` in the home folder, a folder below the system's temporary one. Never the working
-directory, which is where `~` leads without a home. What is run from there (compiled code) must be nobody else's, so
-the last is the user's alone, and one that is not is left alone.
+In order of preference: XDG_CACHE_HOME, `.cache` in the home folder, a folder in the system's temporary folder. Never
+the working directory, to which `~` would expand without a home. Compiled code is run from these folders, so the
+temporary one must belong to the user, with no access for others; any other is not used.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from streamprune.errors import ResourceError, StateError
 
 
 def cache_folder(name: str = "") -> Path:
-    """The folder `name` among the user's caches, which is there and can be written.
+    """The folder `name` among the user's caches; it exists and is writable.
 
-    Raises ResourceError where there is none, not even a temporary one.
+    Raises ResourceError if there is no such place, not even a temporary folder.
     """
     for home in _cache_homes():
         if _can_write(home / "streamprune" / name):
@@ -35,9 +35,9 @@ def cache_folder(name: str = "") -> Path:
 
 
 def settle_hub_caches(environment: MutableMapping[str, str]) -> None:
-    """Sets the hub's own variables where its libraries would write to a place that they cannot, or should not.
+    """Sets HF_HOME or HF_MODULES_CACHE if the hub's libraries would otherwise use a folder that cannot be written.
 
-    To be called before these are imported. What is set already stays.
+    Call it before these libraries are imported. Variables that are set stay as they are.
     """
     homes = [Path(environment["HF_HOME"])] if environment.get("HF_HOME") else []
     hub = next(iter([*homes, *(home / "huggingface" for home in _cache_homes())]), None)
@@ -73,7 +73,7 @@ def _can_write(folder: Path) -> bool:
 
 
 def _is_private(folder: Path) -> bool:
-    """Makes a folder of this user alone; False where somebody else was faster."""
+    """Makes a folder that only this user can access; False if the folder is another user's."""
     try:
         durable.make_folder(folder, 0o700)
         found = folder.lstat()

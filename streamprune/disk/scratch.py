@@ -1,7 +1,7 @@
-"""What may be larger than memory, in a file without a name: gone when it is closed, or when its process dies.
+"""Data that may be larger than memory, in unnamed temporary files: gone when closed, or when the process dies.
 
-The only change to a disk outside of durable.py; nothing of it is ever seen, so nothing has to be made durable. A
-matrix's blocks are reserved when it is made: a disk that fills up later cannot end the process while it writes.
+Changes the disk without durable.py, as nothing here has to survive a crash. The disk blocks of a matrix are reserved
+when it is created, because running out of space while writing to a mapping would end the process.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _PAGE = mmap.PAGESIZE
 
 
 class ScratchMatrix:
-    """A matrix (rows, columns) of zeros, float32 unless told; `tensor` is a view on its file in `folder`.
+    """A matrix (rows, columns) of zeros; `tensor` is a view of its file, which is in `folder`.
 
-    Pages that were touched count as resident until `forget`. Raises ResourceError when the disk has no room.
+    Pages that were accessed count as resident until `forget`. Raises ResourceError if the disk is full.
     """
 
     def __init__(self, folder: Path, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> None:
@@ -40,7 +40,7 @@ class ScratchMatrix:
         self.tensor = torch.frombuffer(self._map, dtype=dtype, count=rows * columns).view(rows, columns)
 
     def forget(self, begin: int, end: int) -> None:
-        """Gives back the memory of rows begin to end; what was written to them stays in the file."""
+        """Gives back the memory of rows begin to end; their content stays in the file."""
         start, stop = -(-begin * self._stride // _PAGE) * _PAGE, end * self._stride // _PAGE * _PAGE
         if end == self.tensor.shape[0]:
             stop = len(self._map)
@@ -49,7 +49,7 @@ class ScratchMatrix:
 
 
 class ScratchTokens:
-    """Token ids (uint32): first all are appended, block by block, then they are read in any order; len() counts them.
+    """Token ids (uint32): appended block by block, then read in any order; len() is their number.
 
     A context manager.
     """

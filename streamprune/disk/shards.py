@@ -1,9 +1,9 @@
-"""Writes a safetensors shard as a stream: the header from what is known beforehand, then tensor after tensor.
+"""Writes a safetensors shard as a stream: the header first, then one tensor after the other.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header
-padded with spaces to a multiple of 8, then the tensors' bytes without gaps. Tensors are ordered like the
-safetensors library orders them, by falling item size and then by name, so every one of them is aligned; FP8 weights
-come before their scales, which are known last.
+padded with spaces to a multiple of 8, then the tensors' bytes without gaps. Tensors are in the order of the
+safetensors library, by decreasing item size and then by name, so that all are aligned; except that FP8 weights come
+before their scales, which are not known before the weights are quantised.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ALIGNED = 8
 """Bytes of the largest item."""
 
 PIECES_AHEAD = 2
-"""Pieces that may wait to be written."""
+"""Number of pieces that may be queued for the writing thread."""
 
 
 File = TypeVar("File", AtomicFile, FilePart)
@@ -89,7 +89,7 @@ def _parts(name: str, groups: Sequence[Sequence[TensorRef]]) -> Iterator[Part]:
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What was written: file name, bytes of the file, its xxh3_128."""
+    """A written shard: name, size in bytes and xxh3_128 of the file."""
 
     name: str
     nbytes: int
@@ -108,7 +108,7 @@ def write_shard(
     metadata: Mapping[str, str] | None = None,
     written: Callable[[TensorRef, int, int], None] | None = None,
 ) -> ShardSummary:
-    """Streams one shard to `path`, atomically and durably. Arguments and errors as for `fill_shard`."""
+    """Streams one shard to `path`, atomically and durably. Arguments and errors as `fill_shard`."""
     with fill_shard(path, tensors, content, metadata, written) as file:
         return ShardSummary(path.name, file.size, file.digest)
 
@@ -120,15 +120,14 @@ def fill_shard(
     metadata: Mapping[str, str] | None = None,
     written: Callable[[TensorRef, int, int], None] | None = None,
 ) -> AtomicFile:
-    """Streams one shard to a temporary file, complete but for its commit: the caller commits or abandons it.
+    """Streams one shard to a temporary file; the caller commits or abandons it.
 
-    `content(tensor)` yields the tensor's bytes in pieces; names, dtypes and shapes are those of `tensors`. It is asked
-    for an FP8 weight before it is asked for the weight's scale. `metadata`
-    is {"format": "pt"} unless given. One thread produces pieces while another hashes and writes them, PIECES_AHEAD of
-    them at most in between. `written(tensor, begin, end)` is called, in the writing thread, when those bytes of a
-    tensor have been handed to the system and their buffer is free again.
+    `content(tensor)` yields the tensor's bytes in pieces; it is called for an FP8 weight before it is called for the
+    weight's scale. `metadata` is {"format": "pt"} by default. The caller's thread produces pieces while another thread
+    hashes and writes them, with at most PIECES_AHEAD pieces queued. `written(tensor, begin, end)` is called in the
+    writing thread when these bytes of a tensor have been written and their buffer may be reused.
 
-    Raises ValueError when a tensor's pieces do not add up to its size (nothing is left behind then), and what
+    Raises ValueError if a tensor's pieces do not add up to its size (nothing is left behind then), and what
     durable.AtomicFile raises.
     """
     ordered = in_order(tensors)
@@ -155,11 +154,11 @@ def fill_in_order(
 
     try:
         file.write(header)
-        with BackgroundWorker(write, PIECES_AHEAD) as behind:
+        with BackgroundWorker(write, PIECES_AHEAD) as writer:
             for tensor in ordered:
                 size = 0
                 for data in content(tensor):
-                    behind.put((tensor, size, data))
+                    writer.put((tensor, size, data))
                     size += memoryview(data).nbytes
                 if size != tensor.nbytes:
                     raise ValueError(f"{tensor.name}: {size} bytes written, {tensor.nbytes} announced")
@@ -170,16 +169,16 @@ def fill_in_order(
 
 
 def in_order(tensors: Iterable[TensorRef]) -> list[TensorRef]:
-    """Tensors as they lie in a shard, each at a multiple of its item size.
+    """Tensors in the order in which a shard stores them, each at a multiple of its item size.
 
-    Raises ValueError for an FP8 weight with an odd number of bytes in all, after which its scale would not be.
+    Raises ValueError for an FP8 weight whose size would leave the scale behind it unaligned.
     """
     refs = {t.name: t for t in tensors}
     scales = [name for name in refs if (weight := name.removesuffix("_scale")) in refs and _is_fp8(refs[weight], name)]
     weights = [name.removesuffix("_scale") for name in scales]
     for name, scale in zip(weights, scales, strict=True):
         if refs[name].nbytes * 8 % DTYPE_BITS[refs[scale].dtype]:
-            raise ValueError(f"{name}: {refs[name].nbytes} bytes, which no scale of {refs[scale].dtype} can follow")
+            raise ValueError(f"{name}: a scale of {refs[scale].dtype} is not aligned after {refs[name].nbytes} bytes")
     late = {*weights, *scales}
     rest = sorted(refs.keys() - late, key=lambda n: (-DTYPE_BITS[refs[n].dtype], n))
     wide = [n for n in rest if DTYPE_BITS[refs[n].dtype] > 8]
@@ -192,7 +191,7 @@ def _is_fp8(weight: TensorRef, scale: str) -> bool:
 
 
 def header_of(tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> bytes:
-    """The header of a shard that holds `tensors` in this order, with the 8 bytes of length before it."""
+    """The header of a shard with `tensors` in this order, preceded by its 8 bytes of length."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for t in tensors:
@@ -208,7 +207,7 @@ def header_of(tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> byte
 
 
 def write_index(path: Path, metadata: Mapping[str, Any], total_size: int, weight_map: Mapping[str, str]) -> str:
-    """Writes `model.safetensors.index.json` as transformers does; returns its xxh3_128."""
+    """Writes an index (`model.safetensors.index.json`) as transformers does; returns its xxh3_128."""
     index = {
         "metadata": {**metadata, "total_size": total_size},
         "weight_map": dict(sorted(weight_map.items())),

@@ -1,20 +1,20 @@
-"""A job's life on disk: unfinished beside OUT, then finished as OUT, never half of either.
+"""The state of a job on disk: unfinished work beside OUT, which becomes OUT in one step.
 
     .OUT.lock                    held while a process works on OUT
-    OUT.partial/                 the output as far as it is written
+    OUT.partial/                 the output written so far
     OUT.partial/.streamprune/    job.json, journal, tokens.npy, statistics of finished layers, cache/; pack: counts
-    .OUT.statistics              with --allocate: what was gathered first, by a job of its own; removed at the end
+    .OUT.statistics              with --allocate: statistics gathered first, by a job of their own; removed at the end
     OUT                          the finished output, renamed from OUT.partial in one step
 
-`job.json` is the first thing written and `streamprune.json`, the report, the last: a folder with the former
-is an unfinished job, one with the latter needs only the final rename. With `--work DIR` the activation cache
-is in a folder of the job's own below DIR.
+`job.json` marks the begin of a job and `streamprune.json`, the report, its end: a folder with the former is an
+unfinished job, one with the latter only needs the final rename. With `--work DIR`, the activation cache is in a
+folder of the job's own below DIR.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ Report = dict[str, Any]
 
 
 class Job(Protocol):
-    """What must be known of a job to find its state."""
+    """What this module needs to know about a job to find its state."""
 
     @property
     def out(self) -> Path: ...
@@ -40,21 +40,21 @@ class Job(Protocol):
 
     @property
     def work(self) -> Path | None:
-        """Where the activation cache is to be, if not within OUT.partial."""
+        """The folder of --work for the activation cache; None: it is within OUT.partial."""
 
     def fixed(self) -> dict[str, Any]:
-        """What makes it this job, as JSON values."""
+        """The fields that identify the job, as JSON values."""
 
     def differences(self, recorded: Mapping[str, Any]) -> str:
-        """Which of these values differ from recorded ones, in words; empty when none does."""
+        """Which of these fields differ from recorded ones, in words; empty if none does."""
 
     def is_touched(self, recorded: Mapping[str, Any], content: object) -> bool:
-        """Whether only times of files differ from recorded ones, and their `content` is as recorded."""
+        """Whether only mtimes of MODEL's files differ from recorded ones, and their `content` is the recorded one."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """Where the parts of one job are. `cache` is the folder of the activation cache."""
+    """The paths of one job. `cache` is the folder of the activation cache."""
 
     out: Path
     cache: Path
@@ -77,19 +77,19 @@ class JobState:
 
     @property
     def counts(self) -> Path:
-        """Of `pack`: nonzeros of each row."""
+        """`pack` only: the file with the nonzeros of each row."""
         return self.folder / "counts"
 
     @property
     def is_complete(self) -> bool:
-        """Whether the output is whole and only its last rename is missing."""
+        """Whether the output is complete and only the final rename is missing."""
         return (self.partial / REPORT).is_file()
 
     def layer_stats(self, index: int) -> Path:
         return self.folder / f"statistics-{index:04d}.safetensors"
 
     def create(self, job: Mapping[str, Any], tokens: durable.Buffer | None) -> None:
-        """Begins a job: makes its folders, keeps its calibration tokens, and writes `job.json` last."""
+        """Begins a job: makes its folders, writes its calibration tokens, and then `job.json`."""
         durable.make_folder(self.folder)
         durable.make_folder(self.cache)
         if tokens is not None:
@@ -97,10 +97,27 @@ class JobState:
         cache = None if self.folder in self.cache.parents else str(self.cache)
         journal.write_json(self.folder / "job.json", "job", {**job, "cache": cache})
 
-    def discard(self) -> None:
-        """Throws the unfinished work away, in an order in which each beginning of it can be resumed.
+    def remove_temporaries(self) -> None:
+        """Removes temporary files that a crash left behind."""
+        for path in [*self.partial.glob(".*.tmp"), *self.folder.glob(".*.tmp")]:
+            durable.remove(path)
 
-        First it is no longer complete, then nothing of it is done, then it is no job, then it is gone.
+    def check_resumable(self, shards: Iterable[Mapping[str, Any] | None]) -> None:
+        """Removes temporary files that a crash left behind, and checks the `shards` of the journal (None: no shard).
+
+        Raises CorruptStateError if one is missing or has another size than when it was written.
+        """
+        self.remove_temporaries()
+        for shard in shards:
+            if shard and not _is_whole(self.partial, shard):
+                path = self.partial / shard["name"]
+                raise CorruptStateError(f"{path} is missing or damaged; start again with --restart")
+
+    def discard(self) -> None:
+        """Deletes the unfinished work, in an order that leaves a valid state after a crash at any point.
+
+        First the report (the job is no longer complete), then the journal (nothing is done), then `job.json` (there is
+        no job), then the folder.
         """
         for first in (self.partial / REPORT, self.journal):
             durable.remove(first)
@@ -116,7 +133,7 @@ class JobState:
         durable.clear(self.partial)
 
     def publish(self) -> None:
-        """The last steps: removes the state, then gives the output its name."""
+        """The last steps of a job: removes its state, then renames OUT.partial to OUT."""
         durable.clear(self.cache)
         durable.clear(self.folder)
         durable.publish(self.partial, self.out)
@@ -140,22 +157,19 @@ def partial_of(out: Path) -> Path:
 
 
 def statistics_of(out: Path) -> Path:
-    """Statistics that a job gathers before it begins, to share out its sparsity; removed when it is done."""
+    """The file of statistics that --allocate gathers before the job itself begins; removed when the job is done."""
     return out.with_name(f".{out.name}.statistics")
 
 
 def check_out(out: Path, source: Path) -> None:
-    """Refuses an OUT that cannot be renamed into place, or that lies where MODEL, the folder `source`, is read.
-
-    Raises UsageError.
-    """
+    """Raises UsageError if OUT cannot be the target of a rename, or overlaps with MODEL, the folder `source`."""
     if out.name in ("", ".."):
-        raise UsageError(f"OUT {out}: give the folder that is to be written a name of its own")
+        raise UsageError(f"OUT {out} has no name of its own; name the folder to be written")
     try:
         mount, target, partial, read = out.is_mount(), out.resolve(), partial_of(out).resolve(), source.resolve()
-    except (OSError, RuntimeError) as e:  # a name that is too long, links in a circle
+    except (OSError, RuntimeError) as e:  # a name that is too long, a loop of links
         why = e.strerror if isinstance(e, OSError) else e
-        raise UsageError(f"OUT {out} cannot be looked at: {why}; choose another OUT") from e
+        raise UsageError(f"OUT {out} cannot be accessed: {why}; choose another OUT") from e
     if mount:
         raise UsageError(f"OUT {out} is a mount point, which cannot be renamed into place; name a folder in it")
     if read in (target, *target.parents):
@@ -165,7 +179,7 @@ def check_out(out: Path, source: Path) -> None:
 
 
 def new_state(spec: Job) -> JobState:
-    """The places of a job that begins now."""
+    """The paths of a new job."""
     if spec.work is None:
         return JobState(spec.out, _inside(partial_of(spec.out)))
     key = xxhash.xxh3_64_hexdigest(json.dumps([str(spec.out.absolute()), spec.fixed()]).encode())
@@ -173,9 +187,9 @@ def new_state(spec: Job) -> JobState:
 
 
 def find_finished(spec: Job) -> Report | None:
-    """The report of OUT if it is finished and this very job's; None when there is no OUT.
+    """The report of OUT if it is the finished output of this job; None if there is no OUT, or an empty folder.
 
-    Raises StateError when OUT is not ours or another job's, CorruptStateError when files of it are missing.
+    Raises StateError if OUT is another job's output or not ours, CorruptStateError if files of it are missing.
     """
     out = spec.out
     if not out.exists() and not out.is_symlink():
@@ -192,9 +206,9 @@ def find_finished(spec: Job) -> Report | None:
 
 
 def differences_of(spec: Job, record: Mapping[str, Any]) -> str:
-    """What differs from the job that a report, `job.json` or statistics record; empty when it is the same.
+    """How a job differs from the one recorded in a report, `job.json` or statistics, in words; empty if it is the same.
 
-    It is the same, too, where files have other times and the same content, if that was recorded.
+    Jobs whose files differ only in mtimes are the same if the content of the files was recorded, and is the same.
     """
     recorded = record.get("job") or {}
     found = spec.differences(recorded)
@@ -202,9 +216,9 @@ def differences_of(spec: Job, record: Mapping[str, Any]) -> str:
 
 
 def report_fields(out: Path, report: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> list[Any]:
-    """Fields of the report of `out`, in the order asked for.
+    """The fields `kinds` of the report of `out`, in this order.
 
-    Raises CorruptStateError when one is missing or of another type.
+    Raises CorruptStateError if one is missing or of another type.
     """
     for name, kind in kinds.items():
         if not isinstance(report.get(name), kind):
@@ -213,7 +227,7 @@ def report_fields(out: Path, report: Mapping[str, Any], **kinds: type | tuple[ty
 
 
 def _sound_report(folder: Path) -> Report:
-    """What every report says. Raises CorruptStateError."""
+    """A report with the fields that every report must have. Raises CorruptStateError."""
     report = journal.read_json(folder / REPORT, "report")
     job, files = report.get("job", {}), report.get("files", [])
     if not (isinstance(job, dict) and isinstance(files, list) and all(map(_is_file, files))):
@@ -235,18 +249,24 @@ def _read_report(folder: Path) -> Report:
 
 def _check_files(folder: Path, report: Report) -> None:
     for file in report.get("files", []):
-        path = folder / file["name"]
-        if not path.is_file() or path.stat().st_size != file["bytes"]:
+        if not _is_whole(folder, file):
+            path = folder / file["name"]
             raise CorruptStateError(
                 f"{path} is missing or not {file['bytes']} bytes long; remove {folder} and run again"
             )
 
 
-def find_unfinished(spec: Job) -> tuple[JobState, Report] | None:
-    """The state and `job.json` of this very job if it has begun; None when there is nothing to go on with.
+def _is_whole(folder: Path, file: Mapping[str, Any]) -> bool:
+    """Whether a file of `folder` is there, as long as its entry in a report or journal says: name and bytes."""
+    path = folder / str(file["name"])
+    return path.is_file() and path.stat().st_size == file["bytes"]
 
-    What is left of a job that died before its `job.json` was written is removed; so is everything with
-    --restart. Raises StateError when OUT.partial is another job's or not ours.
+
+def find_unfinished(spec: Job) -> tuple[JobState, Report] | None:
+    """The state and `job.json` of this job if it has begun; None if there is nothing to resume.
+
+    Removes what is left of a job that died before its `job.json` was written, and with --restart all unfinished work.
+    Raises StateError if OUT.partial is another job's or not ours.
     """
     partial = partial_of(spec.out)
     if not partial.exists() and not partial.is_symlink():
@@ -269,20 +289,20 @@ def find_unfinished(spec: Job) -> tuple[JobState, Report] | None:
     if differences := differences_of(spec, job):
         raise StateError(
             f"{partial} is the unfinished work of another job: {differences}; "
-            "choose another OUT, or throw that work away with --restart"
+            "choose another OUT, or delete that work with --restart"
         )
     state = JobState(spec.out, _recorded_cache(folder, partial))
     if spec.work is not None and spec.work.absolute() != state.cache.parent:
         advice = f"--work {state.cache.parent}" if job["cache"] else "no --work"
         raise StateError(
-            f"the activations of {partial} are in {state.cache}: go on with {advice}, or throw the work away with "
+            f"the activations of {partial} are in {state.cache}: resume with {advice}, or delete the work with "
             "--restart"
         )
     return state, job
 
 
 def _just_begun(partial: Path, folder: Path) -> bool:
-    """Whether a folder holds nothing but what a job writes before its `job.json`."""
+    """Whether a folder holds only what a job writes before its `job.json`."""
     if partial.is_symlink() or not partial.is_dir() or {p.name for p in partial.iterdir()} - {".streamprune"}:
         return False
     if not folder.exists():
@@ -292,8 +312,10 @@ def _just_begun(partial: Path, folder: Path) -> bool:
 
 
 def _complete(spec: Job, partial: Path) -> tuple[JobState, Report] | None:
-    """A partial output that is complete but for the last rename. Without its `job.json`, it is finished work, which
-    --restart never throws away: it may be somebody's OUT that happens to have this name."""
+    """The state and report of a partial output that is complete but for the final rename.
+
+    Without its `job.json` it is never deleted by --restart: it may be some other OUT that happens to have this name.
+    """
     report = _read_report(partial) if not (partial / ".streamprune" / "job.json").is_file() else _sound_report(partial)
     if differences := differences_of(spec, report):
         raise StateError(f"{partial} is the work of another job: {differences}; choose another OUT or move it away")
@@ -306,7 +328,7 @@ def _inside(partial: Path) -> Path:
 
 
 def _recorded_cache(folder: Path, partial: Path) -> Path:
-    """Where a job's cache is, as far as its `job.json` can still tell."""
+    """The cache folder recorded in a job's `job.json`; the default if that is damaged."""
     try:
         cache = journal.read_json(folder / "job.json", "job").get("cache")
     except CorruptStateError:

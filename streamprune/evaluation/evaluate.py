@@ -1,11 +1,12 @@
-"""`evaluate`: perplexity of a model that may be far larger than memory, layer by layer as prune does it.
+"""`evaluate`: perplexity of a model that may be far larger than memory, streamed layer by layer as in prune.
 
-The whole text is cut into windows of N tokens without overlap, the rest dropped; in each window the N − 1 tokens after
-the first are predicted, and the first one, too, where the model's tokenizer puts a BOS token before a text
-(calibration/windows.py). Perplexity is exp of the mean negative log-likelihood of all of them. The head works on a few
-positions at a time, so that logits stay within LOGITS_BYTES however large the vocabulary.
+The text is cut into windows of N tokens without overlap; a shorter rest is dropped. In each window the N − 1 tokens
+after the first are predicted, and the first one as well if the model's tokenizer begins texts with a BOS token
+(calibration/windows.py). Perplexity is exp of the mean negative log-likelihood over all predicted tokens. The head is
+applied to a few positions at a time, so that logits take at most LOGITS_BYTES, however large the vocabulary.
 
-With a reference, its layers have their turn first; then the model's; then both heads work on the same positions.
+With a reference, the layers of the reference are streamed first, then those of the model, and then both heads are
+applied to the same positions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,8 +33,9 @@ from streamprune.disk.hub import resolve_model
 from streamprune.disk.lock import Lock
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.places import cache_folder
+from streamprune.disk.room import SLACK_BYTES, check_room
 from streamprune.disk.scratch import ScratchTokens
-from streamprune.errors import CheckpointError, LockedError, ResourceError, UsageError
+from streamprune.errors import CheckpointError, LockedError, UsageError
 from streamprune.evaluation.one_model import Run, disk_bytes
 from streamprune.evaluation.two_models import (
     Divergence,
@@ -51,21 +52,21 @@ from streamprune.model.passes import Batches, out_of_memory_named
 from streamprune.model.skeleton import build_skeleton, stored_dtype
 from streamprune.model.streamed import StreamedModel
 from streamprune.process import interrupts
-from streamprune.process.memory import format_bytes, give_back_free_memory, peak_resident_bytes
+from streamprune.process.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.progress import Progress, ProgressCallback, no_progress
 from streamprune.settings import Resources
 
 LOGITS_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
-"""Memory of one call's logits in float32, twice: a device is kept busy by more positions at a time."""
+"""Memory for the float32 logits of one call of the head and a copy; larger on a GPU, which needs more work per call."""
 
 _RESOURCES = Resources()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found. `tokens` are the predicted ones; `nll` is their mean, in nats.
+    """The result of `evaluate`. `tokens` is the number of predicted tokens, `nll` their mean −log p in nats.
 
-    What compares with a reference is None without one.
+    `kl`, `kl_stderr`, `top1_agreement` and `reference_perplexity` are None without a reference.
     """
 
     perplexity: float
@@ -78,16 +79,16 @@ class Evaluation:
     kl: float | None = None
     """KL(p_reference ‖ p_model), nats per predicted token."""
     kl_stderr: float | None = None
-    """Standard error of `kl` over windows; None also where there is one window only."""
+    """Standard error of `kl` over windows; None for a single window."""
     top1_agreement: float | None = None
-    """Share of the predicted tokens where both models' most likely token is the same, 0 to 1."""
+    """Fraction of the predicted positions at which both models' most likely token is the same, 0 to 1."""
     reference_perplexity: float | None = None
     bos: bool = False
-    """Whether windows began with a BOS token, so that the first token after it is predicted, too."""
+    """Whether windows began with a BOS token, so that the first token of the text is predicted as well."""
     replaced: int = 0
-    """Bytes of the text that were no characters, and became U+FFFD."""
+    """Number of bytes of the text that were not valid characters and were replaced by U+FFFD."""
     window_nll: tuple[float, ...] = ()
-    """The mean nats of each window, in the order of the text: what a paired comparison of two models needs."""
+    """Mean −log p in nats of each window, in text order, for paired comparisons of two models."""
 
 
 @exact_products()
@@ -98,11 +99,11 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Perplexity of `model` on the file `text` in windows of `seqlen` tokens (default min(2048, model's limit)).
 
-    With `reference`, a model of the same tokenizer, also how far the predictions are from its own: see Evaluation.
-    `windows` takes only so many, from the text's beginning. `text` is also a folder or pattern of files; of records
-    (JSON, Parquet) `text_field` is read. `bos` says whether windows begin with a BOS token (calibration.Source).
-    Activations are kept in a folder of their own below `resources.work` (default: the user's cache folder) and removed
-    at the end. Raises the errors of streamprune.errors.
+    With `reference`, a model with the same tokenizer, also the distance between the predictions of the two, see
+    Evaluation. `windows` limits the number of windows, from the beginning of the text. `text` may also be a folder or
+    a pattern of files; in records (JSON, Parquet), `text_field` is read. `bos` says whether windows begin with a BOS
+    token (calibration.windows.Source). Activations are kept in a folder of their own below `resources.work` (default:
+    the user's cache folder), which is removed at the end. Raises the errors of streamprune.errors.
     """
     begun = time.perf_counter()
     checkpoint = open_checkpoint(resolve_model(str(model)))
@@ -139,7 +140,8 @@ def evaluate(
             durable.make_folder(place)
             runs.append(Run(subject, loader, place, layout, keep=keep, is_reference=c is dense))
         if states := disk_bytes(runs, cut.size):
-            _check_disk(folder, states + (64 << 20))
+            advice = "free some, or name another folder with --work"
+            check_room([(folder.parent, states + SLACK_BYTES)], advice, detail=" for activations")
         nats, apart = _stream(runs, Batches(cut, layouts[0].batch), progress)
     tokens = len(cut) * (cut.shape[1] - 1)
     nll = _finite(float(nats.sum()) / tokens, checkpoint)
@@ -158,7 +160,7 @@ def _subject(checkpoint: Checkpoint, dtype: str, target: torch.device, trust_rem
 def _lay_out(
     subjects: list[Subject], shape: tuple[int, int], target: torch.device, max_ram: int | None, max_vram: int | None
 ) -> tuple[list[Layout], bool]:
-    """Each model's layout for windows of `shape`; and whether resident states stay on the device after the layers."""
+    """The layout of each model for windows of `shape`, and whether resident states stay on the device for the heads."""
     samples, length = shape
     if len(subjects) == 1:
         one = subjects[0]
@@ -180,7 +182,7 @@ def _perplexity(nll: float) -> float:
 
 
 def _compared(found: Evaluation, apart: Divergence, checkpoint: Checkpoint, dense: Checkpoint) -> Evaluation:
-    """With what a reference adds."""
+    """The evaluation with the fields that compare it with the reference `dense`."""
     reference_nll, kl = _finite(apart.reference_nll / found.tokens, dense), float(apart.kl.mean())
     if not math.isfinite(kl):
         raise CheckpointError(f"{checkpoint.path}: its divergence from {dense.path} is not finite; try --dtype float32")
@@ -194,7 +196,10 @@ def _compared(found: Evaluation, apart: Divergence, checkpoint: Checkpoint, dens
 
 
 def _stream(runs: list[Run], batches: Sequence[Tensor], progress: ProgressCallback) -> tuple[Tensor, Divergence | None]:
-    """All layers, one model after the other, then the heads; returns the nats of each window, (windows,) float64."""
+    """Runs all layers, one model after the other, then the heads.
+
+    Returns the summed −log p of each window in nats, (windows,) float64, and with two models how far they are apart.
+    """
     steps = [(run, stage) for run in runs for stage in run.stages[:-1]]
     for done, (run, stage) in enumerate(steps, 1):
         interrupts.check()
@@ -225,8 +230,8 @@ def _stream(runs: list[Run], batches: Sequence[Tensor], progress: ProgressCallba
 
 
 def _loss(streamed: StreamedModel, batches: Sequence[Tensor], chunks: Iterator[Tensor]) -> Tensor:
-    """Nats of each window (windows,) float64, from the states after the last layer."""
-    seqlen = batches[0].shape[1]  # more positions a model may not have
+    """Summed −log p of each window in nats, (windows,) float64, from the states after the last layer."""
+    seqlen = batches[0].shape[1]  # never more positions per call, which some models do not support
     step = max(1, min(seqlen, LOGITS_BYTES[streamed.device.type] // (streamed.skeleton.vocab_size * 8)))
     windows = []
     with streamed.head() as head:
@@ -240,22 +245,13 @@ def _loss(streamed: StreamedModel, batches: Sequence[Tensor], chunks: Iterator[T
 
 
 def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
-    """−log p of each of `wanted` (tokens,) under logits (tokens, vocab), computed in float32, (tokens,) float64."""
+    """−log p of the tokens `wanted` (tokens,) given logits (tokens, vocab): computed in float32, (tokens,) float64."""
     return torch.nn.functional.cross_entropy(logits.float(), wanted.to(logits.device), reduction="none").double()
-
-
-def _check_disk(folder: Path, need: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise ResourceError(
-            f"{folder.parent} has {format_bytes(free)} free, evaluation needs {format_bytes(need)} for activations; "
-            "free some or name another folder with --work"
-        )
 
 
 @contextmanager
 def _scratch(work: Path) -> Iterator[Path]:
-    """A folder of this process's own below `work`, removed at the end; those of dead processes go too."""
+    """A folder for this process below `work`, removed at the end; removes those that killed processes left behind."""
     durable.make_folder(work)
     for old in work.glob("eval-*.lock"):
         if not re.fullmatch(r"eval-[0-9]+-[0-9a-f]+", old.stem):

@@ -1,4 +1,4 @@
-"""One model's way through its layers, for `evaluate`: its states after the last one are kept for the head."""
+"""Streams one model through its layers, for `evaluate`, and keeps the hidden states after the last one for the head."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from streamprune.process.memory import give_back_free_memory
 
 
 class Run:
-    """A model at work in `layout`, its caches in `folder`.
+    """A model that is run in `layout`, with its activation caches in `folder`.
 
-    `keep`: states that are resident stay on the device after the last layer, too; else they go to disk.
+    `keep`: resident hidden states stay on the device after the last layer; otherwise they are written to disk.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class Run:
         self._activations = Activations(folder, self.streamed.cache_dtype, loader.device, resident=layout.resident)
 
     def name_of(self, stage: Stage) -> str:
-        """What progress calls a stage."""
+        """The name of a stage in progress messages."""
         return f"reference {stage.name}" if self._is_reference else stage.name
 
     def check(self, stage: Stage) -> None:
-        """As check_weights; says so where it is the reference that is damaged."""
+        """As check_weights; the error says if it is the reference that is damaged."""
         with self._whose():
             retry_smaller(self.streamed, partial(check_weights, self.streamed.loader, self.subject.skeleton, stage))
 
@@ -55,7 +55,10 @@ class Run:
             raise CheckpointError(f"the reference's {e}") from e
 
     def do(self, stage: Stage, batches: Sequence[Tensor], *, last: bool) -> None:
-        """Embeds `batches`, or runs one layer; of the `last` model, the head comes near beside its last layer."""
+        """Embeds `batches`, or runs one layer, and prefetches the next stages.
+
+        For the `last` model, this includes the head.
+        """
         streamed, resident, activations = self.streamed, self.layout.resident, self._activations
         stages = self.stages if last else self.stages[:-1]
         position = stage.index + 1
@@ -75,8 +78,8 @@ class Run:
         give_back_free_memory()
 
     def make_room(self) -> None:
-        """After the last layer, for another model, or another head beside its own."""
-        if self.layout.resident and not self.keep:  # they are on disk as well, and read from there
+        """Frees device memory after the last layer, for the other model or for its head."""
+        if self.layout.resident and not self.keep:  # states are on disk as well, and are read from there
             self._activations = Activations(self._activations.folder, self.streamed.cache_dtype, self.streamed.device)
         if self.streamed.device.type == "cuda":
             torch.cuda.empty_cache()  # memory freed on one loader's stream cannot serve the other's
@@ -87,9 +90,9 @@ class Run:
 
 
 def disk_bytes(runs: Sequence[Run], tokens: int) -> int:
-    """Bytes that hidden states take on disk at most: before and after a layer, beside the last ones of models before.
+    """Peak bytes of hidden states on disk: those before and after a layer, plus the final ones of earlier models.
 
-    `tokens` are those of all windows.
+    `tokens` is the number of tokens in all windows.
     """
     most = kept = 0
     for run in runs:

@@ -1,11 +1,11 @@
-"""Two models at once, for `evaluate`: how they share memory, and how far apart their predictions are.
+"""Comparison of two models, for `evaluate`: how they share memory, and how far apart their predictions are.
 
-Their layers have their turns one model after the other; the states after the last layer are kept, on the device or
-on disk, until both heads are applied to the same few positions at a time. Per predicted token, in nats:
+The layers of one model are streamed, then those of the other. The hidden states after the last layer are kept, on the
+device or on disk, until both heads are applied to the same few positions at a time. Per predicted token, in nats:
 
     KL(p_dense ‖ p) = Σ_v p_dense(v) (log p_dense(v) − log p(v))        (Kullback and Leibler 1951, eq. 2.4)
 
-with log-softmax in float32 and sums in float64. Where p_dense(v) is zero its term is zero.
+with log-softmax in float32 and sums in float64. Terms with p_dense(v) = 0 are zero.
 """
 
 from __future__ import annotations
@@ -45,45 +45,48 @@ from streamprune.model.streamed import StreamedModel
 from streamprune.process.memory import format_bytes
 
 POSITION_BYTES = 12
-"""Bytes per position and entry of the vocabulary at the widest moment: the reference's log p, logits, their log p."""
+"""Peak bytes per position and vocabulary entry: log p of the reference, logits of the model, and their log p."""
 
 _PARTS = 8
-"""Divergences are taken of an eighth of the positions at a time, so that their temporaries stay below that."""
+"""Divergences are computed for an eighth of the positions at a time, so that temporaries do not exceed that peak."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be evaluated, and what it is computed in."""
+    """A model to be evaluated, and the dtype that it is computed in."""
 
     skeleton: Skeleton
     dtype: torch.dtype
 
     def state_bytes(self, tokens: int) -> int:
-        """Bytes of the hidden states of `tokens` tokens, as they are kept between stages."""
+        """Bytes of the hidden states of `tokens` tokens, in the dtype they have between stages."""
         return tokens * self.skeleton.hidden_size * cache_dtype(self.skeleton.dtype, self.dtype).itemsize
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of weights that making logits takes; the matrix may be the embedding's."""
+        """Bytes of weights that the head needs; with tied embeddings, its matrix is part of the first stage."""
         return max(s.nbytes for s in (self.skeleton.stages[0], self.skeleton.stages[-1]))
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """What `compare_heads` found, in nats."""
+    """The result of `compare_heads`, in nats."""
 
     nll: Tensor
     """(windows,) float64 on the CPU: −log p of the model, summed over each window's predicted tokens."""
     reference_nll: float
-    """The same of the reference, summed over all of them."""
+    """The same for the reference, summed over all windows."""
     agreed: int
-    """Positions where both models' most likely token is the same; of equal logits the first counts."""
+    """Number of positions at which both models' most likely token is the same; of equal logits, the first counts."""
     kl: Tensor
     """(windows,) float64 on the CPU: each window's mean KL in nats per predicted token."""
 
 
 def open_reference(reference: str | Path, seqlen: int) -> Checkpoint:
-    """The checkpoint to compare with. Raises as for a model, and UsageError when its context is below `seqlen`."""
+    """Opens the checkpoint to compare with.
+
+    Raises as for the model itself, and UsageError if its context is shorter than `seqlen`.
+    """
     checkpoint = open_checkpoint(resolve_model(str(reference)))
     read_scheme(checkpoint)
     check_claims(checkpoint)
@@ -97,9 +100,9 @@ def open_reference(reference: str | Path, seqlen: int) -> Checkpoint:
 def check_reference(
     checkpoint: Checkpoint, reference: Subject, model: Subject, source: Source, windows: Windows, folder: Path
 ) -> None:
-    """Raises UsageError unless the reference has the model's vocabulary and makes the same `windows` of the text.
+    """Raises UsageError unless the reference has the model's vocabulary and its tokenizer gives the same `windows`.
 
-    `source` is where the model's come from, `folder` where the reference's go meanwhile.
+    `source` is the text as the model's tokenizer reads it; `folder` is for temporary files.
     """
     theirs, ours = reference.skeleton.vocab_size, model.skeleton.vocab_size
     if theirs != ours:
@@ -111,7 +114,7 @@ def check_reference(
         with ScratchTokens(folder) as ids:
             made = cut_windows(replace(source, model=checkpoint.path), windows.seqlen, ids, len(windows))
             same = made.shape == windows.shape and tokens_digest(made) == tokens_digest(windows)
-    except UsageError:  # too few tokens, where the model's tokenizer gives enough
+    except UsageError:  # the text has too few tokens for it, so the tokenizers differ
         same = False
     if not same:
         raise UsageError(
@@ -121,7 +124,7 @@ def check_reference(
 
 
 def ram_of_two(reference: Subject, model: Subject, seqlen: int, *, on_device: bool, base: int | None = None) -> Budget:
-    """The estimate of RAM for one model after the other, then both heads at once."""
+    """Estimate of the RAM for streaming one model after the other, then applying both heads."""
     two = [estimate(s.skeleton, seqlen, s.dtype, base, on_device=on_device) for s in (reference, model)]
     if on_device:  # chunks of hidden states of both are in flight at the end
         return replace(two[0], per_sample=two[0].per_sample + two[1].per_sample)
@@ -136,10 +139,10 @@ def lay_out_two(
     reference: Subject, model: Subject, seqlen: int, samples: int, device: torch.device,
     max_ram: int | None, max_vram: int | None, logits: int,
 ) -> tuple[Layout, Layout, bool]:  # fmt: skip
-    """The layouts of both models, and whether states that are resident stay on the device after the last layer.
+    """The layouts of both models, and whether resident hidden states stay on the device after the last layer.
 
-    Both have the same batch, so that their chunks of states belong together. `logits` is in bytes. Raises as
-    layout_for, with the smallest sufficient value.
+    Both have the same batch size, so that their chunks of states hold the same windows. `logits` is in bytes. Raises
+    ResourceError with the smallest sufficient limit, as layout_for, and UsageError for --max-vram without a GPU.
     """
     on_device = device.type != "cpu"
     if max_vram is not None and not on_device:
@@ -160,19 +163,20 @@ def fit_two(
     reference: Subject, model: Subject, seqlen: int, samples: int, device: torch.device, limit: int | None, logits: int,
     whose: str = "--max-vram",
 ) -> tuple[Layout, Layout, bool]:  # fmt: skip
-    """As lay_out_two, within `limit` bytes of a device; None is not known, and nothing is then kept there.
+    """As lay_out_two, within `limit` bytes of a device; None if that is unknown, and then no states are kept there.
 
-    What is given up first: keeping final states on the device, then what device_layout gives up, then batches.
+    To save memory, first the final states are no longer kept on the device, then as in device_layout, then batches
+    shrink.
     """
     two = (reference, model)
     whole = [s.state_bytes(samples * seqlen) for s in two]
 
     def heads(batch: int, kept: int) -> int:
-        """Bytes on the device while both heads are at work."""
+        """Bytes on the device while both heads are applied."""
         return CONTEXT + logits + kept + sum(s.head_bytes + 4 * s.state_bytes(batch * seqlen) for s in two)
 
     def layouts(kept: int) -> list[Layout]:
-        """Each model by itself, the second beside `kept` bytes of the first."""
+        """The layout of each model on its own; the second one has `kept` bytes less."""
         rooms = [limit, limit if limit is None else limit - kept]
         return [device_layout(s.skeleton, seqlen, samples, s.dtype, device, r) for s, r in zip(two, rooms, strict=True)]
 
@@ -202,12 +206,12 @@ def compare_heads(
     batches: Sequence[Tensor],
     limit: int,
 ) -> Divergence:
-    """Both heads on the same positions, few enough for `limit` bytes of logits and what is made of them.
+    """Applies both heads to the same positions, so few at a time that logits and temporaries take `limit` bytes.
 
-    `states` are both models' chunks after the last layer, (batch, seqlen, hidden) each, and belong to `batches` of
-    ids (batch, seqlen).
+    `states` yields both models' chunks of hidden states after the last layer, (batch, seqlen, hidden) each, in the
+    order of `batches` of token ids (batch, seqlen).
     """
-    seqlen = batches[0].shape[1]  # more positions a model may not have
+    seqlen = batches[0].shape[1]  # never more positions per call, which some models do not support
     step = max(1, min(seqlen, limit // (POSITION_BYTES * max(w.skeleton.vocab_size for w in (reference, model)))))
     sums = torch.zeros(2, dtype=torch.float64, device=model.device)
     windows, nats = [], []
@@ -224,7 +228,7 @@ def compare_heads(
                 sums += torch.stack([dense_loss.sum(), (top_p == top_q).sum().double()])
                 lost.append(loss)
                 found.append(divergence(log_p, log_q))
-                del log_p, log_q  # before the next ones are made
+                del log_p, log_q  # before the next ones are computed
             windows.append(torch.cat(found).view(len(ids), -1).mean(1).cpu())
             nats.append(torch.cat(lost).view(len(ids), -1).sum(1).cpu())
     reference_nll, agreed = sums.tolist()
@@ -232,12 +236,12 @@ def compare_heads(
 
 
 def predictions(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (tokens, vocab) to log p (tokens, vocab) float32, and the most likely token (tokens,) int64."""
+    """log p (tokens, vocab) float32 and the most likely tokens (tokens,) int64, from logits (tokens, vocab)."""
     return torch.log_softmax(logits, -1, dtype=torch.float32), logits.argmax(-1)
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats of each row of (tokens, vocab) float32 -> (tokens,) float64. See the module's docstring."""
+    """KL(p ‖ q) in nats of each row of log p and log q (tokens, vocab) float32: (tokens,) float64. See the top."""
     part = -(-len(log_p) // _PARTS)
     found = []
     for p, q in zip(torch.split(log_p, part), torch.split(log_q, part), strict=True):

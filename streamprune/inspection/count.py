@@ -1,4 +1,4 @@
-"""One linear counted, compared with its source if there is one, and held against what is expected of it."""
+"""Inspection of one linear: counts, comparison with its source if there is one, and check of what is expected."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from streamprune.inspection.stored import BitStream, StoredTensor
 from streamprune.methods.counting import MatrixCount, group_counts, long_run
 from streamprune.methods.selection import Pattern, parse_pattern, parse_sparsity, prune_count
 
-_BLOCK_BYTES = 2**18  # what is counted at a time: it stays in the cache
+_BLOCK_BYTES = 2**18  # counted at a time; stays in the cache
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What every linear should be: of a pattern, of a sparsity in each row, FP8. None or False: does not matter."""
+    """What every linear should have: a pattern, a sparsity in each row, FP8; None or False where it does not matter.
+
+    `text` is the expectation as the user wrote it, joined by commas.
+    """
 
     text: str
     pattern: Pattern | None
@@ -33,10 +36,10 @@ class Expectation:
 
 
 def parse_expectation(given: str | Sequence[str]) -> Expectation:
-    """Of "2:4", "0.5", "fp8", several of them joined by commas, or a sequence of such texts.
+    """Parses "2:4", "0.5", "fp8", several of them joined by commas, or a sequence of such texts.
 
     Raises:
-        UsageError: something else, or two patterns or sparsities.
+        UsageError: anything else, or several patterns or sparsities.
     """
     texts = [given] if isinstance(given, str) else list(given)
     words = [word.strip() for text in texts for word in text.split(",")]
@@ -57,11 +60,11 @@ def _parse_sparsity(word: str) -> float:
         number = False
     if not number:
         raise UsageError(
-            f"--expect {show(repr(word))}: give a pattern such as 2:4, a sparsity such as 0.5, fp8, or 2:4,fp8"
+            f"--expect {show(repr(word))}: give a pattern such as 2:4, a sparsity such as 0.5, fp8, or both as 2:4,fp8"
         )
     sparsity = parse_sparsity(word)
     if not sparsity:
-        raise UsageError("--expect 0 holds for any checkpoint; give a pattern such as 2:4, a sparsity or fp8")
+        raise UsageError("--expect 0 is true of any checkpoint; give a pattern such as 2:4, a sparsity or fp8")
     return sparsity
 
 
@@ -73,10 +76,10 @@ def inspect_linear(
     expected: Expectation | None,
     comparison: LinearComparison | None,
 ) -> tuple[LinearReport, list[str]]:
-    """Read one linear, once; returns its report, and in which ways it is not what is expected.
+    """Reads one linear once; returns its report, and a line for each way in which it is not as expected.
 
     Raises:
-        CheckpointError: it cannot be read, or a packed one's parts do not fit each other.
+        CheckpointError: it cannot be read, or the parts of a packed one do not fit together.
     """
     rows, width = tensor.shape
     shape = (width, rows) if transposed else (rows, width)
@@ -98,10 +101,10 @@ def _read(
     transposed: bool,
     comparison: LinearComparison | None,
 ) -> int:
-    """WeightLoader all rows to `count` and `comparison`; returns the most set items of four neighbours as stored.
+    """Passes all rows to `count` and `comparison`; returns the largest number of nonzero items in four stored columns.
 
-    Packing goes along stored rows and by bits, so that -0.0 is kept and Conv1D is packed along its outputs. If 4 does
-    not divide the stored rows: 4.
+    This number decides whether the linear can be packed as 2:4. Packing works along stored rows and on bits, so that
+    -0.0 counts as nonzero, and a Conv1D is packed along its outputs. 4 if stored rows are not a multiple of 4 long.
     """
     rows, width = tensor.shape
     row_bytes = tensor.dense_nbytes // rows

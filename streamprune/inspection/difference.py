@@ -1,8 +1,7 @@
-"""How far a checkpoint is from another one of the same tensors, its source: what changed, and linears by how much.
+"""Comparison of a checkpoint with another one of the same tensors, its source: what changed, and linears by how much.
 
-Linears are compared by their values: scale × code of FP8 ones (float32, as runtimes compute it), packed ones as if they
-were unpacked. All other tensors should be what they were, bit for bit. Both checkpoints go through in blocks of rows
-that stay in the cache.
+Linears are compared by value: scale × code for FP8 (in float32, as runtimes compute it), unpacked if they are packed.
+All other tensors are compared bit for bit. Both checkpoints are read in blocks of rows that stay in the cache.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from streamprune.disk.mapping import TORCH_DTYPES, ShardMaps
+from streamprune.disk.mapping import SAFETENSORS_DTYPES, ShardMaps
 from streamprune.inspection.scales import WeightScales, read_scales
 from streamprune.inspection.stored import BitStream, StoredTensor
 
@@ -25,25 +24,25 @@ EQUAL, CHANGED, MISSING, EXTRA = "equal", "changed", "missing", "extra"
 OTHER_SHAPE, OTHER_DTYPE = "other shape", "other dtype"
 
 _BLOCK_BYTES = 2**18
-_ITEMS = 2**16  # values that are compared at a time: as float64 half a megabyte
+_ITEMS = 2**16  # values compared at a time: half a megabyte as float64
 _DOT = 8192
 _CODES = {
-    name: torch.arange(256, dtype=torch.uint8).view(TORCH_DTYPES[name]).float().numpy()
+    name: torch.arange(256, dtype=torch.uint8).view(SAFETENSORS_DTYPES[name]).float().numpy()
     for name in ("F8_E4M3", "F8_E5M2")
 }
 
 
 @dataclass(frozen=True)
 class LinearDifference:
-    """One linear W against W' of the source.
+    """One linear W compared with W' of the source.
 
-    kept_changed: weights that are nonzero and not the source's value; revived: those that are zero in the source.
-    squared_error, squared_norm: Σ(W − W')² and ΣW'², float64 sums. None throughout where values cannot be computed,
-    as the scales of one of the two do not fit its codes.
+    kept_changed: nonzero weights whose value differs from the source's; revived: those of them that are zero in the
+    source. squared_error, squared_norm: Σ(W − W')² and ΣW'², summed in float64. All four are None if values cannot be
+    computed, because the scales of one of the two do not fit its codes.
     """
 
     status: str
-    """"equal" (to the bit, in dtype and scales too) or "changed"."""
+    """"equal" (bit for bit, with the same dtype and scales) or "changed"."""
     source_dtype: str
     kept_changed: int | None
     revived: int | None
@@ -52,7 +51,7 @@ class LinearDifference:
 
     @property
     def relative_error(self) -> float | None:
-        """||W − W'|| / ||W'|| (Frobenius); None if it is not finite or not known."""
+        """‖W − W'‖ / ‖W'‖ (Frobenius norms); None if it is not finite or not known."""
         return relative_error(self.squared_error, self.squared_norm)
 
     def to_json(self) -> dict[str, Any]:
@@ -65,11 +64,11 @@ class LinearDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """All tensors against those of `source`.
+    """All tensors compared with those of `source`.
 
-    tensors: name -> "equal", "changed", "missing" (the source alone has it), "extra" (the source has not), "other
-    shape" or "other dtype"; a linear of another floating dtype is "changed". Linears that `only` and `skip` leave out
-    are left out here too, and scales belong to their linears.
+    tensors: name -> "equal", "changed", "missing" (only the source has it), "extra" (the source does not have it),
+    "other shape" or "other dtype"; a linear of another floating dtype is "changed". Linears that `only` and `skip`
+    exclude are not listed; scales count as part of their linears.
     """
 
     source: Path
@@ -77,7 +76,7 @@ class Difference:
     linears: frozenset[str]
     """Names of those tensors that are linears."""
     relative_error: float | None
-    """Of all linears together, as of one matrix; None as for one of them."""
+    """Of all linears together, as if they were one matrix; None as for a single one."""
 
     def named(self, status: str, *, linears: bool) -> list[str]:
         """The tensors of that status that are linears, or those that are not."""
@@ -85,7 +84,7 @@ class Difference:
 
     @property
     def amiss(self) -> dict[str, str]:
-        """Name -> status of what pruning leaves alone, but differs: all but equal tensors and changed linears."""
+        """Name -> status of tensors that pruning should not have touched: all but equal tensors and changed linears."""
         return {
             name: status
             for name, status in self.tensors.items()
@@ -115,7 +114,7 @@ def relative_error(squared_error: float | None, squared_norm: float | None) -> f
 
 
 class LinearComparison:
-    """Compares a linear, whose bits are handed in, with the source's, which it reads itself. Rows are stored rows."""
+    """Compares a linear, whose bits are passed to `add`, with the source's, which it reads itself; by stored rows."""
 
     def __init__(self, maps: ShardMaps, tensor: StoredTensor, source_maps: ShardMaps, source: StoredTensor) -> None:
         self._source_dtype = source.dtype
@@ -134,7 +133,7 @@ class LinearComparison:
         self._error = self._norm = 0.0
 
     def add(self, row: int, bits: NDArray[Any]) -> None:
-        """Compare `bits` (n, width), unsigned integers, the rows from `row` on; rows come in order."""
+        """Compares `bits` (n, width), unsigned integers: the stored rows from `row` on. Rows must come in order."""
         for top in range(0, len(bits), self._rows):
             piece = bits[top : top + self._rows]
             self._add(row + top, piece, self._stream.take(piece.size).reshape(piece.shape))
@@ -164,7 +163,7 @@ class LinearComparison:
             self._revived += int(np.count_nonzero(np.logical_and(kept, zero, out=others)))
 
     def finish(self) -> LinearDifference:
-        """The result, after the last row. Raises CheckpointError where the source's parts do not fit each other."""
+        """The result, after the last row. Raises CheckpointError if the parts of the source do not fit together."""
         self._stream.finish()
         status = EQUAL if self._equal else CHANGED
         if not self._known:
@@ -173,7 +172,7 @@ class LinearComparison:
 
 
 def same_bytes(maps: ShardMaps, tensor: StoredTensor, source_maps: ShardMaps, source: StoredTensor) -> bool:
-    """Whether two tensors of one shape and dtype are equal to the bit, with their scales.
+    """Whether two tensors of the same shape and dtype are equal bit for bit, including their scales.
 
     Raises:
         CheckpointError: one of them cannot be read.
@@ -194,7 +193,7 @@ def _same_scales(maps: ShardMaps, tensor: StoredTensor, source_maps: ShardMaps, 
 
 
 class _Values:
-    """Turns bits into values, in memory of its own that the next call uses again: fresh memory is dear."""
+    """Converts bits to values, in a buffer that every call reuses, because newly allocated memory is slow."""
 
     def __init__(self, dtype: str, scales: WeightScales | None, rows: int, width: int) -> None:
         self._dtype = dtype
@@ -202,7 +201,8 @@ class _Values:
         self._work = np.empty((rows, width), np.float32)
 
     def values(self, row: int, bits: NDArray[Any]) -> NDArray[Any]:
-        """What `bits` (n, width) of the rows from `row` on mean: float32, of F64 float64. Valid until the next call."""
+        """The values of `bits` (n, width), the rows from `row` on: float32, or float64 for F64. Valid until the next
+        call."""
         out = self._work[: len(bits)]
         if self._dtype in _CODES:
             np.take(_CODES[self._dtype], bits, out=out, mode="clip")
@@ -220,7 +220,7 @@ class _Values:
 
 
 def _sum_of_squares(values: NDArray[np.float64]) -> float:
-    """In pieces that are too short for BLAS to wake its threads, which cost more than they bring."""
+    """Summed in pieces too short for BLAS to use its threads, which would cost more than they gain."""
     flat = values.reshape(-1)
     pieces = (flat[at : at + _DOT] for at in range(0, flat.size, _DOT))
     return math.fsum(float(np.dot(piece, piece)) for piece in pieces)

@@ -1,11 +1,10 @@
-"""What a checkpoint's linears hold: zeros, N:M patterns, and what must not be there (-0.0, NaN, Inf, bad scales).
+"""Inspects a checkpoint's linears: zeros, N:M patterns, and faults (-0.0, NaN, Inf, bad scales).
 
-Reads headers and bytes only: no model is built, so any safetensors checkpoint can be inspected, also those of
-unknown architectures, quantised ones, and packed ones, which are unpacked on the way. What counts as a linear is said
-in disk/linears.py.
+Reads headers and bytes only and builds no model, so that any safetensors checkpoint can be inspected: of an unknown
+architecture, quantised, or packed (it is unpacked on the fly). disk/linears.py defines what counts as a linear.
 
-A row is an output, along it lie the inputs. transformers' Conv1D stores (in, out): there, a row is a column
-on disk. Tensors go through in chunks of rows: some 20 MiB of memory for each checkpoint, whatever its size.
+A row is an output; along it lie the inputs. transformers' Conv1D stores (in, out), so that a row is a column on disk.
+Tensors are read in chunks of rows: about 20 MiB of memory for each checkpoint, whatever its size.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.header import show
 from streamprune.disk.hub import resolve_model
-from streamprune.disk.linears import FLOATING, by_number, is_transposed
+from streamprune.disk.linears import FLOATING, by_number, compile_filter, is_transposed
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import UnsupportedError, UsageError
 from streamprune.inspection.count import inspect_linear, parse_expectation
@@ -51,24 +50,24 @@ def inspect(
     quiet: bool = False,
     on_linear: Callable[[LinearReport], None] | None = None,
 ) -> Inspection:
-    """Count the zeros of every linear of `model`, a folder or a hub name, dense or packed.
+    """Inspects every linear of `model`, a folder or a hub name, dense or packed.
 
-    `against` is another checkpoint with the same names of tensors, usually the one that `model` was made from: all
-    tensors are compared with its. `only` and `skip` are regular expressions searched for in the name of the linear;
-    linears that they leave out are not compared either.
+    `against` is another checkpoint with the same tensor names, usually the one that `model` was made from; all tensors
+    are compared with it. `only` and `skip` are regular expressions searched for in the names of linears; linears that
+    they exclude are not compared either.
 
-    `expect` is "N:M" (at most N nonzeros in every M inputs), a sparsity such as "0.5" (floor(0.5 · in) zeros in every
-    row), "fp8" (codes F8_E4M3 with a weight_scale), or several of them as "2:4,fp8" or a list; NaN, Inf, -0.0 and bad
-    scales fail it too, and with `against` any tensor that is missing, extra or of another shape, or that is no linear
-    and differs. `on_linear` is called after each linear.
+    `expect` is "N:M" (at most N nonzeros in every M inputs), a sparsity such as "0.5" (at least floor(0.5 · in) zeros
+    in every row), "fp8" (F8_E4M3 with a weight_scale), or several of them as "2:4,fp8" or a list. NaN, Inf, -0.0 and
+    bad scales fail any expectation; with `against`, so does every tensor that is missing, extra or of another shape,
+    and every difference in a tensor other than a linear. `on_linear` is called after each linear.
 
     Raises:
-        UsageError: `expect`, `only` or `skip` is malformed, or they leave no linear.
-        UnsupportedError: the checkpoint has no linears by the rule in disk/linears.py.
-        CheckpointError: it or `against` cannot be read.
+        UsageError: `expect`, `only` or `skip` is malformed, or no linear is selected.
+        UnsupportedError: the checkpoint has no linears as defined in disk/linears.py.
+        CheckpointError: the checkpoint or `against` cannot be read.
     """
     expected = None if expect is None else parse_expectation(expect)
-    chosen = _Filter(_regex("only", only), _regex("skip", skip))
+    chosen = _Filter(compile_filter("--only", only), compile_filter("--skip", skip))
     reports: list[LinearReport] = []
     failures: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -120,13 +119,6 @@ class _Filter:
         return (not self.keep or bool(self.keep.search(name))) and not (self.drop and self.drop.search(name))
 
 
-def _regex(flag: str, text: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if text is None else re.compile(text)
-    except re.error as error:
-        raise UsageError(f"--{flag} {show(text)}: no regular expression: {error}") from None
-
-
 def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
     checkpoint = open_checkpoint(path)
     maps = stack.enter_context(ShardMaps(checkpoint))
@@ -154,7 +146,7 @@ def _comparable(tensor: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _compare(mine: _Opened, source: _Opened, chosen: _Filter, reports: Sequence[LinearReport]) -> Difference:
-    """All tensors of both; the linears among them have been compared in `reports`."""
+    """Compares all tensors of both checkpoints; the results for selected linears are in `reports` already."""
     compared = {f"{report.name}.weight": report.difference for report in reports}
     modules = {**mine.linears, **source.linears}
     linears = {f"{module}.weight" for module in modules}

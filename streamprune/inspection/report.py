@@ -1,4 +1,4 @@
-"""What `inspect` finds: one report a linear, their sums, and the difference from another checkpoint."""
+"""The result of `inspect`: a report for each linear, totals, and the difference from another checkpoint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class ScaleReport:
-    """The scales of an FP8 linear: least and largest finite one, how many are NaN, Inf, zero or negative (`bad`).
+    """The scales of an FP8 linear: the least and largest finite one, and how many are NaN, Inf, zero or negative
+    (`bad`).
 
-    `fault` says what is wrong with their dtype or shape; the numbers are then None and 0.
+    If their dtype or shape is wrong, `fault` says how; then least and largest are None and bad is 0.
     """
 
     dtype: str
@@ -33,12 +34,12 @@ class ScaleReport:
 class LinearReport:
     """One linear: `shape` as the dense tensor is stored; zeros include -0.0; rows are outputs.
 
-    `pattern` is the tightest N:M, M of 2, 4, 8, 16, 32 or that of an expected pattern, that every group holds and that
-    is meant (see methods/counting.py); None when there is none, as for a dense or an unstructured matrix. `packed` is
-    the layout of a packed one. Bytes, scales included: `nbytes` as it is stored; `nbytes_dense` unpacked;
-    `nbytes_two_four` and `nbytes_bitmask` as `pack` would store it in either layout, None for the first where its
-    bits do not hold 2:4 along stored rows (-0.0 counts as kept). `zero_rows` is the longest stretch of rows that are
-    all zeros, where it is so long that a broken download must be feared (counting.long_run), else 0.
+    `pattern` is the tightest N:M, with M 2, 4, 8, 16, 32 or that of an expected pattern, that all groups satisfy and
+    that counts as intended (see methods/counting.py); None if there is none, as for a dense or unstructured matrix.
+    `packed` is the layout of a packed linear, else None. Bytes include scales: `nbytes` as stored; `nbytes_dense`
+    unpacked; `nbytes_two_four` and `nbytes_bitmask` as `pack` would store it in either layout. `nbytes_two_four` is
+    None if its bits do not satisfy 2:4 along stored rows (-0.0 counts as nonzero). `zero_rows` is the length of the
+    longest run of zero rows if it is so long that the download may be broken (counting.long_run), else 0.
     """
 
     name: str
@@ -72,11 +73,11 @@ class LinearReport:
 
     @property
     def bad_scales(self) -> int:
-        """Scales that are NaN, Inf, zero or negative; 1 if they do not fit the codes at all."""
+        """Number of scales that are NaN, Inf, zero or negative; 1 if their dtype or shape is wrong."""
         return 0 if self.scale is None else self.scale.bad + (self.scale.fault is not None)
 
     def nbytes_packed(self, layout: str | None) -> int:
-        """Bytes that `pack` makes of it in `layout`: those of the dense form where that is not larger."""
+        """Bytes that it takes after `pack` in `layout`: in its dense form if packing would not make it smaller."""
         sizes = {TWO_FOUR: self.nbytes_two_four, BITMASK: self.nbytes_bitmask}
         size = sizes.get(layout or "")
         return self.nbytes_dense if size is None else min(size, self.nbytes_dense)
@@ -84,10 +85,11 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over linears. `patterns` and `dtypes` count linears ("none" for those without a pattern).
+    """Totals over linears. `patterns` and `dtypes` count linears ("none" for those without a pattern).
 
-    `packed` linears are stored packed; dense, all would take `nbytes_dense`. `layout` is what `pack` would choose for
-    these linears, None if none of them would become smaller; `nbytes_packed` is what they would take.
+    `packed` is the number of linears that are stored packed; unpacked, all linears take `nbytes_dense`. `layout` is the
+    one that `pack` would choose for these linears, None if none would become smaller; packed, they take
+    `nbytes_packed`.
     """
 
     linears: int
@@ -110,9 +112,9 @@ class Totals:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`ok` is None unless something was expected; `failures` has one line for each thing amiss.
+    """The result of `inspect`. `ok` is None if nothing was expected; `failures` has a line for each failed expectation.
 
-    `expect` is what was expected, joined by commas; `against` the difference from the source, if one was given.
+    `expect` is what was expected, joined by commas; `against` is the difference from the source, if one was given.
     """
 
     model: Path
@@ -126,8 +128,8 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values, with a format name and version.
 
-        Keys are the fields of the classes here, plus `sparsity` and `nbytes_packed` of each linear. Version 2 (1 had
-        no scales, bytes, packed linears and differences).
+        Keys are the fields of these classes, and `sparsity` and `nbytes_packed` of each linear. Version 2; version 1
+        had no scales, bytes, packed linears or differences.
         """
         return {
             "format": "streamprune-inspection",
@@ -151,7 +153,7 @@ class Inspection:
 
 
 def totals_of(reports: Sequence[LinearReport]) -> Totals:
-    """The sums; `reports` must not be empty."""
+    """The totals of `reports`, which must not be empty."""
     weights, zeros = sum(r.weights for r in reports), sum(r.zeros for r in reports)
     layout = _layout(reports)
     return Totals(
@@ -175,7 +177,7 @@ def totals_of(reports: Sequence[LinearReport]) -> Totals:
 
 
 def _layout(reports: Sequence[LinearReport]) -> str | None:
-    """One layout for all: 2:4 if every linear that packing makes smaller holds it."""
+    """The layout `pack` would choose: 2:4 if every linear that packing makes smaller satisfies it."""
     smaller = [r for r in reports if min(r.nbytes_bitmask, r.nbytes_two_four or r.nbytes_bitmask) < r.nbytes_dense]
     if not smaller:
         return None

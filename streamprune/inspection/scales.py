@@ -1,4 +1,4 @@
-"""The scales of FP8 weights, as stored beside their codes: one a row (an output), or one for all."""
+"""The scales of FP8 weights, stored beside their codes: one per row (output), or one for all."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class WeightScales:
-    """`values`: float32 (rows, 1), as they apply to rows of codes; None where `fault` says why they cannot."""
+    """Scales by row: `values` (rows, 1) float32, or None if `fault` says why they cannot be applied to the codes."""
 
     dtype: str
     shape: tuple[int, ...]
     values: NDArray[np.float32] | None
     bad: int
-    """How many of the stored ones are NaN, Inf, zero or negative."""
+    """Number of stored scales that are NaN, Inf, zero or negative."""
     fault: str | None
 
 
 def read_scales(maps: ShardMaps, tensor: StoredTensor) -> WeightScales | None:
-    """The scales of a matrix of codes (rows, in); None if it has none. Raises CheckpointError as reading does.
+    """The scales of a matrix of codes (rows, in), stored as (rows, 1), (rows,), (1,) or (); None if it has none.
 
-    Shapes may be (rows, 1), (rows,), (1,) and ().
+    Raises CheckpointError if they cannot be read.
     """
     ref = tensor.scale
     if ref is None:
@@ -36,9 +36,9 @@ def read_scales(maps: ShardMaps, tensor: StoredTensor) -> WeightScales | None:
     rows = tensor.shape[0]
     fault = None
     if ref.dtype not in _DTYPES:
-        fault = f"weight_scale is {ref.dtype}, a scale is a float of 16 bits or more"
+        fault = f"weight_scale is {ref.dtype}, not a float of 16 bits or more"
     elif ref.shape not in ((rows, 1), (rows,), (1,), ()):
-        fault = f"weight_scale has the shape {list(ref.shape)}, {rows} rows want {[rows, 1]}, {[rows]} or []"
+        fault = f"weight_scale has the shape {list(ref.shape)}; {rows} rows need {[rows, 1]}, {[rows]} or []"
     if fault:
         return WeightScales(ref.dtype, ref.shape, None, 0, fault)
     stored = maps.tensor(ref).reshape(-1, 1).float().numpy()

@@ -1,8 +1,8 @@
-"""A checkpoint's tensors as the dense model has them, however they are stored, and their bits as a stream.
+"""The tensors of the dense model, whether a checkpoint stores them dense, in FP8 or packed, and their bits as a stream.
 
-Parts of a packed tensor (disk/packed.py) count as that tensor, and the scales of an FP8 one (`P.weight_scale` beside
-`P.weight` F8_E4M3) belong to it. A 3-D tensor of experts counts as a matrix for each. Bits are read in pieces of 16
-MiB at most, whose pages are given back afterwards.
+The parts of a packed tensor (disk/packed.py) count as one tensor, and the scales of an FP8 tensor (`P.weight_scale`
+beside `P.weight` F8_E4M3) as part of it. A 3-D tensor of fused experts counts as one matrix per expert. Bits are read
+in pieces of at most 16 MiB, whose pages are given back afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from streamprune.disk.packed import PackedTensor, find_packed
 
 _CHUNK_BYTES = 16 * 2**20
 _UNPACKED_BYTES = 4 * 2**20  # two pieces are held at a time
-_AROUND_BYTES = 2**21  # with a page that is touched, the system maps others, of as much as a huge page
+_AROUND_BYTES = 2**21  # on access to a page, the system may map neighbours too, up to the size of a huge page
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class StoredTensor:
     stored: TensorRef | PackedTensor
     scale: TensorRef | None = None
     is_part: bool = False
-    """Of a larger tensor, which `pack` leaves as it is."""
+    """Whether it is part of a larger tensor (fused experts), which `pack` does not pack."""
 
     @property
     def parts(self) -> tuple[TensorRef, ...]:
-        """All tensors on disk that it is made of."""
+        """All tensors on disk that it consists of, scales included."""
         main = self.stored.parts if isinstance(self.stored, PackedTensor) else (self.stored,)
         return main if self.scale is None else (*main, self.scale)
 
@@ -58,7 +58,7 @@ class StoredTensor:
 
     @property
     def layout(self) -> str | None:
-        """Of a packed one, else None."""
+        """The layout of a packed tensor, else None."""
         return self.stored.layout if isinstance(self.stored, PackedTensor) else None
 
 
@@ -66,7 +66,7 @@ def find_tensors(checkpoint: Checkpoint, maps: ShardMaps) -> dict[str, StoredTen
     """All tensors of a checkpoint by their names in the dense model.
 
     Raises:
-        CheckpointError: parts of a packed tensor are missing or do not fit each other.
+        CheckpointError: parts of a packed tensor are missing or do not fit together.
     """
     packed = find_packed(checkpoint, maps)
     for tensor in packed.values():
@@ -88,7 +88,7 @@ def find_tensors(checkpoint: Checkpoint, maps: ShardMaps) -> dict[str, StoredTen
 
 
 def _experts_of(ref: TensorRef) -> dict[str, StoredTensor]:
-    """The experts' matrices of a 3-D tensor; none if it holds none."""
+    """The experts' matrices of a 3-D tensor; empty for other tensors."""
     names, found = expert_names(ref), {}
     for number, name in enumerate(names):
         begin = ref.begin + number * ref.nbytes // len(names)
@@ -98,16 +98,13 @@ def _experts_of(ref: TensorRef) -> dict[str, StoredTensor]:
 
 
 def linears_of(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The linears among `tensors` by module name, in the order and by the rule of disk/linears.py."""
+    """The linears among `tensors` by module name, as disk/linears.py defines and orders them."""
     dense = {name: TensorRef(name, "", t.dtype, t.shape, 0, t.dense_nbytes) for name, t in tensors.items()}
     return {module: tensors[ref.name] for module, ref in find_linears(replace(checkpoint, tensors=dense)).items()}
 
 
 class BitStream:
-    """The bits of a tensor from beginning to end, rows of the last axis one after the other.
-
-    Items are unsigned integers of the dtype's width, or bytes if `as_bytes`.
-    """
+    """The items of a tensor in order, as unsigned integers of the dtype's width, or as bytes if `as_bytes`."""
 
     def __init__(self, maps: ShardMaps, tensor: StoredTensor, *, as_bytes: bool = False) -> None:
         stored = tensor.stored
@@ -116,10 +113,10 @@ class BitStream:
         self._left: NDArray[Any] = np.empty(0, np.uint8)
 
     def take(self, items: int) -> NDArray[Any]:
-        """The next `items` items (items,), or as many as are left. A view, or a copy at the seams of pieces.
+        """The next `items` items (items,), or as many as are left: a view, or a copy where two pieces meet.
 
         Raises:
-            CheckpointError: the file has changed, or a packed tensor's parts do not fit each other.
+            CheckpointError: the file has changed, or the parts of a packed tensor do not fit together.
         """
         wanted, taken = items * self._view.itemsize, []
         while wanted:
@@ -135,7 +132,7 @@ class BitStream:
         return piece.view(self._view)
 
     def finish(self) -> None:
-        """To be called after the last item: checks that values and bitmask of a packed tensor end together.
+        """Call it after the last item: checks that the values and bitmask of a packed tensor end together.
 
         Raises:
             CheckpointError: they do not.
@@ -145,7 +142,7 @@ class BitStream:
 
 
 def release_around(maps: ShardMaps, ref: TensorRef) -> None:
-    """Give back the pages of `ref`, and those beside it that were mapped with them."""
+    """Gives back the pages of `ref`, and those next to it that may have been mapped with them."""
     maps.release([replace(ref, begin=max(0, ref.begin - _AROUND_BYTES), end=ref.end + _AROUND_BYTES)])
 
 
@@ -159,7 +156,7 @@ def _mapped(maps: ShardMaps, ref: TensorRef) -> Iterator[NDArray[np.uint8]]:
 
 
 def _unpacked(maps: ShardMaps, packed: PackedTensor) -> Iterator[NDArray[np.uint8]]:
-    from streamprune.methods.bitmask import unpacked_rows  # compiled loops, which dense checkpoints do not need
+    from streamprune.packing.rows import unpacked_rows  # here, for dense checkpoints do not need its compiled loops
 
     for _, bits in unpacked_rows(maps, packed, _UNPACKED_BYTES):
         yield bits.reshape(-1).view(np.uint8)

@@ -1,29 +1,28 @@
-"""CPU kernels (Numba): mask selection and input statistics in one visit to memory.
+"""CPU kernels (Numba): mask selection and input statistics in a single pass over memory.
 
 Score of a weight: L_ij = |w_ij|**power * feature_j, in float32. Selectors, per row of L:
 
 Exact: the `count` smallest L of each row. N:M: the M − N smallest L of every M consecutive ones.
 
-EWMA (SwiftPrune, arXiv 2501.16376): the weights furthest below a running mean of their row. It works on
-l = |w| * feature**(1 / power), the root of L where power is 2: the order is the same and the tails are not, and a mean
-of squares follows its largest terms. The row is read in blocks of B neighbours. With (est, dev) the state before
-block b, a weight is pruned when l < est + λ·dev, and after the block
+EWMA (SwiftPrune, arXiv 2501.16376): the weights furthest below a moving average of their row. It works on
+l = |w| * feature**(1 / power), the root of L if power is 2: l and L rank weights alike, but a mean of squares would be
+dominated by its largest terms. A row is processed in blocks of B consecutive weights. With (est, dev) the state before
+block b, a weight is pruned if l < est + λ·dev, and after the block
 
     est += α (mean(l) − est)        dev += α (mean|l − est| − dev)        with est the value before the block.
 
-λ is solved per row so that exactly `count` weights go: they are the `count` smallest z = (l − est) / dev. dev is held
-above the smallest normal float32. What differs from the published recurrence (B = 1, a fixed λ, a start from the
-first score): both states start from the mean over the row's blocks, and a block's mean, here and in the updates,
-counts for no more than LARGEST_BLOCK times the median of those that are not zero. So a single score, however
-large, moves the states by a few percent and cannot hide its neighbours.
+λ is chosen for each row so that exactly `count` weights are pruned: those with the `count` smallest z = (l − est) /
+dev. dev is at least the smallest normal float32. What differs from the published recurrence (B = 1, a fixed λ, a start
+from the first score): both states start from the mean over the row's blocks, and the mean of a block, there and in the
+updates, is capped at LARGEST_BLOCK times the median of the nonzero ones. Thus a single score, however large, moves the
+states by only a few percent and cannot cause its neighbours to be pruned.
 
-Ties go to the lowest column first.
+Of equal scores, the lowest column is pruned first.
 
-bf16, fp16 and fp32 weights are read through their bits without a copy; a row lives in cache-sized buffers, so
-no float32 image of a linear ever exists. Rows are shared out to torch.get_num_threads() threads of our own
-(the loops release the GIL); the result does not depend on their number. Nothing changes its inputs, except
-`accumulate`, whose purpose it is, and a pruning function whose `out` is its `weight`. torch_ops.py has the same
-functions for any device.
+bf16, fp16 and fp32 weights are read as raw bits without a copy, and a row is processed in buffers that fit the cache,
+so that a linear is never converted to float32 as a whole. Rows are distributed over torch.get_num_threads() threads of
+our own (the loops release the GIL); the result does not depend on their number. Inputs are never changed, except by
+`accumulate`, and by a pruning function whose `out` is its `weight`. torch_ops.py has the same functions for any device.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ from streamprune.kernels import EWMA_ALPHA, Selection, cpu_eliminate, cpu_groups
 from streamprune.kernels.lanes import COUNT
 
 _Array = np.ndarray[Any, np.dtype[Any]]
-_FORMS = {  # mask of everything but the sign, shift and factor that make float32 of what is left, bits of infinity
+_FORMS = {  # (mask of all bits but the sign; shift and factor that convert magnitude bits to float32; bits of infinity)
     torch.bfloat16: (np.int32(0x7FFF), np.int32(16), np.float32(1), np.int32(0x7F80)),
     torch.float16: (np.int32(0x7FFF), np.int32(13), np.float32(2.0**112), np.int32(0x7C00)),
     torch.float32: (np.int32(0x7FFFFFFF), np.int32(0), np.float32(1), np.int32(0x7F800000)),
 }
-_PART = 1 << 18  # weights per unit of work, at least: large against the cost of a call
-_STRETCH = 2048  # columns of a token that are read in one go, if there are as many for each thread
-_CHUNK = 2048  # weights, about, that are turned together to compare their groups
+_PART = 1 << 18  # least number of weights per unit of work, so that the cost of a call does not matter
+_STRETCH = 2048  # columns per unit of work of `accumulate`, fewer if there are not as many for each thread
+_CHUNK = 2048  # approximate number of weights that are transposed together to compare their groups
 
 
 def prune_ewma(
@@ -65,11 +64,11 @@ def prune_ewma(
     out: Tensor | None = None,
     want_keep: bool = False,
 ) -> Selection:
-    """Prune `count` weights of every row, those furthest below the running mean of the row's scores.
+    """Prunes `count` weights of every row: those furthest below the moving average of the row's scores.
 
     weight (rows, in_features) bf16, fp16 or fp32; feature (in_features,) float32, not negative; power
-    1 or 2; 0 <= count <= in_features; block >= 1; 0 <= alpha <= 1. `out` (like weight) receives the weights; it may
-    be `weight` itself, but not overlap it otherwise. Raises ValueError for anything else.
+    1 or 2; 0 <= count <= in_features; block >= 1; 0 <= alpha <= 1. `out`, like weight, receives the pruned weights; it
+    may be `weight` itself, but not overlap it otherwise. Raises ValueError for anything else.
     """
     if block < 1 or not 0 <= alpha <= 1:
         raise ValueError(f"block {block} must be at least 1 and alpha {alpha} in 0..1")
@@ -85,7 +84,7 @@ def prune_exact(
     out: Tensor | None = None,
     want_keep: bool = False,
 ) -> Selection:
-    """Prune the `count` weights of lowest score of every row. Arguments as in prune_ewma."""
+    """Prunes the `count` weights of lowest score of every row. Arguments as in prune_ewma."""
     return _prune_rows(weight, feature, power, count, 0, 0.0, out, want_keep)
 
 
@@ -99,7 +98,7 @@ def prune_n_of_m(
     out: Tensor | None = None,
     want_keep: bool = False,
 ) -> Selection:
-    """Keep the n weights of highest score of every m consecutive inputs: 1 <= n < m, in_features % m == 0.
+    """Keeps the n weights of highest score of every m consecutive inputs: 1 <= n < m, in_features % m == 0.
 
     The other arguments as in prune_ewma; raises ValueError.
     """
@@ -122,10 +121,10 @@ def prune_n_of_m(
 
 
 def accumulate(x: Tensor, sum: Tensor, sumsq: Tensor) -> None:
-    """Add the sum and the sum of squares over tokens of x to `sum` and `sumsq`, in place.
+    """Adds the sum and the sum of squares over tokens of x to `sum` and `sumsq`, in place.
 
-    x (tokens, in_features) bf16, fp16 or fp32; sum, sumsq (in_features,) float64, contiguous. Runs of 256
-    tokens are summed in float32. The bits do not depend on the number of threads. Raises ValueError.
+    x (tokens, in_features) bf16, fp16 or fp32; sum, sumsq (in_features,) float64, contiguous. Runs of 256 tokens are
+    summed in float32. The result does not depend on the number of threads. Raises ValueError for anything else.
     """
     if x.ndim != 2 or x.dtype not in _FORMS:
         raise ValueError(f"x must be (tokens, in_features) bf16, fp16 or fp32, not {x.dtype} {[*x.shape]}")
@@ -146,8 +145,8 @@ def eliminate(
 ) -> None:
     """SparseGPT's sweep over the columns of one block, in place; see cpu_eliminate.eliminate_rows.
 
-    weight, keep and errors (rows, width) may be parts of wider tensors, with neighbouring columns side by side. With
-    n and m, `keep` is chosen: n of every m columns.
+    weight, keep and errors (rows, width) may be column slices of wider tensors, with contiguous rows. With n and m,
+    `keep` is not read but written: n of every m columns are kept.
     """
     arrays = [tensor.detach().numpy() for tensor in (weight, keep, errors)]
     block = np.ascontiguousarray(np.pad(upper.detach().numpy(), ((0, 0), (0, -upper.shape[1] % COUNT))))
@@ -205,7 +204,7 @@ def _prune_rows(
 
 
 class _Job:
-    """Arrays of one call: inputs and outputs as numpy views of the tensors' memory."""
+    """The checked arguments of one call, as numpy views of the tensors' memory."""
 
     def __init__(self, weight: Tensor, feature: Tensor, power: int, out: Tensor | None, want_keep: bool) -> None:
         if weight.ndim != 2 or weight.dtype not in _FORMS:
@@ -223,13 +222,15 @@ class _Job:
         self.kept = torch.empty(weight.shape, dtype=torch.bool) if want_keep else None
         self.form = _FORMS[weight.dtype]
         self.weight, self.out = _bits(weight), _bits(out)
-        self.feature = (feature.detach() + 0.0).contiguous().numpy()  # + 0.0: -0.0 would order below +0.0
+        self.feature = (
+            (feature.detach() + 0.0).contiguous().numpy()
+        )  # + 0.0, as the bits of -0.0 would sort before those of +0.0
         rows = weight.shape[0]
         self.keep = np.empty((rows, 0), np.bool_) if self.kept is None else self.kept.numpy()
         self.loss = np.ones((rows, 3), np.float64)  # removed, total, is the row finite
 
     def padded(self, multiple: int) -> _Array:
-        """The feature, with zeros behind it up to a multiple."""
+        """The feature, padded with zeros to a multiple of `multiple`."""
         return np.pad(self.feature, (0, -self.feature.size % multiple))
 
     def run(self, part: Callable[[int, int], None]) -> Selection:
@@ -249,10 +250,10 @@ def _bits(tensor: Tensor) -> _Array:
 
 
 def _share(size: int, step: int, part: Callable[[int, int], None], multiple: int = 1) -> None:
-    """Call part(begin, end) for stretches that cover 0..size, on as many threads as torch uses.
+    """Calls part(begin, end) for ranges that cover 0..size, on as many threads as torch uses.
 
-    Four stretches for each thread even out what else the machine does; none but the last is shorter than `step`, and
-    all but the last are multiples of `multiple`.
+    There are about four ranges per thread, to balance the load. All but the last are at least `step` long, and
+    multiples of `multiple`.
     """
     threads = torch.get_num_threads()
     step = max(step, -(-size // (4 * threads) // multiple) * multiple)
@@ -276,14 +277,15 @@ def _share(size: int, step: int, part: Callable[[int, int], None], multiple: int
         work()
     finally:
         for other in others:
-            if not other.cancel():  # it may wait behind another call's
+            if not other.cancel():  # it may still be queued behind another call's work
                 other.result()
 
 
 @lru_cache(maxsize=1)
 def _pool(process: int, helpers: int) -> ThreadPoolExecutor:
-    """Threads that last: starting some costs a tenth of a millisecond, or one where the machine is busy.
+    """A pool of threads that is kept, because starting threads takes 0.1 ms, or 1 ms on a busy machine.
 
-    A forked process has none of its parent's, hence `process`. When another number is asked for, these end.
+    `process` is part of the cache key because threads do not survive a fork. A request for another number of threads
+    replaces the pool.
     """
     return ThreadPoolExecutor(helpers, thread_name_prefix="streamprune-kernel")

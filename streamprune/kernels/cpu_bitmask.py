@@ -1,8 +1,8 @@
-"""Compiled loops that take nonzeros out of rows and put them back. See methods/bitmask.py for the drivers.
+"""Compiled loops that pack the nonzeros of rows and unpack them. See methods/bitmask.py for the drivers.
 
-Weights are raw bits, uint8 to uint64, in C order; zero is what has no bit set, so -0.0 is kept. Column j of a row is
-bit j % 8 of byte j // 8 of its mask. A value is written wherever it may belong, and the place moves on only past those
-that stay: there is no branch to mispredict.
+Weights are raw bits, uint8 to uint64, in C order; only an item without any bit set is zero, so -0.0 is kept. Column j
+of a row is bit j % 8 of byte j // 8 of its mask. Every value is written to the output, and the position advances only
+past those to keep, so that there is no branch to mispredict.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from streamprune.kernels.jit import jit
 
 
 def _two_of_four() -> tuple[Any, Any, Any, Any]:
-    """By the mask of the nonzeros of four columns: the mask filled up to two, the columns of these two, 1 for more."""
+    """Tables by the 4-bit mask of nonzero columns: the mask completed to two bits, these two columns, 1 if there are
+    more."""
     filled, first, second, over = (np.zeros(16, np.uint8) for _ in range(4))
     for mask in range(16):
         nonzero = [j for j in range(4) if mask >> j & 1]
@@ -43,7 +44,7 @@ def count_rows(bits: Any, counts: Any) -> Any:
 
 @jit(entry=True)
 def most_of_four(bits: Any) -> Any:
-    """The most nonzeros in four neighbouring columns of bits (n, in), in % 4 == 0."""
+    """The largest number of nonzeros in a group of four columns of bits (n, in), in % 4 == 0."""
     flat = bits.reshape(-1)
     most = 0
     for i in range(0, flat.size, 4):
@@ -54,9 +55,9 @@ def most_of_four(bits: Any) -> Any:
 
 @jit(entry=True)
 def pack(bits: Any, values: Any, mask: Any) -> Any:
-    """Nonzeros of bits (n, in) to values, one after the other; mask (n, ceil(in / 8)). Returns how many.
+    """Writes the nonzeros of bits (n, in) to values, and mask (n, ceil(in / 8)) uint8. Returns their number.
 
-    values has room for one more than there are nonzeros.
+    values must have room for one more item than there are nonzeros.
     """
     at: Any = 0
     for r in range(bits.shape[0]):
@@ -85,10 +86,10 @@ def pack(bits: Any, values: Any, mask: Any) -> Any:
 
 @jit(entry=True)
 def pack_two_four(bits: Any, values: Any, mask: Any) -> Any:
-    """Two of every four columns of bits (n, in), in % 4 == 0, to values (n * in / 2,); mask as in pack.
+    """Writes two of every four columns of bits (n, in), in % 4 == 0, to values (n * in / 2,); mask as in pack.
 
-    Where fewer than two are nonzero, the zeros with the lowest numbers are taken. Returns False, and nothing of use,
-    where more are.
+    Where fewer than two are nonzero, the first zeros of the four are added. Returns False if more than two are nonzero
+    anywhere; values and mask are then invalid.
     """
     at: Any = 0
     over = np.uint8(0)
@@ -112,7 +113,7 @@ def pack_two_four(bits: Any, values: Any, mask: Any) -> Any:
 
 @jit(entry=True)
 def count_bits(mask: Any, width: Any, counts: Any) -> Any:
-    """counts (n,) int64 = bits set in each row of mask (n, ceil(width / 8)); False if one is beyond the last column."""
+    """counts (n,) int64 = bits set in each row of mask (n, ceil(width / 8)). False if a bit beyond `width` is set."""
     last = width % 8
     fine = True
     for r in range(mask.shape[0]):
@@ -131,10 +132,10 @@ def count_bits(mask: Any, width: Any, counts: Any) -> Any:
 
 @jit(entry=True)
 def unpack(values: Any, mask: Any, bits: Any) -> Any:
-    """Puts values where bits of mask (n, ceil(in / 8)) are set, zero elsewhere: bits (n, in). As many as bits are set.
+    """bits (n, in) = the next of `values` where mask (n, ceil(in / 8)) is set, 0 elsewhere.
 
-    Within whole bytes a value is read that may not be used; near the end of values, only those that are. Nothing is
-    read beyond it, even if mask has changed since its bits were counted.
+    There must be as many values as bits set. The fast path reads up to eight values ahead, so it is not used near the
+    end of values: nothing is read beyond them, even if a mapped mask has changed since its bits were counted.
     """
     at: Any = 0
     for r in range(bits.shape[0]):

@@ -1,8 +1,8 @@
 """The compiled loop of SparseGPT's sweep over a block of columns. See methods/sparsegpt.py for the method.
 
-Row by row: a row of the block, 128 columns, and the block of U lie in the level-1 and level-2 caches. What a pruned
-weight does to the rest of its row is one scaled row of U, sixteen columns at a time. No sum occurs, hence every
-processor computes the same bits.
+It works row by row: a row of the block (128 columns) stays in the level-1 cache, the block of U in the level-2 cache.
+Pruning a weight subtracts a scaled row of U from the rest of its row, sixteen columns at a time. There are no sums
+whose order could vary, so that every processor computes the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from streamprune.kernels.lanes import COUNT, fill, load, store
 
 @jit(inline=True)
 def _choose(line: Any, feature: Any, begin: Any, m: Any, drop: Any, keep: Any) -> None:
-    """Of m columns from `begin`, the `drop` lowest |w| * feature go; ties, the lowest column first."""
+    """Prunes the `drop` lowest |w| * feature of m columns from `begin`; of equal ones, the lowest column first."""
     for j in range(begin, begin + m):
         keep[j] = True
     for _ in range(drop):
@@ -31,11 +31,11 @@ def _choose(line: Any, feature: Any, begin: Any, m: Any, drop: Any, keep: Any) -
 
 @jit(entry=True)
 def eliminate_rows(weight: Any, upper: Any, feature: Any, m: Any, n: Any, keep: Any, errors: Any) -> None:
-    """weight (rows, width) float32 is changed: each column becomes what it is when it is reached, 0 where pruned.
+    """Sweeps weight (rows, width) float32 in place: each column gets its value when the sweep reaches it, 0 if pruned.
 
-    upper (width, width padded to whole lanes) float32 has zeros left of its diagonal; feature (width,) float32 is
-    1 / U_jj, 0 if dead. keep (rows, width) bool is given (m = 0), or written: n of every m columns, width % m == 0.
-    errors (rows, width) float32 receives w / U_jj where a weight goes, else 0.
+    upper (width, width padded to whole lanes) float32 is 0 left of its diagonal; feature (width,) float32 is 1 / U_jj,
+    0 if dead. keep (rows, width) bool is read if m is 0, else written: n of every m columns, width % m == 0.
+    errors (rows, width) float32 receives w / U_jj where a weight is pruned, else 0.
     """
     width, size = upper.shape
     line = np.zeros(size, np.float32)

@@ -1,14 +1,14 @@
-"""CPU kernels (Numba) of FP8 E4M3: a scale for each row, codes, what they lose. torch_fp8.py has the same functions.
+"""CPU kernels (Numba) for FP8 E4M3: a scale for each row, codes, and their errors. torch_fp8.py has the same functions.
 
-E4M3 has four bits of exponent and three of mantissa: 448 is the largest number, 2**-6 the smallest normal one, 2**-9
-the smallest of all. u = float32(|w|) / float32(scale) is rounded, ties to even, by the adder: with m = 2**20 times the
-power of two below u (at least 2**-6), the last bit of the sum u + m is worth as much as that of an E4M3 number of u's
-size. So its mantissa counts units of that bit, and (u + m) - m is the rounded number, exactly. Nothing branches, and
-subnormal numbers are no case of their own.
+E4M3 has four exponent bits and three mantissa bits: 448 is the largest number, 2**-6 the smallest normal one, 2**-9 the
+smallest subnormal one. u = float32(|w|) / float32(scale) is rounded to nearest even by a float32 addition: let m be
+2**20 times the largest power of two <= u (at least 2**-6). The last mantissa bit of u + m then has the value of the
+last mantissa bit of an E4M3 number of u's size, so that (u + m) - m is the rounded number, exactly. There are no
+branches, and no special case for subnormal numbers.
 
-Sums over a row are float32 and in a written order, which torch_fp8.py follows: column j goes to place j mod `folds`, a
-power of two of at most FOLDS; then the upper half of the places is added to the lower one until one is left. So both
-choose the same scales.
+Sums over a row are float32 in a fixed order, the same as in torch_fp8.py, so that both choose the same scales: column j
+is added to partial sum j mod `folds`, a power of two of at most FOLDS; then the upper half of the partial sums is added
+to the lower half until one is left.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from streamprune.kernels.lanes import COUNT, as_float, as_int, fill, largest, lo
 
 LARGEST = 448.0
 FOLDS = 256
-_ROUND_UP = {  # bits of a float32 that the scale's dtype has not, bits of its smallest normal number
+_ROUND_UP = {  # (number of float32 mantissa bits that the scale's dtype lacks, bits of its smallest normal number)
     torch.bfloat16: (np.int32(16), np.int32(0x00800000)),
     torch.float16: (np.int32(13), np.int32(0x38800000)),
     torch.float32: (np.int32(0), np.int32(0x00800000)),
 }
 
-# Lanes know no division but here.
+# Division of lanes is needed only here.
 lanes._operator(operator.truediv, lanes.FLOAT, lanes.FLOAT, ir.IRBuilder.fdiv)
 
 
 def quantise_rows(
     weight: Tensor, power: Tensor, factors: tuple[float, ...], scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of rows, each with the scale, of amax/448 times one of `factors`, that loses least; ties to the first.
+    """Codes of rows; the scale of each is amax/448 times the one of `factors` with the least error, of equal ones the
+    first.
 
     weight (n, in) bf16, fp16 or fp32, finite; power (in,) float32, not negative; factors >= 1, exact in
     float32; scale_dtype bf16, fp16 or fp32, to which scales are rounded up. Returns codes (n, in) float8_e4m3fn, scales
@@ -68,7 +69,7 @@ def quantise_rows(
 def dequantise_rows(codes: Tensor, scale: Tensor, out: Tensor) -> None:
     """out = float32(codes) * scale, rounded once; codes (n, in) float8_e4m3fn, scale (n, 1) float32.
 
-    out (n, in) bf16 or fp32 is contiguous and its content is lost.
+    out (n, in) bf16 or fp32, contiguous, is overwritten.
     """
     bits, factor, out_bits = (
         codes.contiguous().view(torch.uint8).numpy(),
@@ -86,13 +87,13 @@ def dequantise_rows(codes: Tensor, scale: Tensor, out: Tensor) -> None:
 def descend_block(
     value: Tensor, error: Tensor, gradient: Tensor, keep: Tensor, gram: Tensor, inverse: Tensor, scale: Tensor
 ) -> None:
-    """Coordinate descent over the columns of a block, once, from first to last, for rows of weights at once.
+    """One sweep of coordinate descent over the columns of a block, from first to last, for n rows of weights at once.
 
-    All is transposed: value, error, gradient (block, n) float32 and keep (block, n) bool are contiguous, n a multiple
-    of 16. gram (block, block) float32, of which what is right of the diagonal is read; inverse (block,) float32; scale
-    (n,) float32. Column j becomes the number next to value_j + inverse_j gradient_j of those that E4M3 and scale give,
-    where keep is set, else 0; what that takes from value_j is added to error_j and, times gram_jk, to gradient_k. value
-    and error are changed.
+    All arrays are transposed: value, error, gradient (block, n) float32 and keep (block, n) bool, contiguous, n a
+    multiple of 16. gram (block, block) float32, read right of the diagonal only; inverse (block,) float32; scale (n,)
+    float32. Column j is set to the representable number (scale times an E4M3 number) nearest to
+    value_j + inverse_j gradient_j where keep is set, else to 0. The decrease of value_j is added to error_j and, times
+    gram_jk, to gradient_k. value and error are changed; so may be gradient.
     """
     values, errors, slopes, kept = (a.numpy() for a in (value, error, gradient, keep.view(torch.uint8)))
     matrix, inverses, scales = (a.contiguous().numpy() for a in (gram, inverse, scale))
@@ -104,7 +105,7 @@ def descend_block(
 
 
 def folds(width: int) -> int:
-    """How many partial sums a row of `width` columns has."""
+    """The number of partial sums for a row of `width` columns."""
     return min(FOLDS, max(COUNT, 1 << (width - 1).bit_length()))
 
 
@@ -134,7 +135,7 @@ def _fold(parts: Any) -> Any:
 
 @jit()
 def _lost(row: Any, scale: Any, power: Any, form: Any, parts: Any) -> Any:
-    """The sum of power (u - q)² over a row."""
+    """The sum of power (u - q)² over a row, with q the rounded u."""
     by = fill(scale)
     for place in range(0, parts.size, COUNT):
         lost = fill(np.float32(0.0))
@@ -148,7 +149,7 @@ def _lost(row: Any, scale: Any, power: Any, form: Any, parts: Any) -> Any:
 
 @jit()
 def _write(row: Any, scale: Any, power: Any, form: Any, sign: Any, codes: Any, parts: Any, others: Any) -> Any:
-    """Writes the codes of a row; the sums of power (u - q)² and of power u²."""
+    """Writes the codes of a row; returns the sums of power (u - q)² and of power u²."""
     by, nothing = fill(scale), fill(np.int32(0))
     for place in range(0, parts.size, COUNT):
         lost, whole = fill(np.float32(0.0)), fill(np.float32(0.0))
@@ -167,7 +168,7 @@ def _write(row: Any, scale: Any, power: Any, form: Any, sign: Any, codes: Any, p
 
 @jit()
 def _largest(row: Any, n: Any, out: Any, form: Any) -> Any:
-    """Bits of the largest |w|, lanes of int32; what is read and written next is asked for meanwhile."""
+    """Bits of the largest |w| of each lane, int32; prefetches the next row and the output."""
     top = fill(np.int32(0))
     for j in range(0, n // COUNT * COUNT, COUNT):
         lanes.will_read(row, j + n)

@@ -1,10 +1,11 @@
-"""Compiled loops of the CPU kernels: `drop` of every m consecutive weights go. See cpu.py for the drivers.
+"""Compiled loops of the CPU kernels: prune `drop` of every m consecutive weights. See cpu.py for the drivers.
 
-A weight's rank is the number of weights of its group that go before it: those of lower score, and of equal score those
-to the left. A row is worked on in chunks of some hundred groups. A chunk is turned so that its planes hold the same
-column of every group, and one vector comparison then serves sixteen groups. What moves are words of 32 bits, which hold
-two 16-bit weights where m is even; words of P to a group turn in log2(P) steps, each of which puts the even words
-first and the odd ones behind, and turn back by undoing them. A chunk stays in the caches of its core.
+A weight's rank is the number of weights of its group that are pruned before it: those of lower score, and those of
+equal score to its left. A row is processed in chunks of a few hundred groups, which stay in the core's caches. A chunk
+is transposed into planes: plane i holds column i of every group, so that one vector comparison serves sixteen groups.
+The transposition moves 32-bit words, each of which holds two 16-bit weights if m is even. With P words to a group it
+takes log2(P) steps, each of which moves the even words to the front and the odd ones behind them; undoing the steps
+transposes back.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def _write(out: Any, i: Any, halves: Any, words: Any) -> None:
 
 @jit()
 def _turn(row: Any, begin: Any, words: Any, size: Any, halves: Any, out: Any) -> Any:
-    """Words of row[begin:], `size` to a group, to planes: the first or second half of words; says where they begin.
+    """Transposes row[begin:], `size` words to a group, into planes, in one half of `words`; returns where it begins.
 
-    What comes after them, and the place for what is left of them, are asked for meanwhile.
+    Prefetches the following input, and the output of this chunk.
     """
     half = words.size // 2
     single = size == 1 or size & (size - 1) != 0
@@ -69,7 +70,7 @@ def _turn(row: Any, begin: Any, words: Any, size: Any, halves: Any, out: Any) ->
 
 @jit()
 def _turn_back(words: Any, source: Any, size: Any, halves: Any, out: Any, begin: Any) -> None:
-    """Undo _turn; source is what it returned."""
+    """Transposes back, to out[begin:]; `source` is what _turn returned."""
     half = words.size // 2
     target, step, single = half - source, size, size == 1 or size & (size - 1) != 0
     if size & (size - 1):
@@ -97,7 +98,8 @@ def _turn_back(words: Any, source: Any, size: Any, halves: Any, out: Any, begin:
 def _score_planes(
     words: Any, feature: Any, begin: Any, power: Any, form: Any, halves: Any, m: Any, groups: Any, key: Any
 ) -> Any:
-    """key = bits of |w|**power * feature[begin:], in planes. Returns (sum of scores, are all weights finite)."""
+    """key = bits of |w|**power * feature[begin:], in planes. Returns (sum of scores, whether all weights are
+    finite)."""
     mask, shift, factor, infinity = form
     square, total, top = fill(np.int32(power)) == 2, fill(np.float32(0.0)), fill(np.int32(0))
     for i in range(m):
@@ -113,14 +115,14 @@ def _score_planes(
 
 @jit(inline=True)
 def _meet(a: Any, b: Any, rank_a: Any, rank_b: Any) -> Any:
-    """Ranks of two planes, a left of b; ranks begin as if everything to the left went first."""
+    """Updates the ranks of planes a and b, with a left of b; ranks start from the number of planes to the left."""
     after = above(a, b)
     return rank_a - after, rank_b + after
 
 
 @jit()
 def _rank(key: Any, m: Any, step: Any, rank: Any) -> None:
-    """rank of each key, four planes at a time; m planes of `step` keys, m a multiple of four."""
+    """Computes the rank of each key, four planes at a time; there are m planes of `step` keys, m a multiple of four."""
     for i in range(0, m, 4):
         ia, ib, ic, id_ = fill_eight(i), fill_eight(i + 1), fill_eight(i + 2), fill_eight(i + 3)
         for g in range(i * step, (i + 1) * step, 8):
@@ -150,7 +152,7 @@ def _rank(key: Any, m: Any, step: Any, rank: Any) -> None:
 
 @jit()
 def _clear(words: Any, key: Any, rank: Any, mask: Any, halves: Any, m: Any, groups: Any, drop: Any) -> Any:
-    """Weights of rank < drop, and zeros, become +0.0. Returns the sum of the former's scores."""
+    """Sets weights of rank < drop, and all zeros, to +0.0. Returns the sum of the scores of the former."""
     removed, nothing = fill(np.float32(0.0)), fill(np.float32(0.0))
     for i in range(m):
         at, place = i // halves * groups, 16 * (i % halves)
@@ -174,10 +176,10 @@ def prune_groups(
     weight: Any, feature: Any, power: Any, form: Any, drop: Any, m: Any, halves: Any, groups: Any, out: Any, keep: Any,
     loss: Any,
 ) -> None:  # fmt: skip
-    """`drop` weights of every m consecutive ones go. Arrays as in cpu_rows.prune_rows, but for the feature.
+    """Prunes `drop` of every m consecutive weights. Arrays as in cpu_rows.prune_rows, except for the feature.
 
-    feature (chunks * m * groups,) is padded to whole chunks, and turned like the weights. groups: of a chunk, a
-    multiple of 32. halves: weights in a word, 2 for 16-bit weights in even groups, else 1.
+    feature (chunks * m * groups,) is padded to whole chunks, and transposed like the weights. groups: number of groups
+    in a chunk, a multiple of 32. halves: weights per word, 2 for 16-bit weights if m is even, else 1.
     """
     rows, n = weight.shape
     size, width = m // halves, feature.size

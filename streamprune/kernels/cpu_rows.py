@@ -1,9 +1,9 @@
 """Compiled loops of the CPU kernels: rows of weights in, pruned rows out. See cpu.py for the drivers.
 
-Weights arrive as raw bits, uint16 for bf16 and fp16, uint32 for fp32. `form`, from cpu.py, says how these become
-magnitudes: (mask of everything but the sign, shift, factor, bits of infinity); |w| = float32(bits << shift) * factor,
-exactly. Work goes row by row in buffers that fit the level-1 or level-2 cache: score, decide (cpu_select.py), write.
-Rows are padded to whole lanes.
+Weights are raw bits, uint16 for bf16 and fp16, uint32 for fp32. `form`, from cpu.py, says how to convert them to
+magnitudes: (mask of all bits but the sign, shift, factor, bits of infinity); |w| = float32(bits << shift) * factor,
+exactly. Each row is scored, selected (cpu_select.py) and written in buffers that fit the level-1 or level-2 cache. Rows
+are padded to whole lanes.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from streamprune.kernels.lanes import COUNT, as_float, fill, load, select, store
 
 @jit(inline=True)
 def scored(size: Any, feature: Any, square: Any) -> Any:
-    """|w|**power * feature, lanes of float32; `square` where power is 2."""
+    """|w|**power * feature, lanes of float32; `square` is a mask, set if power is 2."""
     return size * select(square, size, fill(np.float32(1.0))) * feature
 
 
 @jit(inline=True)
 def as_loss(value: Any, rooted: Any) -> Any:
-    """L of lanes of scores: their squares where the score is the root of L."""
+    """L from lanes of scores; `rooted` is a mask, set if the score is the root of L."""
     return value * select(rooted, value, fill(np.float32(1.0)))
 
 
 @jit()
 def copy(source: Any, target: Any) -> None:
-    """As much as fits. An assignment of slices takes longer to compile than all the rest: its error has a message."""
+    """Copies as much as fits. (A slice assignment would take longer to compile than everything else here.)"""
     for i in range(min(source.size, target.size)):
         target[i] = source[i]
 
@@ -41,10 +41,10 @@ def copy(source: Any, target: Any) -> None:
 def _load_scores(
     row: Any, n: Any, out: Any, feature: Any, power: Any, root: Any, form: Any, score: Any, sums: Any, by_lanes: Any
 ) -> Any:
-    """score[j] = |w_j|**power * feature[j]; if by_lanes, sums[b] = their sums over blocks of BLOCK.
+    """score[j] = |w_j|**power * feature[j]; if by_lanes, sums[b] = sum of the scores of block b, of BLOCK columns.
 
-    The row behind this one, n further on, and the place for what is left of this one are asked for meanwhile.
-    Returns (sum of L, which is the score or, of a `root`, its square; sum of |w|; are all weights finite).
+    Prefetches the next row (n weights further on) and the output of this one. Returns (sum of L, sum of |w|, whether
+    all weights are finite); L is the score, or its square if `root`.
     """
     mask, shift, factor, infinity = form
     square, nothing = fill(np.int32(power)) == 2, fill(np.float32(0.0))
@@ -71,9 +71,10 @@ def _emit(
     row: Any, threshold: Any, cut: Any, mask: Any, key: Any, score: Any, est: Any, inverse: Any, by_lanes: Any,
     root: Any, out: Any, keep: Any,
 ) -> Any:  # fmt: skip
-    """Copy the bits of the weights that stay; those that go, and every zero, become +0.0.
+    """Copies the bits of kept weights; pruned weights, and all zeros, become +0.0.
 
-    Keys <= threshold go left of column cut, keys < threshold from there on. Returns the sum of L of what goes.
+    Pruned are keys <= threshold left of column `cut`, and keys < threshold from there on. Returns the sum of L of the
+    pruned weights.
     """
     removed, nothing = fill(np.float32(0.0)), fill(np.float32(0.0))
     rooted = fill(np.int32(root)) == 1
@@ -94,7 +95,7 @@ def prune_rows(
     weight: Any, feature: Any, power: Any, root: Any, form: Any, count: Any, block: Any, alpha: Any, out: Any,
     keep: Any, loss: Any,
 ) -> None:  # fmt: skip
-    """`count` weights of every row go; block 0 means the exact selector, else EWMA.
+    """Prunes `count` weights of every row; block 0 means the exact selector, else EWMA.
 
     A score is |w|**power * feature; with `root` 1, L is its square, else itself.
     weight, out (rows, n) uint16|uint32, may be the same; feature (n, padded to whole lanes) float32; keep (rows, n)
@@ -127,7 +128,7 @@ def prune_rows(
             key[j] = HIGHEST
         threshold, cut = np.int64(LOWEST), size
         if count == n:
-            threshold = np.int64(HIGHEST - 1)  # the padding stays
+            threshold = np.int64(HIGHEST - 1)  # all but the padding
         elif count > 0:
             unit = ((sizes / n) ** power, middle, spread)
             threshold, cut = find_threshold(key, score, block, est, inverse, by_lanes, count, unit, track, found)

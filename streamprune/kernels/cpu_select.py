@@ -1,15 +1,16 @@
-"""Compiled loops of the CPU kernels: from a row of scores to the weights that go. See cpu.py for the drivers.
+"""Compiled loops of the CPU kernels: from a row of scores to the weights to prune. See cpu.py for the drivers.
 
-A selector turns a row of scores into int32 keys, sixteen at a time; then selection is a threshold on keys:
+A selector maps a row of scores to int32 keys, sixteen at a time; selection is then a threshold on the keys:
 
     exact   key = bits of L (L >= 0, so the order of bits is the order of values)
     ewma    key = order-preserving bits of z = (l - est) / dev, with l = |w| * feature**(1 / power)
 
-The k smallest of n keys are found without sorting. The rows before tell where the threshold should be: keys in a
-bracket around that, a few percent, are packed into a list while the keys below are counted, in one pass. A search by
-counts ends on the list; where the bracket misses, on the whole row. The outcome depends on neither.
+The k smallest of n keys are found without sorting. Thresholds of earlier rows predict that of the next one: a single
+pass counts the keys below a bracket around the prediction, and packs those within it, a few percent, into a list. The
+threshold is then found by counting, on the list, or on the whole row if it lies outside the bracket. The result does
+not depend on the prediction.
 
-Rounding: strict IEEE float32, sums over a block by a fixed tree, the moving means in float64 and then rounded, so
+Rounding: strict IEEE float32, sums over a block in a fixed tree, moving means in float64 and then rounded, so that
 every processor computes the same bits. Sums and means of equal numbers are exact: a constant row has dev = 0.
 """
 
@@ -34,8 +35,8 @@ _SIGNLESS = 0x7FFFFFFF
 def _moving(values: Any, alpha: Any, start: Any, state: Any) -> None:
     """state[b] = the moving mean of values before block b, state (values.size + 1,); state[0] = start.
 
-    Four steps at once: now = keep**4 now + four, so that one product and one sum wait for those before and not
-    eight. In float64, for otherwise a constant row might not have a constant mean.
+    Four steps at a time: now = keep**4 now + four, so that the chain of dependent operations has one product and one
+    sum per four blocks instead of eight operations. In float64, so that a constant row has a constant mean.
     """
     keep, now = 1.0 - alpha, start
     keep_2, keep_3, keep_4 = keep * keep, keep * keep * keep, keep * keep * keep * keep
@@ -58,7 +59,7 @@ def _moving(values: Any, alpha: Any, start: Any, state: Any) -> None:
 
 @jit()
 def _block_sums(score: Any, est: Any, sums: Any) -> None:
-    """sums[b] = sum of the distances of block b from est[b], which is float32; blocks of BLOCK."""
+    """sums[b] = sum of |score - est[b]| over block b, for blocks of BLOCK columns; est is float32."""
     for b in range(sums.size):
         middle = fill(est[b])
         left = as_int(load(score, b * BLOCK) - middle) & _SIGNLESS
@@ -78,9 +79,9 @@ def _plain_sums(score: Any, block: Any, est: Any, sums: Any) -> None:
 
 @jit()
 def _typical(bits: Any, n: Any) -> Any:
-    """The median of those of n numbers that are not 0, rounded down to TYPICAL_BITS; 0 where all are.
+    """The median of the nonzero ones of n numbers, its TYPICAL_BITS low bits cleared; 0 if all are 0.
 
-    bits (n, padded to whole lanes with HIGHEST) int32 are those of float32 >= 0.
+    bits (n, padded to whole lanes with HIGHEST) int32 are the bits of float32 numbers >= 0.
     """
     zeros = _at_most(bits, np.int32(0))
     rank, found = zeros + (n - zeros + 1) // 2, np.int64(0)
@@ -92,7 +93,7 @@ def _typical(bits: Any, n: Any) -> Any:
 
 @jit()
 def _at_most(bits: Any, trial: Any) -> Any:
-    """How many of them are <= trial."""
+    """How many of `bits` are <= trial."""
     number = np.int64(0)
     for j in range(0, bits.size, COUNT):
         number += lanes.count(load(bits, j) <= trial)
@@ -101,7 +102,7 @@ def _at_most(bits: Any, trial: Any) -> Any:
 
 @jit()
 def _mean_states(sums: Any, block: Any, alpha: Any, state: Any, rounded: Any, means: Any) -> Any:
-    """From sums of blocks to the moving mean before each, state in float64, rounded. Returns about its mean.
+    """state (float64) and rounded (float32) = the moving mean before each block; returns approximately its mean.
 
     means (blocks, padded to whole lanes) float32 is scratch.
     """
@@ -129,10 +130,10 @@ def _mean_states(sums: Any, block: Any, alpha: Any, state: Any, rounded: Any, me
 def follow(
     score: Any, block: Any, alpha: Any, by_lanes: Any, sums: Any, state: Any, means: Any, est: Any, inverse: Any
 ) -> Any:  # fmt: skip
-    """est and 1 / dev before each block, (n // block + 1,) float32. Returns about the means of est and dev.
+    """Computes est and 1 / dev before each block, (n // block + 1,) float32; returns approximately their means.
 
-    sums (n // block,), state float64 and means float32 are scratch; if by_lanes, sums are already those of the blocks
-    of scores.
+    sums (n // block,), state float64 and means float32 are scratch; if by_lanes, sums already holds the sums of the
+    blocks of scores.
     """
     if not by_lanes:
         for b in range(est.size):
@@ -151,7 +152,7 @@ def follow(
 
 @jit()
 def ordered(z: Any) -> Any:
-    """int32 in the order of float32."""
+    """The bits of a float32 as an int32 that orders like it."""
     bits = np.float32(z).view(np.int32)
     return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(_SIGNLESS)))
 
@@ -177,7 +178,7 @@ def keys_at(j: Any, key: Any, score: Any, est: Any, inverse: Any, by_lanes: Any)
 def _pack_bracket(
     key: Any, score: Any, est: Any, inverse: Any, by_lanes: Any, low: Any, high: Any, found: Any
 ) -> Any:  # fmt: skip
-    """(number of keys <= low, number in low < key <= high); the latter go to found, which has COUNT to spare."""
+    """(number of keys <= low, number with low < key <= high); the latter are packed into `found` (keys + COUNT,)."""
     below = inside = np.int64(0)
     bottom, top = fill(np.int32(low)), fill(np.int32(high))
     for j in range(0, key.size, COUNT):
@@ -222,13 +223,14 @@ def _column_of_tie(key: Any, threshold: Any, ties: Any) -> Any:
 
 @jit()
 def _search(key: Any, k: Any, guess: Any, slope: Any) -> Any:
-    """(threshold, ties): the k smallest keys, 0 < k <= size, are those <= threshold, or, unless ties is 0, those
+    """(threshold, ties): the k smallest keys, 0 < k <= size, are those <= threshold if ties is 0; otherwise those
     < threshold and the first `ties` of those equal to it.
 
-    `guess` and `slope`, keys per unit of threshold, only steer the search: each pass counts the keys at or below
-    a trial and notes its two neighbours, so that the bracket always snaps to keys that exist. Newton steps, along
-    the chord of the bracket where they leave it or it is narrow, one neighbour up or down when one key is missing
-    or too many, bisection every other pass from the eighth: at most 8 + 2 x 32 passes.
+    `guess` and `slope` (keys per unit of threshold) only speed up the search. Each pass counts the keys at or below a
+    trial threshold and finds the nearest keys on both sides, so that the bracket always ends at existing keys. The next
+    trial is a Newton step; the chord of the bracket if that leaves the bracket, or the bracket is narrow; the nearest
+    key if one key is missing or too many; and from the eighth pass on a bisection every other time, which bounds the
+    number of passes by 8 + 2 x 32.
     """
     low, count_low = np.int64(LOWEST) - 1, np.int64(0)
     high, count_high = np.int64(HIGHEST), np.int64(key.size)
@@ -270,9 +272,9 @@ def find_threshold(
 ) -> Any:
     """(threshold, cut): the k smallest keys are those <= threshold left of column cut, < threshold from there on.
 
-    0 < k < n; arrays as in keys_at, found (key.size + COUNT,) int32 is scratch. unit (scale, est, dev) are the row's
-    scale and the means of its states: a key is that of (score - est) / dev. track, two float64, is what earlier rows
-    tell: the usual threshold on score / scale, and how far from it thresholds are on average.
+    0 < k < n; arrays as in keys_at, found (key.size + COUNT,) int32 is scratch. unit (scale, est, dev) holds the row's
+    scale and the means of its states: a key is that of (score - est) / dev. track, two float64, is learned from earlier
+    rows: the mean threshold on score / scale, and the mean distance of thresholds from it.
     """
     scale, middle, spread = unit
     guess, reach = (track[0] * scale - middle) / spread, 5.0 * track[1] * scale / spread
@@ -295,13 +297,13 @@ def find_threshold(
 
 @jit()
 def _value(key: Any) -> Any:
-    """The float32 that has this key, as float64."""
+    """The float32 with this key, as float64."""
     return np.float64(np.int32(ordered(np.int32(key).view(np.float32))).view(np.float32))
 
 
 @jit()
 def _learn(track: Any, usual: Any) -> None:
-    """Follow the threshold of one more row; what is not finite teaches nothing."""
+    """Updates `track` with the threshold of one more row; ignores one that is not finite."""
     off = abs(usual - track[0])
     if off < np.inf:
         track[0] += (usual - track[0]) / 8

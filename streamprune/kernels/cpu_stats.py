@@ -17,7 +17,7 @@ _SEARCH = 8192
 
 @jit(inline=True)
 def _value(bits: Any, form: Any) -> Any:
-    """Lanes of signed float32; NaN and Inf stay what they are."""
+    """Lanes of bits as signed float32; NaN and Inf are preserved."""
     mask, shift, factor, infinity = form
     if factor == np.float32(1.0):
         return as_float(bits << shift)
@@ -28,7 +28,8 @@ def _value(bits: Any, form: Any) -> Any:
 
 @jit()
 def _add(x: Any, width: Any, begin: Any, end: Any, left: Any, form: Any, sums: Any, squares: Any) -> None:
-    """Add the tokens begin..end of columns left.. of x (tokens * width,) to sums and squares, whole lanes float32."""
+    """Adds tokens begin..end of the columns from `left` of x (tokens * width,) to sums and squares, float32 whole
+    lanes."""
     for j in range(0, sums.size, COUNT):
         total, square = load(sums, j), load(squares, j)
         for t in range(begin, end):
@@ -43,8 +44,8 @@ def _add(x: Any, width: Any, begin: Any, end: Any, left: Any, form: Any, sums: A
 def accumulate_columns(x: Any, width: Any, left: Any, right: Any, form: Any, sums: Any, squares: Any) -> None:
     """sums += sum over tokens, squares += sum of squares, of columns left..right of x (tokens * width,) raw bits.
 
-    sums, squares (width,) float64. Each column is added up on its own, tokens in order, so neither the number of
-    threads nor the way the columns are split between them changes a bit.
+    sums, squares (width,) float64. Each column is summed on its own, with tokens in order, so that the result does not
+    depend on the number of threads or on how they share the columns.
     """
     tokens = x.size // width
     edge = np.zeros(TOKENS * COUNT, x.dtype)
@@ -57,7 +58,7 @@ def accumulate_columns(x: Any, width: Any, left: Any, right: Any, form: Any, sum
             part[:] = np.float32(0.0)
             for t in range(begin, end, _AT_ONCE):
                 _add(x, width, t, min(t + _AT_ONCE, end), first, form, part[0, :whole], part[1, :whole])
-            if whole < columns:  # the last columns go to lanes of their own, for what lies behind them may be no memory
+            if whole < columns:  # padded copy of the last columns, as memory behind them may not be readable
                 for t in range(begin, end):
                     for j in range(columns - whole):
                         edge[(t - begin) * COUNT + j] = x[t * width + first + whole + j]

@@ -1,4 +1,4 @@
-"""numba.njit with our options, and without the on-disk cache where there is no place to write it."""
+"""numba.njit with our options; without its on-disk cache if there is no place to write it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Loop = TypeVar("_Loop", bound=Callable[..., Any])
 
 @functools.cache
 def _choose_cache() -> None:
-    """Numba's own choice of a user's folder may be none of the user's, or a folder called `~`."""
+    """Chooses Numba's cache folder: its own choice may belong to another user, or be a folder named `~`."""
     package = Path(__file__).parent
     beside = package / "__pycache__" if (package / "__pycache__").exists() else package
     if not numba.config.CACHE_DIR and not os.access(beside, os.W_OK | os.X_OK):
@@ -31,14 +31,14 @@ def _choose_cache() -> None:
 
 
 def jit(*, entry: bool = False, inline: bool = False) -> Callable[[_Loop], _Loop]:
-    """Compile the decorated loop on its first call; nopython, no GIL. `entry` says that Python calls it.
+    """Compiles the decorated loop on its first call, in nopython mode, without the GIL. `entry`: Python calls it.
 
-    Loops that Python calls are cached on disk if possible, with all that they call. Numba looks for a cache folder
-    when it decorates: the package's `__pycache__`, or a cache of the user's (disk/places.py). It raises RuntimeError if
-    neither can be written. The kernels then compile in each process anew.
+    Entry loops are cached on disk if possible, including the loops that they call. Numba looks for a cache folder when
+    it decorates: the package's `__pycache__`, or the user's cache (disk/places.py). If neither is writable it raises
+    RuntimeError, and the kernels are compiled in every process.
 
-    Numba's cache notices changes of the file that a loop stands in, not of the files whose loops it calls. So
-    the name under which a loop is cached carries a digest of all our kernels' sources.
+    Numba's cache notices changes to the file of a loop, but not to files of loops that it calls. The name under which a
+    loop is cached therefore contains a digest of the sources of all kernels. `inline` forces inlining.
     """
 
     def wrap(target: _Loop) -> _Loop:

@@ -1,29 +1,29 @@
-"""Sixteen numbers at once, for Numba: LLVM's vectors with Python's operators.
+"""Vectors of sixteen numbers for Numba: LLVM vectors with Python operators.
 
-LLVM makes of each operation one AVX-512 instruction, two of AVX2 or four of NEON. Rows are worked on with these
-because the loop vectoriser neither packs what a mask selects nor turns groups into planes without a detour, because
-they compile faster than what it makes, and because sums are then taken in a written order: every processor computes
-the same bits. Only compiled functions can call them. No bound is checked.
+LLVM compiles each operation to one AVX-512 instruction, two of AVX2 or four of NEON. The kernels use these vectors
+because LLVM's loop vectoriser does not generate good code for packing by a mask or for transposing groups into planes,
+because they compile faster than vectorised loops, and because sums have a fixed order, so that every processor computes
+the same bits. They can be used in compiled functions only. Bounds are not checked.
 
     load(array, i)               array[i:i+16] (1-D, contiguous) as int32 or float32; uint16 is widened
     store(array, i, a)           and back; int32 into uint16 keep their low halves, masks become bytes
     load_words(array, i)         the 64 bytes from array[i] as int32: two uint16 in each, the first one low
     store_words(array, i, a)     and back
-    will_read(array, i)          asks for the cache line of array[i], as will_write does; any i is allowed
+    will_read(array, i)          prefetches the cache line of array[i], as does will_write; any i is allowed
     fill(x), columns()           x, an int32 or float32, in every lane; 0, 1, ... 15
     a + b, a - b, a * b          of equal types; for int32 also & | ^ << and >> (of unsigned bits); b may be a scalar
     a < b, a <= b, a == b        a mask; masks know & and |, and there is invert(mask)
-    as_int(a), as_float(a)       the same bits
-    largest(a, b)                of each two int32 the larger
+    as_int(a), as_float(a)       the same bits as the other type
+    largest(a, b)                the maximum of int32 lanes
     select(mask, a, b)           a where the mask is set
-    count(mask)                  how many are set
-    total(a), top(a)             the sum of float32, by halves; the largest of int32
-    even(a, b), odd(a, b)        every other one of 32
-    first(a, b), last(a, b)      undo even and odd: lanes of a and b in turn, the first 16 and the last 16
-    pack(array, i, a, mask)      int32 where the mask is set to array[i:], one after the other; up to 16 elements
-                                 of the array are overwritten
-    load_eight(array, i)         8 int32, for comparisons that are counted; with fill_eight(x), store, +, - and
-    above(a, b)                  -1 where a > b, else 0. A mask would have to be turned into numbers first
+    count(mask)                  how many lanes are set
+    total(a), top(a)             the sum of float32 lanes, in halves; the maximum of int32 lanes
+    even(a, b), odd(a, b)        the lanes with even or odd numbers of the 32 lanes of a and b
+    first(a, b), last(a, b)      the inverse: lanes of a and b interleaved, the first 16 and the last 16
+    pack(array, i, a, mask)      stores the int32 lanes where the mask is set to array[i:] without gaps; up to 16
+                                 elements of the array are overwritten
+    load_eight(array, i)         8 int32 lanes, for counting comparisons; used with fill_eight(x), store, +, - and
+    above(a, b)                  -1 where a > b, else 0; a mask would have to be converted to numbers first
 """
 
 from __future__ import annotations
@@ -66,12 +66,13 @@ register_model(Lanes)(_Model)
 
 
 def _function(declare: Callable[..., Any]) -> Any:
-    """A function for compiled code. declare(context, *types of arguments) gives its signature and _emits(...)."""
+    """Registers a function for compiled code: declare(context, *argument types) returns its signature and
+    _emits(...)."""
     return intrinsic(declare)
 
 
 def _emits(emit: Callable[..., Any]) -> Callable[..., Any]:
-    """What numba calls for code: emit(builder, *arguments). None stands for no result."""
+    """Adapts emit(builder, *arguments) to Numba's interface for code generation. None stands for no result."""
 
     def emitter(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         result = emit(builder, *arguments)
@@ -95,7 +96,7 @@ def _larger(builder: Any, a: Any, b: Any) -> Any:
 
 
 def _operator(symbol: Any, lanes: Lanes, result: Lanes, emit: Callable[[Any, Any, Any], Any]) -> None:
-    """symbol(lanes, lanes or scalar) -> result, as emit(builder, a, b) makes it of two vectors."""
+    """Registers symbol(lanes, lanes or scalar) -> result; emit(builder, a, b) generates it for two vectors."""
     scalar = {INT: types.Integer, FLOAT: types.Float}.get(lanes, ())
 
     def typing(context: Any) -> Any:
@@ -151,13 +152,13 @@ def _in_memory(array: Any) -> tuple[Any, Lanes]:
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, content: Any) -> Any:
-    """To array[index], as if `content`, an LLVM type, lay there."""
+    """A pointer to array[index], cast to the LLVM type `content`."""
     data = cgutils.create_struct_proxy(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), content.as_pointer())
 
 
 def _loading(declare: Callable[[Any], tuple[Any, Lanes]]) -> Any:
-    """A function (array, index) -> lanes; declare(array type) says what lies in memory and the lanes."""
+    """A function (array, index) -> lanes; declare(array type) returns the type in memory and the lanes."""
 
     def loading(typing: Any, array: Any, index: Any) -> Any:
         memory, lanes = declare(array)
@@ -173,7 +174,7 @@ def _loading(declare: Callable[[Any], tuple[Any, Lanes]]) -> Any:
 
 
 def _storing(declare: Callable[[Any, Lanes], Any]) -> Any:
-    """A function (array, index, lanes); declare(array type, lanes) says what lies in memory."""
+    """A function (array, index, lanes); declare(array type, lanes) returns the type in memory."""
 
     def storing(typing: Any, array: Any, index: Any, a: Any) -> Any:
         memory = declare(array, a)
@@ -272,7 +273,7 @@ def count(typing: Any, mask: Any) -> Any:
 
 
 def _by_halves(lanes: Lanes, join: Callable[[Any, Any, Any], Any]) -> Any:
-    """A function that joins the lower and the upper half of the lanes, until one element is left."""
+    """A function that reduces the lanes by joining the lower with the upper half until one element is left."""
 
     def emit(builder: Any, left: Any) -> Any:
         half = COUNT
@@ -286,7 +287,7 @@ def _by_halves(lanes: Lanes, join: Callable[[Any, Any, Any], Any]) -> Any:
 
 
 def _shuffling(picks: Sequence[int]) -> Any:
-    """A function of two int32 lanes that takes these of their 32 elements."""
+    """A function of two int32 lanes that returns the lanes `picks` of their 32 elements."""
     emit = _emits(lambda builder, a, b: _shuffle(builder, a, b, picks))
     return _function(lambda typing, a, b: (INT(INT, INT), emit))
 
@@ -299,7 +300,7 @@ first, last = _shuffling(_IN_TURN[:COUNT]), _shuffling(_IN_TURN[COUNT:])
 
 @_function
 def pack(typing: Any, array: Any, index: Any, a: Any, mask: Any) -> Any:
-    """Store the chosen lanes one after the other; what they overwrite beyond may be 16 elements in all."""
+    """Stores the chosen lanes without gaps; overwrites up to 16 elements in all."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data, place, values, chosen = arguments
@@ -317,7 +318,10 @@ def pack(typing: Any, array: Any, index: Any, a: Any, mask: Any) -> Any:
 
 
 def _compress(builder: Any, values: Any, chosen: Any) -> Any:
-    """AVX-512's vpcompressd to a register: to memory it is slow on Zen 4, and LLVM's own name for it is young."""
+    """AVX-512's vpcompressd to a register, as the form that stores to memory is slow on Zen 4.
+
+    Called by its x86 intrinsic, because LLVM's generic one is too recent.
+    """
     name = "llvm.x86.avx512.mask.compress.v16i32"
     kind = ir.FunctionType(values.type, [values.type, values.type, chosen.type])
     function = cgutils.get_or_insert_function(builder.module, kind, name)

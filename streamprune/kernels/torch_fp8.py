@@ -1,7 +1,7 @@
-"""Torch kernels of FP8 E4M3, for any device: the functions of cpu_fp8.py, same results bit for bit.
+"""Torch kernels for FP8 E4M3, for any device: the functions of cpu_fp8.py, with bit-identical codes and scales.
 
-Rows are worked on in chunks, so temporaries stay below about 256 MiB. Nothing waits for the device. Scales are divided
-by a tensor, because Torch multiplies by the reciprocal of a number where the device is a GPU.
+Rows are processed in chunks, so that temporaries stay below about 256 MiB. Nothing waits for the device. Divisions are
+by tensors, because on a GPU Torch replaces division by a Python number with multiplication by its reciprocal.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ LARGEST = 448.0
 FOLDS = 256  # as in cpu_fp8.py
 _TEMPORARY = 256 << 20  # bytes
 _PER_WEIGHT = 24  # bytes of temporaries for each weight of a chunk
-_CUT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a float32 that the dtype has not
+_CUT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # float32 mantissa bits that the dtype lacks
 
 
 def quantise_rows(
@@ -48,7 +48,7 @@ def dequantise_rows(codes: Tensor, scale: Tensor, out: Tensor) -> None:
 def descend_block(
     value: Tensor, error: Tensor, gradient: Tensor, keep: Tensor, gram: Tensor, inverse: Tensor, scale: Tensor
 ) -> None:
-    """See cpu_fp8.descend_block; some rounding is otherwise. A column takes ten operations on n numbers."""
+    """See cpu_fp8.descend_block; the rounding of intermediate results differs. About ten operations per column."""
     for j in range(len(value)):
         wanted = torch.addcmul(value[j], gradient[j], inverse[j])
         new = encode(wanted / scale).float().mul_(scale).mul_(keep[j])
@@ -59,13 +59,13 @@ def descend_block(
 
 
 def encode(ratio: Tensor) -> Tensor:
-    """The nearest E4M3 numbers of float32 ones, of any shape; zeros are +0.0."""
+    """The nearest E4M3 numbers to float32 numbers, of any shape; all zeros are +0.0."""
     bits = ratio.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
     return bits.masked_fill(bits == 0x80, 0).view(torch.float8_e4m3fn)
 
 
 def _scale(sizes: Tensor, power: Tensor, factors: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """The scale of each row, of amax/448 times a factor, that loses least; (n, 1) float32 from |w| (n, in) float32."""
+    """For each row of |w| (n, in) float32, the scale amax/448 × factor with the least error: (n, 1) float32."""
     amax = sizes.amax(1, keepdim=True)
     unit = amax / torch.full_like(amax, LARGEST)
     scale, least = torch.ones_like(unit), torch.zeros_like(unit, dtype=torch.float64)
@@ -83,7 +83,7 @@ def _scale(sizes: Tensor, power: Tensor, factors: tuple[float, ...], dtype: torc
 
 
 def _rounded_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest number of `dtype` that is no smaller and normal, as float32."""
+    """The scale rounded up to `dtype`, at least its smallest normal number; as float32."""
     cut = (1 << _CUT[dtype]) - 1
     bits = (scale.view(torch.int32) + cut) & ~cut
     return bits.view(torch.float32).clamp_min_(torch.finfo(dtype).tiny)

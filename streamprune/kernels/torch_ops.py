@@ -1,12 +1,12 @@
-"""Torch kernels, for any device: the functions of cpu.py, same signatures, same meaning.
+"""Torch kernels, for any device: the functions of cpu.py, with the same signatures and meaning.
 
-The same number of weights goes in every row and group, and the same ones except where two scores agree to
-float32 rounding. Rows are worked on in chunks, so temporaries stay below about 256 MiB. Nothing waits for the device
-before a call ends, but for its three sums. See cpu.py for the mathematics and for the arguments.
+They prune the same number of weights in every row and group as cpu.py, and the same weights except where two scores are
+equal up to float32 rounding. Rows are processed in chunks, so that temporaries stay below about 256 MiB. Only at the
+end of a call is the device waited for, to read three sums. See cpu.py for the mathematics and the arguments.
 
-No product of matrices occurs, so TF32 changes nothing: EWMA's states are a scan in log2(blocks) steps, in float64
-because only then a constant row has a constant mean; there is one state for 32 weights. Thresholds are Torch's own
-kthvalue, a radix select on a GPU.
+There are no matrix products, so that TF32 has no effect. EWMA's states, one for 32 weights, are computed by a scan in
+log2(blocks) steps, in float64 so that a constant row has a constant mean. Thresholds come from Torch's kthvalue, a
+radix select on a GPU.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def prune_n_of_m(
 
 
 def accumulate(x: Tensor, sum: Tensor, sumsq: Tensor) -> None:
-    """See cpu.accumulate; on the device of x, which is read twice and not copied."""
+    """See cpu.accumulate; everything is on the device of x, which is read twice and not copied."""
     if x.ndim != 2 or x.dtype not in _DTYPES:
         raise ValueError(f"x must be (tokens, in_features) bf16, fp16 or fp32, not {x.dtype} {[*x.shape]}")
     for total in (sum, sumsq):
@@ -115,9 +115,9 @@ def _prune(
     gone: Callable[[Tensor], Tensor],
     rooted: bool = False,
 ) -> Selection:
-    """Score row chunks, ask `gone` (scores -> bool, True where pruned), write what is left.
+    """Scores chunks of rows, selects with `gone` (scores -> bool, True where pruned), and writes the kept weights.
 
-    If `rooted`, it is asked about |w| * feature**(1 / power) instead of L.
+    If `rooted`, `gone` gets |w| * feature**(1 / power) instead of L.
     """
     if weight.ndim != 2 or weight.dtype not in _DTYPES:
         raise ValueError(f"weight must be 2-D bf16, fp16 or fp32, not {weight.dtype} {[*weight.shape]}")
@@ -157,13 +157,13 @@ def _prune(
 
 
 def _extent(values: Tensor) -> Tensor:
-    """The largest less the smallest value in float64: finite exactly if all values are. On the device; one read."""
+    """max − min in float64, on the device: finite if and only if all values are. Reads the values once."""
     low, high = torch.aminmax(values)
     return high.double() - low.double()
 
 
 def _ewma_z(score: Tensor, block: int, alpha: float) -> Tensor:
-    """z = (l - est) / dev, (rows, in_features) float32; the state moves from block to block."""
+    """z = (l - est) / dev, (rows, in_features) float32, with (est, dev) updated from block to block; see cpu.py."""
     width = score.shape[1]
     block = min(block, width)
     end = width // block * block
@@ -181,7 +181,7 @@ def _ewma_z(score: Tensor, block: int, alpha: float) -> Tensor:
 
 
 def _block_means(blocks: Tensor) -> Tensor:
-    """Means over the last axis, (rows, blocks) float32; by halves, so that means of equal numbers are exact."""
+    """Means over the last axis, (rows, blocks) float32; summed in halves, so that means of equal numbers are exact."""
     size, values = blocks.shape[-1], blocks
     while values.shape[-1] % 2 == 0:
         half = values.shape[-1] // 2
@@ -193,9 +193,9 @@ def _block_means(blocks: Tensor) -> Tensor:
 def _moving(values: Tensor, alpha: float) -> Tensor:
     """The moving mean of values (rows, blocks) before each block and after the last, (rows, blocks + 1) float32.
 
-    With values held at LARGEST_BLOCK times the typical one of their row, state[0] is their mean and
-    state[b + 1] = (1 - alpha) state[b] + alpha values[b]: the row is added to itself, moved by 1, 2, 4, ... blocks and
-    faded accordingly. All terms are positive, so nothing cancels.
+    With values capped at LARGEST_BLOCK times the typical one of their row, state[0] is their mean and
+    state[b + 1] = (1 - alpha) state[b] + alpha values[b]. This is computed by adding the row to itself, shifted by 1,
+    2, 4, ... blocks and multiplied by the matching power of 1 - alpha. All terms are >= 0, so that nothing cancels.
     """
     values = torch.minimum(values.double(), LARGEST_BLOCK * _typical(values).double())
     state = torch.cat((values.mean(1, keepdim=True), alpha * values), 1)
@@ -208,7 +208,7 @@ def _moving(values: Tensor, alpha: float) -> Tensor:
 
 
 def _typical(values: Tensor) -> Tensor:
-    """The median of those of each row of values >= 0 that are not 0, rounded down as TYPICAL_BITS says, (rows, 1)."""
+    """The median of the nonzero values of each row, their TYPICAL_BITS low bits cleared: (rows, 1). values >= 0."""
     bits = values.contiguous().view(torch.int32).sort(1).values
     zeros = (bits <= 0).sum(1, keepdim=True)
     rank = zeros + (bits.shape[1] - zeros + 1) // 2
@@ -224,7 +224,7 @@ def _lowest(values: Tensor, count: int) -> Tensor:
     threshold = keys.kthvalue(count, dim=1, keepdim=True).values
     pruned = keys <= threshold
     excess = pruned.sum(1, keepdim=True, dtype=torch.int32) - count
-    if values.device.type == "cpu" and not bool(excess.any()):  # elsewhere, looking would wait for the device
+    if values.device.type == "cpu" and not bool(excess.any()):  # on a GPU, the check would wait for the device
         return pruned
     tied = keys == threshold
     room = tied.sum(1, keepdim=True, dtype=torch.int32) - excess
@@ -232,9 +232,9 @@ def _lowest(values: Tensor, count: int) -> Tensor:
 
 
 def _lowest_of_groups(score: Tensor, m: int, drop: int) -> Tensor:
-    """True at the `drop` smallest of every m consecutive scores, ties by column, by counting ranks.
+    """True at the `drop` smallest of every m consecutive scores, ties by column, by computing ranks.
 
-    The columns of a group become planes; each two of them are compared once.
+    Plane i holds column i of every group; every pair of planes is compared once.
     """
     planes = score.view(score.shape[0], -1, m).permute(2, 0, 1).contiguous()
     ranks = torch.empty(planes.shape, dtype=torch.int8, device=score.device)

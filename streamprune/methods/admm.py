@@ -5,28 +5,29 @@ v = w·√G_jj, with A = D⁻¹(G + damping)D⁻¹, D = diag √G_jj, the method
 
     Z = P(V + U)        U ← U + V − Z        V ← (A + ρI)⁻¹ (A V₀ + ρ(Z − U))
 
-from V = V₀, U = 0 on; P puts zeros where the mask does. As (A + ρI)⁻¹A = I − ρ(A + ρI)⁻¹, with X = V + U and
-M = ρ(A + ρI)⁻¹ this is one line with one product of matrices, in which G itself does not occur any more:
+starting from V = V₀, U = 0, where P sets the weights that the mask prunes to zero. Since (A + ρI)⁻¹A = I − ρ(A + ρI)⁻¹,
+with X = V + U and M = ρ(A + ρI)⁻¹ an iteration is a single update with one matrix product, without G itself:
 
     X ← X + κ(V₀ − Z + M(2Z − X − V₀))
 
-κ = 1; with κ > 1 it is over-relaxed (Eckstein and Bertsekas 1992): κV + (1 − κ)Z takes the place of V. In iteration t
-of the first T the mask is chosen anew, from all weights: what was pruned may come back. It takes the share
-1 − (1 − t/T)³ of the weights that are to go, lowest score first. With N:M, the N best of every M are safe and the
-others go by their score within the row, until in the end all are gone. Later iterations keep the mask of the Tth. The
-last step is the projection P of the last X, as in the published code: no exact solution on the support follows.
+with κ = 1. With κ > 1 the iteration is over-relaxed (Eckstein and Bertsekas 1992): κV + (1 − κ)Z replaces V. In each of
+the first T iterations a new mask is chosen from all weights, so that a pruned weight may come back; iteration t prunes
+the fraction 1 − (1 − t/T)³ of the final number of weights, lowest score first. With N:M, the N highest scores of every
+M are never pruned, and the others are pruned by their score within the row, until all of them are. Later iterations
+keep the mask of iteration T. The last step is the projection P of the last X, as in the published code; no exact
+solution on the support follows.
 
     PUBLISHED  score |X|; 20 iterations, T = 15, ρ = 1, κ = 1, damping 0.1
-    OBS        ours: score X² / [A⁻¹]_jj, the optimal brain surgeon's saliency (Hassibi and Stork 1993) of what the
-               weight is at the moment: one whose work others can do is cheap. 20 iterations, T = 18,
-               κ = 1.5, damping δ = 0.05, ρ = 0.55 + δ
+    OBS        ours: score X² / [A⁻¹]_jj, the optimal brain surgeon's saliency (Hassibi and Stork 1993) of the current
+               weight: low for a weight that other weights can compensate. 20 iterations, T = 18, κ = 1.5,
+               damping δ = 0.05, ρ = 0.55 + δ
 
 What differs from the published code:
 
-    - The schedule is used. Its unstructured pruning, as it is called there, computes s_t and then prunes s at once.
-    - Rows are independent: floor(s_t·in) weights go in every row. There, they go wherever in the linear they are least.
-    - N:M for any N and M, going by rows; its groups are always of four, two kept, going by the whole linear.
-    - A dead feature (G_jj = 0) is pruned first, and where kept it stays as it is.
+    - The schedule is applied. The published code computes s_t for unstructured pruning, but prunes s at once.
+    - Rows are independent: floor(s_t·in) weights are pruned in every row, not the lowest scores of the whole linear.
+    - Any N:M, by row. The published code has 2:4 only, by the whole linear.
+    - The weights of dead features (G_jj = 0) are pruned first, and left unchanged where they are kept.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ from streamprune.methods.inverse import Damping, feature_scale, normalised_inver
 from streamprune.methods.selection import Amount, Pattern, check_pattern, prune_count, select
 
 _DAMPING = Damping(0.1)
-_SAFE = 3e38  # a score above all others, and finite
+_SAFE = 3e38  # a finite score above all others: never pruned
 
 
 class Variant(NamedTuple):
-    """See the file's docstring: T, ρ, κ and the score."""
+    """`iterations`, `gradual` (T), `rho` (ρ), `relax` (κ); `saliency`: score X² / [A⁻¹]_jj, else |X|. See the top."""
 
     iterations: int = 20
     gradual: int = 15
@@ -53,7 +54,7 @@ class Variant(NamedTuple):
     relax: float = 1.0
     saliency: bool = False
     follow: float = 0.0
-    """ρ is `rho` + `follow` times the damping: with more damping and the same ρ, masks settle too early."""
+    """ρ is `rho` + `follow` × damping: with stronger damping and the same ρ, masks would settle too early."""
 
 
 PUBLISHED = Variant()
@@ -61,11 +62,11 @@ OBS = Variant(gradual=18, rho=0.55, follow=1.0, relax=1.5, saliency=True)
 
 
 class Operator(NamedTuple):
-    """What `solve` needs of a Gram: matrix M (in, in), scale √G_jj and score (in,) float32.
+    """What `solve` needs of a Gram matrix: matrix M (in, in), scale √G_jj and score, both (in,) float32.
 
-    Ranked is |X|·score, with score 1/√[A⁻¹]_jj or 1: the squares order alike, but those of small numbers vanish.
-    X of dead features is 0. `damping` is the value that was used, larger than what was asked for only where the
-    factorisation failed with that.
+    Weights are ranked by |X|·score, with score 1/√[A⁻¹]_jj or 1; squares would rank them alike, but underflow. X of
+    dead features is 0. `damping` is the value that was used, larger than requested only where the factorisation failed
+    with the requested one.
     """
 
     matrix: Tensor
@@ -77,10 +78,10 @@ class Operator(NamedTuple):
 def prepare(
     gram: Tensor, damping: Damping = _DAMPING, variant: Variant = PUBLISHED, products: torch.dtype = torch.float32
 ) -> Operator:
-    """The operator of the Gram matrix (in, in) float32 of a linear's inputs, for any number of `solve`.
+    """The operator for the Gram matrix (in, in) float32 of a linear's inputs; serves any number of calls of `solve`.
 
-    `products` is what solve multiplies in: bfloat16 is as good (the perplexity of a small model moved by 0.2 %, either
-    way) and several times as fast where the processor has it.
+    `products` is the dtype of solve's matrix products: bfloat16 is as good (the perplexity of a small model changed by
+    0.2 %, in either direction), and several times as fast on processors with bf16 arithmetic.
 
     Raises UnsupportedError where the Gram matrix is not finite or cannot be factorised, see inverse.py, and ValueError
     unless rho > 0.
@@ -93,7 +94,7 @@ def prepare(
         inverse, value = normalised_inverse(gram, damping, 0.0)
         diagonal = inverse.diagonal().clone()
         score, used = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0), damping._replace(value=value)
-        del inverse  # before the next one
+        del inverse  # before the next one is made
     rho = variant.rho + variant.follow * used.value
     matrix, value = normalised_inverse(gram, used, rho)
     return Operator(matrix.mul_(rho).to(products), scale, score, value)
@@ -108,17 +109,17 @@ def solve(
     variant: Variant = PUBLISHED,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Prune rows of one linear to `sparsity` or to `pattern`, exactly one of the two, and refit what stays.
+    """Prunes rows of one linear to `sparsity` or to `pattern`, exactly one of the two, and refits the kept weights.
 
     weight (rows, in) float32, on the device of operator.matrix; it is not changed. Returns the new weight, zero where
-    pruned, and keep (rows, in) bool. 0 <= gradual <= iterations; with gradual 0 the weights themselves choose the mask.
-    Temporaries: four times the weight. A weight that is not finite makes all that is kept of its row NaN. Raises
-    UsageError as select does.
+    pruned, and keep (rows, in) bool. 0 <= gradual <= iterations; with gradual 0 the original weights determine the
+    mask. Temporaries: four times the weight. A weight that is not finite makes all kept weights of its row NaN. Raises
+    UsageError as `select` does, and ValueError for other dtypes or shapes.
     """
     rows, width = weight.shape
     if weight.dtype != torch.float32 or operator.matrix.shape != (width, width):
         shape = [*operator.matrix.shape]
-        raise ValueError(f"{weight.dtype} {[*weight.shape]} is no float32 weight for an operator {shape}")
+        raise ValueError(f"expected a float32 weight for an operator {shape}, not {weight.dtype} {[*weight.shape]}")
     if not 0 <= variant.gradual <= variant.iterations:
         raise ValueError(f"gradual {variant.gradual} must be in 0..{variant.iterations}, the number of iterations")
     if (sparsity is None) == (pattern is None):
@@ -146,12 +147,12 @@ def solve(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a · b in the dtype of b."""
+    """a @ b, computed in the dtype of b."""
     return a.to(b.dtype) @ b
 
 
 def _choose(x: Tensor, score: Tensor, share: float, amount: Amount, backend: str | None) -> Tensor:
-    """keep (rows, in) bool: the largest |x|·score, at `share` of the final amount. s·1.0 is s exactly."""
+    """keep (rows, in) bool: the weights of largest |x|·score, at `share` (0 to 1) of the final amount."""
     if amount.pattern is None:
         return _keep(x, score, amount.at(share), backend)
     final = _keep(x, score, amount, backend)

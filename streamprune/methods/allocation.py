@@ -1,14 +1,14 @@
-"""How much each linear gives to a sparsity that is asked of all of them together.
+"""Allocation: the sparsity of each linear, for a given sparsity of all linears together.
 
-    uniform  all the same
-    owl      by layer: the more outliers a layer's weights have, the less of it is pruned (OWL, arXiv 2310.05175)
-    error    by layer: the sum over layers of what pruning does to the residual stream is smallest (ours). Foretold
-             as the relative errors of the layer's linears (the share of w²a that goes) times the part of the stream
-             that the layer makes, the mean over tokens of ‖h_out − h_in‖² / ‖h_out‖². Of sums over tokens instead of
-             each token's own part, a few massive activations would own both, and it would do harm.
+    uniform  the same for all
+    owl      by layer: the more outliers a layer's weights have, the less it is pruned (OWL, arXiv 2310.05175)
+    error    by layer: minimises the sum over layers of the estimated damage to the residual stream (ours). The estimate
+             for a layer is the relative error of its linears (the share of w²a that is pruned) times the layer's
+             contribution to the stream, the mean over tokens of ‖h_out − h_in‖² / ‖h_out‖². A ratio of sums over tokens
+             would be dominated by a few massive activations, and allocate badly.
 
-A row of a linear still prunes the same number of weights as every other. Patterns N:M fix the sparsity of each linear,
-so there is nothing to allocate.
+All rows of a linear still prune the same number of weights. Patterns N:M fix the sparsity of every linear, so that
+there is nothing to allocate.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 OUTLIER = 5.0
-"""A weight whose score |w| √a is this many times the layer's mean is an outlier. OWL's M, 5 for LLaMA."""
+"""A weight whose score |w| √a exceeds the layer's mean by this factor is an outlier. OWL's M, 5 for LLaMA."""
 
 SPREAD = 0.08
-"""Half of how far apart the sparsities of two layers may be. OWL's λ."""
+"""Half of the range of the layers' sparsities. OWL's λ."""
 
 REACH = 0.2
-"""How far from the asked sparsity a linear may be, of `by_error`: at 60 % and more."""
+"""`by_error`: largest deviation of a linear's sparsity from the requested one, if that is 0.6 or more."""
 
 LITTLE = 0.4
-"""Below 60 %, it may be as far as the asked sparsity is from this, 0.05 at least: where little is lost, errors foretell
-little."""
+"""`by_error`: below 0.6 the largest deviation is the requested sparsity minus this, at least 0.05: where little is
+pruned, the estimated errors predict little."""
 
 STEPS = 9
-"""Sparsities at which the error of a linear is looked at."""
+"""Number of sparsities at which the error of a linear is evaluated."""
 
 LOOKS = {"owl": 2, "error": STEPS}
-"""How often each way of sharing out goes through the weights of a linear."""
+"""How many passes over the weights of a linear each kind of allocation makes."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What pruning a linear of `size` weights costs: `errors[i]` is the relative error at `levels[i]`, both rising."""
+    """The relative error `errors[i]` of a linear of `size` weights at the sparsity `levels[i]`; both are increasing."""
 
     size: int
     levels: Sequence[float]
@@ -47,22 +47,23 @@ class Curve:
 
 
 def levels_around(sparsity: float) -> list[float]:
-    """STEPS sparsities from as far below the asked one as REACH and LITTLE allow to as far above, within 0 and 0.98."""
+    """STEPS sparsities, evenly spaced over the range that REACH and LITTLE allow, within 0 and 0.98."""
     reach = min(REACH, max(0.05, sparsity - LITTLE))
     low, high = max(0.0, sparsity - reach), min(max(0.98, sparsity), sparsity + reach)
     return [low + (high - low) * i / (STEPS - 1) for i in range(STEPS)]
 
 
 def least_share(kind: str, sparsity: float) -> float:
-    """The lowest sparsity of a layer that sharing out `sparsity` can come to; `kind` is "owl" or "error"."""
+    """The lowest sparsity that a layer can get when `sparsity` is allocated; `kind` is "owl" or "error"."""
     return levels_around(sparsity)[0] if kind == "error" else max(0.0, sparsity - 2 * SPREAD)
 
 
 def owl(outliers: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
-    """The sparsity of each layer from its share of outliers; `sizes` are their weights.
+    """The sparsity of each layer from its share of outliers, 0 to 1; `sizes` are the layers' numbers of weights.
 
-    Shares are scaled to a range of 2·SPREAD, their mean (by weights) goes to the asked sparsity, as the published code
-    does it for layers of one size. What would leave [0, 1) is held there and the rest makes up for it.
+    Shares are scaled to a range of 2·SPREAD and shifted so that the mean sparsity, weighted by size, is the requested
+    one; the published code does so for layers of equal size. Sparsities are clamped to [0, 0.98], and the others
+    shifted to compensate.
     """
     low, high = min(outliers), max(outliers)
     scaled = [2 * SPREAD * (share - low) / (high - low) if high > low else 0.0 for share in outliers]
@@ -70,12 +71,13 @@ def owl(outliers: Sequence[float], sizes: Sequence[int], sparsity: float) -> lis
 
 
 def by_error(curves: Mapping[str, Curve], sparsity: float) -> dict[str, float]:
-    """The sparsity of each linear at which the sum of relative errors is smallest, for the asked share of all weights.
+    """The sparsity of each linear that minimises the sum of relative errors, for a `sparsity` of all weights together.
 
-    Each curve is replaced by its lower convex hull; then linears give up, a piece at a time, whatever costs least error
-    for a weight, until enough are pruned (the greedy solution of a sum of convex functions under one linear constraint
-    is the best one). Pieces that cost the same give up the same part. Every linear's error counts alike, so of two with
-    the same curve the larger one gives more. Raises ValueError where the levels do not reach the asked sparsity.
+    Each curve is replaced by its lower convex hull. Then segments of the hulls are taken in order of their error per
+    weight until enough weights are pruned; for a sum of convex functions under one linear constraint this greedy
+    solution is optimal. Segments of equal cost are used to the same fraction. All linears' errors count the same, so
+    that of two linears with the same curve the larger one is pruned more. Raises ValueError if the levels do not reach
+    the requested sparsity.
     """
     pieces: list[tuple[float, str, float]] = []
     found: dict[str, float] = {}
@@ -99,7 +101,7 @@ def by_error(curves: Mapping[str, Curve], sparsity: float) -> dict[str, float]:
 
 
 def _hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The lower convex hull of points in rising order of x."""
+    """The lower convex hull of points in increasing order of x."""
     hull: list[tuple[float, float]] = []
     for x, y in points:
         while len(hull) > 1:
@@ -113,7 +115,8 @@ def _hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _balanced(sizes: Sequence[int], sparsity: float, offsets: Sequence[float]) -> list[float]:
-    """sparsity + offset + a common shift, held within [0, 0.98] or the asked one, with the asked mean by weights."""
+    """sparsity + offset + a common shift, clamped to [0, max(0.98, sparsity)], with the size-weighted mean
+    `sparsity`."""
     most, total = max(0.98, sparsity), sum(sizes)
     low, high = -2.0, 2.0
     for _ in range(60):
@@ -124,5 +127,5 @@ def _balanced(sizes: Sequence[int], sparsity: float, offsets: Sequence[float]) -
 
 
 def _settled(value: float, sparsity: float) -> float:
-    """The asked sparsity where only rounding is in between: 0.7 of 10 weights are 7, 0.6999999999999999 of them 6."""
+    """`sparsity` where `value` differs from it only by rounding: 0.7 of 10 weights are 7, 0.6999999999999999 are 6."""
     return sparsity if abs(value - sparsity) < 1e-12 else value

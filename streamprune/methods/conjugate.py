@@ -1,13 +1,14 @@
-"""Refits by conjugate gradients: new values for the weights that stay, so that the outputs change least.
+"""Refits by conjugate gradients: new values for the kept weights, so that the outputs change as little as possible.
 
-With G = XᵀX of the input, D = diag(G) and damping δ, every row w solves on its support
+With the Gram matrix G = XᵀX of the inputs, D = diag(G) and damping δ, every row w is replaced by the solution, on the
+support that its mask allows, of
 
     min over ŵ   (w − ŵ)ᵀ A (w − ŵ)        A = G + δ D     (relative)   or   G + δ mean(D) I     (absolute)
 
-by conjugate gradients preconditioned with diag(A): one product with G an iteration for all rows at once, no inverse
-and no factorisation. Every iteration takes the error down, from wherever it starts. Relative damping leaves the result
-as it is when features are scaled (G_jk c_j c_k, w_j / c_j); absolute damping, SparseGPT's and GPTQ's, does not.
-Rows are independent. Everything is float32, sums over a row float64 where they decide.
+by conjugate gradients preconditioned with diag(A). An iteration is one product with G for all rows at once; no inverse
+or factorisation is needed, and every iteration decreases the error, whatever the start. With relative damping the
+result is equivariant under a rescaling of features (G_jk c_j c_k, w_j / c_j); with absolute damping, as in SparseGPT
+and GPTQ, it is not. Rows are independent. All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class Metric(NamedTuple):
-    """A = G + diag(extra). extra, inverse (in,) float32; inverse is 1 / diag(A), and 0 for inputs (almost) always 0."""
+    """A = G + diag(extra). `inverse` is 1 / diag(A), or 0 where that is below the smallest normal float32.
+
+    extra, inverse (in,) float32, on the refit's device.
+    """
 
     gram: Gram
     extra: Tensor
@@ -45,7 +49,7 @@ class Metric(NamedTuple):
 
 
 def descend(weight: Tensor, start: Tensor, keep: Tensor, metric: Metric, iterations: int) -> Tensor:
-    """`iterations` of conjugate gradients from `start`, on the support `keep`.
+    """Runs `iterations` of conjugate gradients from `start`, on the support `keep`.
 
     weight, start (n, in) float32, start zero outside of keep; keep (n, in) bool. Returns (n, in) float32.
     """
@@ -71,10 +75,10 @@ def gradually(
     weight: Tensor, select: Callable[[Tensor, float], Tensor], metric: Metric, *,
     steps: int, iterations: int, last: int,
 ) -> Tensor:  # fmt: skip
-    """Prunes in `steps`, a little more each time, and refits in between: s_t = s (1 − (1 − t/steps)³).
+    """Gradual pruning: prunes in `steps` to a rising sparsity s_t = s (1 − (1 − t/steps)³), and refits after each step.
 
-    weight (n, in) float32; `select(weight, share)` is a bool (n, in) of what stays when `share` of the final sparsity
-    is reached, chosen by the weights as they are now. `iterations` of descend after each step, `last` after the last.
+    weight (n, in) float32; `select(weight, share)` returns a mask (n, in) bool of the weights to keep at `share` of the
+    final sparsity, chosen from the current weights. `iterations` of `descend` follow each step, `last` the last one.
     Returns (n, in) float32. The schedule is Zhu and Gupta's (arXiv 1710.01878).
     """
     fitted = weight
@@ -85,11 +89,11 @@ def gradually(
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Of each row, (n,) float32."""
+    """The dot products of corresponding rows, (n,) float32."""
     found: Tensor = torch.linalg.vecdot(a, b)
     return found
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """above / below, and 0 where a row has arrived: what is left of its residual is below what float32 can square."""
+    """above / below, or 0 for converged rows, whose residual is too small to be squared in float32."""
     return torch.where(below >= _TINY, above / below, 0.0)

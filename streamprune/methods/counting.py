@@ -1,16 +1,16 @@
-"""Counting what the bits of weights hold: zeros per row, nonzeros per group of M inputs, -0.0, NaN, Inf.
+"""Counts over raw weights: zeros per row, nonzeros per group of M inputs, -0.0, NaN, Inf.
 
-Works on the raw bits, so that every floating dtype has one code path and bf16 and fp8 need no conversion.
-Meant for blocks of a quarter megabyte or so, which stay in the cache during the ten passes or so. Groups are summed
-with one multiplication: nonzero flags are bytes of 0 or 1, and the top byte of `eight flags as one integer ×
+Works on the bits, so that all floating dtypes share one code path, and bf16 and FP8 need no conversion. Blocks should
+be about a quarter of a megabyte, so that they stay in the cache for the ten or so passes over them. Eight flags are
+summed with one multiplication: they are bytes of 0 or 1, and the top byte of `eight flags as one integer ×
 0x0101010101010101` is their sum.
 
-When is N:M a pattern and not an accident? In any matrix some N holds for every group. Two signs say that it is meant:
-groups are full (nine tenths of N on average); or N would not hold if the zeros had fallen at random. For the latter,
-one row of in / M groups must be enough to expect ten with more than N nonzeros, each weight being nonzero with the
-matrix's own probability p: in / M · P(Binomial(M, p) > N) >= 10. All rows are counted as one because zeros of different
-rows are related (dead inputs, scores that depend on the input), so that an accident repeats itself in every row. So a
-2:4 matrix with many zeros among what it kept is still known as 2:4.
+When does a matrix have a pattern N:M? For every M, some N holds for all groups by accident. A pattern counts as
+intended if groups are full (nine tenths of N on average), or if N would not hold for randomly placed zeros. The latter
+means that in a single row of in / M groups, with weights nonzero at the matrix's own density p, at least ten groups
+with more than N nonzeros would be expected: in / M · P(Binomial(M, p) > N) >= 10. The test uses one row because zeros
+of different rows are correlated (dead inputs, scores that depend on the input), so that an accident repeats itself in
+every row. Thus a 2:4 matrix with many more zeros than 2:4 requires is still recognised as 2:4.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 GROUPS = (2, 4, 8, 16, 32)
 """The M of the N:M patterns that are looked for."""
 
-_FULL = 0.9  # how far groups are filled on average where N:M is meant
-_BROKEN = 10.0  # or how many groups of a row random zeros would break
+_FULL = 0.9  # mean nonzeros of a group / N, from which N:M counts as intended
+_BROKEN = 10.0  # or the expected groups of a row that random zeros would make too full
 
 
 @dataclass(frozen=True)
 class FloatBits:
-    """The bits of a floating dtype: magnitudes from `nan` on are NaN, the one equal to `inf` is Inf."""
+    """The bits of a floating dtype: a magnitude >= `nan` is NaN, one equal to `inf` is Inf (None: it has no Inf)."""
 
     view: type[np.unsignedinteger[Any]]
     sign: int
@@ -48,13 +48,13 @@ FLOATS: Mapping[str, FloatBits] = {
     "F8_E5M2": FloatBits(np.uint8, 1 << 7, 0x7D, 0x7C),
     "F8_E4M3": FloatBits(np.uint8, 1 << 7, 0x7F, None),
 }
-"""By the dtype's name in safetensors; the FNUZ kinds of float8 are not here."""
+"""By the dtype's name in safetensors; the FNUZ variants of float8 are not supported."""
 
 
 def long_run(zero: NDArray[np.bool_]) -> int:
-    """The longest stretch of rows (n,) that are zeros, where no trained matrix has it; else 0.
+    """The longest run of zero rows, where it is longer than in any trained matrix; else 0. `zero` is (n,) bool.
 
-    That is all of them, or an eighth and at least 4.
+    Suspicious is a run of all rows, or of at least an eighth of them and at least 4.
     """
     edges = np.flatnonzero(np.diff(np.concatenate([[False], zero, [False]]).astype(np.int8)))
     longest = int((edges[1::2] - edges[::2]).max(initial=0))
@@ -62,10 +62,10 @@ def long_run(zero: NDArray[np.bool_]) -> int:
 
 
 class MatrixCount:
-    """Counts over one matrix (out, in), fed in blocks by `add`; each weight exactly once.
+    """Counts over one matrix (out, in), passed in blocks to `add`; each weight exactly once.
 
-    limit: (n, m) when at most n nonzeros in every m inputs are expected, else None. The first offender is
-    remembered, and how many there are.
+    limit: (n, m) if every m inputs should have at most n nonzeros, else None. The number of groups with more and the
+    first of them are recorded.
     """
 
     def __init__(self, dtype: str, shape: tuple[int, int], limit: tuple[int, int] | None = None) -> None:
@@ -75,10 +75,10 @@ class MatrixCount:
         self.row_nonzeros: NDArray[np.int64] = np.zeros(shape[0], np.int64)  # (out,)
         sizes = {*GROUPS, limit[1]} if limit else set(GROUPS)
         self.fullest = {m: 0 for m in sorted(sizes) if shape[1] % m == 0}
-        """M -> the most nonzeros found in a group of M, for GROUPS and the limit's M."""
+        """M -> the largest number of nonzeros in a group of M, for GROUPS and the limit's M."""
         self.found = dict.fromkeys(("-0.0", "NaN", "Inf"), 0)
         self.first: dict[str, tuple[int, int]] = {}
-        """Kind of `found`, or "group" -> row and first input of its first occurrence."""
+        """A key of `found`, or "group" (see limit) -> row and first input of the first occurrence."""
         self.overfull = 0
         self.first_overfull = 0
         """Groups with more than limit's n nonzeros, and how many nonzeros the first of them has."""
@@ -90,9 +90,9 @@ class MatrixCount:
 
     @property
     def pattern(self) -> tuple[int, int] | None:
-        """The tightest (n, m) that every group holds, of equally tight ones that with the smallest m.
+        """The (n, m) with the smallest n / m that all groups satisfy, and of equal ones that with the smallest m.
 
-        None when there is none with 0 < n < m that is meant, as told at the top.
+        None if there is none with 0 < n < m that counts as intended (see the top).
         """
         nonzeros, weights = int(self.row_nonzeros.sum()), self.shape[0] * self.shape[1]
         held = []
@@ -104,9 +104,9 @@ class MatrixCount:
         return (min(held)[2], min(held)[1]) if held else None
 
     def add(self, row: int, column: int, block: NDArray[Any]) -> None:
-        """Count `block`: unsigned integers (rows, inputs) from `row` and `column` of the matrix on.
+        """Counts `block`, unsigned integers (rows, inputs): the part of the matrix that begins at `row` and `column`.
 
-        The width must be the matrix's or, with `column`, a multiple of all M in question.
+        Its width must be that of the matrix, or a multiple of every M in `fullest`.
         """
         bits = self.bits
         block = np.ascontiguousarray(block)
@@ -131,14 +131,15 @@ class MatrixCount:
             self.found[kind] += count
 
     def _groups(self, row: int, column: int, nonzero: NDArray[np.bool_]) -> NDArray[np.uint8] | None:
-        """Update `fullest` and `overfull`; returns the nonzeros of every 8 inputs if these divide the row."""
+        """Updates `fullest` and `overfull`; returns the nonzeros of every 8 inputs, or None if 8 does not divide
+        `in`."""
         limit = self.limit[1] if self.limit else 0
         counts8: NDArray[np.uint8] | None = None
         if self.shape[1] % 8 == 0:
             counts8 = group_counts(nonzero, 8)
         for m in self.fullest:
             if m != limit and self.fullest[m] == m:
-                continue  # no pattern with this M any more
+                continue  # a group is full: there is no pattern with this M
             if m > 8 and m % 8 == 0 and counts8 is not None:
                 counts = _added(counts8, m // 8)
             else:
@@ -156,7 +157,7 @@ class MatrixCount:
 
 
 def group_counts(nonzero: NDArray[np.bool_], m: int) -> NDArray[np.uint8]:
-    """How many of every m neighbours are true: bool (rows, in), contiguous -> uint8 (rows, in / m)."""
+    """How many of every m consecutive columns are true: bool (rows, in), contiguous -> uint8 (rows, in / m)."""
     if m == 2:
         return ((nonzero.view(np.uint16) * np.uint16(0x0101)) >> np.uint16(8)).astype(np.uint8)
     if m == 4:
@@ -173,7 +174,7 @@ def _chance_of_more(n: int, m: int, density: float) -> float:
 
 
 def _added(counts: NDArray[np.uint8], m: int) -> NDArray[np.uint8]:
-    """Sums of every m neighbours of uint8 (rows, n * m); a sum must stay below 256."""
+    """Sums of every m consecutive columns of uint8 (rows, n * m): uint8 (rows, n). A sum must stay below 256."""
     total = counts[:, 0::m].copy()
     for k in range(1, m):
         total += counts[:, k::m]

@@ -1,18 +1,19 @@
 """The Gram matrix of a linear's input: what a refit needs to know about the calibration tokens.
 
-With X (tokens, in) the inputs, a change E (rows, in) of the weights changes the outputs by X Eᵀ, and the sum of the
-squares of that is tr(E G Eᵀ) with G = XᵀX. Only sums occur, so G does not depend on the order of the tokens but for
-rounding. A few inputs are kept out of G, to see on them what has been learned from the others.
+With inputs X (tokens, in), a change E (rows, in) of the weights changes the outputs by X Eᵀ, whose squared norm is
+tr(E G Eᵀ) with the Gram matrix G = XᵀX. G is a sum over tokens, so that their order matters only for rounding. A few
+tokens are held out of G; refits are judged on these.
 
-Asymmetric calibration (as GPTAQ, arXiv 2504.02692): X are the inputs that the model has which is being pruned, and
-what should come out is what the dense model makes of its own inputs D, W Dᵀ. With E = (D − X)ᵀX and damping δ diag G,
+Asymmetric calibration (as GPTAQ, arXiv 2504.02692): X are the inputs in the partly pruned model, D those of the same
+tokens in the dense model, and the target is the dense model's output W Dᵀ. With the drift E = (D − X)ᵀX and damping
+δ diag G,
 
     min over V   ‖W Dᵀ − V Xᵀ‖² + δ Σ_j G_jj (v_j − w_j)²       is reached by       V = W + W E (G + δ diag G)⁻¹
 
-and a refit that comes close to V in the metric G comes close to the dense model's outputs. Where the outputs are added
-to the residual stream, they can make up for what that has lost as well: with R the dense stream less the pruned one, as
-it is before the addition, W Dᵀ + Rᵀ takes the place of W Dᵀ, and W E + RᵀX (the `debt`) that of W E. All of V would
-trust the calibration tokens too much: `aim` goes PULL of the way from W to V.
+so that a refit that is close to V in the metric G gives outputs close to the dense model's. A linear whose outputs are
+added to the residual stream can also correct errors that the stream already has. With R the dense minus the pruned
+stream before the addition, the target becomes W Dᵀ + Rᵀ, and W E is replaced by W E + RᵀX; RᵀX is the linear's `Debt`.
+Going all the way to V overfits the calibration tokens, so `aim` goes only a fraction PULL of the way from W to V.
 """
 
 from __future__ import annotations
@@ -27,37 +28,37 @@ from torch import Tensor
 from streamprune.methods.inverse import Damping, feature_scale, normalised_inverse
 
 PULL = 0.15
-"""How far the weights that a refit aims at go from the dense ones towards those that make up for earlier layers."""
+"""Fraction of the way from the dense weights W to the weights V that fully correct the errors of earlier layers."""
 
 PULL_DAMPING = Damping(0.05)
-"""δ of that step."""
+"""δ in the formula for V."""
 
 _PANEL = 256 << 20
-"""Bytes of a mapped matrix that are looked at before its pages are given back."""
+"""Bytes of a mapped matrix that are processed before their pages are given back."""
 
 
 class Mapped(NamedTuple):
-    """What a matrix in a file brings along: `forget(begin, end)` gives back the memory of rows."""
+    """For a matrix in a mapped file: `forget(begin, end)` gives back the memory of these rows."""
 
     forget: Callable[[int, int], None]
 
 
 class Debt(NamedTuple):
-    """What a linear that writes into the residual stream is to make up for."""
+    """The error of the residual stream that a linear which writes into it should correct (see the top)."""
 
     sum: Tensor
     """RᵀX (out, in) float32."""
     held: Tensor
-    """R of the inputs that were kept out, (held, out) float32."""
+    """R of the held-out tokens, (held, out) float32."""
 
 
 @dataclass(eq=False)
 class Gram:
     """G = XᵀX of one linear's input.
 
-    matrix  (in, in) float32, symmetric; on the device of the refit, or a mapped file (`mapped`) on the CPU
-    held    (held, in) inputs that are not in `matrix`, in the dtype they were computed in, on the refit's device
-    tokens  how many inputs are in `matrix`
+    matrix  (in, in) float32, symmetric; on the device of the refit, or in a mapped file (`mapped`) on the CPU
+    held    (held, in) held-out inputs, not in `matrix`; in the dtype they were computed in, on the refit's device
+    tokens  how many tokens are summed in `matrix`
     """
 
     matrix: Tensor
@@ -65,13 +66,13 @@ class Gram:
     tokens: int
     mapped: Mapped | None = None
     products: torch.dtype = torch.float32
-    """What iterations that forgive rounding may multiply in."""
+    """Dtype of matrix products in iterations that tolerate rounding errors."""
     drift: Tensor | None = None
-    """E (in, in) float32 like `matrix`, of asymmetric calibration; None where X is all there is."""
+    """E (in, in) float32, like `matrix`; None unless calibration is asymmetric."""
     held_dense: Tensor | None = None
-    """(held, in): what the dense model has in the place of `held`."""
+    """(held, in): the dense model's inputs of the held-out tokens; None unless calibration is asymmetric."""
     debts: dict[str, Debt] = field(default_factory=dict)
-    """By linear, of those that write into the residual stream."""
+    """By name of the linear, for those that write into the residual stream."""
     diagonal: Tensor = field(init=False)
     """(in,) float32, on the refit's device."""
 
@@ -80,9 +81,9 @@ class Gram:
         self._pull: Tensor | None = None
 
     def aim(self, rows: Tensor, name: str = "", which: Tensor | slice = slice(None)) -> Tensor:
-        """The weights that a refit of `rows` (n, in) float32 is to come close to: (n, in), `rows` without a drift.
+        """The target weights (n, in) float32 of a refit: W + PULL (V − W), or `rows` itself if there is no drift.
 
-        They are rows `which` of the linear `name`. Raises UnsupportedError, see inverse.py.
+        `rows` (n, in) float32 are the rows `which` of the linear `name`. Raises UnsupportedError, see inverse.py.
         """
         if self.drift is None:
             return rows
@@ -112,14 +113,18 @@ class Gram:
         return out
 
     def energy(self, rows: Tensor) -> Tensor:
-        """e G eᵀ of each of `rows` (n, in) float32: the squared change of the outputs. (n,) float64, not negative."""
+        """e G eᵀ of each row e of `rows` (n, in) float32, the squared norm of its outputs: (n,) float64, >= 0."""
         return (self.times(rows) * rows).sum(1, dtype=torch.float64).clamp_min_(0)
 
     def held_by_token(
         self, rows: Tensor, fitted: Tensor | None = None, name: str = "", which: Tensor | slice = slice(None)
     ) -> Tensor:
-        """The squared outputs of `rows` on each of the inputs that were kept out, (held,) float64; the dense model's,
-        if there are such. With `fitted`, how far its outputs on `held` are from what is wanted; see `aim`."""
+        """The squared norm of the outputs of `rows` for each held-out token, (held,) float64.
+
+        `rows` (n, in) are applied to the dense model's inputs if calibration is asymmetric. With `fitted` (n, in), it
+        is the squared error instead: of the outputs of `fitted` on `held`, against those of `rows` plus, for a linear
+        with a debt, R. `name` and `which` as in `aim`.
+        """
         if self.held_dense is None:
             rows = rows if fitted is None else rows - fitted
             return (rows @ self.held.to(rows.dtype).T).square_().sum(0, dtype=torch.float64)
@@ -167,7 +172,7 @@ class Gram:
         return torch.cat(found).to(self.device)
 
     def _panels(self) -> list[tuple[int, int]]:
-        """Rows of the matrix, a panel at a time."""
+        """(begin, end) of the row panels in which the matrix is processed: one unless it is mapped."""
         width = self.matrix.shape[0]
         step = width if self.mapped is None else max(1, _PANEL // (4 * max(width, 1)))
         return [(begin, min(begin + step, width)) for begin in range(0, width, max(step, 1))]

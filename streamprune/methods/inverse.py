@@ -1,20 +1,22 @@
-"""Inverses of damped Gram matrices: what SparseGPT and ADMM need of a linear's inputs.
+"""Inverses and factors of damped Gram matrices, for SparseGPT and ADMM.
 
-G = XᵀX / T, (in, in) float32, symmetric, on any device. What is factorised is A = G + damping + ridge·diag G, where
+G = XᵀX / T, (in, in) float32, symmetric, on any device. The matrix that is factorised is A = G + damping + ridge·diag
+G, where
 
-    Damping(v)                  adds v·diag G: in proportion to the power of each feature
+    Damping(v)                  adds v·diag G, in proportion to the power of each feature
     Damping(v, relative=False)  adds v·mean(diag G)·I, as SparseGPT and GPTQ do
 
-Always in normalised units, N = A / (s sᵀ) with s = √diag A: N has a unit diagonal, so no feature is too small or too
-large to be seen next to the others, and features multiplied by powers of two give N bit by bit. A relative damping
-makes the whole factor equivariant under such a change of scales; an absolute one does not.
+The factorisation works on the normalised matrix N = A / (s sᵀ) with s = √diag A. N has a unit diagonal, so that
+features of very different scales do not spoil its condition, and multiplying features by powers of two leaves N the
+same bit for bit. With relative damping the whole factor is equivariant under such a rescaling; with absolute damping it
+is not.
 
-A feature with G_jj = 0 is dead: nothing of it was seen. It is taken out of the matrix, and row and column j of what is
-returned are 0. Where all are dead, all count alike: G is read as I.
+A feature with G_jj = 0 is dead: it was 0 for every token. It is left out, and row and column j of the result are 0. If
+all features are dead, G is replaced by I.
 
-Float32 resolves a pivot of N only to about ε√in. A Cholesky pivot not above a few of that is a failed factorisation,
-whatever sign it has; then the damping is multiplied by 10 and all is tried again. Factor.damping is the value that was
-used, so the caller can report it. Temporaries: twice the Gram matrix, the result included.
+In float32 the pivots of N are accurate only to about ε√in. A Cholesky factorisation with a pivot below a few times that
+counts as failed even if the pivot is positive; it is then repeated with ten times the damping. Factor.damping is the
+value that was used in the end, for the report. Peak memory: twice the Gram matrix, result included.
 """
 
 from __future__ import annotations
@@ -28,22 +30,22 @@ from torch import Tensor
 from streamprune.errors import UnsupportedError
 
 _TRIES = 8
-_SMALLEST = 1e-6  # damping after a failure without any
-_LEAF = 256  # width of triangles that are inverted at once
+_SMALLEST = 1e-6  # damping to try after a failure with none
+_LEAF = 256  # triangles up to this width are inverted by one solve
 _EPSILON = torch.finfo(torch.float32).eps
 
 
 class Damping(NamedTuple):
-    """What is added to the diagonal of G: value·G_jj, or value·mean(diag G) where it is not relative."""
+    """What is added to the diagonal of G: value·G_jj if relative, else value·mean(diag G)."""
 
     value: float
     relative: bool = True
 
 
 class Factor(NamedTuple):
-    """A factorisation: `matrix` (in, in) float32, and the value of the damping that it really has.
+    """A factor or inverse (in, in) float32, and the value of the damping that was used.
 
-    `damping` is larger than what was asked for only where the factorisation failed with that.
+    `damping` is larger than requested only where the factorisation failed with the requested one.
     """
 
     matrix: Tensor
@@ -51,7 +53,7 @@ class Factor(NamedTuple):
 
 
 def feature_scale(gram: Tensor) -> Tensor:
-    """√G_jj, (in,) float32: 0 where a feature is dead, 1 everywhere where all are."""
+    """√G_jj, (in,) float32: 0 for dead features; all 1 if all features are dead."""
     diagonal = gram.detach().diagonal().float()
     return torch.where((diagonal > 0).any(), diagonal, torch.ones_like(diagonal)).sqrt()
 
@@ -59,9 +61,9 @@ def feature_scale(gram: Tensor) -> Tensor:
 def upper_factor(gram: Tensor, damping: Damping) -> Factor:
     """U, upper triangular (in, in), with (G + damping)⁻¹ = UᵀU; rows and columns of dead features are 0.
 
-    SparseGPT (arXiv 2301.00774) inverts, then takes the Cholesky factor of the inverse. Here the matrix with its
-    features in reverse order is factorised, A = R Rᵀ with R upper triangular, and U = R⁻¹: the same U, a third of
-    the arithmetic, and no rounding of an inverse in between. Raises UnsupportedError, see _cholesky.
+    SparseGPT (arXiv 2301.00774) inverts A, then takes the Cholesky factor of the inverse. Here A is factorised with its
+    features in reverse order, A = R Rᵀ with R upper triangular, and U = R⁻¹. This gives the same U with a third of the
+    arithmetic, without the rounding errors of an explicit inverse. Raises UnsupportedError, see _cholesky.
     """
     lower, reciprocal, used = _cholesky(gram, damping, 0.0, reverse=True)
     _invert_lower(lower)
@@ -79,10 +81,10 @@ def normalised_inverse(gram: Tensor, damping: Damping, ridge: float) -> Factor:
 
 
 def _cholesky(gram: Tensor, damping: Damping, ridge: float, reverse: bool) -> tuple[Tensor, Tensor, float]:
-    """L with L Lᵀ = N, features in reverse order if asked for; 1/s (in,), 0 for dead features; the damping used.
+    """L with L Lᵀ = N (features in reverse order if `reverse`); 1/s (in,), 0 for dead features; the damping used.
 
-    Raises UnsupportedError where the Gram matrix is not finite, and where no damping up to 10⁷ times the one asked for
-    makes it positive definite: then it is no Gram matrix.
+    Raises UnsupportedError if the Gram matrix is not finite, or not positive definite even with 10⁷ times the requested
+    damping, which cannot happen to a sum of squares.
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.dtype != torch.float32:
         raise ValueError(f"gram must be square float32, not {gram.dtype} {[*gram.shape]}")
@@ -99,15 +101,15 @@ def _cholesky(gram: Tensor, damping: Damping, ridge: float, reverse: bool) -> tu
             return lower, reciprocal, value
         largest, value = value, max(float(f"{10 * value:g}"), _SMALLEST)
     raise UnsupportedError(
-        f"the Gram matrix of the inputs is not positive definite, not even with damping {largest:g}: it is no sum over "
-        f"tokens of products of features, or was damaged by rounding; calibrate again with --dtype float32"
+        f"the Gram matrix of the inputs is not positive definite, not even with damping {largest:g}, probably "
+        f"because of rounding errors; calibrate again with --dtype float32"
     )
 
 
 def _normalised(gram: Tensor, damping: Damping, ridge: float) -> tuple[Tensor, Tensor]:
-    """N (in, in), a new matrix with a unit diagonal, and 1/s (in,), which is 0 for dead features (1 where all are)."""
-    diagonal = gram.diagonal().double()  # the sum below cannot overflow
-    live = diagonal != 0  # a negative one makes NaN below, and the factorisation fails
+    """N (in, in), a new matrix with a unit diagonal, and 1/s (in,): 0 for dead features, all 1 if all are dead."""
+    diagonal = gram.diagonal().double()  # so that the sum below cannot overflow
+    live = diagonal != 0  # a negative entry becomes NaN below, and the factorisation fails
     added = diagonal if damping.relative else diagonal.mean().expand_as(diagonal)
     reciprocal = (diagonal * (1 + ridge) + damping.value * added).rsqrt()
     reciprocal = torch.where(live, reciprocal, (~live.any()).to(reciprocal.dtype)).to(gram.dtype)
@@ -117,9 +119,9 @@ def _normalised(gram: Tensor, damping: Damping, ridge: float) -> tuple[Tensor, T
 
 
 def _invert_lower(lower: Tensor) -> None:
-    """Put L⁻¹ in the place of L, lower triangular (n, n), without another matrix of that size.
+    """Replaces L, lower triangular (n, n), by L⁻¹ in place.
 
-    By halves: [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹BA⁻¹, C⁻¹]].
+    Recursively, by halves: [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹BA⁻¹, C⁻¹]].
     """
     n = len(lower)
     if n <= _LEAF:
@@ -139,6 +141,6 @@ def _check_finite(gram: Tensor) -> None:
         good = finite.all(1) if bool(finite.diagonal().all()) else finite.diagonal()
         bad = int((~good).to(torch.uint8).argmax())
         raise UnsupportedError(
-            f"the Gram matrix of the inputs is not finite: input feature {bad} was NaN or Inf, or overflowed, during "
-            f"calibration, as in float16 models; calibrate with --dtype float32"
+            f"the Gram matrix of the inputs is not finite: input feature {bad} was NaN or Inf during calibration, or "
+            f"its square overflowed, as happens with float16 models; calibrate with --dtype float32"
         )

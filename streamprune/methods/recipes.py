@@ -1,21 +1,22 @@
-"""Named recipes: which score, which selector. A new method is a new line here.
+"""Named recipes: which score, selector and refit each method combines. A new recipe is a new line in RECIPES.
 
     recipe      score      selector  refit       source
     swiftprune  lscore     ewma                  SwiftPrune, arXiv 2501.16376, with the diagonal kept (see scores.py)
-    hwpq        lscore     ewma                  HWPQ, arXiv 2501.16376v1: swiftprune, and what stays becomes FP8
+    hwpq        lscore     ewma                  HWPQ, arXiv 2501.16376v1: swiftprune, the kept weights stored in FP8
     wanda       wanda      exact                 Wanda, arXiv 2306.11695
     magnitude   magnitude  exact
     obs-admm    lscore     exact     obs-admm    ours: ADMM with the optimal brain surgeon's saliency (admm.py)
-    gradual-cg  lscore     exact     gradual-cg  ours: pruned in steps, conjugate gradients after each (refit.py)
-    admm        wanda      exact     admm        Boža, arXiv 2401.02938 (admm.py)
+    gradual-cg  lscore     exact     gradual-cg  ours: gradual pruning, conjugate gradients after each step
+    (conjugate.py) admm        wanda      exact     admm        Boža, arXiv 2401.02938 (admm.py)
     sparsegpt   wanda      exact     sparsegpt   Frantar and Alistarh, arXiv 2301.00774 (sparsegpt.py)
 
-`swiftprune-tuned` is swiftprune, and then every layer is tuned as a whole (tuning.py); `tune` goes with any of them.
+`swiftprune-tuned` is swiftprune followed by tuning every layer as a whole (tuning.py). `tune`, and `quantize` (fp8.py),
+can be combined with any recipe.
 
-With an N:M pattern the selector has nothing to choose: the N best of every M inputs stay. gradual-cg chooses by its
-score and selector, with the weights as they are at each step; the others have a choice of their own, and score
-and selector make the mask that they are compared with. `cg` refits the mask of any score and selector. `quantize` goes
-with any of them (fp8.py).
+With a pattern N:M the selector is not used: the N highest scores of every M inputs are kept. `gradual-cg` selects with
+the recipe's score and selector, applied to the current weights at each step. The other refits select by criteria of
+their own; for them, score and selector make the mask that the refit is compared with. `cg` refits the mask of any
+score and selector.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 from streamprune.errors import UsageError
 from streamprune.settings import option
 
-SCORES = ("lscore", "lscore-isotropic", "wanda", "magnitude")
+SCORE_NAMES = ("lscore", "lscore-isotropic", "wanda", "magnitude")
 SELECTORS = ("ewma", "exact")
 PROPAGATIONS = ("dense", "pruned", "asymmetric")
 ALLOCATIONS = ("uniform", "owl", "error")
@@ -41,14 +42,14 @@ FP8_ROUNDINGS = ("compensate", "nearest")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to every linear. Raises UsageError for unknown names, and for choices that do not go together.
+    """What is done to every linear. Raises UsageError for unknown names, and for options that cannot be combined.
 
-    `score` ranks its weights, `selector` finds the ones to prune, `refit`, if any, gives those that stay new values,
-    `quantize`, if any, stores them in fewer bits, and `tune`, if any, lets each layer as a whole learn to give what the
-    dense one gave. None in what follows is the recipe's own choice, see `filled`.
+    `score` ranks its weights and `selector` chooses those to prune. Optionally, `refit` gives the kept weights new
+    values, `quantize` stores them in fewer bits, and `tune` trains each layer as a whole to reproduce the outputs of
+    the dense layer. An option that is None has its default, see `filled`.
     """
 
-    score: str = option("lscore", f"another score: {', '.join(SCORES)}")
+    score: str = option("lscore", f"another score: {', '.join(SCORE_NAMES)}")
     selector: str = option("ewma", f"another selector for --sparsity: {', '.join(SELECTORS)}")
     refit: str | None = option(
         None, f"another refit: none, cg (on the mask of any score), {', '.join(REFITS[2:])}", metavar="REFIT"
@@ -86,13 +87,13 @@ class Recipe:
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> Recipe:
-        """The recipe called `name`, with what is given (and not None) exchanged. Raises UsageError as Recipe."""
+        """The recipe called `name`, with the `changes` that are not None. Raises UsageError as Recipe does."""
         if name not in RECIPES:
             raise UsageError(f"--method {name}: no such recipe; there are {', '.join(RECIPES)}")
         return replace(RECIPES[name], **{key: value for key, value in changes.items() if value is not None})
 
     def __post_init__(self) -> None:
-        known = {"score": SCORES, "selector": SELECTORS, "refit": REFITS, "quantize": QUANTIZE, "tune": TUNE}
+        known = {"score": SCORE_NAMES, "selector": SELECTORS, "refit": REFITS, "quantize": QUANTIZE, "tune": TUNE}
         for name, there in known.items():
             value = getattr(self, name)
             if value is not None and value not in there:
@@ -119,7 +120,7 @@ class Recipe:
         if rounding is not None and rounding not in FP8_ROUNDINGS:
             raise UsageError(f"--fp8-rounding {rounding}: choose {' or '.join(FP8_ROUNDINGS)}")
         if rounding == "compensate" and not self.needs_gram:
-            raise UsageError("--fp8-rounding compensate works within a refit, and this recipe has none; see --refit")
+            raise UsageError("--fp8-rounding compensate needs a refit, and this recipe has none; add --refit")
 
     def _check_tune(self) -> None:
         epochs, rate = self.tune_epochs, self.tune_lr
@@ -129,8 +130,8 @@ class Recipe:
             return
         if self.quantize is not None:
             raise UsageError(
-                "--tune block works on weights that are not quantised: tune first, and then let a second prune of the "
-                "result, with --sparsity 0 --quantize fp8, store it in FP8"
+                "--tune block cannot tune quantised weights: tune first, then store the result in FP8 with a second "
+                "prune, with --method magnitude --sparsity 0 --quantize fp8"
             )
         if epochs is not None and epochs < 1:
             raise UsageError(f"--tune-epochs {epochs}: at least 1 is needed")
@@ -138,7 +139,7 @@ class Recipe:
             raise UsageError(f"--tune-lr {rate} is not in [0, 1); it is relative to the weights' mean magnitude")
 
     def filled(self) -> Recipe:
-        """The same with the defaults of all that applies filled in; what does not apply is None."""
+        """The recipe with defaults for all options that apply to it; options that do not apply are None."""
         fp8, tuned, refitted = self.quantize is not None, self.tune is not None, self.needs_gram
         rate = TUNE_LR if self.tune_lr is None else float(self.tune_lr)
         return replace(
@@ -151,7 +152,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """What reports call it: its name, or "score+selector…" for one without."""
+        """Its name in reports: a name in RECIPES, or "score+selector…" for any other combination."""
         parts = _parts(self)
         named = next((name for name, recipe in RECIPES.items() if _parts(recipe) == parts), None)
         return named or "+".join(part for part in parts if part)
@@ -166,12 +167,13 @@ class Recipe:
 
     @property
     def aims(self) -> bool:
-        """Whether weights get new values, which aim at something."""
+        """Whether kept weights get new values, by a refit or by tuning, so that there is a target to fit."""
         return self.refit is not None or self.tune is not None
 
     @property
     def propagate(self) -> str:
-        """Whose outputs the next layer is calibrated on by default; "auto" is asymmetric where the model allows it."""
+        """Default of --propagate: on whose outputs the next layer is calibrated. "auto" is asymmetric where
+        possible."""
         if not self.aims:
             return "dense"
         return "pruned" if self.refit == "sparsegpt" and self.tune is None else "auto"
@@ -191,15 +193,15 @@ RECIPES = {
 
 
 def check_propagate(recipe: Recipe, propagate: str | None) -> str:
-    """What a job is to propagate: as asked, or as the recipe has it. Raises UsageError for what cannot be."""
+    """The --propagate of a job: the one given, or the recipe's default. Raises UsageError for an invalid one."""
     if propagate is None:
         return recipe.propagate
     if propagate not in PROPAGATIONS:
         raise UsageError(f"--propagate {propagate}: choose {', '.join(PROPAGATIONS)}")
     if propagate == "asymmetric" and not recipe.aims:
         raise UsageError(
-            "--propagate asymmetric is for a refit or --tune: it says what new values aim at; take pruned, or see "
-            "--refit"
+            "--propagate asymmetric needs a refit or --tune, as it only changes the target of new values; choose "
+            "pruned, or add --refit"
         )
     return propagate
 
@@ -209,7 +211,7 @@ def _parts(recipe: Recipe) -> tuple[str | None, ...]:
 
 
 def _damping(damping: str | float) -> str:
-    """ "auto", "absolute", or a number above 0 in one way of writing it. Raises UsageError for anything else."""
+    """ "auto", "absolute", or a positive number in canonical form (repr). Raises UsageError for anything else."""
     if damping in ("auto", "absolute"):
         return str(damping)
     try:

@@ -1,13 +1,14 @@
-"""The refits by name: what each prepares once for a Gram, and what it does to rows of a linear.
+"""The refits by name: what each prepares once for a Gram matrix, and how it refits rows of a linear.
 
-    cg          new values on the mask of the recipe's score and selector             refit.py
-    gradual-cg  prunes in steps, chosen anew each time, with a refit after each       refit.py
+    cg          new values on the mask of the recipe's score and selector             conjugate.py
+    gradual-cg  gradual pruning, with a new mask and a refit at each step             conjugate.py
     obs-admm    ADMM with the optimal brain surgeon's saliency, over-relaxed          admm.py
     admm        Boža, arXiv 2401.02938                                                admm.py
     sparsegpt   Frantar and Alistarh, arXiv 2301.00774                                sparsegpt.py
 
-Which damping is best depends on the model and on how much text there is. Relative dampings are therefore tried on rows
-of the linear, with the inputs that were kept out of the Gram as judges; so is no refit at all: `choose`.
+The best damping depends on the model and on the amount of calibration text. `choose` therefore tries several relative
+dampings on some rows of each linear, compares their errors on the tokens held out of the Gram matrix, and keeps the
+mask without a refit where no refit is better.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from streamprune.methods.selection import Pattern
 
 @dataclass(frozen=True)
 class RefitRequest:
-    """What a refit is asked for. Exactly one of sparsity and pattern is set."""
+    """How much a refit prunes (exactly one of sparsity and pattern is set), and by which selection."""
 
     sparsity: float | None
     pattern: Pattern | None
     select: Callable[[Tensor, float], Tensor]
-    """(weights (n, in) float32, share of the final sparsity) -> keep (n, in) bool, by the recipe's score."""
+    """(weights (n, in) float32, share of the final sparsity) -> keep (n, in) bool, by the recipe's score and
+    selector."""
     backend: str | None = None
 
 
@@ -42,7 +44,7 @@ _TINY = 1e-300
 
 
 class Prepared(NamedTuple):
-    """What a method needs of a Gram, and the damping that it really has: more than asked for where that failed."""
+    """What a method prepares once for a Gram matrix, and the damping used: larger than requested where that failed."""
 
     state: Any
     damping: Damping
@@ -53,28 +55,29 @@ class Method:
     """One refit."""
 
     damping: float
-    """The published one, or ours."""
+    """Default, relative: the published one, or ours."""
     others: tuple[float, ...]
-    """Stronger ones, relative as well, that may be tried beside it."""
+    """Stronger relative dampings for `choose` to try."""
     prepare: Callable[[Gram, Damping], Prepared]
     solve: Callable[[Tensor, Tensor, Gram, Any, RefitRequest], Tensor]
-    """(weights to come close to, the dense ones with zeros where the recipe's mask prunes, Gram, state, request) -> new
-    weights, (n, in) float32."""
+    """(target weights, weights masked by the recipe's mask, Gram, state, request) -> new weights; all (n, in)
+    float32."""
     matrices: int
-    """Matrices of the Gram's size that it holds beside it at the most; none means that the Gram may be in a file."""
+    """Peak number of matrices of the Gram's size that it holds in addition; with 0, the Gram may be in a mapped
+    file."""
 
 
 def _metric(gram: Gram, damping: Damping) -> Prepared:
     return Prepared(Metric.of(gram, damping), damping)
 
 
-def _cg(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, ask: RefitRequest) -> Tensor:
-    keep = ask.select(weight, 1.0)
+def _cg(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, request: RefitRequest) -> Tensor:
+    keep = request.select(weight, 1.0)
     return descend(weight, torch.where(keep, weight, 0.0), keep, state, 10)
 
 
-def _gradual(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, ask: RefitRequest) -> Tensor:
-    return gradually(weight, ask.select, state, steps=16, iterations=5, last=10)
+def _gradual(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, request: RefitRequest) -> Tensor:
+    return gradually(weight, request.select, state, steps=16, iterations=5, last=10)
 
 
 def _operator(variant: admm.Variant) -> Callable[[Gram, Damping], Prepared]:
@@ -87,9 +90,9 @@ def _operator(variant: admm.Variant) -> Callable[[Gram, Damping], Prepared]:
 
 
 def _alternating(variant: admm.Variant) -> Callable[[Tensor, Tensor, Gram, admm.Operator, RefitRequest], Tensor]:
-    def solve(weight: Tensor, masked: Tensor, gram: Gram, state: admm.Operator, ask: RefitRequest) -> Tensor:
+    def solve(weight: Tensor, masked: Tensor, gram: Gram, state: admm.Operator, request: RefitRequest) -> Tensor:
         return admm.solve(
-            weight, state, sparsity=ask.sparsity, pattern=ask.pattern, variant=variant, backend=ask.backend
+            weight, state, sparsity=request.sparsity, pattern=request.pattern, variant=variant, backend=request.backend
         )[0]  # fmt: skip
 
     return solve
@@ -100,8 +103,10 @@ def _sparsegpt_factor(gram: Gram, damping: Damping) -> Prepared:
     return Prepared(factor, damping._replace(value=factor.damping))
 
 
-def _sparsegpt(weight: Tensor, masked: Tensor, gram: Gram, state: Factor, ask: RefitRequest) -> Tensor:
-    return sparsegpt.solve(weight, state, sparsity=ask.sparsity, pattern=ask.pattern, backend=ask.backend)[0]
+def _sparsegpt(weight: Tensor, masked: Tensor, gram: Gram, state: Factor, request: RefitRequest) -> Tensor:
+    return sparsegpt.solve(weight, state, sparsity=request.sparsity, pattern=request.pattern, backend=request.backend)[
+        0
+    ]
 
 
 METHODS = {
@@ -114,19 +119,19 @@ METHODS = {
 
 
 class Choice(NamedTuple):
-    """What was chosen for a linear. Errors are relative, ‖(W − Ŵ)X‖² / ‖WX‖² on the inputs that were kept out, of
-    asymmetric calibration ‖WD − ŴX‖² / ‖WD‖² (gram.py)."""
+    """What was chosen for a linear. Errors are relative output errors on the held-out tokens: ‖(W − Ŵ)X‖² / ‖WX‖², or
+    ‖WD − ŴX‖² / ‖WD‖² if calibration is asymmetric (gram.py)."""
 
     damping: Damping | None
     """None: no refit."""
     mask: float | None
-    """Error of the mask alone; None where nothing was kept out to judge by."""
+    """Error of the mask without a refit; None if no tokens were held out."""
     refit: float | None
-    """Error of the refit that was chosen; of the best one where none was."""
+    """Error of the chosen refit, or of the best one if no refit was chosen; None if no tokens were held out."""
 
 
 class Sample(NamedTuple):
-    """Rows `which` of a linear: weight (n, in) float32, and masked, these with zeros where the recipe's mask prunes."""
+    """Rows `which` of a linear to judge refits on: `weight` (n, in) float32, and the same `masked` by the recipe."""
 
     weight: Tensor
     masked: Tensor
@@ -137,16 +142,16 @@ def choose(
     method: Method,
     samples: Mapping[str, Sample],
     gram: Gram,
-    asks: Mapping[str, RefitRequest],
+    requests: Mapping[str, RefitRequest],
     dampings: Sequence[Damping],
 ) -> dict[str, Choice]:
-    """For each of the linears that share an input, how it is refitted: judged by what was kept out of the Gram.
+    """Chooses the damping, or no refit, for each of the linears that share an input, by errors on the held-out tokens.
 
-    Dampings are tried from the weakest up, until a stronger one is better for none of the linears. Of no refit and
-    those that were tried, from the strongest down, the first is taken whose error is not above the least one by more
-    than a standard error of their difference, over eight stretches of the tokens (the one-standard-error rule of
-    Breiman et al. 1984: what cannot be told apart is settled in favour of the original weights). Without inputs kept
-    out, or with a single damping, there is nothing to choose but no refit at all where that errs less.
+    Dampings are tried from the weakest up, until a stronger one no longer helps any of the linears. The candidates are
+    then ordered from the most conservative: no refit, strongest damping, ..., weakest. The first is taken whose error
+    exceeds the smallest error by no more than one standard error of the difference, estimated over eight stretches of
+    the held-out tokens (the one-standard-error rule of Breiman et al. 1984: among candidates that cannot be told apart,
+    the one closest to the original weights). If no tokens are held out, dampings[0] is used without a comparison.
     """
     if not len(gram.held):
         return dict.fromkeys(samples, Choice(dampings[0], None, None))
@@ -154,7 +159,7 @@ def choose(
     aims = {name: gram.aim(sample.weight, name, sample.which) for name, sample in samples.items()}
 
     def errors(name: str, fitted: Tensor) -> Tensor:
-        """Relative errors on stretches of the tokens, whose sum is the error on all."""
+        """Contributions of the stretches of tokens to the relative error, which is their sum: (stretches,) float64."""
         by_token = gram.held_by_token(samples[name].weight, fitted, name, samples[name].which)
         return torch.stack([part.sum() for part in by_token.chunk(_STRETCHES)]) / whole[name].clamp_min(_TINY)
 
@@ -162,7 +167,7 @@ def choose(
     for damping in sorted(dampings, key=lambda d: d.value):
         state = method.prepare(gram, damping).state
         for name, sample in samples.items():
-            fitted = method.solve(aims[name], sample.masked, gram, state, asks[name])
+            fitted = method.solve(aims[name], sample.masked, gram, state, requests[name])
             tried[name].append((damping, errors(name, fitted)))
         if all(len(found) > 1 and found[-1][1].sum() >= found[-2][1].sum() for found in tried.values()):
             break
@@ -171,11 +176,14 @@ def choose(
 
 
 def _first_as_good(tried: Sequence[tuple[Damping | None, Tensor]]) -> Choice:
-    """Of (damping, errors on stretches), the mask alone first: the choice among those that are finite."""
+    """The first of (damping, errors by stretch) that is not significantly worse than the best; finite ones only.
+
+    `tried` is ordered from the most conservative candidate, no refit.
+    """
     sound = [pair for pair in tried if bool(torch.isfinite(pair[1]).all())]
     mask = float(tried[0][1].sum())
     if not sound:
-        return Choice(None, mask, mask)  # the weights are not finite; whoever reads all rows says where
+        return Choice(None, mask, mask)  # weights are not finite: reported by the pass that reads all rows
     best = min((errors for _, errors in sound), key=lambda errors: float(errors.sum()))
 
     def is_as_good(errors: Tensor) -> bool:

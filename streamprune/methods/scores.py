@@ -1,9 +1,9 @@
-"""Scores: what it costs to remove a weight, L_ij = |w_ij|**power * feature_j.
+"""Scores: the estimated cost of removing a weight, L_ij = |w_ij|**power * feature_j.
 
-A score here is the pair (feature, power): feature (in_features,) float32 on the CPU, power 1 or 2. The
-kernels multiply it with the weights on the fly. A mask does not depend on a common factor of its scores, so
-features are computed in float64 and divided by their largest value before the cast: no scale of the
-activations over- or underflows. With a_j = E[x_j²] over the calibration tokens and share_j = a_j / Σ_k a_k:
+A score is represented by the pair (feature, power): feature (in_features,) float32 on the CPU, power 1 or 2. The
+kernels combine it with the weights on the fly. Scaling all scores by a constant does not change a mask, so features
+are computed in float64 and divided by their largest value before the cast to float32: activations of any scale neither
+overflow nor underflow. With a_j = E[x_j²] over the calibration tokens and share_j = a_j / Σ_k a_k:
 
     lscore            w² a_j / (1 − share_j)   SwiftPrune with the diagonal of H kept, so that it does not
                                                depend on the scale of single features
@@ -12,9 +12,9 @@ activations over- or underflows. With a_j = E[x_j²] over the calibration tokens
     wanda             |w| √a_j                 Wanda (arXiv 2306.11695, eq. 1), √T left out
     magnitude         |w|                      needs no statistics
 
-Where one feature carries everything, 1 − share_j = 0 (H is singular): it is held at 2⁻²⁰, about what float32
-activations resolve, so that feature is the last to go. Where all a_j = 0 (an expert to which no token was
-routed) no feature is better than another: the scores of all methods then order a row by magnitude.
+If a single feature has all the power, 1 − share_j = 0 (H is singular). It is clamped to 2⁻²⁰, about the resolution of
+float32 activations, so that the weights of this feature are pruned last. If all inputs were zero (all a_j = 0: an
+expert to which no token was routed), all features count the same, and every score ranks a row's weights by magnitude.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def wanda(stats: InputStats) -> tuple[Tensor, int]:
 
 
 def magnitude(stats: InputStats) -> tuple[Tensor, int]:
-    """L = |w|; reads nothing but stats.in_features, so InputStats.zeros(in_features) will do."""
+    """L = |w|; uses only stats.in_features, so InputStats.zeros(in_features) is enough."""
     return torch.ones(stats.in_features), 1
 
 
@@ -66,23 +66,23 @@ def _power(stats: InputStats) -> Tensor:
     if not bool(torch.isfinite(a).all()):
         bad = int((~torch.isfinite(a)).to(torch.uint8).argmax())
         raise UnsupportedError(
-            f"activations are not finite: input feature {bad} was NaN or Inf during calibration, as in "
-            f"float16 models that overflow; calibrate with --dtype float32"
+            f"activations are not finite: input feature {bad} was NaN or Inf during calibration, as happens when a "
+            f"float16 model overflows; calibrate with --dtype float32"
         )
     return a
 
 
 def _rest(a: Tensor) -> Tensor:
-    """1 − a_j / Σ_k a_k in float64, at least 2⁻²⁰; 1 where nothing was seen."""
+    """1 − a_j / Σ_k a_k in float64, at least 2⁻²⁰; all 1 if all a_j are 0."""
     largest = a.max() if a.numel() else a.sum()
     if not bool(largest > 0):
         return torch.ones_like(a)
-    scaled = a / largest  # the sum cannot overflow
+    scaled = a / largest  # so that the sum cannot overflow
     return (1.0 - scaled / scaled.sum()).clamp_min(_SMALLEST_REST)
 
 
 def _feature(values: Tensor) -> Tensor:
-    """Divide by the largest value, cast to float32; ones where all are zero."""
+    """The values divided by the largest one, as float32; all 1 if all are zero."""
     largest = values.max() if values.numel() else values.sum()
     if not bool(largest > 0):
         return torch.ones(values.shape, dtype=torch.float32)

@@ -1,12 +1,12 @@
-"""Selection: which weights of a linear go, given their scores, and the linear without them.
+"""Selection: which weights of a linear are pruned, given their scores.
 
-Sparsity prunes the same number of weights in every row, by one of two selectors:
+A sparsity prunes the same number of weights in every row, by one of two selectors:
 
-    ewma   SwiftPrune's: weights furthest below an exponentially weighted running mean of their row's scores
-    exact  the lowest scores of the row
+    ewma   SwiftPrune's: the weights furthest below an exponentially weighted moving average of their row's scores
+    exact  the weights with the lowest scores of the row
 
-A pattern N:M keeps the N highest scores of every M consecutive inputs of a row. The formulas are in
-streamprune/kernels/cpu.py.
+A pattern N:M keeps the N weights with the highest scores of every M consecutive inputs of a row. The formulas are in
+kernels/cpu.py.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from streamprune.errors import UsageError
 from streamprune.kernels import Selection
+from streamprune.methods.recipes import SELECTORS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_GROUP = 32
-SELECTORS = {"ewma": "prune_ewma", "exact": "prune_exact"}  # names of functions of both kernel modules
 
 
 class Pattern(NamedTuple):
@@ -57,20 +57,21 @@ def parse_pattern(text: str) -> Pattern:
 
 
 class Amount(NamedTuple):
-    """How much to prune: exactly one of a part of each row and a pattern."""
+    """How much to prune: either a fraction of each row or a pattern, never both."""
 
     sparsity: float | None = None
     pattern: Pattern | None = None
 
     @property
     def share(self) -> float:
-        """The part of the weights that is pruned, about: counts are whole numbers in each row."""
+        """The fraction of the weights that is pruned; approximate, as each row prunes a whole number of weights."""
         return self.sparsity or 0.0 if self.pattern is None else 1 - self.pattern.n / self.pattern.m
 
     def at(self, share: float) -> Amount:
-        """The amount at which a gradual schedule stands when `share` of the final sparsity is reached, 0 to 1.
+        """The amount for a step of gradual pruning: `share` (0 to 1) of the final sparsity.
 
-        Of a pattern, n rounded, and never below the final one. Where nothing is pruned yet, a sparsity of 0.
+        For a pattern N:M this is a pattern with the same M and a larger N, rounded and never below the final N; or a
+        sparsity of 0 while N would still equal M.
         """
         if self.pattern is None:
             return Amount((self.sparsity or 0.0) * share)
@@ -80,16 +81,16 @@ class Amount(NamedTuple):
 
 
 def check_pattern(pattern: Pattern, in_features: int) -> None:
-    """Raise UsageError unless the rows of a linear divide into groups; the caller adds the linear's name."""
+    """Raises UsageError unless in_features is a multiple of M; the caller adds the linear's name."""
     if in_features % pattern.m:
         raise UsageError(
-            f"pattern {pattern} needs a multiple of {pattern.m} inputs, and {in_features} is none "
+            f"pattern {pattern} needs a multiple of {pattern.m} inputs, not {in_features} "
             f"(leave the linear dense with --skip)"
         )
 
 
 def parse_sparsity(text: str | float) -> float:
-    """Turn "0.5" into 0.5, the part of each row to prune, 0 <= sparsity < 1. Raises UsageError."""
+    """Turn "0.5" into 0.5, the fraction of each row to prune, 0 <= sparsity < 1. Raises UsageError."""
     try:
         sparsity = float(text)
     except ValueError:
@@ -98,16 +99,16 @@ def parse_sparsity(text: str | float) -> float:
         raise UsageError(f"sparsity {text!r} is not a number; for example --sparsity 0.5")
     if not 0 <= sparsity < 1:
         hint = f"; did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
-        raise UsageError(f"sparsity {text!r} is not a part of 1 (0 <= S < 1){hint}")
+        raise UsageError(f"sparsity {text!r} is not a fraction (0 <= S < 1){hint}")
     return abs(sparsity)
 
 
 def prune_count(sparsity: float, in_features: int) -> int:
-    """floor(sparsity * in_features), with sparsity read as the decimal that was written.
+    """floor(sparsity * in_features), with the sparsity taken as the decimal number that the user wrote.
 
-    0.7 is slightly less than 7/10 as a float, so a rounded product may land on either side of a whole number.
-    The shortest decimal that reads back as the same float is what the user wrote, and with it the product is
-    exact: prune_count(0.7, 10) == 7. Raises UsageError for a sparsity outside 0 <= S < 1.
+    As a float, 0.7 is slightly less than 7/10, so that a rounded product may land on either side of a whole number.
+    The shortest decimal that reads back as the same float is what the user wrote; with it the product is exact:
+    prune_count(0.7, 10) == 7. Raises UsageError for a sparsity outside 0 <= S < 1.
     """
     return math.floor(Fraction(repr(parse_sparsity(sparsity))) * in_features)
 
@@ -124,12 +125,12 @@ def select(
     want_keep: bool = False,
     backend: str | None = None,
 ) -> Selection:
-    """Prune rows of one linear to `sparsity` with `selector`, or to `pattern`: give exactly one of the two.
+    """Prunes rows of one linear to `sparsity` with `selector`, or to `pattern`: give exactly one of the two.
 
-    weight (rows, in_features) bf16, fp16 or fp32, on any device; feature and power as in scores.py, the
-    feature is moved to the weight's device; `out` receives the weights. Rows are independent, so a linear may
-    come in chunks of rows. backend None takes Numba for CPU tensors and Torch for others; "numba" or "torch"
-    forces one. Raises UsageError for a sparsity, pattern or selector that cannot be.
+    weight (rows, in_features) bf16, fp16 or fp32, on any device; feature (in_features,) and power as in scores.py, the
+    feature is moved to the weight's device; `out`, like the weight, receives the pruned weights. Rows are independent,
+    so a linear may be passed in chunks of rows. backend None uses Numba for CPU tensors and Torch for all others;
+    "numba" or "torch" forces one. Raises UsageError for an invalid sparsity, pattern, selector or backend.
     """
     if (sparsity is None) == (pattern is None):
         raise UsageError("give either a sparsity or a pattern")
@@ -143,9 +144,10 @@ def select(
         return pruned
     assert sparsity is not None
     if selector not in SELECTORS:
-        raise UsageError(f"selector {selector!r} is none of {', '.join(SELECTORS)}")
+        raise UsageError(f"selector {selector!r} is not one of {', '.join(SELECTORS)}")
     count = prune_count(sparsity, weight.shape[1])
-    pruned = getattr(kernels, SELECTORS[selector])(weight, feature, power, count, out=out, want_keep=want_keep)
+    prune = getattr(kernels, f"prune_{selector}")
+    pruned = prune(weight, feature, power, count, out=out, want_keep=want_keep)
     return pruned
 
 

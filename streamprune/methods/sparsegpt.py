@@ -1,25 +1,26 @@
-"""SparseGPT (Frantar & Alistarh, arXiv 2301.00774): prune a column at a time, let the columns after it make up for it.
+"""SparseGPT (Frantar & Alistarh, arXiv 2301.00774): prune column by column, and let later columns compensate.
 
 With H = G + damping and H⁻¹ = UᵀU, U upper triangular, the columns of W are visited from left to right. Where w_ij is
-pruned, the optimal brain surgeon's update (their eq. 3) of what comes after it in the row is
+pruned, the optimal brain surgeon's update (their eq. 3) of the remaining weights of the row is
 
     e_ij = w_ij / U_jj        w_ik −= e_ij U_jk    for k > j
 
-and the saliency of a weight, given all columns before it, is (w_ij / U_jj)². A mask is chosen from the weights as they
-are by then: for a block of 128 columns when the block is reached, or for every group of M columns of a pattern N:M when
-the group is reached. The published code does the same. What differs:
+and the saliency of a weight, given all columns before it, is (w_ij / U_jj)². Masks are chosen from the updated weights:
+for a block of 128 columns when the sweep reaches the block, or with a pattern N:M for each group of M columns when it
+reaches the group. The published code does the same. What differs:
 
-    - A row prunes floor(sparsity·in) weights, and in each block its share of them: floor(sparsity·end) −
-      floor(sparsity·begin) for columns begin to end. The published code thresholds over all rows of a block at once,
-      and prunes every tie. With rows independent, a linear can come in chunks of rows.
+    - Every row prunes floor(sparsity·in) weights, and in each block its share of them: floor(sparsity·end) −
+      floor(sparsity·begin) in columns begin to end. The published code uses one threshold for all rows of a block, and
+      prunes all ties at it. With independent rows, a linear can be passed in chunks of rows.
     - The damping is 0.01·G_jj rather than 0.01·mean(diag G): multiplying features by factors, and dividing their
       weights by them, changes neither mask nor outputs. Damping(0.01, relative=False) is the published one.
-    - Dead features (G_jj = 0) are pruned first, and where kept they stay as they are. The published code zeroes them.
+    - Weights of dead features (G_jj = 0) are pruned first, and left unchanged where they are kept. The published code
+      zeroes them.
 
-Speed: on the CPU a block is swept row by row in a compiled loop (kernels/cpu_eliminate.py). Elsewhere all is held
-transposed, (in, rows), so a column is one piece of memory. A block is halved down to `_LEAF` columns or to a group; the
-right half is brought up to date by one product of matrices when the left one is done, and only within a leaf do columns
-go one by one, each with one product of a matrix and a vector.
+Speed: on the CPU a compiled loop sweeps a block row by row (kernels/cpu_eliminate.py). On other devices the weights are
+held transposed, (in, rows), so that a column is contiguous. A block is split in halves recursively, down to `_LEAF`
+columns or one group; when the left half is done, one matrix product updates the right half. Only within a leaf are
+columns visited one by one, each with a matrix-vector product.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from streamprune.errors import UsageError
 from streamprune.methods.inverse import Damping, Factor, upper_factor
 from streamprune.methods.selection import Pattern, check_pattern, prune_count, select
 
-_LEAF = 32  # columns that are visited one by one
+_LEAF = 32  # columns; a leaf is swept column by column
 _DAMPING = Damping(0.01)
 
 
 def prepare(gram: Tensor, damping: Damping = _DAMPING) -> Factor:
-    """U with (G + damping)⁻¹ = UᵀU, for any number of `solve`; gram (in, in) float32, of a linear's inputs.
+    """U with (G + damping)⁻¹ = UᵀU; serves any number of calls of `solve`. gram (in, in) float32, of a linear's inputs.
 
     Raises UnsupportedError where the Gram matrix is not finite or cannot be factorised, see inverse.py.
     """
@@ -55,16 +56,17 @@ def solve(
     block: int = 128,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Prune rows of one linear to `sparsity` or to `pattern`, exactly one of the two, and refit what stays.
+    """Prunes rows of one linear to `sparsity` or to `pattern`, exactly one of the two, and refits the kept weights.
 
     weight (rows, in) float32, finite, on the device of factor.matrix, (in, in); it is not changed. Returns the new
-    weight, zero where pruned, and keep (rows, in) bool. With a pattern, blocks are the largest multiple of M up to
-    `block`, or M. `backend` is "numba" (the compiled loop), "torch", or None: by device. Temporaries: about twice the
-    weight. Raises UsageError as select does.
+    weight, zero where pruned, and keep (rows, in) bool. With a pattern, the block width is the largest multiple of M up
+    to `block`, at least M. `backend` is "numba" (the compiled loop), "torch", or None: by device. Temporaries: about
+    twice the weight. Raises UsageError as `select` does, and ValueError for other dtypes or shapes.
     """
     rows, width = weight.shape
     if weight.dtype != torch.float32 or factor.matrix.shape != (width, width):
-        raise ValueError(f"{weight.dtype} {[*weight.shape]} is no float32 weight for a factor {[*factor.matrix.shape]}")
+        shape = [*factor.matrix.shape]
+        raise ValueError(f"expected a float32 weight for a factor {shape}, not {weight.dtype} {[*weight.shape]}")
     if (sparsity is None) == (pattern is None):
         raise UsageError("give either a sparsity or a pattern")
     if pattern is not None:
@@ -85,17 +87,17 @@ def solve(
 
 
 class _Block(NamedTuple):
-    """Columns that are chosen from together, and how many go of each row; 0 of a pattern."""
+    """Columns begin to end, whose mask is chosen at once, and how many weights each row prunes; 0 with a pattern."""
 
     begin: int
     end: int
-    gone: int
+    pruned: int
 
 
 def _by_rows(
     weight: Tensor, upper: Tensor, feature: Tensor, pattern: Pattern | None, blocks: Sequence[_Block]
 ) -> tuple[Tensor, Tensor]:
-    """The sweep with compiled loops, on the CPU."""
+    """The sweep with a compiled loop, on the CPU."""
     from streamprune.kernels.cpu import eliminate
 
     n, m = pattern or (0, 0)
@@ -131,11 +133,11 @@ def _by_columns(
 
 
 def _kept(rows: Tensor, feature: Tensor, count: int, backend: str) -> Tensor:
-    """What stays of rows (n, width) when the `count` weights of lowest |w| / U_jj go: (n, width) bool."""
+    """The mask of rows (n, width) that prunes the `count` weights of lowest |w| / U_jj: True where kept."""
     width = rows.shape[1]
     if count in (0, width):
         return torch.full(rows.shape, count == 0, dtype=torch.bool, device=rows.device)
-    share = (count + 0.5) / width  # floor(share·width) is count, however share is rounded
+    share = (count + 0.5) / width  # floor(share·width) is count despite rounding
     keep = select(rows, feature, 1, selector="exact", sparsity=share, want_keep=True, backend=backend).keep
     assert keep is not None
     return keep
@@ -149,11 +151,11 @@ def _eliminate(
     errors: Tensor,
     pattern: Pattern | None,
 ) -> None:
-    """Visit columns from left to right; every argument is the part of a larger one that belongs to these columns.
+    """Sweeps columns from left to right; every argument is the slice of a larger one that belongs to these columns.
 
-    columns (n, rows), up to date with all that was pruned to the left, is changed: each column becomes what it is when
-    it is reached. upper (n, n); feature (n,) is 1 / U_jj, 0 if dead; errors (n, rows) receives e, zero where kept. keep
-    (n, rows) is given, or, with a pattern, written.
+    columns (n, rows), already updated for all columns to the left, is changed: each column gets the value that it has
+    when the sweep reaches it. upper (n, n); feature (n,) is 1 / U_jj, 0 if dead; errors (n, rows) receives e, zero
+    where kept. keep (n, rows) is read, or, with a pattern, written.
     """
     n, leaf = len(columns), pattern.m if pattern else _LEAF
     if n > leaf:

@@ -16,8 +16,8 @@ class InputStats:
     sum     (in_features,) float64 on the CPU: sum of x_j; no score reads it, but statistics files of version 1 hold it
     sumsq   (in_features,) float64 on the CPU: sum of x_j²
 
-    Linears that share an input (q/k/v, gate/up) share one object. Raises ValueError for any other shape or
-    dtype.
+    Linears that read the same input (q, k and v; gate and up) share one object. Raises ValueError for any other shape
+    or dtype.
     """
 
     tokens: int

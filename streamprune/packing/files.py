@@ -1,9 +1,9 @@
-"""The files beside the shards of a packed checkpoint: what its config.json says, and what is kept of the original.
+"""The files beside the shards of a packed checkpoint: its config.json, and what is recorded of the original files.
 
-compressed-tensors up to 0.14 looks for `quantization_config.sparsity_config` in config.json (older: compression_config,
-or sparsity_config by itself). The original texts are in the report of `pack`, `streamprune.json`, with size and
-xxh3_128 of every file, so that `unpack` can restore and verify them. A report may come from anywhere: the names in it
-are looked at before anything is written under them.
+compressed-tensors up to 0.14 looks for `quantization_config.sparsity_config` in config.json (older versions:
+compression_config, or a sparsity_config of its own). The report of `pack`, `streamprune.json`, holds the original text
+files, and the size and xxh3_128 of every file, so that `unpack` can restore and verify them. Reports are untrusted
+input: the file names in them are checked before anything is written.
 """
 
 from __future__ import annotations
@@ -30,31 +30,33 @@ PACKED_INDEX = f"packed{INDEX_SUFFIX}"
 _PREFIX = "packed-"
 
 Files = dict[str, dict[str, Any]]
-"""Relative name -> bytes, xxh3_128, and for those that are kept as text: text."""
+"""Relative name -> {bytes, xxh3_128}, and "text" for files whose content is in the report."""
 
 
 def packed_name(shard: str) -> str:
-    """What the packed shard of a source shard is called: so that no loader takes the folder for a model.
+    """The name of the packed shard of a source shard, chosen so that no loader takes the folder for a model.
 
-    Under the usual names, transformers would find none of the packed weights and make random ones.
+    Under the usual names, transformers would find no weights under the names it looks for, and use random ones.
     """
     return _PREFIX + shard
 
 
 def source_name(shard: str) -> str:
-    """What the source shard of a packed shard was called."""
+    """The name that the source shard of a packed shard had."""
     return shard.removeprefix(_PREFIX)
 
 
 def plain_names(shards: Collection[str]) -> dict[str, str]:
-    """What packed shards are called when nobody knows what they were: as they are, or without our prefix, under which
-    no loader would find them."""
+    """Packed shard -> name of its unpacked shard, where the original names are not recorded.
+
+    The names stay as they are, except that our prefix is removed, as loaders would not find shards with it.
+    """
     ours = all(shard.startswith(_PREFIX) for shard in shards)
     return {shard: source_name(shard) if ours else shard for shard in shards}
 
 
 def index_name(folder: Path, shards: Collection[str]) -> str | None:
-    """The index that a checkpoint of these shards has or needs; None where there is but one, found without it."""
+    """The name of the index that a checkpoint of these shards has or needs; None for one shard, which needs none."""
     indexes = sorted(p.name for p in folder.glob(f"*{INDEX_SUFFIX}") if not p.name.startswith("."))
     if len(shards) == 1 and (not indexes or "model.safetensors" in shards):
         return None
@@ -62,7 +64,7 @@ def index_name(folder: Path, shards: Collection[str]) -> str | None:
 
 
 def original_texts(checkpoint: Checkpoint) -> Files:
-    """The files that packing replaces, and that are not shards: config.json, indexes, streamprune.json."""
+    """The text files that packing replaces, with their content: config.json, indexes, streamprune.json."""
     names = ["config.json", REPORT, *(p.name for p in checkpoint.path.glob(f"*{INDEX_SUFFIX}"))]
     found: Files = {}
     for name in sorted(names):
@@ -75,9 +77,9 @@ def original_texts(checkpoint: Checkpoint) -> Files:
 
 
 def left_out(checkpoint: Checkpoint) -> list[str]:
-    """The files that packing does not carry over, as sorted relative names: weights that the checkpoint does not use.
+    """The files that packing does not copy, as sorted relative names: weights that the checkpoint does not use.
 
-    Hidden files and folders, and `__pycache__`, are not named.
+    Hidden files and folders, and `__pycache__`, are left out of the list.
     """
     carried = {*checkpoint.shards, *checkpoint.side_files().carried, *original_texts(checkpoint)}
     found = []
@@ -89,7 +91,7 @@ def left_out(checkpoint: Checkpoint) -> list[str]:
 
 
 def text_bytes(kept: Mapping[str, Any]) -> bytes:
-    """The bytes of a file that was kept as text."""
+    """The bytes of a file whose content is in the report."""
     return str(kept["text"]).encode(errors="surrogateescape")
 
 
@@ -99,7 +101,7 @@ def entry(data: bytes) -> dict[str, Any]:
 
 
 def packed_config(checkpoint: Checkpoint, layout: str, packed: Collection[str], sparsity: float) -> bytes:
-    """The text of config.json of a packed checkpoint; `packed` are the names of packed tensors, the rest is ignored."""
+    """config.json of a packed checkpoint; `packed` are the names of packed tensors, other linears go to "ignore"."""
     before = checkpoint.config.get("quantization_config")
     ignore = sorted(
         name.removesuffix(".weight")
@@ -118,7 +120,7 @@ def packed_config(checkpoint: Checkpoint, layout: str, packed: Collection[str], 
 
 
 def unpacked_config(config: Mapping[str, Any]) -> bytes:
-    """The text of config.json without the description of sparsity; one of quantisation stays."""
+    """config.json without the description of sparsity; a description of quantisation stays."""
     result = {k: v for k, v in config.items() if k != "sparsity_config"}
     for key in ("quantization_config", "compression_config"):
         described = result.get(key)
@@ -140,22 +142,22 @@ def _text(config: Mapping[str, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Originals:
-    """What a packed checkpoint was: its files, and Checkpoint.identity() of it."""
+    """What a packed checkpoint was made from: its files, and its Checkpoint.identity()."""
 
     files: Files
     identity: Mapping[str, str]
     layout: str
-    """That it was packed in."""
+    """The layout that it was packed in, one of LAYOUTS."""
 
     def to_json(self) -> dict[str, Any]:
         return {"files": self.files, "identity": dict(self.identity)}
 
 
 def read_originals(checkpoint: Checkpoint) -> Originals | None:
-    """What a checkpoint that we packed was, by its report; None for any other checkpoint, and where it is missing.
+    """What a checkpoint packed by `pack` was made from, by its report; None for others, and if there is no report.
 
     Raises:
-        CheckpointError: the report is damaged, or names files that cannot be, or other shards than there are.
+        CheckpointError: the report is damaged, has invalid file names, or does not match the shards.
     """
     path = checkpoint.path / REPORT
     try:
@@ -173,7 +175,7 @@ def read_originals(checkpoint: Checkpoint) -> Originals | None:
             fine = isinstance(kept["bytes"], int) and isinstance(kept["xxh3_128"], str) and 0 <= kept["bytes"] < 2**63
             if not fine or not _is_plain(name) or not isinstance(kept.get("text", ""), str):
                 raise ValueError(show(name))
-            text_bytes({"text": "", **kept})  # raises ValueError for what no bytes decode to
+            text_bytes({"text": "", **kept})  # raises ValueError for text that cannot be encoded
         layout = report["packed"]["layout"]
         if not isinstance(identity, dict) or layout not in LAYOUTS:
             raise TypeError
@@ -187,13 +189,13 @@ def read_originals(checkpoint: Checkpoint) -> Originals | None:
 
 def _damaged(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path}: what it says of the original files is damaged; download it again, or remove it: without it, weights "
-        "are unpacked all the same, but neither verified nor in their old files"
+        f"{path}: its record of the original files is damaged; download it again, or remove it: weights can be "
+        "unpacked without it, but they are not verified, and not in their original files"
     )
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name stays within its folder on this system, and is none of ours while we work."""
+    """Whether a relative name is safe to write: it stays within its folder, is not too long, and nothing is hidden."""
     parts = PurePosixPath(name).parts
     odd = name.startswith("/") or "\0" in name or (os.name == "nt" and ("\\" in name or ":" in name))
     fits = all(len(os.fsencode(part)) < 256 for part in parts)
@@ -201,9 +203,9 @@ def _is_plain(name: str) -> bool:
 
 
 def is_restored(folder: Path, originals: Originals, shards: Collection[str]) -> bool:
-    """Whether a folder holds the original files and no others, our folder of state aside.
+    """Whether a folder holds exactly the original files, apart from the job's state in .streamprune.
 
-    Of shards, names, sizes, headers and samples are compared; of all others, every byte.
+    Shards are compared by name, size, header and samples of their data, all other files by their hash.
     """
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir() or p.is_symlink()}
     if {name for name in there if not name.startswith(".streamprune/")} != originals.files.keys():
@@ -221,7 +223,10 @@ def is_restored(folder: Path, originals: Originals, shards: Collection[str]) -> 
 
 
 def restore_file(checkpoint: Checkpoint, folder: Path, name: str, kept: Mapping[str, Any]) -> None:
-    """Writes one original file that is no shard, from its text or as a copy. Raises CheckpointError if it differs."""
+    """Writes an original file other than a shard, from its recorded text or as a copy.
+
+    Raises CheckpointError if it is missing, or not what was packed.
+    """
     if "text" in kept:
         durable.make_folder((folder / name).parent)
         data = text_bytes(kept)

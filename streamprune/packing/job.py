@@ -1,19 +1,18 @@
-"""`pack` and `unpack`: a pruned checkpoint for storing and sending, and back, resumable at every moment.
+"""`pack` and `unpack`: make a pruned checkpoint small for storing and sending, and restore it; resumable at any time.
 
-No runtime loads such checkpoints any more, so what is packed is unpacked before it is used. A packed folder has the
-layout of compressed-tensors up to 0.14 (disk/packed.py), one shard for each source shard, and keeps all it takes to
-restore the source byte for byte. Its shards are called packed-NAME, which no loader takes for a model. Not carried
-over are hidden files, and weights that the checkpoint does not use, of any format; the report names the latter.
+Current runtimes no longer load packed checkpoints, so that they must be unpacked before use. A packed folder has one of
+the layouts of compressed-tensors up to 0.14 (disk/packed.py), one shard for each source shard, and all the information
+needed to restore the source byte for byte. Its shards are called packed-NAME, so that no loader takes it for a model.
+Hidden files, and weights that the checkpoint does not use, are not copied; the report names the latter.
 
-survey    the source is read once: what is kept of each row, which layout, hashes   (pack only, packing/survey.py)
-shards    one after the other: packed, restored or made plain; verified; then a line in the journal commits it
-finish    config.json, index, side files; the report, or the original's own; rename
+survey    reads the source once: nonzeros of each row, choice of the layout, hashes   (pack only, packing/survey.py)
+shards    one after the other: packed, restored or unpacked; verified; then committed by a line in the journal
+finish    config.json, index, side files; then our report, or the original's own; then the rename
 """
 
 from __future__ import annotations
 
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from streamprune.disk.hub import resolve_model
 from streamprune.disk.journal import differences, is_touched
 from streamprune.disk.lock import Lock
 from streamprune.disk.packed import LAYOUTS, is_packed
+from streamprune.disk.room import SLACK_BYTES, check_room
 from streamprune.disk.state import (
     REPORT,
     JobState,
@@ -41,7 +41,6 @@ from streamprune.disk.state import (
 )
 from streamprune.errors import (
     CheckpointError,
-    CorruptStateError,
     ResourceError,
     StateError,
     UnsupportedError,
@@ -49,20 +48,17 @@ from streamprune.errors import (
 )
 from streamprune.packing.files import Originals, is_restored, read_originals, source_name
 from streamprune.process import interrupts
-from streamprune.process.memory import format_bytes, peak_resident_bytes
+from streamprune.process.memory import peak_resident_bytes
 from streamprune.process.versions import version_of
 from streamprune.progress import Progress, ProgressCallback, no_progress
 
 if TYPE_CHECKING:
     from streamprune.packing.work import Work
 
-SLACK_BYTES = 64 << 20
-"""Disk for everything besides shards."""
-
 
 @dataclass(frozen=True)
 class PackResult:
-    """What a job came to. Bytes are those of the shards, `seconds` those of this call."""
+    """The result of a job. Bytes are those of all shards; `seconds` and the peak memory are those of this call."""
 
     status: str
     """"done" or "up-to-date"."""
@@ -73,9 +69,9 @@ class PackResult:
     seconds: float
     peak_rss_bytes: int
     left_out: tuple[str, ...] = ()
-    """Of `pack`: files of MODEL that were not carried over, as they are weights that the checkpoint does not use."""
+    """`pack` only: files of MODEL that were not copied, because they are weights that the checkpoint does not use."""
     notes: tuple[str, ...] = ()
-    """What else is to be told, each a sentence."""
+    """Further remarks for the user, one sentence each."""
 
 
 @dataclass(frozen=True)
@@ -90,20 +86,20 @@ class PackSpec:
     restart: bool
     work: Path | None = None
     content: Callable[[], str] | None = field(default=None, compare=False)
-    """What tells whether the checkpoint is the same where only times differ (Checkpoint.content)."""
+    """Computes Checkpoint.content, which tells whether shards with other mtimes are the same."""
     notes: list[str] = field(default_factory=list, compare=False)
-    """What is to be told of the job when it is done."""
+    """Remarks for PackResult, collected while the job runs."""
 
     def fixed(self) -> dict[str, Any]:
-        """What makes it this job, as flat JSON values."""
+        """The fields that identify the job, as flat JSON values."""
         return {"verb": self.verb, **{f"model {k}": v for k, v in self.model.items()}, "layout": self.layout}
 
     def differences(self, recorded: Mapping[str, Any]) -> str:
-        """Says in words what differs from another job's; empty when nothing does."""
+        """Which of these fields differ from recorded ones, in words; empty if none does."""
         return differences(self.fixed(), recorded)
 
     def is_touched(self, recorded: Mapping[str, Any], content: object) -> bool:
-        """Whether a recorded job differs in times of the checkpoint's files alone, and its `content` is the same."""
+        """Whether only mtimes of the checkpoint's files differ from a recorded job's, and `content` is the same."""
         return is_touched(self.fixed(), recorded, content, self.content, self.notes)
 
 
@@ -113,11 +109,11 @@ def pack(
 ) -> PackResult:  # fmt: skip
     """Packs the layers' linears of the checkpoint `model` (a folder or a hub name) into the folder `out`.
 
-    Those are packed that become smaller (disk/linears.py says what a linear is); all else is copied. `layout` is
-    "sparse-24-bitmask", "sparse-bitmask", or "auto": the former if all linears worth packing hold 2:4. Weights count
-    as zero by their bits, so that -0.0 and NaN come back as they are. `follow_links` as for prune. Running the same job
-    again resumes it, or finds it done. Raises the errors of streamprune.errors; UnsupportedError where nothing would
-    become smaller.
+    Linears that become smaller are packed (disk/linears.py says what a linear is), everything else is copied. `layout`
+    is "sparse-24-bitmask", "sparse-bitmask", or "auto": the former if all linears worth packing satisfy 2:4. A weight
+    is zero only if all its bits are, so that -0.0 and NaN are restored exactly. `follow_links` as for prune. Running
+    the same job again resumes it, or finds it done. Raises the errors of streamprune.errors; UnsupportedError if
+    nothing would become smaller.
     """
     if layout not in ("auto", *LAYOUTS):
         raise UsageError(f"--layout {layout}: choose auto, {' or '.join(LAYOUTS)}")
@@ -125,11 +121,11 @@ def pack(
     refuse_adapter(checkpoint)
     if checkpoint.beside:
         raise UnsupportedError(
-            f"{checkpoint.path}: the index does not name {checkpoint.beside[0]}, so the shards cannot be restored as "
-            "they are; save the model again, or prune it"
+            f"{checkpoint.path}: the index does not name {checkpoint.beside[0]}, so that `unpack` could not restore "
+            "the shards; save the model again, or prune it"
         )
     if is_packed(checkpoint):
-        raise UnsupportedError(f"{checkpoint.path}: is packed already; `unpack` makes it plain")
+        raise UnsupportedError(f"{checkpoint.path}: is packed already; restore it with `unpack`")
     spec = PackSpec("pack", checkpoint.fingerprint(), layout, Path(out), restart, content=checkpoint.content)
     return _carry_out(spec, checkpoint, progress)
 
@@ -139,9 +135,9 @@ def unpack(
 ) -> PackResult:
     """Unpacks the checkpoint `model` (a folder or a hub name) into the folder `out`.
 
-    What `pack` made is restored byte for byte, and verified against the hashes that `pack` recorded. What
-    compressed-tensors up to 0.14 made becomes a plain checkpoint; FP8 weights stay FP8. Running the same job again
-    resumes it, or finds it done. Raises the errors of streamprune.errors.
+    An output of `pack` is restored byte for byte, and verified against the hashes that `pack` recorded. A checkpoint
+    packed by compressed-tensors up to 0.14 becomes an ordinary dense one; FP8 weights stay FP8. Running the same job
+    again resumes it, or finds it done. Raises the errors of streamprune.errors.
     """
     checkpoint = open_checkpoint(resolve_model(str(model)))
     if not is_packed(checkpoint):
@@ -179,7 +175,7 @@ def _carry_out(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallbac
 
 
 def _reported(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallback) -> tuple[str, dict[str, Any]]:
-    """A job whose output has a report of its own: its status and report."""
+    """Runs a job whose output has a report of ours, or finds it done: (status, report)."""
     since = time.perf_counter()
     if (finished := find_finished(spec)) is not None:
         return "up-to-date", finished
@@ -202,7 +198,7 @@ def _reported(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallback
 
 
 def _restored(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallback, originals: Originals) -> str:
-    """A job whose output is what was packed, with nothing of ours in it; returns its status."""
+    """Runs a job that restores what `pack` packed, without any file of ours, or finds it done: its status."""
     out, partial, shards = spec.out, partial_of(spec.out), [source_name(shard) for shard in checkpoint.shards]
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         if not out.is_symlink() and out.is_dir() and is_restored(out, originals, shards):
@@ -228,8 +224,10 @@ def _run(
     spec: PackSpec, checkpoint: Checkpoint, originals: Originals | None,
     unfinished: tuple[JobState, dict[str, Any]] | None, progress: ProgressCallback,
 ) -> tuple[JobState, dict[str, Any]]:  # fmt: skip
-    """All steps but report and rename; returns what the report says. Unfinished work is kept, except when the input's
-    content is at fault."""
+    """All steps but report and rename; returns the state and the fields of the report.
+
+    Unfinished work is kept, unless the content of the input is invalid.
+    """
     from streamprune.disk.mapping import ShardMaps
     from streamprune.packing.work import make_work
 
@@ -239,7 +237,8 @@ def _run(
             work = make_work(checkpoint, maps, spec.layout, originals)
             if unfinished is None:
                 resolved = work.prepare(state)
-                _check_disk(spec.out, work.nbytes())
+                room = [(spec.out.parent, work.nbytes() + SLACK_BYTES)]
+                check_room(room, "free some, or choose another OUT")
                 state.create({"job": spec.fixed(), "content": checkpoint.content(), "resolved": resolved}, None)
             else:
                 work.resume(state, unfinished[1]["resolved"])
@@ -255,17 +254,9 @@ def _run(
 
 
 def _shards(state: JobState, checkpoint: Checkpoint, work: Work, progress: ProgressCallback) -> list[dict[str, Any]]:
-    """Writes the shards that are not there yet; returns the journal."""
-    for path in [*state.partial.glob(".*.tmp"), *state.folder.glob(".*.tmp")]:
-        durable.remove(path)
+    """Writes the shards that are not in the journal yet; returns all its records."""
     records = journal.read(state.journal)
-    for record in records:
-        shard = record["shard"]
-        if shard is None:
-            continue
-        path = state.partial / shard["name"]
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            raise CorruptStateError(f"{path} is missing or damaged; start again with --restart")
+    state.check_resumable(record["shard"] for record in records)
     for number in range(len(records), len(checkpoint.shards)):
         interrupts.check()
         since = time.perf_counter()
@@ -277,18 +268,9 @@ def _shards(state: JobState, checkpoint: Checkpoint, work: Work, progress: Progr
             with file:
                 written = {"name": name, "bytes": file.size, "xxh3_128": file.digest}
             work.verify(state.partial / name, shard)
-        record = {"shard": written, "seconds": time.perf_counter() - since}
+        seconds = time.perf_counter() - since
+        record = {"shard": written, "seconds": seconds}
         journal.append(state.journal, record)
         records.append(record)
-        progress(Progress(shard, number + 1, len(checkpoint.shards), record["seconds"]))
+        progress(Progress(shard, number + 1, len(checkpoint.shards), seconds))
     return records
-
-
-def _check_disk(out: Path, size: int) -> None:
-    there = next(p for p in out.absolute().parents if p.exists())
-    free, needed = shutil.disk_usage(there).free, size + SLACK_BYTES
-    if free < needed:
-        raise ResourceError(
-            f"{there} has {format_bytes(free)} free, this job needs {format_bytes(needed)}; free some, or choose "
-            "another OUT"
-        )

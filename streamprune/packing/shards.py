@@ -1,4 +1,5 @@
-"""Shards that are packed, restored to what they were, or unpacked where nobody knows what they were."""
+"""Writing shards: packed ones, and from packed ones the original ones, or dense ones if the original is not
+recorded."""
 
 from __future__ import annotations
 
@@ -24,18 +25,19 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.packed import TWO_FOUR, PackedTensor, packed_refs
 from streamprune.disk.shards import fill_in_order, header_of
 from streamprune.errors import CheckpointError, UnsupportedError
-from streamprune.methods.bitmask import pack_rows, unpacked_rows
-from streamprune.packing.survey import COUNT, Survey, pieces, rows_of, source_header
+from streamprune.methods.bitmask import pack_rows
+from streamprune.packing.rows import pieces, rows_of, unpacked_rows
+from streamprune.packing.survey import COUNT, Survey, source_header
 
 HEADER_KEY = "streamprune.header"
-"""Of the metadata of a packed shard: the JSON text of the source shard's header, padding and all."""
+"""Key in the metadata of a packed shard: the JSON text of the source shard's header, with its padding."""
 
 MASK_BYTES = 32 << 20
-"""A bitmask up to this size is kept until it is written; a larger one is made a second time."""
+"""A bitmask up to this size is kept in memory until it is written; a larger one is computed a second time."""
 
 
 class Packer:
-    """Writes packed shards. `counts` is the file that the survey made."""
+    """Writes packed shards. `counts` is the survey's file with the nonzeros of each row."""
 
     def __init__(self, checkpoint: Checkpoint, maps: ShardMaps, survey: Survey, counts: Path) -> None:
         self._checkpoint, self._maps, self._survey, self._counts = checkpoint, maps, survey, counts
@@ -43,12 +45,12 @@ class Packer:
         self._masks: tuple[str, list[Buffer]] = "", []
 
     def parts(self, shard: str) -> list[TensorRef]:
-        """The tensors of a packed shard, in its order; each begins at 0.
+        """The tensors of a packed shard in file order, with begin 0.
 
-        Wide items go first. A bitmask follows its values if that leaves the next tensor at a multiple of its item size.
+        Wide dtypes come first. A bitmask follows its values directly if its size keeps the next tensor aligned.
         """
         refs: list[TensorRef] = []
-        behind: dict[str, TensorRef] = {}
+        after: dict[str, TensorRef] = {}
         for ref in self._checkpoint.tensors.values():
             if ref.shard != shard:
                 continue
@@ -58,14 +60,14 @@ class Packer:
             values, mask, *rest = packed_refs(ref, self._survey.layout, self._survey.kept[ref.name])
             refs += [values, *rest]
             if mask.nbytes * 8 % DTYPE_BITS[values.dtype] == 0:
-                behind[values.name] = mask
+                after[values.name] = mask
             else:
                 refs.append(mask)
         refs.sort(key=lambda ref: (-DTYPE_BITS[ref.dtype], ref.name))
-        return [part for ref in refs for part in (ref, behind.get(ref.name)) if part is not None]
+        return [part for ref in refs for part in (ref, after.get(ref.name)) if part is not None]
 
     def header(self, shard: str) -> bytes:
-        """The first bytes of a packed shard. Raises UnsupportedError when they would be more than the format allows."""
+        """The header of a packed shard, with its length. Raises UnsupportedError if it exceeds the format's limit."""
         path = self._checkpoint.path / shard
         text = source_header(self._checkpoint, shard)[8:]
         _, metadata = check_header(path, text, self._checkpoint.shard_stats[shard][0])
@@ -78,7 +80,10 @@ class Packer:
         return header
 
     def fill(self, path: Path, shard: str) -> AtomicFile:
-        """Streams a packed shard to `path`; the caller commits it. Raises CheckpointError, and as header."""
+        """Streams a packed shard to `path`; the caller commits it.
+
+        Raises CheckpointError if the source cannot be read or has changed, and UnsupportedError as `header`.
+        """
         parts = self.parts(shard)
         source = {f"{name.removesuffix('.weight')}.": name for name in self._survey.kept}
         tensors = self._checkpoint.tensors
@@ -125,7 +130,7 @@ class Packer:
             self._masks = ref.name, masks
 
     def _offsets(self, ref: TensorRef) -> Iterator[Buffer]:
-        """Exclusive sums of the counts of rows: (out,) int64."""
+        """The row offsets: nonzeros in all rows before each row, (out,) int64."""
         with self._counts.open("rb") as f:
             f.seek(self._survey.rows_before[ref.name] * COUNT.itemsize)
             counts = np.frombuffer(f.read(ref.shape[0] * COUNT.itemsize), COUNT).astype(np.int64)
@@ -134,33 +139,32 @@ class Packer:
 
 @dataclass(frozen=True)
 class Unpacker:
-    """Writes what a packed checkpoint was made of."""
+    """Writes unpacked shards of a packed checkpoint."""
 
     checkpoint: Checkpoint
     maps: ShardMaps
     packed: Mapping[str, PackedTensor]
 
     def restore(self, path: Path, shard: str, size: int) -> AtomicFile:
-        """Streams a shard of `size` bytes to `path` as its header was kept; the caller commits it.
+        """Streams the original shard of `size` bytes to `path`, by its recorded header; the caller commits it.
 
-        Raises CheckpointError when the header is missing or malformed, or does not fit the tensors of the shard.
+        Raises CheckpointError if the header is missing or malformed, or does not fit the tensors of the shard.
         """
-        header, refs = self._kept(shard, size)
-        return fill_in_order(
-            AtomicFile(path), header, refs, self._content, _release(self.maps, self.checkpoint.tensors)
-        )
+        header, refs = self._original(shard, size)
+        release = _release(self.maps, self.checkpoint.tensors)
+        return fill_in_order(AtomicFile(path), header, refs, self._content, release)
 
     def digest(self, shard: str, size: int) -> str:
         """The xxh3_128 of what `restore` would write. Raises CheckpointError, as restore."""
-        header, refs = self._kept(shard, size)
+        header, refs = self._original(shard, size)
         digest = xxhash.xxh3_128(header)
         for ref in refs:
             for piece in self._content(ref, release=True):
                 digest.update(piece)
         return digest.hexdigest()
 
-    def _kept(self, shard: str, size: int) -> tuple[bytes, list[TensorRef]]:
-        """The first bytes of the shard that was packed, and its tensors in order."""
+    def _original(self, shard: str, size: int) -> tuple[bytes, list[TensorRef]]:
+        """The header of the original shard, with its length, and its tensors in file order."""
         source = self.checkpoint.path / shard
         kept = json.loads(source_header(self.checkpoint, shard)[8:]).get("__metadata__", {}).get(HEADER_KEY)
         if not isinstance(kept, str):
@@ -171,7 +175,7 @@ class Unpacker:
         return header_prefix(header) + header, refs
 
     def plain(self, path: Path, shard: str) -> AtomicFile | None:
-        """Streams to `path` the tensors of a shard, unpacked, if it has any; the caller commits it."""
+        """Streams the tensors of a shard, unpacked, to `path`; the caller commits it. None if the shard has none."""
         refs = sorted(self.dense(shard), key=lambda ref: (-DTYPE_BITS[ref.dtype], ref.name))
         if not refs:
             return None
@@ -183,7 +187,7 @@ class Unpacker:
         )
 
     def dense(self, shard: str) -> list[TensorRef]:
-        """The tensors that a shard unpacks to; each begins at 0. A packed one belongs where its values are."""
+        """The tensors that a shard unpacks to, with begin 0. A packed tensor belongs to the shard with its values."""
         parts = {part.name for packed in self.packed.values() for part in packed.parts}
         there = [
             TensorRef(p.name, shard, p.dtype, p.shape, 0, p.dense_nbytes)
@@ -204,8 +208,8 @@ class Unpacker:
             if wanted.get(name) != found.get(name):
                 said, there = wanted.get(name, "not there"), found.get(name, "not there")
                 raise CheckpointError(
-                    f"{self.checkpoint.path / shard}: tensor {show(name)} is {show(said)} by {HEADER_KEY} and "
-                    f"{show(there)} by its parts; download it again"
+                    f"{self.checkpoint.path / shard}: tensor {show(name)} is {show(said)} according to {HEADER_KEY}, "
+                    f"but {show(there)} according to its parts; download it again"
                 )
 
     def _content(self, ref: TensorRef, release: bool = False) -> Iterator[Buffer]:
@@ -218,7 +222,7 @@ class Unpacker:
 
 
 def _release(maps: ShardMaps, sources: Mapping[str, TensorRef]) -> Callable[[TensorRef, int, int], None]:
-    """Lets go of the pages of copied tensors whose bytes have been written; they are not read again."""
+    """A callback that gives back the pages of copied tensors once their bytes have been written."""
 
     def release(ref: TensorRef, begin: int, end: int) -> None:
         source = sources.get(ref.name)

@@ -1,50 +1,49 @@
-"""What packing a checkpoint would come to: one pass over its bytes, in the order of its files.
+"""The survey before packing: one pass over the bytes of a checkpoint, in file order.
 
-Counts what is kept in each row of the layers' linears, sees whether they hold 2:4, and hashes the shards as they are,
-so that `unpack` can tell that it restores them. From this follows which linears are packed, and how.
+It counts the nonzeros of each row of the layers' linears, checks whether they satisfy 2:4, and hashes the shards, so
+that `unpack` can verify what it restores. From the counts follows which linears are packed, and in which layout.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.durable import AtomicFile
-from streamprune.disk.header import DTYPE_BITS, TensorRef, header_prefix, read_header
+from streamprune.disk.header import TensorRef, header_prefix, read_header
 from streamprune.disk.linears import find_linears
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.packed import BITMASK, TWO_FOUR, packed_refs
 from streamprune.errors import CheckpointError, UnsupportedError
-from streamprune.methods.bitmask import CHUNK_BYTES, UNSIGNED, count_kept, holds_24
+from streamprune.methods.bitmask import count_kept, holds_24
+from streamprune.packing.rows import pieces, rows_of
 from streamprune.process.memory import format_bytes
 
 COUNT = np.dtype("<u4")
-"""What is kept of a row, in the file of counts."""
+"""Dtype of the file of counts: nonzeros of a row."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What is packed, and how; goes into `job.json`."""
+    """Which tensors are packed, and how; stored in `job.json`."""
 
     layout: str
     kept: dict[str, int]
-    """Packed tensors by name, in the order of the files, and their nonzeros."""
+    """Nonzeros of each packed tensor, by name, in file order."""
     rows_before: dict[str, int]
-    """Where their rows begin in the file of counts."""
+    """Index of each tensor's first row in the file of counts."""
     shards: dict[str, dict[str, Any]]
-    """Of each source shard: bytes, xxh3_128."""
+    """{bytes, xxh3_128} of each source shard."""
     counts: str
     """xxh3_128 of the file of counts."""
     sparsity: float
-    """Share of zeros in the linears that are packed."""
+    """Fraction of zeros in the packed linears."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,21 +57,21 @@ class _Linear:
     two_four: bool
 
     def saves(self, layout: str) -> int:
-        """Bytes that packing saves; negative where it costs some."""
+        """Bytes that packing saves; negative if the packed form is larger."""
         if layout == TWO_FOUR and not self.two_four:
             return -1
         return self.ref.nbytes - sum(part.nbytes for part in packed_refs(self.ref, layout, self.kept))
 
 
 def survey(checkpoint: Checkpoint, maps: ShardMaps, counts: Path, layout: str) -> Survey:
-    """Reads a checkpoint once. `layout` is one of LAYOUTS, or "auto"; the file `counts` gets uint32 (rows,) of all
-    linears, one after the other.
+    """Reads a checkpoint once, and writes the nonzeros of each row to the file `counts`: uint32 (rows,) per linear.
 
-    "auto" is sparse-24-bitmask when all linears that sparse-bitmask would make smaller hold 2:4, else sparse-bitmask.
+    `layout` is one of LAYOUTS, or "auto": sparse-24-bitmask if all linears that sparse-bitmask would make smaller
+    satisfy 2:4, else sparse-bitmask.
 
     Raises:
         UnsupportedError: nothing would become smaller.
-        CheckpointError: the checkpoint cannot be read, or changes meanwhile.
+        CheckpointError: the checkpoint cannot be read, or changes while it is read.
     """
     linears: list[_Linear] = []
     shards = {}
@@ -93,7 +92,8 @@ def survey(checkpoint: Checkpoint, maps: ShardMaps, counts: Path, layout: str) -
 
 
 def source_header(checkpoint: Checkpoint, shard: str) -> bytes:
-    """The first bytes of a shard, as they were when the checkpoint was opened. Raises CheckpointError."""
+    """The header of a shard with its length; raises CheckpointError if it has changed since the checkpoint was
+    opened."""
     header = read_header(checkpoint.path / shard)
     whole = header_prefix(header) + header
     if xxhash.xxh3_128_hexdigest(whole) != checkpoint.shard_headers[shard]:
@@ -101,27 +101,6 @@ def source_header(checkpoint: Checkpoint, shard: str) -> bytes:
             f"{checkpoint.path / shard}: has changed since it was opened; start again when nothing else writes to it"
         )
     return whole
-
-
-def pieces(maps: ShardMaps, ref: TensorRef, row_bytes: int = 1, *, release: bool = True) -> Iterator[memoryview]:
-    """The bytes of a tensor, whole rows of `row_bytes` and some 16 MiB at a time.
-
-    The next piece is being read meanwhile. With `release`, the pages of one are given back when the next is asked for.
-    """
-    step = max(1, CHUNK_BYTES // row_bytes) * row_bytes
-    cut = [replace(ref, begin=at, end=min(at + step, ref.end)) for at in range(ref.begin, ref.end, step)]
-    for number, piece in enumerate(cut):
-        maps.prefetch(cut[number + 1 : number + 2])
-        yield maps.raw(piece)
-        if release:
-            maps.release([piece])
-
-
-def rows_of(maps: ShardMaps, ref: TensorRef) -> Iterator[NDArray[Any]]:
-    """The rows of a matrix as bits (n, in), some 16 MiB at a time."""
-    width, dtype = ref.shape[1], UNSIGNED[DTYPE_BITS[ref.dtype] // 8]
-    for piece in pieces(maps, ref, ref.nbytes // ref.shape[0]):
-        yield np.frombuffer(piece, dtype).reshape(-1, width)
 
 
 def _count(maps: ShardMaps, ref: TensorRef, counts: AtomicFile, digest: Any) -> _Linear:
@@ -148,8 +127,8 @@ def _decide(
         share = 100 * zeros / max(1, sum(math.prod(n.ref.shape) for n in linears))
         what = f"{len(linears)} linears ({size}) have {share:.1f} % zeros" if linears else "no linears were found"
         raise UnsupportedError(
-            f"{checkpoint.path}: {what}; none of them would become smaller as {layout}: there is nothing to pack, "
-            "prune it first"
+            f"{checkpoint.path}: {what}; none of them would become smaller as {layout}, so there is nothing to "
+            "pack; prune it first"
         )
     weights = sum(math.prod(n.ref.shape) for n in smaller)
     return Survey(

@@ -1,8 +1,8 @@
-"""The three kinds of work behind `pack` and `unpack`, shard by shard; packing.py runs them.
+"""The three kinds of jobs behind `pack` and `unpack`, shard by shard; job.py runs them.
 
-Packing      a dense checkpoint is packed; its report keeps what the files were
-Restoring    what `pack` made becomes what it was, byte for byte, and every file is verified while it is written
-Plain        a packed checkpoint of another program becomes a plain one, with a report of its own
+Packing      packs a dense checkpoint, and records the original files in the report
+Restoring    restores the original of an output of `pack` byte for byte, and verifies every file while it is written
+Plain        unpacks a checkpoint that another program packed, with a report of its own
 """
 
 from __future__ import annotations
@@ -40,34 +40,35 @@ Record = Mapping[str, Any]
 
 
 class Work(Protocol):
-    """One kind of work. `prepare` or `resume` comes first, then `fill` for each shard, then `finish`."""
+    """One kind of job. `prepare` or `resume` is called first; then `fill` and `verify` for each shard; then
+    `finish`."""
 
     def prepare(self, state: JobState) -> dict[str, Any]:
-        """What is found out before anything is written, for `job.json`."""
+        """What must be known before the first shard is written; returns it for `job.json`."""
 
     def resume(self, state: JobState, resolved: Mapping[str, Any]) -> None:
-        """Takes up what was found out before."""
+        """Continues with what `prepare` returned earlier."""
 
     def nbytes(self) -> int:
-        """Bytes of all shards that will be written."""
+        """Bytes of all shards to be written."""
 
     def name_of(self, shard: str) -> str:
-        """What the file made of a shard is called."""
+        """The name of the output file for a source shard."""
 
     def fill(self, path: Path, shard: str) -> AtomicFile | None:
-        """Streams one shard; the caller commits it. None where it comes to nothing."""
+        """Streams one shard to `path`; the caller commits it. None if the shard has no tensors to write."""
 
     def verify(self, path: Path, shard: str) -> None:
-        """Looks at a shard that was committed, before it counts as done."""
+        """Checks a committed shard before it is recorded as done."""
 
     def finish(self, partial: Path, records: Sequence[Record]) -> dict[str, Any]:
-        """Writes all other files. Returns what the report says, if there is to be one."""
+        """Writes all other files; returns the fields of the report, empty if there is none."""
 
 
 def make_work(checkpoint: Checkpoint, maps: ShardMaps, layout: str | None, originals: Originals | None) -> Work:
-    """Packing if there is a layout to pack in; else Restoring what `originals` says, or Plain without it.
+    """Packing if a `layout` is given; else Restoring if there are `originals`, else Plain.
 
-    Raises CheckpointError when packed tensors do not fit together.
+    Raises CheckpointError if the parts of packed tensors do not fit together.
     """
     if layout is not None:
         return Packing(checkpoint, maps, layout)
@@ -76,19 +77,19 @@ def make_work(checkpoint: Checkpoint, maps: ShardMaps, layout: str | None, origi
 
 
 class Packing:
-    """See the top. `layout` is one of disk.packed.LAYOUTS, or "auto"."""
+    """Packs a checkpoint. `layout` is one of disk.packed.LAYOUTS, or "auto"."""
 
     def __init__(self, checkpoint: Checkpoint, maps: ShardMaps, layout: str) -> None:
         self._checkpoint, self._maps, self._layout = checkpoint, maps, layout
 
     def prepare(self, state: JobState) -> dict[str, Any]:
-        """The survey; see Work and survey."""
+        """Runs the survey; raises as it does."""
         durable.make_folder(state.folder)
         self._begin(state, survey(self._checkpoint, self._maps, state.counts, self._layout))
         return {"survey": self._survey.to_json()}
 
     def resume(self, state: JobState, resolved: Mapping[str, Any]) -> None:
-        """See Work. Raises CorruptStateError when the counts of rows are damaged."""
+        """See Work. Raises CorruptStateError if the file of counts is damaged."""
         self._begin(state, Survey(**resolved["survey"]))
         if not state.counts.is_file() or file_digest(state.counts) != self._survey.counts:
             raise CorruptStateError(f"{state.counts} is missing or damaged; start again with --restart")
@@ -110,19 +111,19 @@ class Packing:
         return self._packer.fill(path, shard)
 
     def verify(self, path: Path, shard: str) -> None:
-        """Reads a packed shard back. Raises CorruptStateError when it does not unpack to the source's bytes."""
+        """Unpacks a packed shard again. Raises CorruptStateError if the result is not the source, by its hash."""
         kept = self._survey.shards[shard]
         written = open_shard(path)
         with ShardMaps(written) as maps:
             found = Unpacker(written, maps, find_packed(written, maps)).digest(path.name, kept["bytes"])
         if found != kept["xxh3_128"]:
             raise CorruptStateError(
-                f"{path} does not unpack to {self._checkpoint.path / shard}, which it was made of; "
+                f"{path} does not unpack to {self._checkpoint.path / shard}, from which it was made; "
                 "start again with --restart, and check memory and disk"
             )
 
     def finish(self, partial: Path, records: Sequence[Record]) -> dict[str, Any]:
-        """See Work: config.json, index, and side files as they are."""
+        """Writes config.json, the index, and copies of the side files."""
         checkpoint, found = self._checkpoint, self._survey
         files = [dict(record["shard"]) for record in records]
         originals = {**found.shards, **original_texts(checkpoint)}
@@ -151,7 +152,7 @@ class Packing:
 
 
 class Restoring:
-    """See the top."""
+    """Restores what `pack` packed."""
 
     def __init__(
         self, checkpoint: Checkpoint, maps: ShardMaps, packed: Mapping[str, PackedTensor], originals: Originals
@@ -163,7 +164,7 @@ class Restoring:
         return {}
 
     def resume(self, state: JobState, resolved: Mapping[str, Any]) -> None:
-        """Nothing was found out."""
+        """Nothing to do: `prepare` returned nothing."""
 
     def nbytes(self) -> int:
         return sum(self._originals.files[source_name(shard)]["bytes"] for shard in self._checkpoint.shards)
@@ -172,7 +173,7 @@ class Restoring:
         return source_name(shard)
 
     def fill(self, path: Path, shard: str) -> AtomicFile:
-        """See Work. Raises CheckpointError when the shard does not come out as it was."""
+        """See Work. Raises CheckpointError if the restored shard is not the original, by its hash."""
         kept = self._originals.files[source_name(shard)]
         file = self._unpacker.restore(path, shard, kept["bytes"])
         if file.digest != kept["xxh3_128"]:
@@ -184,10 +185,10 @@ class Restoring:
         return file
 
     def verify(self, path: Path, shard: str) -> None:
-        """Its hash was compared before it was committed."""
+        """Nothing to do: `fill` compared the hash."""
 
     def finish(self, partial: Path, records: Sequence[Record]) -> dict[str, Any]:
-        """See Work; the original's own streamprune.json comes last, if it had one."""
+        """Restores all other files; the original's own streamprune.json, if it had one, comes last."""
         shards = {source_name(shard) for shard in self._checkpoint.shards}
         for name in sorted(self._originals.files.keys() - shards, key=lambda n: (n == REPORT, n)):
             restore_file(self._checkpoint, partial, name, self._originals.files[name])
@@ -195,7 +196,7 @@ class Restoring:
 
 
 class Plain:
-    """See the top."""
+    """Unpacks what another program packed."""
 
     def __init__(self, checkpoint: Checkpoint, maps: ShardMaps, packed: Mapping[str, PackedTensor]) -> None:
         self._checkpoint, self._packed = checkpoint, packed
@@ -206,7 +207,7 @@ class Plain:
         return {}
 
     def resume(self, state: JobState, resolved: Mapping[str, Any]) -> None:
-        """Nothing was found out."""
+        """Nothing to do: `prepare` returned nothing."""
 
     def nbytes(self) -> int:
         return sum(ref.nbytes for shard in self._checkpoint.shards for ref in self._unpacker.dense(shard))
@@ -218,10 +219,10 @@ class Plain:
         return self._unpacker.plain(path, shard)
 
     def verify(self, path: Path, shard: str) -> None:
-        """Nobody knows what it was."""
+        """Nothing to do: the original is not recorded."""
 
     def finish(self, partial: Path, records: Sequence[Record]) -> dict[str, Any]:
-        """See Work: config.json without what it says of sparsity, index, and side files as they are."""
+        """Writes config.json without its sparsity_config, the index, and copies of the side files."""
         checkpoint = self._checkpoint
         files = [dict(record["shard"]) for record in records if record["shard"]]
         files += [{"name": name, **kept} for name, kept in _copy_side_files(checkpoint, partial).items()]
@@ -244,7 +245,7 @@ class Plain:
 
 
 def _copy_side_files(checkpoint: Checkpoint, partial: Path) -> dict[str, dict[str, Any]]:
-    """Copies all but config.json; returns bytes and hash of each."""
+    """Copies all side files but config.json; returns {bytes, xxh3_128} of each."""
     copied = {}
     for name in checkpoint.side_files().carried:
         if name != "config.json":
@@ -256,7 +257,10 @@ def _copy_side_files(checkpoint: Checkpoint, partial: Path) -> dict[str, dict[st
 def _write_config_and_index(
     checkpoint: Checkpoint, partial: Path, config: bytes, sizes: Mapping[str, Mapping[str, int]], index: str | None
 ) -> list[dict[str, Any]]:
-    """`sizes` maps each shard to its tensors and their bytes; `index` is None where one shard needs none."""
+    """Writes config.json and, unless `index` is None, the index; returns their entries for the report.
+
+    `sizes` maps each shard to the bytes of its tensors.
+    """
     durable.replace_file(partial / "config.json", config)
     files = [{"name": "config.json", **entry(config)}]
     if index is None:

@@ -18,6 +18,7 @@ import torch
 
 from streamprune.calibration.texts import positions
 from streamprune.calibration.tokens import has_bos
+from streamprune.disk.room import SLACK_BYTES
 from streamprune.methods.allocation import LOOKS
 from streamprune.methods.recipes import Recipe
 from streamprune.model.budget import Layout, estimate, memory_of
@@ -29,7 +30,6 @@ from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
 from streamprune.pruning.describe import HALF, describe_prune, open_model
 from streamprune.pruning.memory import layout_of, models_at_once, refit_needs, scratch_bytes, tune_needs
-from streamprune.pruning.prepare import SLACK_BYTES
 from streamprune.pruning.setup import Setup, open_given
 from streamprune.pruning.target import Target
 from streamprune.settings import Calibration, Resources

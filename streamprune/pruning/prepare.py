@@ -5,11 +5,9 @@ from __future__ import annotations
 import datetime
 import functools
 import io
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +16,8 @@ from streamprune.calibration.statistics import StatisticsFile
 from streamprune.calibration.windows import Tokens, tokens_digest
 from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.room import SLACK_BYTES, check_room
 from streamprune.disk.state import JobState, new_state
-from streamprune.errors import ResourceError
 from streamprune.model.budget import Layout
 from streamprune.process.memory import format_bytes
 from streamprune.pruning.memory import layout_of
@@ -27,9 +25,6 @@ from streamprune.pruning.records import Resolved, StageRecord
 from streamprune.pruning.setup import Setup, open_given
 from streamprune.pruning.spec import JobSpec
 from streamprune.pruning.windows import windows_of
-
-SLACK_BYTES = 64 << 20
-"""Disk for everything besides weights and activations."""
 
 
 @dataclass(frozen=True)
@@ -101,26 +96,19 @@ def begin(state: JobState, job: Mapping[str, Any], windows: Tokens | None) -> No
 
 
 def check_disk(state: JobState, output: int, cache: int) -> None:
-    """Raises ResourceError unless `output` + 64 MiB and `cache` bytes fit where they are going to be."""
-    needs: dict[int, tuple[Path, int]] = {}
-    for path, size in ((state.partial, output + SLACK_BYTES), (state.cache, cache)):
-        there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-        device = there.stat().st_dev
-        needs[device] = (there, needs.get(device, (there, 0))[1] + size)
-    for there, size in needs.values():
-        free = shutil.disk_usage(there).free
-        if free < size:
-            raise ResourceError(
-                f"{there} has {format_bytes(free)} free, this job needs {format_bytes(size)} "
-                f"({format_bytes(output)} for the output, {format_bytes(cache)} for activations); free some, "
-                "choose another OUT, or put the activations elsewhere with --work DIR"
-            )
+    """Raises ResourceError unless `output` + SLACK_BYTES and `cache` bytes fit where they are going to be."""
+    check_room(
+        [(state.partial, output + SLACK_BYTES), (state.cache, cache)],
+        "free some, choose another OUT, or put the activations elsewhere with --work DIR",
+        detail=f" ({format_bytes(output)} for the output, {format_bytes(cache)} for activations)",
+    )
 
 
 def clear_rubbish(state: JobState, newest: int) -> None:
     """Removes what a crash left behind: caches other than the `newest`, and temporary files."""
     durable.make_folder(state.cache)
     keep = {f"{newest:04d}.bin", f"{newest:04d}.json"}
-    for path in [*state.cache.iterdir(), *state.partial.glob(".*.tmp"), *state.folder.glob(".*.tmp")]:
-        if path.parent != state.cache or path.name not in keep:
+    for path in state.cache.iterdir():
+        if path.name not in keep:
             durable.remove(path)
+    state.remove_temporaries()
