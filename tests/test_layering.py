@@ -59,7 +59,7 @@ HOUSE: dict[str, list[str]] = {
     "pruning": [
         "linears quantise records refit spec tuning",
         "checks command describe report target windows",
-        "forward output setup shard",
+        "card forward output setup shard",
         "allocate finish memory paired tuned_shard",
         "prepare",
         "run",

@@ -26,6 +26,9 @@ from streamprune.errors import CorruptStateError, StateError, UsageError
 
 REPORT = "streamprune.json"
 
+CARD = "README.md"
+"""The model card, which people are meant to write in: an output is as it was whatever has become of it."""
+
 Report = dict[str, Any]
 
 
@@ -236,7 +239,7 @@ def _read_report(folder: Path) -> Report:
 def _check_files(folder: Path, report: Report) -> None:
     for file in report.get("files", []):
         path = folder / file["name"]
-        if not path.is_file() or path.stat().st_size != file["bytes"]:
+        if file["name"] != CARD and (not path.is_file() or path.stat().st_size != file["bytes"]):
             raise CorruptStateError(
                 f"{path} is missing or not {file['bytes']} bytes long; remove {folder} and run again"
             )
