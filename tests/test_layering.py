@@ -66,7 +66,7 @@ HOUSE: dict[str, list[str]] = {
         "job",
     ],
     "planning": ["refit_cost", "cost refits", "speeds", "plan"],
-    "reporting": ["facts figures", "evaluations markup", "sections", "comparison", "page"],
+    "reporting": ["facts figures", "evaluations markup scales", "sections", "comparison", "page"],
     "arguments": [],
     "tables": [],
     "demo": [],

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from calls import prune
+from safetensors.torch import load_file
 
 import streamprune
 import streamprune.pruning.job as job
@@ -24,6 +25,7 @@ from streamprune.pruning.spec import JobSpec
 from streamprune.reporting.facts import Spread, place_of, plain, read_facts
 from streamprune.reporting.figures import labels_of
 from streamprune.reporting.page import report
+from streamprune.reporting.scales import with_scales
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,6 +196,20 @@ def test_of_a_real_run(models: Callable[..., Path], text: Path, tmp_path: Path) 
     page = Reader((tmp_path / "page.html").read_text())
     assert page.text.count(f"{found['linears'][0]['error']:.3g}") >= 2
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "page.html"} == before
+
+
+def test_scales_are_read_where_the_weights_are(models: Callable[..., Path], tmp_path: Path) -> None:
+    out = prune(models("llama", 2), tmp_path / "out", pattern="2:4", method="magnitude", quantize="fp8").out
+    stored = {k: v for p in out.glob("*.safetensors") for k, v in load_file(p).items() if k.endswith("_scale")}
+    facts = with_scales(read_facts(out))
+    for (layer, kind), cell in facts.cells.items():
+        scales = stored[f"model.layers.{layer}.{kind}.weight_scale"].float()
+        assert (cell.spreads["scale"].least, cell.spreads["scale"].most) == (scales.min().item(), scales.max().item())
+    assert len(facts.cells) == len(stored) and "FP8 scale by layer" in page_of(tmp_path, out).text
+    for path in out.glob("*.safetensors"):
+        path.unlink()
+    page = page_of(tmp_path, out)
+    assert "FP8 scale by layer" not in page.text and "The scales of its FP8 weights are not shown: " in page.text
 
 
 # ---- that it is whole, safe and small

@@ -15,6 +15,7 @@ from streamprune.reporting.evaluations import Measured, read_measured
 from streamprune.reporting.facts import Facts, read_facts
 from streamprune.reporting.figures import drawing
 from streamprune.reporting.markup import Html, element, page
+from streamprune.reporting.scales import with_scales
 from streamprune.reporting.sections import section
 
 
@@ -45,7 +46,7 @@ def report(
         if read.exists() and target.exists() and read.samefile(target):
             raise UsageError(f"{show(target)} is what the page is made of; give the page another name")
     with drawing():
-        models = [read_facts(folder) for folder in folders]
+        models = [with_scales(read_facts(folder)) for folder in folders]
         measured = [read_measured(Path(file)) for file in evals]
         data = page_of(models, measured).encode()
     durable.replace_file(target, data)

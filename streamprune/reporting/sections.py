@@ -19,6 +19,7 @@ METRICS = {
     "held_out_error": ("held-out error", "on tokens kept out, with new values"),
     "damping": ("damping", "of the refit, relative to each feature's power unless asked otherwise"),
     "error_fp8": ("error in FP8", "on the calibration, of all that was done"),
+    "scale": ("FP8 scale", "what codes are multiplied with, of all rows (output channels)"),
     "rounding_error": ("rounding error", "what rounding to FP8 alone lost of the output, by the inputs' powers"),
 }
 """Short and long name. Errors are ‖(W − Ŵ)X‖² / ‖WX‖²."""
@@ -97,7 +98,7 @@ def _quality(facts: Facts) -> Iterator[Html]:
         return
     shown = [metric for metric in METRICS if facts.has(metric)]
     pair = next((pair for pair in _PAIRS if facts.has(pair[1])), None)
-    maps = [m for m in (*(pair or ("removed_score",)), "damping", "error_fp8", "rounding_error") if m in shown]
+    maps = [m for m in (*(pair or ("removed_score",)), "damping", "error_fp8", "rounding_error", "scale") if m in shown]
     sparsities = [spread for cell in facts.cells.values() if (spread := cell.spreads.get("sparsity"))]
     low, high = min((s.least for s in sparsities), default=0.0), max((s.most for s in sparsities), default=0.0)
     if high - low > 1e-3:
