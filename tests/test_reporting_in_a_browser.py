@@ -21,15 +21,20 @@ BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH")
 
 _MEASURE = """<script>addEventListener("load", () => {
-  const cut = [], box = e => e.getBoundingClientRect();
+  const cut = [], over = [], box = e => e.getBoundingClientRect();
   for (const svg of document.querySelectorAll("svg")) for (const label of svg.querySelectorAll("text")) {
     const inner = box(label), outer = box(svg);
+    for (const next of svg.querySelectorAll("text")) {
+      const other = box(next), width = Math.min(inner.right, other.right) - Math.max(inner.left, other.left);
+      const height = Math.min(inner.bottom, other.bottom) - Math.max(inner.top, other.top);
+      if (next !== label && width > 3 && height > 5) over.push(`${label.textContent} and ${next.textContent}`);
+    }
     if (inner.left < outer.left - 2 || inner.right > outer.right + 2 || inner.top < outer.top - 2 ||
         inner.bottom > outer.bottom + 2) cut.push(label.textContent);
   }
   const small = [...document.querySelectorAll("svg text")].map(label => box(label).height);
   const style = getComputedStyle(document.body);
-  document.title = JSON.stringify({ cut, wide: document.documentElement.scrollWidth, window: innerWidth,
+  document.title = JSON.stringify({ cut, over, wide: document.documentElement.scrollWidth, window: innerWidth,
     drawn: document.querySelectorAll("svg").length, small: Math.min(...small), paper: style.backgroundColor,
     ink: getComputedStyle(document.querySelector("svg text")).fill });
 })</script>"""
@@ -40,11 +45,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a model of 40 layers, with names of kinds as long as they get, and of a second one."""
     folder = tmp_path_factory.mktemp("pages")
     content = made(40, 4)
+    content["linears"][0] |= {"error": 0.0035, "removed_score": 0.0125}
     content["linears"] += [linear(f"model.layers.{i}.mlp.shared_experts.gate_up_proj", 0.01, damping=None)
                            for i in range(40)]  # fmt: skip
-    for name in ("a-model-with-a-name-that-is-rather-long-2of4", "short"):
+    few = made(6, 1)
+    for name, given in (("a-model-with-a-name-that-is-rather-long-2of4", content), ("short", few)):
         (folder / name).mkdir()
-        (folder / name / "streamprune.json").write_text(json.dumps(content))
+        (folder / name / "streamprune.json").write_text(json.dumps(given))
     report([folder / "a-model-with-a-name-that-is-rather-long-2of4", folder / "short"], folder / "page.html")
     return folder / "page.html"
 
@@ -72,7 +79,7 @@ def test_in_a_browser(page: Path, tmp_path: Path, width: int, dark: bool) -> Non
     found = look(page, tmp_path, width, dark)
     assert found["drawn"] > 15
     assert found["wide"] <= found["window"], "the page itself does not scroll sideways"
-    assert found["cut"] == []
+    assert found["cut"] == [] and found["over"] == []
     assert found["small"] > 9, "the smallest label, in CSS pixels"
     paper, ink = (sum(map(int, re.findall(r"\d+", found[k])[:3])) / 3 for k in ("paper", "ink"))
     assert (paper < 60 and ink > 180) if dark else (paper > 230 and ink < 60)

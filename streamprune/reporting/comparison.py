@@ -10,7 +10,7 @@ from streamprune.reporting.evaluations import Measured
 from streamprune.reporting.facts import Facts, plain
 from streamprune.reporting.figures import Line, line_figure, short
 from streamprune.reporting.markup import Content, Html, element, figure, table
-from streamprune.reporting.sections import METRICS, seconds, sentence
+from streamprune.reporting.sections import METRICS, axis, seconds, sentence, times
 
 
 def summary(models: Sequence[Facts], places: Sequence[str]) -> Html:
@@ -41,7 +41,7 @@ def figures(models: Sequence[Facts]) -> Html:
 
 def _figures(models: Sequence[Facts]) -> Iterator[Html]:
     for metric in ("held_out_error", "error", "error_fp8", "removed_score", "sparsity"):
-        having = [facts for facts in models if facts.has(metric) and facts.layers]
+        having = [facts for facts in models if any(facts.values(metric).values())]
         if metric == "removed_score" and len({plain(facts.job.get("score")) for facts in having}) > 1:
             continue  # of different scores
         lines = [_by_layer(facts, metric) for facts in having]
@@ -51,14 +51,14 @@ def _figures(models: Sequence[Facts]) -> Iterator[Html]:
         log = metric in ("held_out_error", "error", "error_fp8") and any(y > 0 for line in lines for y in line.ys)
         title = sentence(f"{METRICS[metric][0]} by layer")[:-1]
         about = sentence(f"{METRICS[metric][1]}; the mean over a layer's kinds")
-        yield figure(line_figure(title, about, lines, x="layer", y=METRICS[metric][0], log=log), title, about)
+        yield figure(line_figure(title, about, lines, x="layer", y=axis(metric), log=log), title, about)
 
 
 def _by_layer(facts: Facts, metric: str) -> Line:
     by_layer: dict[int, list[float]] = {}
     for (layer, _), value in sorted(facts.values(metric).items()):
         by_layer.setdefault(layer, []).append(value)
-    return Line(facts.name, list(by_layer), [sum(values) / len(values) for values in by_layer.values()])
+    return Line(facts.name, list(by_layer), [times(metric) * sum(values) / len(values) for values in by_layer.values()])
 
 
 def evaluations(measured: Sequence[Measured], models: Sequence[Facts], places: Sequence[str]) -> Iterator[Html]:

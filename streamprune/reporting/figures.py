@@ -29,6 +29,8 @@ _MARKERS, _DASHES = "osD^vPX*", ("-", "--", "-.", ":")
 _INKS = {INK: "currentColor", GRID: "var(--grid)"} | {ink: f"var(--s{i})" for i, ink in enumerate(SERIES)}
 _WIDTH = 4.6
 """Inches of 72 CSS pixels."""
+_MARGIN = 0.82
+"""Inches to the left of lines and bars, for numbers of six digits and what they are of."""
 _HALF_LABEL = 22
 """Characters that half of a legend's line has room for."""
 MOST_KINDS = 24
@@ -77,7 +79,7 @@ def line_figure(
     """Lines over layers or stages. What is 0 has no place on a logarithmic axis and leaves a gap. The axis reaches over
     the numbers of `span`, too; `names` are those of the places 0, 1, 2 … on the other one."""
     height = 2.6
-    figure, axes = _figure(height, left=0.62, bottom=0.5, top=0.1)
+    figure, axes = _figure(height, left=_MARGIN, bottom=0.5, top=0.1)
     for i, line in enumerate(lines):
         ink, ys = SERIES[i % len(SERIES)], line.ys
         if log:
@@ -103,7 +105,7 @@ def line_figure(
         columns = 2 if max(len(line.label) for line in lines) <= _HALF_LABEL else 1
         rows = math.ceil(len(lines) / columns)
         figure.set_figheight(height + 0.22 * rows)
-        _place(figure, axes, left=0.62, bottom=0.5, top=0.1 + 0.22 * rows)
+        _place(figure, axes, left=_MARGIN, bottom=0.5, top=0.1 + 0.22 * rows)
         figure.legend(
             loc="upper left",
             ncols=columns,
@@ -118,7 +120,7 @@ def line_figure(
 
 def bar_figure(title: str, description: str, heights: Sequence[float], *, x: str, y: str, names: Sequence[str]) -> str:
     """One bar for each of `names`."""
-    figure, axes = _figure(2.3, left=0.62, bottom=0.5, top=0.1)
+    figure, axes = _figure(2.6, left=_MARGIN, bottom=0.5, top=0.1)
     axes.stairs(heights, [i - 0.5 for i in range(len(heights) + 1)], fill=True, color=SERIES[0])
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -130,7 +132,7 @@ def bar_figure(title: str, description: str, heights: Sequence[float], *, x: str
 
 def heat_map(
     title: str, description: str, values: Mapping[tuple[int, str], float], layers: Sequence[int],
-    kinds: Mapping[str, str], *, log: bool = False, span: Sequence[float] = (),
+    kinds: Mapping[str, str], *, unit: str = "", log: bool = False, span: Sequence[float] = (),
 ) -> str:  # fmt: skip
     """A column a kind (name -> label) and a row a layer, the first on top; cells without a value are hatched.
 
@@ -159,7 +161,7 @@ def heat_map(
     first, last = bar.get_xticklabels()
     first.set_horizontalalignment("left")
     last.set_horizontalalignment("right")
-    bar.set_xlabel("logarithmic" if log else "", labelpad=-9)
+    bar.set_xlabel(f"{unit} logarithmic" if log else unit, labelpad=-9)
     bar.spines[:].set_visible(False)
     return _inline(figure, title, description)
 
@@ -207,7 +209,10 @@ def _places(axes: Axes, names: Sequence[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     if names:
-        shown = sorted({round(i * (len(names) - 1) / 4) for i in range(5)})
+        step = math.ceil(len(names) / 4)
+        shown = list(range(0, len(names), step))
+        if len(names) - 1 - shown[-1] > 0.6 * step:
+            shown.append(len(names) - 1)
         axes.set_xticks(shown, [_cut(names[i], 12) for i in shown])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from streamprune.process.memory import format_bytes
 from streamprune.pruning.command import command_of
@@ -28,7 +28,8 @@ TUNE = ("held_out_error_before", "held_out_error")
 """Of a layer that was tuned: relative errors of its outputs on windows that were held out."""
 
 _PAIRS = (("held_out_error_mask", "held_out_error"), ("error_mask", "error"))
-_LOGARITHMIC = METRICS.keys() - {"sparsity", "removed_score"}
+_PERCENT = {"sparsity", "removed_score"}
+_LOGARITHMIC = METRICS.keys() - _PERCENT
 
 
 def section(facts: Facts, place: str) -> Html:
@@ -161,7 +162,9 @@ def _map(facts: Facts, metric: str, kinds: dict[str, str], span: Sequence[float]
     values = facts.values(metric)
     log = metric in _LOGARITHMIC and any(value > 0 for value in values.values())
     where = f"{title} by layer (rows) and kind (columns)"
-    code = heat_map(where, _where(metric, values), values, facts.layers, kinds, log=log, span=span)
+    shown = {place: value * times(metric) for place, value in values.items()}
+    unit = "%" if metric in _PERCENT else ""
+    code = heat_map(where, _where(metric, values), shown, facts.layers, kinds, unit=unit, log=log, span=span)
     return figure(code, title[:1].upper() + title[1:], sentence(about) + " ", _where(metric, values))
 
 
@@ -179,22 +182,20 @@ def _where(metric: str, values: dict[tuple[int, str], float]) -> str:
 
 def _panels(facts: Facts, drawn: Sequence[str], kinds: Sequence[str]) -> Iterator[Html]:
     """For each kind lines over layers, all with the same axis."""
-    span = [value for metric in drawn for value in facts.values(metric).values()]
+    span = [value * times(metric) for metric in drawn for value in facts.values(metric).values()]
     log = all(metric in _LOGARITHMIC for metric in drawn) and any(value > 0 for value in span)
     for kind in kinds:
-        lines = []
-        for metric in drawn:
-            found = facts.spreads(metric, kind)
-            if found:
-                wide = any(s.least < s.most for s in found.values())
-                band = ([s.least for s in found.values()], [s.most for s in found.values()]) if wide else None
-                lines.append(Line(METRICS[metric][0], list(found), [s.median for s in found.values()], band))
+        lines = [_line(metric, found) for metric in drawn if (found := facts.spreads(metric, kind))]
         if lines:
-            yield figure(
-                line_figure(f"{kind}: {', '.join(METRICS[m][0] for m in drawn)} by layer", _ends(lines), lines,
-                            x="layer", y="relative error" if log else METRICS[drawn[0]][0], log=log, span=span),
-                kind, _ends(lines),
-            )  # fmt: skip
+            title = f"{kind}: {', '.join(line.label for line in lines)} by layer"
+            code = line_figure(title, _ends(lines), lines, x="layer", y=axis(drawn[0]), log=log, span=span)
+            yield figure(code, kind, _ends(lines))
+
+
+def _line(metric: str, found: Mapping[int, Spread]) -> Line:
+    by = times(metric)
+    low, middle, high = ([by * getattr(s, end) for s in found.values()] for end in ("least", "median", "most"))
+    return Line(METRICS[metric][0], list(found), middle, (low, high) if low != high else None)
 
 
 def _ends(lines: Sequence[Line]) -> str:
@@ -262,6 +263,16 @@ def _by_stage(facts: Facts) -> Html:
 # ---- words and numbers
 
 
+def times(metric: str) -> int:
+    """What a metric is multiplied with to be drawn: some are shares, and shown as percentages."""
+    return 100 if metric in _PERCENT else 1
+
+
+def axis(metric: str) -> str:
+    """What stands beside an axis."""
+    return f"{METRICS[metric][0]}, %" if metric in _PERCENT else "relative error"
+
+
 def sentence(words: str) -> str:
     """With a capital and a full stop."""
     return words[:1].upper() + words[1:] + ("" if words.endswith(".") else ".")
@@ -279,7 +290,7 @@ def _percent(value: float) -> str:
 
 
 def _value(metric: str, value: float) -> str:
-    return _percent(value) if metric in ("sparsity", "removed_score") else short(value)
+    return _percent(value) if metric in _PERCENT else short(value)
 
 
 def _spread(metric: str, spread: Spread | None) -> str:
