@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from calls import prune
+from calls import calibrate, prune
 from huggingface_hub import ModelCard
 from mixtures import save_mixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -85,6 +85,14 @@ def test_base_model_of_a_folder_is_its_cards(source: Path, tmp_path: Path) -> No
     (source / "config.json").write_text(json.dumps(config))
     data = card_in(prune(source, tmp_path / "out", **FAST).out).data
     assert (data.base_model, data.base_model_relation, data.license) == (["a/b", "c/d"], "merge", "apache-2.0")
+
+
+def test_with_statistics_from_a_file(source: Path, text: Path, tmp_path: Path) -> None:
+    """The card says what they are of, and the command that they were given."""
+    calibrate(source, tmp_path / "s", calib=text, samples=4, seqlen=16)
+    card = card_in(prune(source, tmp_path / "out", sparsity=0.5, stats=tmp_path / "s", only="mlp").out)
+    assert f"`{text.name}`: 4 windows of 16 tokens, seed 0" in card.text and "| only linears | `mlp` |" in card.text
+    assert "prune tiny-llama OUT --sparsity 0.5 --only mlp --stats STATS" in card.text
 
 
 def test_pruned_twice(source: Path, tmp_path: Path) -> None:

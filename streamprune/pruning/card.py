@@ -166,7 +166,7 @@ def _table(spec: JobSpec, recipe: Recipe, calibration: Mapping[str, Any], record
         ("weights that stay", _values(recipe)),
     ]
     rows += [(f"{what} linears", _code(text)) for what, text in (("only", spec.only), ("not", spec.skip)) if text]
-    if "text" in calibration:
+    if calibration.keys() >= {"text", "samples", "seqlen", "seed"}:
         windows = f"{calibration['samples']} windows of {calibration['seqlen']} tokens, seed {calibration['seed']}"
         rows.append(("calibrated on", f"{_code(str(calibration['text']))}: {windows}"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions().items())))
