@@ -6,9 +6,9 @@
     streamprune.prune("meta-llama/Llama-3.1-8B", "llama-2of4", "2:4", "obs-admm", calibration=calibration)
     streamprune.evaluate("llama-2of4", "wiki.txt", seqlen=2048).perplexity
 
-The same verbs as on the command line: prune, calibrate, evaluate, plan, inspect, pack, unpack. Recipe, Calibration and
-Resources hold what the flags of the command line say. Errors are those of streamprune.errors. Nothing heavy is imported
-before a verb is called.
+The same verbs as on the command line: prune, calibrate, evaluate, plan, inspect, report, pack, unpack. Recipe,
+Calibration and Resources hold what the flags of the command line say. Errors are those of streamprune.errors. Nothing
+heavy is imported before a verb is called.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from streamprune.packing.job import pack, unpack
     from streamprune.planning.plan import plan
     from streamprune.pruning.job import calibrate, prune
+    from streamprune.reporting.page import report
     from streamprune.settings import Calibration, Resources
 
 __all__ = [
-    "Calibration", "Recipe", "Resources", "calibrate", "evaluate", "inspect", "pack", "plan", "prune", "unpack",
+    "Calibration", "Recipe", "Resources", "calibrate", "evaluate", "inspect", "pack", "plan", "prune", "report",
+    "unpack",
 ]  # fmt: skip
 
 _HOMES = {
@@ -35,6 +37,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "plan": "planning.plan",
     "inspect": "inspection.inspect",
+    "report": "reporting.page",
     "pack": "packing.job",
     "unpack": "packing.job",
     "Recipe": "methods.recipes",

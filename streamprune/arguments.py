@@ -63,6 +63,7 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     _job_options(
         add("plan", "say what pruning MODEL will take: memory, disk, arithmetic, time; measures for about two seconds")
     )
+    _report_options(add("report", "make a page to look at of OUT, or of several side by side", model=False))
     p = add("pack", "pack the pruned checkpoint MODEL into OUT, for storing and sending: nonzeros and bitmasks")
     _out_options(p)
     _link_option(p)
@@ -153,6 +154,13 @@ def _inspect_options(p: argparse.ArgumentParser) -> None:
         "--against", metavar="SOURCE",
         help="also compare every tensor with that of this checkpoint, a folder or a hub name: what MODEL was made from",
     )  # fmt: skip
+
+
+def _report_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("outs", metavar="OUT", nargs="+", help="finished output of prune, packed or not")
+    p.add_argument("--output", "-o", metavar="FILE", required=True, help="HTML file to write, or to replace")
+    p.add_argument("--eval", metavar="FILE", action="append",
+                   help="also show what `eval --json` printed into this file; as often as there are files")  # fmt: skip
 
 
 def _filter_options(p: Group) -> None:

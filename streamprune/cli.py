@@ -257,6 +257,19 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    from streamprune.process.memory import format_bytes
+    from streamprune.reporting.page import report
+
+    made = report(args.outs, args.output, eval=args.eval)
+    if args.json:
+        _print_json({"path": str(made.path), "models": made.models, "bytes": made.bytes})
+    elif not args.quiet:
+        what = f"{made.models} model{'' if made.models == 1 else 's'}"
+        _sum_up(f"{made.path}: {what}, {format_bytes(made.bytes)}; open it in a browser")
+    return 0
+
+
 def _pack(args: argparse.Namespace) -> int:
     from streamprune.packing.job import pack
     from streamprune.progress import show_progress
@@ -315,6 +328,6 @@ def _demo(args: argparse.Namespace) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     return make_parser({
-        "prune": _prune, "calibrate": _calibrate, "eval": _eval, "inspect": _inspect, "plan": _plan,
+        "prune": _prune, "calibrate": _calibrate, "eval": _eval, "inspect": _inspect, "plan": _plan, "report": _report,
         "pack": _pack, "unpack": _unpack, "demo": _demo,
     })  # fmt: skip

@@ -69,6 +69,8 @@ def test_given_statistics_lead_to_the_same(models: Callable[..., Path], text: Pa
     theirs = prune(source, tmp_path / "b", sparsity=0.5, allocate="error", calib=text, **GIVEN)
     assert mine.report["resolved"]["allocation"] == theirs.report["resolved"]["allocation"]
     for file in mine.report["files"]:
+        if file["name"] == "README.md":  # which says where the statistics come from
+            continue
         assert (tmp_path / "a" / file["name"]).read_bytes() == (tmp_path / "b" / file["name"]).read_bytes()
     assert (tmp_path / "s").is_file(), "that one is the user's"
 

@@ -22,7 +22,7 @@ from streamprune.errors import ResourceError, UsageError
 from streamprune.progress import Progress
 
 Models = Callable[..., Path]
-VERBS = ["calibrate", "evaluate", "inspect", "pack", "plan", "prune", "unpack"]
+VERBS = ["calibrate", "evaluate", "inspect", "pack", "plan", "prune", "report", "unpack"]
 SETTINGS = ["Calibration", "Recipe", "Resources"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,8 +61,9 @@ def test_signatures(name: str) -> None:
     positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     others = {
         "evaluate": ["text"], "plan": ["amount", "recipe"], "inspect": [], "prune": ["out", "amount", "recipe"],
+        "report": ["output"],
     }.get(name, ["out"])  # fmt: skip
-    assert positional == ["model", *others]
+    assert positional == ["outs" if name == "report" else "model", *others]
     may_be_left_out = {"recipe", "amount"} if name == "plan" else {"recipe"}
     for p in parameters.values():
         assert (p.default is p.empty) == (p.name in positional and p.name not in may_be_left_out)
@@ -75,7 +76,8 @@ def test_the_command_line_offers_all_of_it(name: str) -> None:
 
     settings: dict[str, type] = {"calibration": streamprune.Calibration, "resources": streamprune.Resources}
     command = {"evaluate": "eval"}.get(name, name)
-    given = {"prune": ["m", "o", "--sparsity", "0.5"], "eval": ["m", "--text", "t"], "plan": ["m"], "inspect": ["m"]}
+    given = {"prune": ["m", "o", "--sparsity", "0.5"], "eval": ["m", "--text", "t"], "plan": ["m"], "inspect": ["m"],
+             "report": ["o", "-o", "p"]}  # fmt: skip
     args = vars(build_parser().parse_args([command, *given.get(command, ["m", "o"])]))
     rename = {"amount": "sparsity", "recipe": "method", "on_linear": None, "progress": None, "revision": None}
     rename |= {"speeds": None, "save_stats": "save_stats" if name == "prune" else None}

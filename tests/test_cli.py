@@ -190,7 +190,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def test_commands() -> None:
-    assert list(commands()) == ["prune", "calibrate", "eval", "inspect", "plan", "pack", "unpack", "demo"]
+    assert list(commands()) == ["prune", "calibrate", "eval", "inspect", "plan", "report", "pack", "unpack", "demo"]
 
 
 @pytest.mark.parametrize("name", commands())

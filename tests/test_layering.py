@@ -59,14 +59,15 @@ HOUSE: dict[str, list[str]] = {
     "evaluation": ["two_models", "one_model", "evaluate"],
     "pruning": [
         "linears quantise records refit spec tuning",
-        "checks describe report target windows",
-        "forward output setup shard",
+        "checks command describe report target windows",
+        "card forward output setup shard",
         "allocate finish memory paired tuned_shard",
         "prepare",
         "run",
         "job",
     ],
     "planning": ["refit_cost", "cost refits", "speeds", "plan"],
+    "reporting": ["facts figures", "evaluations markup scales", "sections", "comparison", "page"],
     "arguments": [],
     "tables": [],
     "demo": [],
@@ -75,11 +76,11 @@ HOUSE: dict[str, list[str]] = {
 }
 """The house from the bottom up: a module may import what stands above it, here and in its own folder's list.
 
-Modules on one line do not import each other; neither do the verbs, with two exceptions: planning asks pruning what a
-job does, and inspection reads packed tensors as packing does.
+Modules on one line do not import each other; neither do the verbs, with three exceptions: planning asks pruning what a
+job does, reporting asks it what a report means, and inspection reads packed tensors as packing does.
 """
-VERBS = {"packing", "inspection", "evaluation", "pruning", "planning"}
-BETWEEN_VERBS = {("planning", "pruning"), ("inspection", "packing")}
+VERBS = {"packing", "inspection", "evaluation", "pruning", "planning", "reporting"}
+BETWEEN_VERBS = {("planning", "pruning"), ("reporting", "pruning"), ("inspection", "packing")}
 UNKNOWN_TO = {"methods": {"disk"}}
 """Folders that lie below, and still must not be imported: the mathematics knows no files."""
 NO_TORCH = ["errors", "cli", "__main__", "progress", "process.memory", "process.interrupts", "process.console"]
@@ -95,6 +96,7 @@ NO_TORCH += [
 ]
 NO_TORCH += ["disk.durable", "disk.header", "disk.checkpoint", "disk.hub", "disk.journal", "disk.state", "disk.shards"]
 NO_TORCH += ["disk.lock", "disk.direct", "disk.room", "disk.linears", "disk.packed", "packing.job", "packing.files"]
+NO_TORCH += ["reporting.page"]
 
 
 def place(module: str) -> tuple[int, int]:

@@ -232,7 +232,12 @@ def test_side_files(models: Models, text: Path, tmp_path: Path) -> None:
     for name in [*side, "config.json", "tokenizer.json", "tokenizer_config.json"]:
         assert (out / name).read_bytes() == (source / name).read_bytes(), name
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    ours = {"streamprune.json", "model.safetensors.index.json", *(p.name for p in out.glob("*.safetensors"))}
+    ours = {
+        "README.md",
+        "streamprune.json",
+        "model.safetensors.index.json",
+        *(p.name for p in out.glob("*.safetensors")),
+    }
     assert names == {*side, "config.json", "tokenizer.json", "tokenizer_config.json", *ours}
 
 

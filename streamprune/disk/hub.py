@@ -56,6 +56,15 @@ def resolve_model(name: str | Path, *, revision: str | None = None, quiet: bool 
     return _download(text, revision, quiet)
 
 
+def hub_name(folder: Path) -> tuple[str, str] | None:
+    """The name on the hub and the commit of a folder in the hub's cache; None for any other folder."""
+    place = folder.resolve()
+    kind, _, name = place.parent.parent.name.partition("--")
+    if place.parent.name != "snapshots" or kind != "models" or not _HUB_NAME.fullmatch(name.replace("--", "/")):
+        return None
+    return name.replace("--", "/"), place.name
+
+
 def _download(name: str, revision: str | None, quiet: bool) -> Path:
     import huggingface_hub
     from huggingface_hub import constants

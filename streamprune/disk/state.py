@@ -26,6 +26,9 @@ from streamprune.errors import CorruptStateError, StateError, UsageError
 
 REPORT = "streamprune.json"
 
+CARD = "README.md"
+"""The model card, which people are meant to write in: an output is as it was whatever has become of it."""
+
 Report = dict[str, Any]
 
 
@@ -249,7 +252,7 @@ def _read_report(folder: Path) -> Report:
 
 def _check_files(folder: Path, report: Report) -> None:
     for file in report.get("files", []):
-        if not _is_whole(folder, file):
+        if file["name"] != CARD and not _is_whole(folder, file):
             path = folder / file["name"]
             raise CorruptStateError(
                 f"{path} is missing or not {file['bytes']} bytes long; remove {folder} and run again"

@@ -11,9 +11,10 @@ from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.float_quantized import configured
 from streamprune.disk.shards import write_index
-from streamprune.disk.state import JobState, file_digest
+from streamprune.disk.state import CARD, JobState, file_digest
 from streamprune.errors import CorruptStateError
 from streamprune.model.skeleton import Skeleton
+from streamprune.pruning.card import kept_as
 from streamprune.pruning.output import Output
 from streamprune.pruning.records import Resolved, StageRecord
 from streamprune.pruning.spec import JobSpec
@@ -48,17 +49,24 @@ def save_statistics(
 
 
 def write_files(
-    state: JobState, checkpoint: Checkpoint, target: Target, output: Output, records: Sequence[StageRecord]
+    state: JobState, checkpoint: Checkpoint, target: Target, output: Output, records: Sequence[StageRecord], card: bytes
 ) -> list[dict[str, Any]]:
-    """Writes side files and index; returns name, bytes and hash of every file of the output."""
+    """Writes side files, `card` in place of the source's, and an index where one is needed.
+
+    Returns name, bytes and hash of every file of the output.
+    """
     files = output.files(records)
-    for name in checkpoint.side_files().carried:
+    carried = checkpoint.side_files().carried
+    aside = kept_as(carried)
+    for name in carried:
+        place = aside.get(name, name)
         if name == "config.json" and target.quantisation is not None:
             text = configured(checkpoint.config, target.not_quantised())
             size, digest = len(text), durable.replace_file(state.partial / name, text)
         else:
-            size, digest = durable.copy_file(checkpoint.path / name, state.partial / name)
-        files.append({"name": name, "bytes": size, "xxh3_128": digest})
+            size, digest = durable.copy_file(checkpoint.path / name, state.partial / place)
+        files.append({"name": place, "bytes": size, "xxh3_128": digest})
+    files.append({"name": CARD, "bytes": len(card), "xxh3_128": durable.replace_file(state.partial / CARD, card)})
     if not output.has_index:
         return files
     where = {ref.name: ref.shard for stage in target.skeleton.stages for ref in output.part(stage).tensors}

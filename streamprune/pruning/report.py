@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.hub import hub_name
 from streamprune.process.versions import version_of
 from streamprune.pruning.records import Resolved, StageRecord
 from streamprune.pruning.spec import JobSpec
@@ -48,18 +49,24 @@ def build_report(
             for r in records
         ],
         "files": list(files),
-        "versions": {"python": platform.python_version()}
-        | {
-            name: version_of(name) for name in ("streamprune", "torch", "transformers", "numba", "numpy", "safetensors")
-        },
+        "versions": versions(),
     }
 
 
+def versions() -> dict[str, str]:
+    """Of Python and what a job's bytes may depend on."""
+    names = ("streamprune", "torch", "transformers", "numba", "numpy", "safetensors")
+    return {"python": platform.python_version()} | {name: version_of(name) for name in names}
+
+
 def source_of(checkpoint: Checkpoint, content: str, carries: bool) -> dict[str, Any]:
-    """What a report says of MODEL: its content, and files (if any are carried) and tensors that were left behind."""
+    """What a report says of MODEL: its content, its name on the hub if it is from there, and files (if any are carried)
+    and tensors that were left behind."""
     behind = checkpoint.side_files().left_behind if carries else ()
+    hub = hub_name(checkpoint.path)
     return (
         {"content": content}
+        | ({"base_model": hub[0]} if hub else {})
         | ({"left_behind": list(behind)} if behind else {})
         | ({"beside_index": list(checkpoint.beside)} if checkpoint.beside else {})
     )

@@ -48,6 +48,7 @@ from streamprune.process.background import BackgroundWorker
 from streamprune.process.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.progress import Progress, ProgressCallback
 from streamprune.pruning.allocate import allocate
+from streamprune.pruning.card import card_of
 from streamprune.pruning.finish import calibration_of, save_statistics, write_files
 from streamprune.pruning.forward import CalibrationPass
 from streamprune.pruning.memory import scratch_bytes
@@ -312,8 +313,10 @@ class Run:
         statistics = spec.save_stats if target else spec.out
         if statistics is not None:
             save_statistics(statistics, spec, state, checkpoint, self._skeleton, self._records, calibration)
-        output = self._output
-        files = write_files(state, checkpoint, target, output, self._records) if target and output else []
+        files = []
+        if target is not None and self._output is not None:
+            card = card_of(spec, checkpoint, calibration, self._records)
+            files = write_files(state, checkpoint, target, self._output, self._records, card)
         report = build_report(
             spec, self._resolved, calibration, self._records, files,
             source_of(checkpoint, self._job.content, target is not None),

@@ -1,0 +1,71 @@
+"""What `eval --json` found, read from files: perplexity, distance from a reference, tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamprune.errors import UsageError
+from streamprune.reporting.facts import Facts, number, plain
+
+_NUMBERS = ("perplexity", "kl", "kl_stderr", "top1_agreement", "reference_perplexity", "tokens", "windows", "seqlen")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One file. `model`, `text` and `reference` are as they were named; `numbers` are of _NUMBERS."""
+
+    path: Path
+    model: str
+    text: str | None
+    reference: str | None
+    numbers: Mapping[str, float]
+    tasks: Mapping[str, tuple[float, float | None]]
+    """"task: metric" -> value, standard error."""
+
+    def is_of(self, facts: Facts) -> bool:
+        """Whether the file is about this OUT: the same folder, or one of this name that has been moved."""
+        named = Path(self.model)
+        if named.is_dir() and facts.path.is_dir():
+            return named.resolve() == facts.path.resolve()
+        return named.name == facts.path.absolute().name
+
+
+def read_measured(path: Path) -> Measured:
+    """What a file says. Raises UsageError for one that `eval --json` did not write."""
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as e:
+        raise UsageError(f"--eval {path}: cannot be read: {e.strerror}; make it with `eval --json > FILE`") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"--eval {path}: not JSON; make it with `eval --json > FILE`") from None
+    if not isinstance(found, dict):
+        found = {}
+    numbers = {key: value for key in _NUMBERS if (value := number(found.get(key))) is not None}
+    tasks = _tasks(found.get("tasks", found.get("results")))
+    if not isinstance(found.get("model"), str) or ("perplexity" not in numbers and not tasks):
+        raise UsageError(f"--eval {path}: says nothing of a model; make it with `eval --json > FILE`")
+    text, reference = (plain(value) if (value := found.get(key)) is not None else None for key in ("text", "reference"))
+    return Measured(path, found["model"], text, reference, numbers, tasks)
+
+
+def _tasks(found: Any) -> dict[str, tuple[float, float | None]]:
+    """Of a table task -> metric -> number, in which a metric's standard error is called METRIC_stderr."""
+    tasks: dict[str, tuple[float, float | None]] = {}
+    for task, metrics in found.items() if isinstance(found, dict) else ():
+        named = metrics if isinstance(metrics, dict) else {"": metrics}
+        for metric, value in named.items():
+            name, _, kind = metric.partition(",")  # lm-eval: "acc,none"
+            if (good := number(value)) is None or name.endswith("_stderr"):
+                continue
+            error = number(named.get(f"{name}_stderr,{kind}" if kind else f"{name}_stderr"))
+            tasks[plain(f"{task}: {name}" if name else task)] = good, error
+    return tasks
+
+
+def of_one(measured: Sequence[Measured], facts: Facts) -> list[Measured]:
+    """The files that are about an OUT."""
+    return [found for found in measured if found.is_of(facts)]

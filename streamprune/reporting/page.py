@@ -1,0 +1,67 @@
+"""`report`: one HTML file about one OUT or several, with nothing in it that is fetched from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamprune.disk import durable
+from streamprune.disk.header import show
+from streamprune.disk.state import REPORT
+from streamprune.errors import UsageError
+from streamprune.reporting.comparison import evaluations, figures, summary
+from streamprune.reporting.evaluations import Measured, read_measured
+from streamprune.reporting.facts import Facts, read_facts
+from streamprune.reporting.figures import drawing
+from streamprune.reporting.markup import Html, element, page
+from streamprune.reporting.scales import with_scales
+from streamprune.reporting.sections import section
+
+
+@dataclass(frozen=True)
+class Page:
+    """What `report` wrote."""
+
+    path: Path
+    models: int
+    bytes: int
+
+
+def report(
+    outs: str | Path | Sequence[str | Path], output: str | Path, *, eval: Sequence[str | Path] | None = None
+) -> Page:
+    """Writes the page `output` about the finished outputs `outs` of prune; a file that is there is replaced.
+
+    `eval` are files with what `eval --json` printed. Raises the errors of streamprune.errors: UsageError, too, where
+    matplotlib is missing, the extra `report`.
+    """
+    folders = [Path(outs)] if isinstance(outs, str | Path) else [Path(out) for out in outs]
+    target, evals = Path(output), eval or ()
+    if not folders:
+        raise UsageError("report needs an OUT of prune, or several")
+    if target.is_dir():
+        raise UsageError(f"{show(target)} is a folder; give the page a file's name, such as {target / 'report.html'}")
+    for read in (*(folder / REPORT for folder in folders), *map(Path, evals)):
+        if read.exists() and target.exists() and read.samefile(target):
+            raise UsageError(f"{show(target)} is what the page is made of; give the page another name")
+    with drawing():
+        models = [with_scales(read_facts(folder)) for folder in folders]
+        measured = [read_measured(Path(file)) for file in evals]
+        data = page_of(models, measured).encode()
+    durable.replace_file(target, data)
+    return Page(target, len(models), len(data))
+
+
+def page_of(models: Sequence[Facts], measured: Sequence[Measured]) -> str:
+    """The document."""
+    places = [f"out-{number}" for number in range(1, len(models) + 1)]
+    title = ", ".join(facts.name for facts in models[:3]) + (f" and {len(models) - 3} more" if len(models) > 3 else "")
+    body: list[Html] = [element("h1", title), element("p", "What streamprune did, and what came of it.")]
+    body.append(summary(models, places))
+    if len(models) > 1:
+        body.append(figures(models))
+    if measured:
+        body += evaluations(measured, models, places)
+    body += (section(facts, place) for facts, place in zip(models, places, strict=True))
+    return page(f"{title} – streamprune", [element("main", *body)])
