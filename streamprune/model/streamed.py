@@ -6,7 +6,7 @@ keyword arguments that the architecture gives it: masks of each kind, rotary emb
 layers are called with these, one at a time, on states from the disk cache. For the head, the last recorder
 returns the cached states, so the final norm, softcaps and lm_head are the model's own code.
 
-All windows have the same length and no padding, so the arguments depend on the batch's size only; an
+No batch has a mask of its own, so the arguments depend on its shape only, and are recorded once for each; an
 architecture whose arguments depend on the tokens is noticed and refused.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,21 +21,12 @@ from torch import Tensor, nn
 
 from streamprune.errors import ResourceError, UnsupportedError
 from streamprune.model.binding import bound
+from streamprune.model.calls import Call, RecordedCalls, same
 from streamprune.model.copies import is_of_device, is_out_of_memory
 from streamprune.model.device import cache_dtype
 from streamprune.model.loader import WeightLoader
 from streamprune.model.routed import Enough, InputHook, ReachedExperts, Routed
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one decoder layer besides the hidden states, which are argument 0 or `hidden_states`."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    by_keyword: bool
-
 
 _BESIDE = object()
 """What recorders return beside the states, where the model expects a tuple. No layer may be given it."""
@@ -74,7 +64,7 @@ class _Recorder(nn.Module):
 class StreamedModel:
     """Runs a skeleton's stages on batches of token ids (batch, seqlen) or hidden states (batch, seqlen, hidden).
 
-    `dtype` is what is computed in, on the device of `loader`. All methods must be called with the same seqlen. With
+    `dtype` is what is computed in, on the device of `loader`. Batches may differ in both dimensions. With
     `max_samples` a layer is given no more samples at once: a batch is then computed in parts. `weighted`: whether
     `watch` sees the inputs of experts times their routing weights. `group` batches share a pass over the experts.
     """
@@ -86,8 +76,7 @@ class StreamedModel:
         self.skeleton, self.loader, self.dtype, self.device = skeleton, loader, dtype, loader.device
         self.cache_dtype = cache_dtype(skeleton.dtype, dtype)
         self.max_samples, self.weighted, self.group = max_samples, weighted, group
-        self._example: Tensor | None = None
-        self._calls: dict[int, list[Call]] = {}
+        self._calls = RecordedCalls()
         self._as_tuple: bool | None = None
         for buffer_owner in skeleton.model.modules():
             for name, buffer in buffer_owner._buffers.items():
@@ -106,10 +95,10 @@ class StreamedModel:
                 yield states[0] if len(states) == 1 else torch.cat(states)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        self._example = ids if self._example is None or len(ids) > len(self._example) else self._example
+        self._calls.see(ids)
         states, calls = self._record(ids)
-        known = self._calls.setdefault(ids.shape[0], calls)
-        if known is not calls and not all(_same(a, b) for a, b in zip(known, calls, strict=True)):
+        known = self._calls.remember(ids.shape[0], ids.shape[1], calls)
+        if known is not calls and not all(same(a, b) for a, b in zip(known, calls, strict=True)):
             raise UnsupportedError(
                 f"{_kind(self.skeleton)} gives its layers arguments that depend on the tokens; "
                 "its layers cannot be replayed from hidden states alone"
@@ -117,14 +106,14 @@ class StreamedModel:
         return states
 
     def learn_calls(self, batches: Sequence[Tensor]) -> None:
-        """Records the layers' arguments for each batch size in `batches`, for a walk that resumes at a layer."""
-        firsts = {ids.shape[0]: ids for ids in reversed(batches)}
+        """Records the layers' arguments for each shape in `batches`, for a walk that resumes at a layer."""
+        firsts = {ids.shape: ids for ids in reversed(batches)}
         for _ in self.embed(list(firsts.values())):
             pass
 
     def give_way(self) -> None:
-        """Halves `most`, because memory ran out. Raises ResourceError when it is one sample already."""
-        largest = self.max_samples or (1 if self._example is None else len(self._example))
+        """Halves `max_samples`, because memory ran out. Raises ResourceError when it is one sample already."""
+        largest = self.max_samples or self._calls.largest
         if largest == 1:
             flag = "--max-ram or" if self.device.type == "cpu" else "--max-vram or"
             raise ResourceError(
@@ -139,7 +128,7 @@ class StreamedModel:
     @property
     def batches_at_once(self) -> int:
         """Batches that experts compute for at once; fewer after memory has run out."""
-        largest = 1 if self._example is None else len(self._example)
+        largest = self._calls.largest
         return max(1, self.group * min(self.max_samples or largest, largest) // largest)
 
     @contextmanager
@@ -155,7 +144,7 @@ class StreamedModel:
     def _record(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         objection, failure = "", None
         for as_tuple in (False, True) if self._as_tuple is None else (self._as_tuple,):
-            compare = len(ids) not in self._calls  # once for each size of a batch
+            compare = self._calls.of(ids.shape[0], ids.shape[1]) is None  # once for each shape of a batch
             with _recorders(self.skeleton, as_tuple, compare) as recorders:
                 model = self.skeleton.model
                 base = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
@@ -200,7 +189,7 @@ class StreamedModel:
 
         @torch.inference_mode()
         def part(states: Tensor) -> Tensor:
-            call = self.calls_of(states.shape[0])[stage.index]
+            call = self.calls_of(states.shape[0], states.shape[1])[stage.index]
             states = states.to(self.device, self.dtype)
             if routed is not None:
                 routed.call()
@@ -243,14 +232,18 @@ class StreamedModel:
                 if not self.loader.copies:
                     self.loader.release(used)
 
-    def calls_of(self, samples: int) -> list[Call]:
-        """The layers' arguments for so many samples, recorded if there was no such batch yet."""
-        if samples not in self._calls:
-            assert self._example is not None
-            repeats = -(-samples // len(self._example))
+    def calls_of(self, samples: int, seqlen: int | None = None) -> list[Call]:
+        """The layers' arguments for batches of this shape, recorded if they are not known.
+
+        `seqlen` may be left out where all batches have the same.
+        """
+        length = self._calls.length if seqlen is None else seqlen
+        found = self._calls.of(samples, length)
+        if found is None:
             with self._outside(head=False):
-                self._calls[samples] = self._record(self._example.repeat(repeats, 1)[:samples])[1]
-        return self._calls[samples]
+                recorded = self._record(self._calls.example(samples, length))[1]
+            found = self._calls.remember(samples, length, recorded)
+        return found
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -321,19 +314,6 @@ def _objection(recorders: list[_Recorder], final: Tensor | None, width: int) -> 
             "streamed one by one"
         )
     return ""
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two layers' arguments are equal, all the way down."""
-    if isinstance(a, Call) and isinstance(b, Call):
-        return _same(a.args, b.args) and _same(a.kwargs, b.kwargs)
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return type(a) is type(b) and (not isinstance(a, bool | int | float | str) or a == b)
 
 
 def _kind(skeleton: Skeleton) -> str:
