@@ -44,7 +44,7 @@ HOUSE: dict[str, list[str]] = {
     ],
     "calibration": ["gram_sums statistics_header text_files", "grams records statistics", "texts", "tokens", "windows"],
     "model": [
-        "beside configuration copies device experts pairs",
+        "beside calls configuration copies device experts pairs",
         "activations loader naming",
         "finite skeleton",
         "routed shapes zeros",
@@ -55,7 +55,7 @@ HOUSE: dict[str, list[str]] = {
     ],
     "packing": ["files survey", "shards", "work", "job"],
     "inspection": ["stored", "scales", "difference", "report", "count", "inspect"],
-    "evaluation": ["two_models", "one_model", "evaluate"],
+    "evaluation": ["requests two_models", "one_model", "evaluate", "likelihoods"],
     "pruning": [
         "linears quantise records refit spec tuning",
         "checks describe report target windows",

@@ -99,12 +99,12 @@ def _in_pieces(records: Iterator[str]) -> Iterator[Piece]:
 
 def default_seqlen(config: Mapping[str, Any]) -> int:
     """min(2048, the longest context that config.json names), in tokens."""
-    return min(2048, _longest(config) or 2048)
+    return min(2048, longest_context(config) or 2048)
 
 
 def check_seqlen(seqlen: int, config: Mapping[str, Any]) -> None:
     """Raises UsageError for windows that are too short to predict anything, or longer than the model's context."""
-    longest = _longest(config)
+    longest = longest_context(config)
     if seqlen < 2:
         raise UsageError(f"--seqlen {seqlen}: a window needs at least 2 tokens")
     if longest is not None and seqlen > longest:
@@ -122,10 +122,11 @@ def positions(seqlen: int, has_bos: bool, config: Mapping[str, Any]) -> int:
 
     Where that is more than the model's context holds, the window has a token less of the text.
     """
-    return min(seqlen + has_bos, max(_longest(config) or seqlen + 1, seqlen))
+    return min(seqlen + has_bos, max(longest_context(config) or seqlen + 1, seqlen))
 
 
-def _longest(config: Mapping[str, Any]) -> int | None:
+def longest_context(config: Mapping[str, Any]) -> int | None:
+    """The longest context that config.json names, in tokens; None where it names none."""
     names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len")
     limits = [part.get(name) for part in (config, config.get("text_config") or {}) for name in names]
     found = [n for n in limits if isinstance(n, int) and n > 0]

@@ -118,7 +118,7 @@ def evaluate(
     dense = open_reference(reference, length) if reference is not None else None
     target = resolve_device(resources.device)
     checkpoints = [dense, checkpoint] if dense else [checkpoint]
-    subjects = [_subject(c, resources.dtype, target, trust_remote_code) for c in checkpoints]
+    subjects = [subject_of(c, resources.dtype, target, trust_remote_code) for c in checkpoints]
     vocabulary = subjects[-1].skeleton.vocab_size
     source = Source(named, checkpoint.path, checkpoint.config, vocabulary, bos, trust_remote_code)
     with (
@@ -139,10 +139,10 @@ def evaluate(
             durable.make_folder(place)
             runs.append(Run(subject, loader, place, layout, keep=keep, is_reference=c is dense))
         if states := disk_bytes(runs, cut.size):
-            _check_disk(folder, states + (64 << 20))
+            check_disk(folder.parent, states + (64 << 20))
         nats, apart = _stream(runs, Batches(cut, layouts[0].batch), progress)
     tokens = len(cut) * (cut.shape[1] - 1)
-    nll = _finite(float(nats.sum()) / tokens, checkpoint)
+    nll = check_finite(float(nats.sum()) / tokens, checkpoint)
     found = Evaluation(
         _perplexity(nll), nll, tokens, len(cut), length, time.perf_counter() - begun, peak_resident_bytes(),
         bos=cut.has_bos, replaced=named.tally.replaced, window_nll=tuple((nats / (cut.shape[1] - 1)).tolist()),
@@ -150,7 +150,8 @@ def evaluate(
     return _compared(found, apart, checkpoint, dense) if apart and dense else found
 
 
-def _subject(checkpoint: Checkpoint, dtype: str, target: torch.device, trust_remote_code: bool) -> Subject:
+def subject_of(checkpoint: Checkpoint, dtype: str, target: torch.device, trust_remote_code: bool) -> Subject:
+    """The model, and what it is computed in on `target`. Raises UsageError for a `dtype` that is none."""
     compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
     return Subject(build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code), compute)
 
@@ -169,7 +170,8 @@ def _lay_out(
     return [first, second], keep
 
 
-def _finite(value: float, checkpoint: Checkpoint) -> float:
+def check_finite(value: float, checkpoint: Checkpoint) -> float:
+    """`value`. Raises CheckpointError where it is NaN or infinite."""
     if not math.isfinite(value):
         raise CheckpointError(f"{checkpoint.path}: the model's predictions are not finite; try --dtype float32")
     return value
@@ -181,7 +183,7 @@ def _perplexity(nll: float) -> float:
 
 def _compared(found: Evaluation, apart: Divergence, checkpoint: Checkpoint, dense: Checkpoint) -> Evaluation:
     """With what a reference adds."""
-    reference_nll, kl = _finite(apart.reference_nll / found.tokens, dense), float(apart.kl.mean())
+    reference_nll, kl = check_finite(apart.reference_nll / found.tokens, dense), float(apart.kl.mean())
     if not math.isfinite(kl):
         raise CheckpointError(f"{checkpoint.path}: its divergence from {dense.path} is not finite; try --dtype float32")
     return replace(
@@ -244,11 +246,12 @@ def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), wanted.to(logits.device), reduction="none").double()
 
 
-def _check_disk(folder: Path, need: int) -> None:
-    free = shutil.disk_usage(folder).free
+def check_disk(work: Path, need: int) -> None:
+    """Raises ResourceError unless `need` bytes of hidden states have room in the folder `work`."""
+    free = shutil.disk_usage(work).free
     if free < need:
         raise ResourceError(
-            f"{folder.parent} has {format_bytes(free)} free, evaluation needs {format_bytes(need)} for activations; "
+            f"{work} has {format_bytes(free)} free, evaluation needs {format_bytes(need)} for activations; "
             "free some or name another folder with --work"
         )
 
