@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from streamprune.arguments import Handler, make_parser, settings_of
+from streamprune.arguments import Handler, check_eval, make_parser, settings_of
 from streamprune.disk.claims import check_folder
 from streamprune.disk.places import settle_hub_caches
 from streamprune.errors import INTERRUPTED, ResourceError, StreampruneError, UsageError
@@ -204,9 +204,10 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    import dataclasses
-
     check_folder(args.model)
+    check_eval(args)
+    if args.tasks is not None:
+        return _eval_tasks(args)
     from streamprune.evaluation.evaluate import evaluate
     from streamprune.progress import show_progress
     from streamprune.tables import evaluation_lines
@@ -218,12 +219,22 @@ def _eval(args: argparse.Namespace) -> int:
             trust_remote_code=args.trust_remote_code, progress=progress,
         )  # fmt: skip
     if args.json:
-        given = {k: str(v) for k in ("model", "text", "reference") if (v := getattr(args, k)) is not None}
-        compares = {"kl", "kl_stderr", "top1_agreement", "reference_perplexity"}
-        left_out = (compares if args.reference is None else set()) | (set() if args.by_window else {"window_nll"})
-        _print_json(given | {k: v for k, v in dataclasses.asdict(found).items() if k not in left_out})
+        _print_json(found.to_json(args.model, args.text, args.reference, by_window=args.by_window))
     else:
         _say(evaluation_lines(found))
+    return 0
+
+
+def _eval_tasks(args: argparse.Namespace) -> int:
+    from streamprune.evaluation.tasks import evaluate_tasks
+    from streamprune.progress import show_progress
+    from streamprune.tables import task_table
+
+    own = ("reference", "num_fewshot", "limit", "include_path", "seqlen", "bos")
+    given = {k: getattr(args, k) for k in own} | _resources(args)
+    with show_progress("eval", args.quiet) as progress:
+        found = evaluate_tasks(args.model, args.tasks, **given, progress=progress)
+    _print_json(found.to_json(args.model, args.reference)) if args.json else _say(task_table(found))
     return 0
 
 

@@ -55,7 +55,7 @@ HOUSE: dict[str, list[str]] = {
     ],
     "packing": ["files survey", "shards", "work", "job"],
     "inspection": ["stored", "scales", "difference", "report", "count", "inspect"],
-    "evaluation": ["requests two_models", "one_model", "evaluate", "likelihoods"],
+    "evaluation": ["requests scores two_models", "one_model", "evaluate", "likelihoods", "harness", "lm_eval tasks"],
     "pruning": [
         "linears quantise records refit spec tuning",
         "checks describe report target windows",

@@ -17,8 +17,9 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,15 @@ class Evaluation:
     """Bytes of the text that were no characters, and became U+FFFD."""
     window_nll: tuple[float, ...] = ()
     """The mean nats of each window, in the order of the text: what a paired comparison of two models needs."""
+
+    def to_json(
+        self, model: str | Path, text: str | Path, reference: str | Path | None, *, by_window: bool
+    ) -> dict[str, Any]:
+        """All of it, after what was evaluated; without a reference, what compares with one is left out."""
+        compares = {"kl", "kl_stderr", "top1_agreement", "reference_perplexity"}
+        left_out = (compares if reference is None else set()) | (set() if by_window else {"window_nll"})
+        given = {"model": str(model), "text": str(text)} | ({"reference": str(reference)} if reference else {})
+        return given | {k: v for k, v in asdict(self).items() if k not in left_out}
 
 
 @exact_products()
