@@ -113,11 +113,13 @@ def test_many_batches(
 def test_of_a_pruned_model_in_short_numbers(
     models: Models, requests: list[Request], text: Path, tmp_path: Path, dtype: str
 ) -> None:
-    """Computed in float32, hidden states kept in the model's dtype: within a part in a hundred."""
+    """Computed in float32, and kept in it between layers: nothing is rounded."""
     out = tmp_path / "out"
     prune(models("llama", layers=2, dtype=dtype), out, sparsity=0.5, calib=text, samples=4, seqlen=24)
     found = likelihoods(out, requests, work=tmp_path / "work", dtype="float32")
-    np.testing.assert_allclose(found.logprobs, in_memory(out, "llama", requests)[0], rtol=1e-2, atol=1e-2)
+    check(found, in_memory(out, "llama", requests))
+    rounded = likelihoods(out, requests, work=tmp_path / "work", dtype=dtype)
+    np.testing.assert_allclose(rounded.logprobs, found.logprobs, rtol=3e-2, atol=3e-2)
 
 
 def test_of_a_model_in_fp8(models: Models, requests: list[Request], text: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import lm_eval.models  # noqa: F401 - its own models first: it looks for them only where no other is known
 import numpy as np
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -60,6 +61,16 @@ class StreampruneLM(TemplateLM):  # type: ignore[misc]
         self._known: dict[tuple[str, tuple[str, ...]], Answer] = {}
         self.passes: list[Likelihoods] = []
         """What each pass through the model was."""
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Any:
+        """As LM's, without lm-eval's own choice of a GPU where there is none."""
+        return super().create_from_arg_string(arg_string, _without_default_device(additional_config))
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Any:
+        """As LM's, without lm-eval's own choice of a GPU where there is none."""
+        return super().create_from_arg_obj(arg_dict, _without_default_device(additional_config))
 
     @property
     def eot_token_id(self) -> int | None:
@@ -175,6 +186,12 @@ class StreampruneLM(TemplateLM):  # type: ignore[misc]
             context_len=1,
         )  # fmt: skip
         return [_request(*make_disjoint_window(window)) for window in windows]
+
+
+def _without_default_device(given: dict[str, Any] | None) -> dict[str, Any]:
+    """lm-eval asks for `cuda:0` unless it was told something else; its own models take the CPU where there is none."""
+    none_there = not torch.cuda.is_available()
+    return {k: v for k, v in (given or {}).items() if not (k == "device" and v == "cuda:0" and none_there)}
 
 
 def bos_flag(mode: str) -> bool | None:

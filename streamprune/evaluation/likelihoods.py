@@ -105,12 +105,12 @@ def likelihoods(
         folder = Path(work) if work is not None else cache_folder()
         with interrupts.work(), ExitStack() as stack, out_of_memory_named(target):
             durable.make_folder(folder)
+            hidden = subject.skeleton.hidden_size
+            # in what is computed in where the disk takes them, so that nothing is rounded on the way
+            kept = subject.dtype if target.type == "cpu" else cache_dtype(subject.skeleton.dtype, subject.dtype)
             if not layout.resident:
-                check_disk(folder, 2 * subject.state_bytes(tokens) + (64 << 20))
-            kept = cache_dtype(subject.skeleton.dtype, subject.dtype)
-            states = RaggedActivations(
-                folder, tokens, subject.skeleton.hidden_size, kept, target, resident=layout.resident
-            )
+                check_disk(folder, 2 * tokens * hidden * kept.itemsize + (64 << 20))
+            states = RaggedActivations(folder, tokens, hidden, kept, target, resident=layout.resident)
             loader = stack.enter_context(WeightLoader(stack.enter_context(ShardMaps(checkpoint)), target))
             run = Run(subject, loader, folder, layout, activations=states)
             _stream(run, batches, logprobs, greedy, progress)
