@@ -231,9 +231,11 @@ def _eval_tasks(args: argparse.Namespace) -> int:
     from streamprune.tables import task_table
 
     own = ("reference", "num_fewshot", "limit", "include_path", "seqlen", "bos")
-    given = {k: getattr(args, k) for k in own} | _resources(args)
+    given = {k: getattr(args, k) for k in own} | {"resources": settings_of(Resources, args)}
     with show_progress("eval", args.quiet) as progress:
-        found = evaluate_tasks(args.model, args.tasks, **given, progress=progress)
+        found = evaluate_tasks(
+            args.model, args.tasks, **given, trust_remote_code=args.trust_remote_code, progress=progress
+        )
     _print_json(found.to_json(args.model, args.reference)) if args.json else _say(task_table(found))
     return 0
 

@@ -22,12 +22,8 @@ from streamprune.errors import ResourceError, UsageError
 from streamprune.progress import Progress
 
 Models = Callable[..., Path]
-<<<<<<< HEAD
-VERBS = ["calibrate", "evaluate", "inspect", "pack", "plan", "prune", "unpack"]
-SETTINGS = ["Calibration", "Recipe", "Resources"]
-=======
 VERBS = ["calibrate", "evaluate", "evaluate_tasks", "inspect", "pack", "plan", "prune", "unpack"]
->>>>>>> b927bb5 (eval --tasks: lm-eval's tasks in one streamed pass, with paired differences)
+SETTINGS = ["Calibration", "Recipe", "Resources"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,16 +59,12 @@ def test_signatures(name: str) -> None:
     parameters = inspect_module.signature(verb).parameters
     assert hints.keys() == {*parameters, "return"}
     positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-<<<<<<< HEAD
     others = {
-        "evaluate": ["text"], "plan": ["amount", "recipe"], "inspect": [], "prune": ["out", "amount", "recipe"],
+        "evaluate": ["text"], "evaluate_tasks": ["tasks"],
+        "plan": ["amount", "recipe"], "inspect": [], "prune": ["out", "amount", "recipe"],
     }.get(name, ["out"])  # fmt: skip
     assert positional == ["model", *others]
     may_be_left_out = {"recipe", "amount"} if name == "plan" else {"recipe"}
-=======
-    second = {"evaluate": ["text"], "evaluate_tasks": ["tasks"], "plan": [], "inspect": []}.get(name, ["out"])
-    assert positional == ["model", *second]
->>>>>>> b927bb5 (eval --tasks: lm-eval's tasks in one streamed pass, with paired differences)
     for p in parameters.values():
         assert (p.default is p.empty) == (p.name in positional and p.name not in may_be_left_out)
 
@@ -82,12 +74,8 @@ def test_the_command_line_offers_all_of_it(name: str) -> None:
     """Every keyword of a verb has its flag, with the same default, and so has every field of its settings."""
     from streamprune.cli import build_parser
 
-<<<<<<< HEAD
     settings: dict[str, type] = {"calibration": streamprune.Calibration, "resources": streamprune.Resources}
-    command = {"evaluate": "eval"}.get(name, name)
-=======
     command = {"evaluate": "eval", "evaluate_tasks": "eval"}.get(name, name)
->>>>>>> b927bb5 (eval --tasks: lm-eval's tasks in one streamed pass, with paired differences)
     given = {"prune": ["m", "o", "--sparsity", "0.5"], "eval": ["m", "--text", "t"], "plan": ["m"], "inspect": ["m"]}
     args = vars(build_parser().parse_args([command, *given.get(command, ["m", "o"])]))
     rename = {"amount": "sparsity", "recipe": "method", "on_linear": None, "progress": None, "revision": None}
@@ -99,7 +87,7 @@ def test_the_command_line_offers_all_of_it(name: str) -> None:
             )
             assert made == p.default
             missing = {f.name for f in dataclasses.fields(settings[p.name])} - args.keys()
-            assert missing == ({"backend"} if name == "evaluate" else set()), missing
+            assert missing == ({"backend"} if command == "eval" else set()), missing
             continue
         if p.name == "recipe":
             assert {f.name for f in dataclasses.fields(streamprune.Recipe)} <= args.keys()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import likelihoods, prune
 from families import VOCAB, whole_class
 from safetensors.torch import load_file, save_file
 from stand_in import Card, plugged_in
@@ -19,12 +20,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from streamprune.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from streamprune.evaluation import likelihoods as module
-from streamprune.evaluation.likelihoods import Likelihoods, likelihoods
+from streamprune.evaluation.likelihoods import Likelihoods
 from streamprune.evaluation.requests import Request
 from streamprune.model.budget import Layout
 from streamprune.packing.job import pack
 from streamprune.progress import Progress
-from streamprune.pruning.job import prune
 
 Models = Callable[..., Path]
 KINDS = [

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calls import evaluate_tasks, prune
 from families import VOCAB
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -24,8 +25,7 @@ import streamprune
 from streamprune.cli import main
 from streamprune.errors import UsageError
 from streamprune.evaluation import tasks as module
-from streamprune.evaluation.tasks import TaskEvaluation, evaluate_tasks
-from streamprune.pruning.job import prune
+from streamprune.evaluation.tasks import TaskEvaluation
 
 Models = Callable[..., Path]
 PLACE = Path(streamprune.__file__).parents[1]

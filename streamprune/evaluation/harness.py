@@ -24,8 +24,8 @@ from streamprune.calibration.tokens import load_tokenizer
 from streamprune.errors import CheckpointError, UsageError
 from streamprune.evaluation.likelihoods import Likelihoods, likelihoods, open_model
 from streamprune.evaluation.requests import Request
-from streamprune.process.memory import parse_bytes
 from streamprune.progress import ProgressCallback, show_progress
+from streamprune.settings import Resources
 
 Answer = tuple[float, bool] | float
 """Of a likelihood: its logarithm, and whether each token is the most likely one; of a rolling one: the logarithm."""
@@ -50,11 +50,9 @@ class StreampruneLM(TemplateLM):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         super().__init__()
         self._checkpoint, self.max_length = open_model(pretrained, max_length)
+        resources = Resources(device or "auto", dtype, max_ram=max_ram, max_vram=max_vram, work=work)
         self._how: dict[str, Any] = {
-            "seqlen": max_length, "device": device or "auto", "dtype": dtype, "work": work,
-            "trust_remote_code": bool(trust_remote_code),
-            "max_ram": None if max_ram is None else parse_bytes(str(max_ram)),
-            "max_vram": None if max_vram is None else parse_bytes(str(max_vram)),
+            "seqlen": max_length, "resources": resources, "trust_remote_code": bool(trust_remote_code)
         }  # fmt: skip
         self.tokenizer = load_tokenizer(self._checkpoint.path, bool(trust_remote_code))
         self._bos, self.ahead, self._progress = add_bos_token, ahead, progress

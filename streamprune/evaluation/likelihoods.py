@@ -38,6 +38,9 @@ from streamprune.model.streamed import StreamedModel
 from streamprune.process import interrupts
 from streamprune.process.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.progress import Progress, ProgressCallback, no_progress
+from streamprune.settings import Resources
+
+_RESOURCES = Resources()
 
 DEFAULT_LONGEST = 2048
 """Tokens that a model is given at the most where its config names no limit."""
@@ -79,19 +82,18 @@ def open_model(model: str | Path, seqlen: int | None = None) -> tuple[Checkpoint
 
 @exact_products()
 def likelihoods(
-    model: str | Path, requests: Sequence[Request], *, seqlen: int | None = None, device: str = "auto",
-    dtype: str = "auto", max_ram: int | None = None, max_vram: int | None = None, work: str | Path | None = None,
+    model: str | Path, requests: Sequence[Request], *, seqlen: int | None = None, resources: Resources = _RESOURCES,
     trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
 ) -> Likelihoods:  # fmt: skip
     """The log-likelihoods of `requests`, whose contexts are cut to `seqlen` tokens (default: the model's limit).
 
-    Hidden states wait in unnamed files below `work` (default: the user's cache folder). `max_ram` and `max_vram` (of a
-    GPU) are in bytes. Raises the errors of streamprune.errors.
+    Hidden states wait in unnamed files below `resources.work` (default: the user's cache folder). Raises the errors of
+    streamprune.errors.
     """
     begun = time.perf_counter()
     checkpoint, most = open_model(model, seqlen)
-    target = resolve_device(device)
-    subject = subject_of(checkpoint, dtype, target, trust_remote_code)
+    target = resolve_device(resources.device)
+    subject = subject_of(checkpoint, resources.dtype, target, trust_remote_code)
     _check_ids(requests, subject.skeleton.vocab_size)
     sequences = Sequences(requests, most, border_of(subject.skeleton.model.config))
     logprobs, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
@@ -99,10 +101,17 @@ def likelihoods(
         padded = sequences.padded
         longest, tokens = padded[0], sum(padded)
         layout = layout_for(
-            subject.skeleton, longest, -(-tokens // longest), subject.dtype, target, max_ram, max_vram, head=True
+            subject.skeleton,
+            longest,
+            -(-tokens // longest),
+            subject.dtype,
+            target,
+            resources.ram,
+            resources.vram,
+            head=True,
         )
         batches = RaggedBatches(sequences, layout.batch * longest)
-        folder = Path(work) if work is not None else cache_folder()
+        folder = resources.work_folder or cache_folder()
         with interrupts.work(), ExitStack() as stack, out_of_memory_named(target):
             durable.make_folder(folder)
             hidden = subject.skeleton.hidden_size

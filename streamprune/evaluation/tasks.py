@@ -26,6 +26,9 @@ from streamprune.evaluation.likelihoods import Likelihoods
 from streamprune.evaluation.scores import Key, Measured, TaskScore, scores
 from streamprune.process.memory import peak_resident_bytes
 from streamprune.progress import Progress, ProgressCallback, no_progress
+from streamprune.settings import Resources
+
+_RESOURCES = Resources()
 
 _SEEDS = (0, 1234)
 """Of Python's and NumPy's generators, and of few-shot examples: lm-eval's own defaults."""
@@ -63,8 +66,7 @@ class TaskEvaluation:
 def evaluate_tasks(
     model: str | Path, tasks: str | Sequence[str], *, reference: str | Path | None = None,
     num_fewshot: int | None = None, limit: float | None = None, include_path: str | Path | None = None,
-    seqlen: int | None = None, bos: str = "auto", device: str = "auto", dtype: str = "auto",
-    max_ram: int | None = None, max_vram: int | None = None, work: str | Path | None = None,
+    seqlen: int | None = None, bos: str = "auto", resources: Resources = _RESOURCES,
     trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
 ) -> TaskEvaluation:  # fmt: skip
     """Scores of `model` on lm-eval's `tasks`: names, patterns, or groups; several are separated by commas.
@@ -81,8 +83,9 @@ def evaluate_tasks(
     from streamprune.evaluation.harness import StreampruneLM, bos_flag
 
     how: dict[str, Any] = {
-        "max_length": seqlen, "add_bos_token": bos_flag(bos), "device": device, "dtype": dtype, "max_ram": max_ram,
-        "max_vram": max_vram, "work": work, "trust_remote_code": trust_remote_code,
+        "max_length": seqlen, "add_bos_token": bos_flag(bos), "device": resources.device, "dtype": resources.dtype,
+        "max_ram": resources.ram, "max_vram": resources.vram, "work": resources.work,
+        "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     if limit is not None and limit <= 0:
         raise UsageError(f"--limit {limit:g} leaves no document")
