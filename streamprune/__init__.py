@@ -6,9 +6,9 @@
     streamprune.prune("meta-llama/Llama-3.1-8B", "llama-2of4", "2:4", "obs-admm", calibration=calibration)
     streamprune.evaluate("llama-2of4", "wiki.txt", seqlen=2048).perplexity
 
-The same verbs as on the command line: prune, calibrate, evaluate, plan, inspect, report, pack, unpack. Recipe,
-Calibration and Resources hold what the flags of the command line say. Errors are those of streamprune.errors. Nothing
-heavy is imported before a verb is called.
+The same verbs as on the command line: prune, calibrate, evaluate (on tasks: evaluate_tasks), plan, inspect, report,
+pack, unpack. Recipe, Calibration and Resources hold what the flags of the command line say. Errors are those of
+streamprune.errors. Nothing heavy is imported before a verb is called.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from streamprune.evaluation.evaluate import evaluate
+    from streamprune.evaluation.tasks import evaluate_tasks
     from streamprune.inspection.inspect import inspect
     from streamprune.methods.recipes import Recipe
     from streamprune.packing.job import pack, unpack
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from streamprune.settings import Calibration, Resources
 
 __all__ = [
-    "Calibration", "Recipe", "Resources", "calibrate", "evaluate", "inspect", "pack", "plan", "prune", "report",
+    "Calibration", "Recipe", "Resources", "calibrate", "evaluate", "evaluate_tasks", "inspect", "pack", "plan", "prune",
+    "report",
     "unpack",
 ]  # fmt: skip
 
@@ -35,6 +37,7 @@ _HOMES = {
     "prune": "pruning.job",
     "calibrate": "pruning.job",
     "evaluate": "evaluation.evaluate",
+    "evaluate_tasks": "evaluation.tasks",
     "plan": "planning.plan",
     "inspect": "inspection.inspect",
     "report": "reporting.page",

@@ -56,7 +56,7 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
 
     _prune_options(add("prune", "prune MODEL into OUT"))
     _calibrate_options(add("calibrate", "gather the statistics of MODEL into STATS, for prune --stats"))
-    _eval_options(add("eval", "measure the perplexity of MODEL on a text, layer by layer"))
+    _eval_options(add("eval", "measure the perplexity of MODEL on a text, or its scores on tasks, layer by layer"))
     p = add("inspect", "show sparsity, pattern, faults and bytes of every linear of MODEL, dense or packed")
     _inspect_options(p)
     _filter_options(p)
@@ -130,18 +130,33 @@ def _calibrate_options(p: argparse.ArgumentParser) -> None:
 
 
 def _eval_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--text", metavar="FILE", required=True, help="text, as prune's --calib")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="FILE", help="text, as prune's --calib")
+    what.add_argument("--tasks", metavar="NAMES",
+                      help="tasks of lm-eval, separated by commas (pip install 'streamprune[tasks]')")  # fmt: skip
     add_settings(p, Calibration, only=("text_field", "bos", "seqlen"))
     p.add_argument("--windows", type=int, metavar="N", help="only the text's first N windows (default: all)")
+    p.add_argument("--num-fewshot", type=int, metavar="N", help="of tasks: examples before each document")
+    p.add_argument("--limit", type=float, metavar="N", help="of tasks: only the first N documents, or this share")
+    p.add_argument("--include-path", metavar="FOLDER", help="with more tasks, as lm_eval's --include_path")
     p.add_argument(
         "--reference", metavar="DENSE",
-        help="also tell how far MODEL's predictions are from those of this model (same tokenizer)",
+        help="also tell how far MODEL's predictions (same tokenizer), or its scores, are from those of this model",
     )  # fmt: skip
     p.add_argument(
         "--by-window", action="store_true",
         help="with --json, also the nats per token of each window, to compare models window by window",
     )  # fmt: skip
     _resource_options(p, "device", "dtype", "max_ram", "max_vram", "work")
+
+
+def check_eval(args: argparse.Namespace) -> None:
+    """Raises UsageError for what is said of tasks beside a text, or of a text beside tasks."""
+    of_others = ("num_fewshot", "limit", "include_path") if args.tasks is None else ("windows", "by_window")
+    for name in of_others:
+        if not any(getattr(args, name) is unset for unset in (None, False)):
+            what = "--tasks" if args.tasks is None else "--text"
+            raise UsageError(f"--{name.replace('_', '-')} is for {what}; leave it out")
 
 
 def _inspect_options(p: argparse.ArgumentParser) -> None:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from streamprune.arguments import Handler, make_parser, settings_of
+from streamprune.arguments import Handler, check_eval, make_parser, settings_of
 from streamprune.disk.claims import check_folder
 from streamprune.disk.places import settle_hub_caches
-from streamprune.errors import INTERRUPTED, ResourceError, StreampruneError, UsageError
+from streamprune.errors import INTERRUPTED, StreampruneError, UsageError
 from streamprune.methods.recipes import Recipe
 from streamprune.process import interrupts
-from streamprune.process.console import can_print, print_stderr, stdout_kept_clean
+from streamprune.process.console import print_stderr, stdout_kept_clean
+from streamprune.process.output import forget_output, output, print_json, say, sum_up
 from streamprune.settings import Calibration, Resources, flags_of
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def _refused(args: argparse.Namespace, error: Exception) -> int:
     if isinstance(error, StreampruneError):
         return _fail(args, error, str(error), error.exit_code)
     if isinstance(error, BrokenPipeError):
-        _forget_output()
+        forget_output()
         return 1
     what = " ".join(str(error).split())[:300]
     return _fail(args, error, f"unexpected {type(error).__name__}: {what}; run again with --debug for the place", 1)
@@ -81,40 +80,8 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         return build_parser().parse_args(argv)
     except SystemExit:  # after --help, --version, or an error that has been told
-        with _output():
+        with output():
             raise
-
-
-@contextlib.contextmanager
-def _output() -> Iterator[None]:
-    """Around all that prints to stdout, and flushes it: at exit nobody would be told what goes wrong.
-
-    Raises ResourceError where it cannot be written, and BrokenPipeError for a reader that has gone away.
-    """
-    try:
-        try:
-            yield
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as e:
-        _forget_output()
-        raise ResourceError(f"the output cannot be written: {e.strerror}; send it elsewhere") from e
-
-
-def _say(text: str) -> None:
-    with _output():
-        print(text)
-
-
-def _sum_up(text: str) -> None:
-    """What has become of a job that is done: whether somebody reads it is no matter of its exit code."""
-    try:
-        _say(text)
-    except BrokenPipeError:
-        _forget_output()
 
 
 def _tell_notes(args: argparse.Namespace, notes: Sequence[str]) -> None:
@@ -122,22 +89,11 @@ def _tell_notes(args: argparse.Namespace, notes: Sequence[str]) -> None:
         print_stderr(f"streamprune: note: {' '.join(note.split())}")
 
 
-def _forget_output() -> None:
-    """What is still to be written is dropped, or the interpreter would try again at its end."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _fail(args: argparse.Namespace, error: BaseException, message: str, code: int) -> int:
     if args.debug:
         print_stderr("".join(traceback.format_exception(error)).rstrip())
     print_stderr(f"streamprune: error: {' '.join(message.split())}")
     return code
-
-
-def _print_json(value: object) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    _say(text if can_print(text) else json.dumps(value, indent=2))
 
 
 def _job(args: argparse.Namespace) -> dict[str, Any]:
@@ -165,7 +121,7 @@ def _prune(args: argparse.Namespace) -> int:
             allow_zeros=args.allow_zeros, shard_size=args.shard_size, restart=args.restart, progress=progress,
         )  # fmt: skip
     if args.json:
-        _print_json({
+        print_json({
             "status": result.status, "out": str(result.out), "recipe": result.recipe, "sparsity": result.sparsity,
             "seconds": result.seconds, "peak_rss_bytes": result.peak_rss_bytes,
         })  # fmt: skip
@@ -173,7 +129,7 @@ def _prune(args: argparse.Namespace) -> int:
         share = f"{result.recipe}, {100 * (result.sparsity or 0):.2f} % of the weights in pruned linears"
         if result.status == "done":
             share += f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
-        _sum_up(f"{result.out}: {result.status} ({share})")
+        sum_up(f"{result.out}: {result.status} ({share})")
     _tell_notes(args, result.notes)
     return 0
 
@@ -190,7 +146,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             progress=progress,
         )  # fmt: skip
     if args.json:
-        _print_json({
+        print_json({
             "status": result.status, "out": str(result.out), "seconds": result.seconds,
             "peak_rss_bytes": result.peak_rss_bytes,
         })  # fmt: skip
@@ -198,15 +154,16 @@ def _calibrate(args: argparse.Namespace) -> int:
         cost = (
             f" ({result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)})" if result.status == "done" else ""
         )
-        _sum_up(f"{result.out}: {result.status}{cost}")
+        sum_up(f"{result.out}: {result.status}{cost}")
     _tell_notes(args, result.notes)
     return 0
 
 
 def _eval(args: argparse.Namespace) -> int:
-    import dataclasses
-
     check_folder(args.model)
+    check_eval(args)
+    if args.tasks is not None:
+        return _eval_tasks(args)
     from streamprune.evaluation.evaluate import evaluate
     from streamprune.progress import show_progress
     from streamprune.tables import evaluation_lines
@@ -218,12 +175,24 @@ def _eval(args: argparse.Namespace) -> int:
             trust_remote_code=args.trust_remote_code, progress=progress,
         )  # fmt: skip
     if args.json:
-        given = {k: str(v) for k in ("model", "text", "reference") if (v := getattr(args, k)) is not None}
-        compares = {"kl", "kl_stderr", "top1_agreement", "reference_perplexity"}
-        left_out = (compares if args.reference is None else set()) | (set() if args.by_window else {"window_nll"})
-        _print_json(given | {k: v for k, v in dataclasses.asdict(found).items() if k not in left_out})
+        print_json(found.to_json(args.model, args.text, args.reference, by_window=args.by_window))
     else:
-        _say(evaluation_lines(found))
+        say(evaluation_lines(found))
+    return 0
+
+
+def _eval_tasks(args: argparse.Namespace) -> int:
+    from streamprune.evaluation.tasks import evaluate_tasks
+    from streamprune.progress import show_progress
+    from streamprune.tables import task_table
+
+    own = ("reference", "num_fewshot", "limit", "include_path", "seqlen", "bos")
+    given = {k: getattr(args, k) for k in own} | {"resources": settings_of(Resources, args)}
+    with show_progress("eval", args.quiet) as progress:
+        found = evaluate_tasks(
+            args.model, args.tasks, **given, trust_remote_code=args.trust_remote_code, progress=progress
+        )
+    print_json(found.to_json(args.model, args.reference)) if args.json else say(task_table(found))
     return 0
 
 
@@ -235,9 +204,9 @@ def _inspect(args: argparse.Namespace) -> int:
         args.model, against=args.against, expect=args.expect, only=args.only, skip=args.skip, quiet=args.quiet
     )
     if args.json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     elif not args.quiet:
-        _say(inspection_table(found))
+        say(inspection_table(found))
     for failure in found.failures[:10]:
         print_stderr(f"streamprune: {failure}")
     return 0 if found.ok is not False else 2
@@ -251,9 +220,9 @@ def _plan(args: argparse.Namespace) -> int:
     with stdout_kept_clean():
         found = plan(args.model, **_job(args))
     if args.json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     elif not args.quiet:
-        _say(plan_table(found))
+        say(plan_table(found))
     return 0
 
 
@@ -263,10 +232,10 @@ def _report(args: argparse.Namespace) -> int:
 
     made = report(args.outs, args.output, eval=args.eval)
     if args.json:
-        _print_json({"path": str(made.path), "models": made.models, "bytes": made.bytes})
+        print_json({"path": str(made.path), "models": made.models, "bytes": made.bytes})
     elif not args.quiet:
         what = f"{made.models} model{'' if made.models == 1 else 's'}"
-        _sum_up(f"{made.path}: {what}, {format_bytes(made.bytes)}; open it in a browser")
+        sum_up(f"{made.path}: {what}, {format_bytes(made.bytes)}; open it in a browser")
     return 0
 
 
@@ -295,7 +264,7 @@ def _print_packed(args: argparse.Namespace, result: PackResult) -> int:
     from streamprune.process.memory import format_bytes
 
     if args.json:
-        _print_json({
+        print_json({
             "status": result.status, "out": str(result.out), "layout": result.layout,
             "bytes_before": result.bytes_before, "bytes_after": result.bytes_after,
             "seconds": result.seconds, "peak_rss_bytes": result.peak_rss_bytes, "left_out": list(result.left_out),
@@ -304,9 +273,9 @@ def _print_packed(args: argparse.Namespace, result: PackResult) -> int:
         share = 100 * result.bytes_after / result.bytes_before
         sizes = f"{format_bytes(result.bytes_before)} to {format_bytes(result.bytes_after)}, {share:.2f} %"
         cost = f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
-        _sum_up(f"{result.out}: {result.status} ({result.layout}, {sizes}{cost if result.status == 'done' else ''})")
+        sum_up(f"{result.out}: {result.status} ({result.layout}, {sizes}{cost if result.status == 'done' else ''})")
         if result.left_out:
-            _sum_up(f"not packed, for no loader of the model reads them: {', '.join(result.left_out)}")
+            sum_up(f"not packed, for no loader of the model reads them: {', '.join(result.left_out)}")
     _tell_notes(args, result.notes)
     return 0
 
@@ -319,9 +288,9 @@ def _demo(args: argparse.Namespace) -> int:
     with show_progress("demo", args.quiet) as progress:
         rows = run_demo(progress)
     if args.json:
-        _print_json({"models": rows})
+        print_json({"models": rows})
     elif not args.quiet:
-        _say(demo_table(rows))
+        say(demo_table(rows))
     return 0
 
 

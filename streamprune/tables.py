@@ -13,6 +13,7 @@ from streamprune.process.memory import format_bytes
 
 if TYPE_CHECKING:
     from streamprune.evaluation.evaluate import Evaluation
+    from streamprune.evaluation.tasks import TaskEvaluation
     from streamprune.inspection.difference import Difference
     from streamprune.inspection.report import Inspection, LinearReport, Totals
     from streamprune.planning.cost import Split
@@ -48,6 +49,31 @@ def evaluation_lines(found: Evaluation) -> str:
         f"{perplexity}\nreference {found.reference_perplexity:.3f}, KL {found.kl:.4g}{error} nats per token, "
         f"same most likely token {100 * found.top1_agreement:.2f} %"
     )
+
+
+def task_table(found: TaskEvaluation) -> str:
+    """A line for each task's metric, with its standard error; with a reference, its score and the difference."""
+    compares = any(s.reference is not None for s in found.scores)
+    rows = []
+    for s in found.scores:
+        metric = s.metric if s.filter == "none" else f"{s.metric} ({s.filter})"
+        cells = [s.task, metric, _with_error(s.value, s.stderr)]
+        if compares:
+            cells += [_with_error(s.reference, s.reference_stderr), _with_error(s.difference, s.difference_stderr, "+")]
+        rows.append([*cells, str(s.documents)])
+    head = ["task", "metric", "score", *(["reference", "difference"] if compares else []), "documents"]
+    last = (
+        f"{found.requests} requests, {found.sequences} sequences of {found.tokens} tokens in all, "
+        f"{found.seconds:.1f} s, peak {format_bytes(found.peak_rss_bytes)} (lm_eval {found.lm_eval})"
+    )
+    cut = f"\n{found.truncated} contexts were longer than the model takes, and lost their beginning"
+    return f"{table(head, rows)}\n\n{last}{cut if found.truncated else ''}"
+
+
+def _with_error(value: float | None, stderr: float | None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value:{sign}.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
 
 
 def inspection_table(found: Inspection) -> str:

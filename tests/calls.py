@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from streamprune.evaluation import evaluate as evaluation
+from streamprune.evaluation import likelihoods as of_requests
+from streamprune.evaluation import tasks as of_tasks
 from streamprune.evaluation.evaluate import Evaluation
+from streamprune.evaluation.likelihoods import Likelihoods
+from streamprune.evaluation.requests import Request
+from streamprune.evaluation.tasks import TaskEvaluation
 from streamprune.methods.recipes import Recipe
 from streamprune.planning import plan as planning
 from streamprune.planning.plan import Plan
@@ -36,6 +42,16 @@ def plan(model: str | Path, **given: Any) -> Plan:
 def evaluate(model: str | Path, text: str | Path, **given: Any) -> Evaluation:
     """evaluate(model, text, device="cpu", …)."""
     return evaluation.evaluate(model, text, resources=Resources(**_taken(given, Resources)), **given)
+
+
+def likelihoods(model: str | Path, requests: Sequence[Request], **given: Any) -> Likelihoods:
+    """likelihoods(model, requests, device="cpu", …)."""
+    return of_requests.likelihoods(model, requests, resources=Resources(**_taken(given, Resources)), **given)
+
+
+def evaluate_tasks(model: str | Path, tasks: str | Sequence[str], **given: Any) -> TaskEvaluation:
+    """evaluate_tasks(model, "hellaswag", device="cpu", …)."""
+    return of_tasks.evaluate_tasks(model, tasks, resources=Resources(**_taken(given, Resources)), **given)
 
 
 def _amount(given: dict[str, Any]) -> Any:

@@ -22,7 +22,7 @@ from streamprune.errors import ResourceError, UsageError
 from streamprune.progress import Progress
 
 Models = Callable[..., Path]
-VERBS = ["calibrate", "evaluate", "inspect", "pack", "plan", "prune", "report", "unpack"]
+VERBS = ["calibrate", "evaluate", "evaluate_tasks", "inspect", "pack", "plan", "prune", "report", "unpack"]
 SETTINGS = ["Calibration", "Recipe", "Resources"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,8 +60,8 @@ def test_signatures(name: str) -> None:
     assert hints.keys() == {*parameters, "return"}
     positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     others = {
-        "evaluate": ["text"], "plan": ["amount", "recipe"], "inspect": [], "prune": ["out", "amount", "recipe"],
-        "report": ["output"],
+        "evaluate": ["text"], "evaluate_tasks": ["tasks"], "report": ["output"],
+        "plan": ["amount", "recipe"], "inspect": [], "prune": ["out", "amount", "recipe"],
     }.get(name, ["out"])  # fmt: skip
     assert positional == ["outs" if name == "report" else "model", *others]
     may_be_left_out = {"recipe", "amount"} if name == "plan" else {"recipe"}
@@ -75,7 +75,7 @@ def test_the_command_line_offers_all_of_it(name: str) -> None:
     from streamprune.cli import build_parser
 
     settings: dict[str, type] = {"calibration": streamprune.Calibration, "resources": streamprune.Resources}
-    command = {"evaluate": "eval"}.get(name, name)
+    command = {"evaluate": "eval", "evaluate_tasks": "eval"}.get(name, name)
     given = {"prune": ["m", "o", "--sparsity", "0.5"], "eval": ["m", "--text", "t"], "plan": ["m"], "inspect": ["m"],
              "report": ["o", "-o", "p"]}  # fmt: skip
     args = vars(build_parser().parse_args([command, *given.get(command, ["m", "o"])]))
@@ -88,7 +88,7 @@ def test_the_command_line_offers_all_of_it(name: str) -> None:
             )
             assert made == p.default
             missing = {f.name for f in dataclasses.fields(settings[p.name])} - args.keys()
-            assert missing == ({"backend"} if name == "evaluate" else set()), missing
+            assert missing == ({"backend"} if command == "eval" else set()), missing
             continue
         if p.name == "recipe":
             assert {f.name for f in dataclasses.fields(streamprune.Recipe)} <= args.keys()

@@ -17,6 +17,7 @@ import pytest
 from streamprune import cli
 from streamprune.cli import main
 from streamprune.process import console
+from streamprune.process.output import print_json
 
 Models = Callable[..., Path]
 
@@ -102,7 +103,7 @@ def test_json_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     for encoding in ("ascii", "latin-1", "utf-8"):
         raw = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-        cli._print_json(value)
+        print_json(value)
         assert json.loads(raw.getvalue().decode(encoding)) == value
 
 

@@ -337,7 +337,7 @@ def test_modes_follow_the_umask(tmp_path: Path, mask: int) -> None:
 
 OWN = {"disk/durable.py", "disk/lock.py", "disk/scratch.py"}
 ALLOWED = {
-    ("cli.py", "os.open"): "the null device, when stdout is closed",
+    ("process/output.py", "os.open"): "the null device, when stdout is closed",
     ("process/console.py", "os.open"): "the null device, for a stream that is closed",
     ("process/interrupts.py", "os.write"): "a line on stderr",
     ("disk/places.py", "tempfile.gettempdir"): "only asks where it is",

@@ -17,7 +17,7 @@ FILES = {
 
 HOUSE: dict[str, list[str]] = {
     "errors": [],
-    "process": ["background console interrupts memory versions"],
+    "process": ["background console interrupts memory versions", "output"],
     "progress": [],
     "settings": [],
     "disk": [
@@ -45,7 +45,7 @@ HOUSE: dict[str, list[str]] = {
     ],
     "calibration": ["gram_sums statistics_header text_files", "grams records statistics", "texts", "tokens", "windows"],
     "model": [
-        "extra_memory configuration copies device experts pairs",
+        "calls configuration copies device experts extra_memory pairs",
         "activations loader naming",
         "finite skeleton",
         "routed shapes zeros",
@@ -56,7 +56,7 @@ HOUSE: dict[str, list[str]] = {
     ],
     "packing": ["files rows", "survey", "shards", "work", "job"],
     "inspection": ["stored", "scales", "difference", "report", "count", "inspect"],
-    "evaluation": ["two_models", "one_model", "evaluate"],
+    "evaluation": ["requests scores two_models", "one_model", "evaluate", "likelihoods", "harness", "lm_eval tasks"],
     "pruning": [
         "linears quantise records refit spec tuning",
         "checks command describe report target windows",
@@ -83,7 +83,16 @@ VERBS = {"packing", "inspection", "evaluation", "pruning", "planning", "reportin
 BETWEEN_VERBS = {("planning", "pruning"), ("reporting", "pruning"), ("inspection", "packing")}
 UNKNOWN_TO = {"methods": {"disk"}}
 """Folders that lie below, and still must not be imported: the mathematics knows no files."""
-NO_TORCH = ["errors", "cli", "__main__", "progress", "process.memory", "process.interrupts", "process.console"]
+NO_TORCH = [
+    "errors",
+    "cli",
+    "__main__",
+    "progress",
+    "process.memory",
+    "process.interrupts",
+    "process.console",
+    "process.output",
+]
 NO_TORCH += [
     "methods.recipes",
     "pruning.spec",

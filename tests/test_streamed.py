@@ -205,7 +205,7 @@ def test_sliding_windows_reach_their_layers(models: Models, ids: torch.Tensor) -
     with ShardMaps(checkpoint) as maps:
         streamed = StreamedModel(build_skeleton(checkpoint, torch.float32), WeightLoader(maps, CPU), torch.float32)
         list(streamed.embed([ids]))
-        masks = [call.kwargs.get("attention_mask") for call in streamed._calls[len(ids)]]
+        masks = [call.kwargs.get("attention_mask") for call in streamed.calls_of(len(ids))]
     assert len(masks) == 3
     assert any((masks[0] is None) != (m is None) or (m is not None and not torch.equal(m, masks[0])) for m in masks[1:])
 

@@ -102,12 +102,12 @@ def _in_pieces(records: Iterator[str]) -> Iterator[Piece]:
 
 def default_seqlen(config: Mapping[str, Any]) -> int:
     """The context length that config.json names, in tokens, at most 2048; 2048 where it names none."""
-    return min(2048, _context_length(config) or 2048)
+    return min(2048, longest_context(config) or 2048)
 
 
 def check_seqlen(seqlen: int, config: Mapping[str, Any]) -> None:
     """Raises UsageError when windows are too short to predict a token, or longer than the model's context."""
-    longest = _context_length(config)
+    longest = longest_context(config)
     if seqlen < 2:
         raise UsageError(f"--seqlen {seqlen}: a window needs at least 2 tokens, to predict one from the other")
     if longest is not None and seqlen > longest:
@@ -125,10 +125,10 @@ def positions(seqlen: int, has_bos: bool, config: Mapping[str, Any]) -> int:
 
     Where that would exceed the model's context, the window has one token less of the text.
     """
-    return min(seqlen + has_bos, max(_context_length(config) or seqlen + 1, seqlen))
+    return min(seqlen + has_bos, max(longest_context(config) or seqlen + 1, seqlen))
 
 
-def _context_length(config: Mapping[str, Any]) -> int | None:
+def longest_context(config: Mapping[str, Any]) -> int | None:
     """The smallest context length that config.json names, in tokens; None where it names none."""
     names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len")
     limits = [part.get(name) for part in (config, config.get("text_config") or {}) for name in names]

@@ -17,8 +17,9 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,15 @@ class Evaluation:
     window_nll: tuple[float, ...] = ()
     """Mean −log p in nats of each window, in text order, for paired comparisons of two models."""
 
+    def to_json(
+        self, model: str | Path, text: str | Path, reference: str | Path | None, *, by_window: bool
+    ) -> dict[str, Any]:
+        """All of it, after what was evaluated; without a reference, what compares with one is left out."""
+        compares = {"kl", "kl_stderr", "top1_agreement", "reference_perplexity"}
+        left_out = (compares if reference is None else set()) | (set() if by_window else {"window_nll"})
+        given = {"model": str(model), "text": str(text)} | ({"reference": str(reference)} if reference else {})
+        return given | {k: v for k, v in asdict(self).items() if k not in left_out}
+
 
 @exact_products()
 def evaluate(
@@ -119,7 +129,7 @@ def evaluate(
     dense = open_reference(reference, length) if reference is not None else None
     target = resolve_device(resources.device)
     checkpoints = [dense, checkpoint] if dense else [checkpoint]
-    subjects = [_subject(c, resources.dtype, target, trust_remote_code) for c in checkpoints]
+    subjects = [subject_of(c, resources.dtype, target, trust_remote_code) for c in checkpoints]
     vocabulary = subjects[-1].skeleton.vocab_size
     source = Source(named, checkpoint.path, checkpoint.config, vocabulary, bos, trust_remote_code)
     with (
@@ -140,11 +150,10 @@ def evaluate(
             durable.make_folder(place)
             runs.append(Run(subject, loader, place, layout, keep=keep, is_reference=c is dense))
         if states := disk_bytes(runs, cut.size):
-            advice = "free some, or name another folder with --work"
-            check_room([(folder.parent, states + SLACK_BYTES)], advice, detail=" for activations")
+            check_disk(folder.parent, states)
         nats, apart = _stream(runs, Batches(cut, layouts[0].batch), progress)
     tokens = len(cut) * (cut.shape[1] - 1)
-    nll = _finite(float(nats.sum()) / tokens, checkpoint)
+    nll = check_finite(float(nats.sum()) / tokens, checkpoint)
     found = Evaluation(
         _perplexity(nll), nll, tokens, len(cut), length, time.perf_counter() - begun, peak_resident_bytes(),
         bos=cut.has_bos, replaced=named.tally.replaced, window_nll=tuple((nats / (cut.shape[1] - 1)).tolist()),
@@ -152,7 +161,8 @@ def evaluate(
     return _compared(found, apart, checkpoint, dense) if apart and dense else found
 
 
-def _subject(checkpoint: Checkpoint, dtype: str, target: torch.device, trust_remote_code: bool) -> Subject:
+def subject_of(checkpoint: Checkpoint, dtype: str, target: torch.device, trust_remote_code: bool) -> Subject:
+    """The model, and what it is computed in on `target`. Raises UsageError for a `dtype` that is none."""
     compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
     return Subject(build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code), compute)
 
@@ -171,7 +181,8 @@ def _lay_out(
     return [first, second], keep
 
 
-def _finite(value: float, checkpoint: Checkpoint) -> float:
+def check_finite(value: float, checkpoint: Checkpoint) -> float:
+    """`value`. Raises CheckpointError where it is NaN or infinite."""
     if not math.isfinite(value):
         raise CheckpointError(f"{checkpoint.path}: the model's predictions are not finite; try --dtype float32")
     return value
@@ -183,7 +194,7 @@ def _perplexity(nll: float) -> float:
 
 def _compared(found: Evaluation, apart: Divergence, checkpoint: Checkpoint, dense: Checkpoint) -> Evaluation:
     """The evaluation with the fields that compare it with the reference `dense`."""
-    reference_nll, kl = _finite(apart.reference_nll / found.tokens, dense), float(apart.kl.mean())
+    reference_nll, kl = check_finite(apart.reference_nll / found.tokens, dense), float(apart.kl.mean())
     if not math.isfinite(kl):
         raise CheckpointError(f"{checkpoint.path}: its divergence from {dense.path} is not finite; try --dtype float32")
     return replace(
@@ -247,6 +258,12 @@ def _loss(streamed: StreamedModel, batches: Sequence[Tensor], chunks: Iterator[T
 def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
     """−log p of the tokens `wanted` (tokens,) given logits (tokens, vocab): computed in float32, (tokens,) float64."""
     return torch.nn.functional.cross_entropy(logits.float(), wanted.to(logits.device), reduction="none").double()
+
+
+def check_disk(work: Path, need: int) -> None:
+    """Raises ResourceError unless `need` bytes of hidden states, and SLACK_BYTES, have room in the folder `work`."""
+    advice = "free some, or name another folder with --work"
+    check_room([(work, need + SLACK_BYTES)], advice, detail=" for activations")
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamprune.disk.cache import remove_cache
 from streamprune.errors import CheckpointError
 from streamprune.evaluation.two_models import Subject
 from streamprune.model.activations import Activations
@@ -26,15 +25,19 @@ class Run:
     """A model that is run in `layout`, with its activation caches in `folder`.
 
     `keep`: resident hidden states stay on the device after the last layer; otherwise they are written to disk.
+    `activations` may keep them elsewhere than in `folder`.
     """
 
     def __init__(
-        self, subject: Subject, loader: WeightLoader, folder: Path, layout: Layout, *, keep: bool, is_reference: bool
-    ) -> None:
+        self, subject: Subject, loader: WeightLoader, folder: Path, layout: Layout, *,
+        keep: bool = True, is_reference: bool = False, activations: Activations | None = None,
+    ) -> None:  # fmt: skip
         self.subject, self.layout, self.keep, self._is_reference = subject, layout, keep, is_reference
         self.stages = subject.skeleton.stages
         self.streamed = StreamedModel(subject.skeleton, loader, subject.dtype, group=layout.group)
-        self._activations = Activations(folder, self.streamed.cache_dtype, loader.device, resident=layout.resident)
+        self._activations = activations or Activations(
+            folder, self.streamed.cache_dtype, loader.device, resident=layout.resident
+        )
 
     def name_of(self, stage: Stage) -> str:
         """The name of a stage in progress messages."""
@@ -73,7 +76,7 @@ class Run:
             with self._whose():
                 retry_smaller(streamed, partial(layer_pass, streamed, stage, activations, write=True, persist=persist))
             if not resident:
-                remove_cache(activations.folder, stage.index)
+                activations.drop(stage.index)
         streamed.loader.release(stage.tensors)
         give_back_free_memory()
 

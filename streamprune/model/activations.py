@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamprune.disk.cache import CacheReader, CacheWriter
+from streamprune.disk.cache import CacheReader, CacheWriter, remove_cache
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.model.copies import CopyStream, Event, Sent, received
 from streamprune.process.background import BackgroundWorker, read_ahead
@@ -70,6 +70,60 @@ class Activations:
         ):
             yield put
         self._previous, self._current = self._current, (stage, chunks) if self.resident else (-1, [])
+
+    def drop(self, stage: int) -> None:
+        """Removes what is on disk of the states before layer `stage`."""
+        remove_cache(self.folder, stage)
+
+
+class RaggedActivations(Activations):
+    """Chunks that differ in both dimensions, `tokens` in all, in two unnamed files in `folder` that take turns.
+
+    Nothing of it can be resumed, or is left behind. Raises ResourceError when the disk has no room.
+    """
+
+    def __init__(
+        self, folder: Path, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device, *, resident: bool
+    ) -> None:
+        super().__init__(folder, dtype, device, resident=resident)
+        self._files = () if resident else tuple(ScratchMatrix(folder, tokens, hidden, dtype) for _ in range(2))
+        self._shapes: list[torch.Size] = []
+
+    def read(self, stage: int) -> Iterator[Tensor]:
+        """As Activations.read."""
+        if self.resident:
+            yield from super().read(stage)
+            return
+        file, begin = self._files[stage % 2], 0
+        for shape in self._shapes:
+            end = begin + shape[0] * shape[1]
+            states = file.tensor[begin:end].view(shape).to(self.device, copy=True)
+            file.forget(begin, end)
+            begin = end
+            yield states
+
+    @contextmanager
+    def write(self, stage: int, *, persist: bool = True) -> Iterator[Callable[[Tensor], None]]:
+        """A function that takes the chunks before layer `stage`, one after the other; the same shapes for each."""
+        if self.resident:
+            with super().write(stage, persist=False) as put:
+                yield put
+            return
+        file, shapes = self._files[stage % 2], list[torch.Size]()
+        at = 0
+
+        def store(states: Tensor) -> None:
+            nonlocal at
+            begin, at = at, at + states.shape[0] * states.shape[1]
+            file.tensor[begin:at] = states.detach().to("cpu", self.dtype).flatten(0, 1)
+            file.forget(begin, at)
+            shapes.append(states.shape)
+
+        yield store
+        self._shapes = shapes
+
+    def drop(self, stage: int) -> None:
+        """Nothing: the next stage's states take its place."""
 
 
 class StateBuffer:

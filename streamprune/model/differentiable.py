@@ -19,8 +19,9 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError
 from streamprune.model.binding import replaced_tensors
 from streamprune.model.blank_layer import BlankLayer
+from streamprune.model.calls import Call
 from streamprune.model.skeleton import Skeleton, Stage
-from streamprune.model.streamed import Call, StreamedModel
+from streamprune.model.streamed import StreamedModel
 
 Run = Callable[[Tensor], Tensor]
 

@@ -6,15 +6,14 @@ architecture gives each layer: masks of each kind, rotary embeddings, alibi. The
 at a time, on states from the disk cache. For the head, the last recorder returns the cached states, so that the final
 norm, softcaps and lm_head are the model's own code.
 
-All windows have the same length and no padding, so the arguments depend on the batch size only. An architecture whose
-arguments depend on the tokens is detected and refused.
+No batch has a mask of its own, so the arguments depend on its shape only, and are recorded once for each shape. An
+architecture whose arguments depend on the tokens is detected and refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,21 +21,12 @@ from torch import Tensor, nn
 
 from streamprune.errors import ResourceError, UnsupportedError
 from streamprune.model.binding import bound
+from streamprune.model.calls import Call, RecordedCalls, same
 from streamprune.model.copies import is_of_device, is_out_of_memory
 from streamprune.model.device import cache_dtype
 from streamprune.model.loader import WeightLoader
 from streamprune.model.routed import Enough, InputHook, ReachedExperts, Routed
 from streamprune.model.skeleton import Skeleton, Stage, is_linear
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one decoder layer besides the hidden states, which are argument 0 or `hidden_states`."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    by_keyword: bool
-
 
 _SECOND_OUTPUT = object()
 """Second element of the tuple that recorders return to models that expect one. No layer may get it as an argument."""
@@ -77,7 +67,7 @@ class _Recorder(nn.Module):
 class StreamedModel:
     """Runs a skeleton's stages on batches of token ids (batch, seqlen) or hidden states (batch, seqlen, hidden).
 
-    Computes in `dtype` on the device of `loader`. All calls must have the same seqlen. Batches of more than
+    Computes in `dtype` on the device of `loader`. Batches may differ in both dimensions. Batches of more than
     `max_samples` are computed in parts. With `weighted`, `watch` sees experts' inputs multiplied by their routing
     weights. Experts process up to `group` batches together.
     """
@@ -89,8 +79,7 @@ class StreamedModel:
         self.skeleton, self.loader, self.dtype, self.device = skeleton, loader, dtype, loader.device
         self.cache_dtype = cache_dtype(skeleton.dtype, dtype)
         self.max_samples, self.weighted, self.group = max_samples, weighted, group
-        self._example: Tensor | None = None
-        self._calls: dict[int, list[Call]] = {}
+        self._calls = RecordedCalls()
         self._as_tuple: bool | None = None
         for buffer_owner in skeleton.model.modules():
             for name, buffer in buffer_owner._buffers.items():
@@ -109,10 +98,10 @@ class StreamedModel:
                 yield states[0] if len(states) == 1 else torch.cat(states)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        self._example = ids if self._example is None or len(ids) > len(self._example) else self._example
+        self._calls.see(ids)
         states, calls = self._record(ids)
-        known = self._calls.setdefault(ids.shape[0], calls)
-        if known is not calls and not all(_same(a, b) for a, b in zip(known, calls, strict=True)):
+        known = self._calls.remember(ids.shape[0], ids.shape[1], calls)
+        if known is not calls and not all(same(a, b) for a, b in zip(known, calls, strict=True)):
             raise UnsupportedError(
                 f"{_kind(self.skeleton)} gives its layers arguments that depend on the tokens; "
                 "its layers cannot be replayed from hidden states alone"
@@ -120,14 +109,14 @@ class StreamedModel:
         return states
 
     def learn_calls(self, batches: Sequence[Tensor]) -> None:
-        """Records the layers' arguments for each batch size in `batches`, for a job that resumes at a layer."""
-        firsts = {ids.shape[0]: ids for ids in reversed(batches)}
+        """Records the layers' arguments for each shape in `batches`, for a job that resumes at a layer."""
+        firsts = {ids.shape: ids for ids in reversed(batches)}
         for _ in self.embed(list(firsts.values())):
             pass
 
     def halve_batch(self) -> None:
         """Halves `max_samples` after memory ran out. Raises ResourceError when it is one already."""
-        largest = self.max_samples or (1 if self._example is None else len(self._example))
+        largest = self.max_samples or self._calls.largest
         if largest == 1:
             flag = "--max-ram or" if self.device.type == "cpu" else "--max-vram or"
             raise ResourceError(
@@ -142,7 +131,7 @@ class StreamedModel:
     @property
     def batches_at_once(self) -> int:
         """Batches in a group that experts process together; fewer after memory ran out."""
-        largest = 1 if self._example is None else len(self._example)
+        largest = self._calls.largest
         return max(1, self.group * min(self.max_samples or largest, largest) // largest)
 
     @contextmanager
@@ -158,7 +147,7 @@ class StreamedModel:
     def _record(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         objection, failure = "", None
         for as_tuple in (False, True) if self._as_tuple is None else (self._as_tuple,):
-            compare = len(ids) not in self._calls  # once for each size of a batch
+            compare = self._calls.of(ids.shape[0], ids.shape[1]) is None  # once for each shape of a batch
             with _recorders(self.skeleton, as_tuple, compare) as recorders:
                 model = self.skeleton.model
                 base = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
@@ -202,7 +191,7 @@ class StreamedModel:
 
         @torch.inference_mode()
         def part(states: Tensor) -> Tensor:
-            call = self.calls_of(states.shape[0])[stage.index]
+            call = self.calls_of(states.shape[0], states.shape[1])[stage.index]
             states = states.to(self.device, self.dtype)
             if routed is not None:
                 routed.call()
@@ -245,14 +234,18 @@ class StreamedModel:
                 if not self.loader.copies:
                     self.loader.release(used)
 
-    def calls_of(self, samples: int) -> list[Call]:
-        """The layers' arguments for batches of `samples`; recorded now if there was no such batch yet."""
-        if samples not in self._calls:
-            assert self._example is not None
-            repeats = -(-samples // len(self._example))
+    def calls_of(self, samples: int, seqlen: int | None = None) -> list[Call]:
+        """The layers' arguments for batches of this shape, recorded if they are not known.
+
+        `seqlen` may be left out where all batches have the same.
+        """
+        length = self._calls.length if seqlen is None else seqlen
+        found = self._calls.of(samples, length)
+        if found is None:
             with self._outside(head=False):
-                self._calls[samples] = self._record(self._example.repeat(repeats, 1)[:samples])[1]
-        return self._calls[samples]
+                recorded = self._record(self._calls.example(samples, length))[1]
+            found = self._calls.remember(samples, length, recorded)
+        return found
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -318,19 +311,6 @@ def _objection(recorders: list[_Recorder], final: Tensor | None, width: int) -> 
             "streamed one by one"
         )
     return ""
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two layers' arguments are equal, recursively."""
-    if isinstance(a, Call) and isinstance(b, Call):
-        return _same(a.args, b.args) and _same(a.kwargs, b.kwargs)
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return type(a) is type(b) and (not isinstance(a, bool | int | float | str) or a == b)
 
 
 def _kind(skeleton: Skeleton) -> str:
