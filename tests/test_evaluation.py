@@ -169,8 +169,9 @@ def test_a_killed_evaluation(models: Models, short: Path, tmp_path: Path) -> Non
     """What SIGKILL leaves is what the next evaluation removes."""
     work = tmp_path / "work"
     code = (
-        "import os, sys\nfrom calls import evaluate\n"
-        "evaluate(sys.argv[1], sys.argv[2], seqlen=24, work=sys.argv[3], progress=lambda s: os.kill(os.getpid(), 9))"
+        "import os, sys, streamprune\nwork = streamprune.Resources(work=sys.argv[3])\n"
+        "end = lambda step: os.kill(os.getpid(), 9)\n"
+        "streamprune.evaluate(sys.argv[1], sys.argv[2], seqlen=24, resources=work, progress=end)"
     )
     done = subprocess.run([sys.executable, "-c", code, models("llama"), short, work], check=False)
     assert done.returncode == -9

@@ -112,7 +112,7 @@ def test_a_tokenizer_of_sentencepiece_alone(
     (source / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
     refused(CheckpointError, lambda: evaluate(source, text, seqlen=8), "sentencepiece and protobuf",
-            "protobuf is not here", "streamprune[tokenizers]")  # fmt: skip
+            "protobuf not installed", "streamprune[tokenizers]")  # fmt: skip
     monkeypatch.setattr(tokens, "_is_installed", lambda module: True)
     refused(CheckpointError, lambda: evaluate(source, text, seqlen=8), "no usable tokenizer")
 

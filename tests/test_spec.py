@@ -61,7 +61,8 @@ CHANGEABLE: list[dict[str, Any]] = [
     {"source": Path("moved")}, {"out": Path("other")}, {"resources": Resources(max_ram=1 << 30)},
     {"resources": Resources(max_vram="1GiB")},
     {"save_stats": Path("s")}, {"resources": Resources(work="w")}, {"restart": True}, {"trust_remote_code": True},
-    {"stats_path": Path("s")}, {"allow_zeros": True}, {"content": str}, {"notes": ["told at the end"]},
+    {"stats_path": Path("s")}, {"allow_zeros": True}, {"shard_bytes": 9}, {"content": str},
+    {"notes": ["told at the end"]},
     {"calibration": DrawnText(Path("renamed.txt"), "d1", 128, 2048, 0)},
 ]  # fmt: skip
 

@@ -1,6 +1,8 @@
 """One call of streamprune's Python interface in a process of its own, for tools/bench.py.
 
-    python tools/bench_child.py calibrate '{"model": "m7", "out": "stats.safetensors", "samples": 8}'
+    python tools/bench_child.py calibrate '{"model": "m7", "out": "stats.safetensors", "calibration": {"samples": 8}}'
+
+`calibration` and `resources` are the fields of these settings, `recipe` a name or the arguments of Recipe.named.
 
 Prints one JSON object: `report`, `seconds` of each stage as the progress callback heard them, and `vram_bytes`, null
 without a GPU: the most that Torch reserved, the most that was allocated, and what all processes and their contexts
@@ -25,7 +27,10 @@ def main() -> int:
     _steady_heap()
     stages: list[tuple[str, float]] = []
     verb, arguments = getattr(streamprune, sys.argv[1]), json.loads(sys.argv[2])
+    make = {"calibration": streamprune.Calibration, "resources": streamprune.Resources}
+    make["recipe"] = streamprune.Recipe.named
     try:
+        arguments = {k: make[k](**v) if isinstance(v, dict) else v for k, v in arguments.items()}
         result = verb(**arguments, progress=lambda step: stages.append((step.name, step.seconds)))
     except (StreampruneError, TypeError) as e:
         print(f"streamprune: error: {' '.join(str(e).split())}", file=sys.stderr)

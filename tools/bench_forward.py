@@ -190,8 +190,8 @@ def _calibrate(
     """
     out = folder / "statistics"
     found = call(
-        "calibrate", model=str(checkpoint), out=str(out), samples=arguments.samples, seqlen=arguments.seqlen,
-        device=arguments.device,
+        "calibrate", model=str(checkpoint), out=str(out), resources={"device": arguments.device},
+        calibration={"samples": arguments.samples, "seqlen": arguments.seqlen},
     )  # fmt: skip
     out.unlink()
     seconds = [took for name, took in found["stages"] if name.startswith("layer ")][1:]

@@ -230,8 +230,8 @@ def _by_vram(arguments: argparse.Namespace, folder: Path, model: Path) -> Iterat
         out = folder / "out"
         given = {} if limit is None else {"max_vram": limit}
         found = call(
-            "prune", model=str(model), out=str(out), pattern="2:4", samples=arguments.samples,
-            seqlen=arguments.seqlen, device=arguments.device, **given,
+            "prune", model=str(model), out=str(out), amount="2:4", resources={"device": arguments.device, **given},
+            calibration={"samples": arguments.samples, "seqlen": arguments.seqlen},
         )  # fmt: skip
         shutil.rmtree(out)
         vram: dict[str, int] = found["vram_bytes"]

@@ -186,8 +186,9 @@ def refits(device: torch.device, small: bool) -> Iterator[Row]:
             ("obs-admm", "asymmetric"), ("obs-admm", "dense"), ("sparsegpt", "pruned"), ("gradual-cg", "dense"),
         ):  # fmt: skip
             found = child(
-                "prune", model=str(model), out=str(out), pattern="2:4", refit=refit, propagate=propagate,
-                samples=samples, seqlen=seqlen, device=str(device),
+                "prune", model=str(model), out=str(out), amount="2:4", propagate=propagate,
+                recipe={"name": "swiftprune", "refit": refit}, resources={"device": str(device)},
+                calibration={"samples": samples, "seqlen": seqlen},
             )  # fmt: skip
             shutil.rmtree(out)
             last = [took for name, took in found["stages"] if name.startswith("layer ")][-1]

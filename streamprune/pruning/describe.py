@@ -89,7 +89,7 @@ def describe_calibrate(
 
 def _amount(amount: float | str) -> tuple[float | None, str | None]:
     """(sparsity, pattern), one of which is None. Raises UsageError for an amount that means nothing."""
-    if isinstance(amount, str) and ":" in amount:
+    if isinstance(amount, str):
         from streamprune.methods.selection import parse_pattern
 
         parse_pattern(amount)
