@@ -390,12 +390,6 @@ def test_refused_before_anything_is_written(job: Callable[..., JobResult], tmp_p
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_an_fp8_checkpoint_is_not_pruned_again(job: Callable[..., JobResult], text: Path, tmp_path: Path) -> None:
-    out = job(method="hwpq", sparsity=0.5).out
-    with pytest.raises(UnsupportedError, match="compressed-tensors"):
-        prune(out, tmp_path / "again", sparsity=0.5, calib=text, **GIVEN)
-
-
 def damaged(folder: Path, to: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     from safetensors.torch import save_file
 

@@ -17,7 +17,7 @@ import xxhash
 
 from streamprune.disk.folder import SideFiles, choose_weights, find_side_files, is_tokenizers, list_folder
 from streamprune.disk.header import TensorRef, open_file, parse_object, read_bytes, read_shard, show
-from streamprune.errors import CheckpointError, UnsupportedError
+from streamprune.errors import CheckpointError
 
 _SAMPLES_PER_SHARD, _SAMPLE_BYTES = 16, 4096
 
@@ -185,28 +185,6 @@ def _is_plain(description: Mapping[str, Any]) -> bool:
     sparsity = description.get("sparsity_config")
     dense = isinstance(sparsity, dict) and sparsity.get("format") == "dense"
     return dense and not description.get("config_groups")
-
-
-def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Refuses a checkpoint whose config.json says that its weights are quantised.
-
-    Raises:
-        UnsupportedError: they are; the message names the method.
-    """
-    found = quantisation_of(checkpoint)
-    if found is None:
-        return
-    where, description = found
-    sparsity = description.get("sparsity_config") if isinstance(description, dict) else None
-    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
-        raise UnsupportedError(
-            f"{checkpoint.path / 'config.json'}: {where} says that the weights are packed; restore them with `unpack`"
-        )
-    method = description.get("quant_method", "unknown") if isinstance(description, dict) else description
-    raise UnsupportedError(
-        f"{checkpoint.path / 'config.json'}: {where} says that the weights are quantised ({show(method)}), which "
-        "cannot be pruned; pass the unquantised checkpoint"
-    )
 
 
 # ---- configuration and index

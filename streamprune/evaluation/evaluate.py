@@ -29,11 +29,10 @@ from streamprune.calibration.windows import Source, cut_windows
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.claims import check_claims
-from streamprune.disk.float_quantized import read_scheme
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.lock import Lock
-from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.places import cache_folder
+from streamprune.disk.quantised import computable
 from streamprune.disk.room import SLACK_BYTES, check_room
 from streamprune.disk.scratch import ScratchTokens
 from streamprune.errors import CheckpointError, LockedError, UsageError
@@ -47,6 +46,7 @@ from streamprune.evaluation.two_models import (
     open_reference,
 )
 from streamprune.model.budget import Layout, layout_for
+from streamprune.model.decoded import maps_of
 from streamprune.model.device import compute_dtype, exact_products, resolve_device
 from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import Batches, out_of_memory_named
@@ -116,8 +116,7 @@ def evaluate(
     the user's cache folder), which is removed at the end. Raises the errors of streamprune.errors.
     """
     begun = time.perf_counter()
-    checkpoint = open_checkpoint(resolve_model(str(model)))
-    read_scheme(checkpoint)
+    checkpoint = computable(open_checkpoint(resolve_model(str(model))))
     check_claims(checkpoint)
     named = Text(Path(text), text_field, "--text")
     length = seqlen if seqlen is not None else default_seqlen(checkpoint.config)
@@ -145,7 +144,7 @@ def evaluate(
         layouts, keep = _lay_out(subjects, cut.shape, target, resources.ram, resources.vram)
         runs = []
         for c, subject, layout in zip(checkpoints, subjects, layouts, strict=True):
-            loader = stack.enter_context(WeightLoader(stack.enter_context(ShardMaps(c)), target))
+            loader = stack.enter_context(WeightLoader(stack.enter_context(maps_of(c)), target))
             place = folder / "reference" if c is dense else folder
             durable.make_folder(place)
             runs.append(Run(subject, loader, place, layout, keep=keep, is_reference=c is dense))

@@ -22,8 +22,8 @@ from streamprune.calibration.texts import check_seqlen
 from streamprune.calibration.windows import Source, Windows, cut_windows, tokens_digest
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.claims import check_claims
-from streamprune.disk.float_quantized import read_scheme
 from streamprune.disk.hub import resolve_model
+from streamprune.disk.quantised import computable
 from streamprune.disk.scratch import ScratchTokens
 from streamprune.errors import ResourceError, UsageError
 from streamprune.model.budget import (
@@ -87,8 +87,7 @@ def open_reference(reference: str | Path, seqlen: int) -> Checkpoint:
 
     Raises as for the model itself, and UsageError if its context is shorter than `seqlen`.
     """
-    checkpoint = open_checkpoint(resolve_model(str(reference)))
-    read_scheme(checkpoint)
+    checkpoint = computable(open_checkpoint(resolve_model(str(reference))))
     check_claims(checkpoint)
     try:
         check_seqlen(seqlen, checkpoint.config)

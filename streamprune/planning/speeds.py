@@ -23,10 +23,10 @@ import xxhash
 from torch.nn import functional as F
 
 from streamprune.disk.checkpoint import Checkpoint
-from streamprune.disk.mapping import ShardMaps
 from streamprune.kernels import cpu, torch_ops
 from streamprune.methods.selection import select
 from streamprune.model.blank_layer import BlankLayer, Called, window_size
+from streamprune.model.decoded import maps_of
 from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.shapes import linear_shape
 from streamprune.model.skeleton import Skeleton, Stage
@@ -244,7 +244,7 @@ def _read(checkpoint: Checkpoint, clock: Clock) -> tuple[float, float]:
     piece = replace(ref, end=ref.begin + ref.nbytes // ref.shape[0] * rows)
     small = torch.zeros(64, dtype=TORCH_DTYPES[ref.dtype])
     clock.typical(lambda: cpu.first_nonfinite(small), loads=True)
-    with ShardMaps(checkpoint) as maps:
+    with maps_of(checkpoint) as maps:
 
         def look() -> None:
             cpu.first_nonfinite(maps.rows(ref, 0, rows))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from streamprune.disk.checkpoint import Checkpoint, open_checkpoint, refuse_quantised
+from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.claims import check_claims
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.packed import is_packed
+from streamprune.disk.quantised import plain
 from streamprune.disk.state import file_digest, statistics_of
 from streamprune.errors import UnsupportedError, UsageError
 from streamprune.methods.recipes import Recipe, check_propagate
@@ -26,9 +27,11 @@ HALF = 0.5
 
 
 def open_model(model: str | Path, follow_links: bool = False) -> Checkpoint:
-    """The checkpoint of a folder or a hub name. Raises CheckpointError or UnsupportedError if it cannot be pruned."""
-    checkpoint = open_checkpoint(resolve_model(str(model)), follow_links=follow_links)
-    refuse_quantised(checkpoint)
+    """The checkpoint of a folder or a hub name, a quantised one as a plain one.
+
+    Raises CheckpointError or UnsupportedError if it cannot be pruned.
+    """
+    checkpoint = plain(open_checkpoint(resolve_model(str(model)), follow_links=follow_links))
     check_claims(checkpoint)
     if is_packed(checkpoint):
         raise UnsupportedError(f"{checkpoint.path}: the weights are packed; make them plain with `unpack`")

@@ -10,6 +10,7 @@ from streamprune.calibration.statistics import StatisticsFile, merge_statistics
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.float_quantized import configured
+from streamprune.disk.quantised import PlainView
 from streamprune.disk.shards import write_index
 from streamprune.disk.state import CARD, JobState, file_digest
 from streamprune.errors import CorruptStateError
@@ -62,6 +63,9 @@ def write_files(
         place = aside.get(name, name)
         if name == "config.json" and target.quantisation is not None:
             text = configured(checkpoint.config, target.not_quantised())
+            size, digest = len(text), durable.replace_file(state.partial / name, text)
+        elif name == "config.json" and isinstance(checkpoint, PlainView):
+            text = checkpoint.configuration()
             size, digest = len(text), durable.replace_file(state.partial / name, text)
         else:
             size, digest = durable.copy_file(checkpoint.path / name, state.partial / place)

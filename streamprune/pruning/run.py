@@ -31,11 +31,11 @@ from streamprune.calibration.grams import LayerGrams
 from streamprune.calibration.statistics import write_statistics
 from streamprune.disk import durable, journal
 from streamprune.disk.cache import remove_cache
-from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import UsageError
 from streamprune.kernels import cpu, torch_ops
 from streamprune.methods.stats import InputStats
 from streamprune.model.activations import Activations
+from streamprune.model.decoded import maps_of
 from streamprune.model.device import exact_products
 from streamprune.model.experts import is_pooled, pool
 from streamprune.model.loader import WeightLoader
@@ -80,7 +80,7 @@ class Run:
         self._stack = ExitStack()
 
     def __enter__(self) -> Run:
-        self._maps = self._stack.enter_context(ShardMaps(self._setup.checkpoint))
+        self._maps = self._stack.enter_context(maps_of(self._setup.checkpoint))
         drop_cache = self._spec.verb == "prune"
         loader = WeightLoader(self._maps, self._setup.device, drop_cache=drop_cache)
         self._loader = self._stack.enter_context(loader)

@@ -1,0 +1,113 @@
+"""A weight that is stored as codes and scales, as a tensor of the numbers that it stands for.
+
+An EncodedRef has the name, dtype and shape of the dense weight, and bytes from 0 on that no file holds: whoever slices
+it by bytes, as experts are sliced, gets a slice of the dense weight. What a file does hold is in its Encoding. Imports
+neither torch nor numpy.
+
+With one scale for a block of (r, c) weights, a matrix (rows, columns) has ceil(rows / r) x ceil(columns / c) scales; a
+weight of three dimensions has as many for each of its matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.header import DTYPE_BITS, TensorRef, show
+from streamprune.errors import CheckpointError
+
+FLOAT, INTEGER, PACKED, PAIRS = "float", "integer", "packed", "pairs"
+"""Kinds of codes: FP8 numbers; integers of a byte; integers in words of 32 bits; FP4 numbers, two in a byte."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a weight of `shape` is stored: weight = (code - zero point) x scale."""
+
+    kind: str
+    shape: tuple[int, ...]
+    """Of the dense weight; that of `pairs` is stored with its last two axes exchanged."""
+    block: tuple[int, int]
+    """Rows and columns, as they are stored, that share a scale."""
+    codes: TensorRef
+    scale: TensorRef
+    zero: TensorRef | None = None
+    bits: int = 8
+    rounded: str = "F32"
+    """What the product is rounded to, before it is rounded to the weight's dtype."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight's last axis is the codes' last but one."""
+        return self.kind == PAIRS
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of each matrix, as it is stored."""
+        rows, columns = self.shape[-2:]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def scales(self) -> tuple[int, int, int]:
+        """Matrices, and scales along the rows and the columns of each."""
+        rows, columns = self.matrix
+        return math.prod(self.shape[:-2]), -(-rows // self.block[0]), -(-columns // self.block[1])
+
+    @property
+    def parts(self) -> tuple[TensorRef, ...]:
+        """All that is stored of it."""
+        return (self.codes, self.scale, *([] if self.zero is None else [self.zero]))
+
+
+@dataclass(frozen=True)
+class EncodedRef(TensorRef):
+    """A weight, or a part of it, by the bytes that it would take: those of the whole begin at 0."""
+
+    encoding: Encoding
+
+    @classmethod
+    def whole(cls, name: str, dtype: str, encoding: Encoding) -> EncodedRef:
+        """All of a weight, called `name`, in the dtype that it is to have."""
+        size = math.prod(encoding.shape) * DTYPE_BITS[dtype] // 8
+        return cls(name, encoding.codes.shard, dtype, encoding.shape, 0, size, encoding)
+
+    @property
+    def stored(self) -> Iterator[TensorRef]:
+        """The bytes of files that these bytes come from, about: a part of a weight is as large a part of each."""
+        size = math.prod(self.encoding.shape) * DTYPE_BITS[self.dtype] // 8
+        begin, end = (min(max(at, 0), size) for at in (self.begin, self.end))
+        for part in self.encoding.parts if size else ():
+            at = (part.nbytes * begin // size, part.nbytes * end // size)
+            yield replace(part, begin=part.begin + at[0], end=part.begin + at[1])
+
+
+def fits(scale: TensorRef, wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor has the shape `wanted`, axes of length 1 left out."""
+    return [n for n in scale.shape if n != 1] == [n for n in wanted if n != 1]
+
+
+def amiss(checkpoint: Checkpoint, ref: TensorRef, why: str) -> CheckpointError:
+    """What to raise of a tensor that is not as it should be."""
+    return CheckpointError(
+        f"{checkpoint.path / ref.shard}: tensor {show(ref.name)} {why}; download the checkpoint again"
+    )
+
+
+def alone(checkpoint: Checkpoint, ref: TensorRef, other: str) -> CheckpointError:
+    """What to raise of a tensor whose companion `other` is missing."""
+    return CheckpointError(
+        f"{checkpoint.path / ref.shard}: tensor {show(ref.name)} is there without {show(other)}; is the download "
+        "complete?"
+    )
+
+
+def misfit(checkpoint: Checkpoint, encoding: Encoding) -> CheckpointError:
+    """What to raise of scales that are not those of their codes."""
+    scale, codes = encoding.scale, encoding.codes
+    return amiss(
+        checkpoint, scale,
+        f"is {scale.dtype} {list(scale.shape)}, which are no scales of {show(codes.name)} {list(codes.shape)}: "
+        f"wanted are {list(encoding.scales)}",
+    )  # fmt: skip

@@ -1,0 +1,202 @@
+"""A quantised checkpoint as a plain one: every quantised weight stands there as the dense weight that it means.
+
+    float-quantized, int-quantized, naive-quantized (compressed-tensors)
+        `P.weight` F8_E4M3 or I8; `P.weight_scale` for the tensor, an output channel, a group of inputs or a block;
+        integers may have a `P.weight_zero_point`
+    pack-quantized (compressed-tensors)
+        `P.weight_packed` I32 with 4 or 8 bits a weight, the first one lowest, plus half of their range;
+        `P.weight_shape`; scales as above; zero points packed in the same way, along the rows
+    fp8 (DeepSeek-V3, Kimi K2, Qwen3-FP8)
+        `P.weight` F8_E4M3; `P.weight_scale_inv` for blocks of `weight_block_size`, or for the tensor, floats or
+        F8_E8M0; weights may have three dimensions
+    mxfp4 (gpt-oss)
+        `NAME_blocks` U8 (experts, out, in / 32, 16), the lower half of a byte first; `NAME_scales` U8 (experts, out,
+        in / 32), exponents plus 127; NAME is (experts, in, out)
+
+Codes are made into numbers when they are read (model/decoded.py). How inputs of linears are rounded when such a model
+runs plays no part here. Imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamprune.disk.checkpoint import Checkpoint, quantisation_of
+from streamprune.disk.compressed import find_compressed, read_schemes
+from streamprune.disk.encoded import FLOAT, PAIRS, EncodedRef, Encoding, alone, amiss, fits, misfit
+from streamprune.disk.float_quantized import read_scheme
+from streamprune.disk.header import TensorRef, show
+from streamprune.errors import UnsupportedError
+
+_SECTION_KEYS = ("quantization_config", "compression_config")
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_PAIR_BLOCK = 32
+_OF_INPUTS = ("input_scale", "activation_scale", "input_zero_point", "output_scale", "output_zero_point")
+
+
+@dataclass(frozen=True)
+class PlainView(Checkpoint):
+    """A quantised checkpoint, `stored`, with the weights that it stands for; its config.json says nothing of codes."""
+
+    stored: Checkpoint = field(kw_only=True)
+    method: str = field(kw_only=True)
+    """What config.json calls the quantisation."""
+
+    def content(self) -> str:
+        """As Checkpoint.content, of what is stored."""
+        return self.stored.content()
+
+    def configuration(self) -> bytes:
+        """The text of config.json for dense weights."""
+        return json.dumps(self.config, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def plain(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself if it is not quantised, else with the weights that its codes stand for.
+
+    Raises:
+        UnsupportedError: it is quantised in a way that is not known here.
+        CheckpointError: scales are missing, or do not fit their codes.
+    """
+    found = quantisation_of(checkpoint)
+    if found is None:
+        return checkpoint
+    where, description = found
+    config = checkpoint.path / "config.json"
+    if not isinstance(description, dict):
+        raise UnsupportedError(f"{config}: {where} says that the weights are quantised ({show(description)}); {_MENDS}")
+    sparsity = description.get("sparsity_config")
+    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
+        raise UnsupportedError(f"{config}: {where} says that the weights are packed; restore them with `unpack`")
+
+    def refuse(why: str) -> UnsupportedError:
+        return UnsupportedError(f"{config}: {where}: {show(why)}; {_MENDS}")
+
+    method = str(description.get("quant_method", "unknown"))
+    if method == "compressed-tensors":
+        schemes = read_schemes(description, refuse)
+        encodings = find_compressed(checkpoint, schemes)
+        method = str(description.get("format", method))
+    elif method == "fp8":
+        encodings = _find_fp8(checkpoint, _block_size(description, refuse))
+    elif method == "mxfp4":
+        encodings = _find_pairs(checkpoint)
+    else:
+        raise refuse(f"the weights are quantised ({method})")
+    return _view(checkpoint, encodings, method)
+
+
+_MENDS = (
+    "of quantised checkpoints, only compressed-tensors (float-, int-, naive- and pack-quantized), FP8 and MXFP4 ones "
+    "can be read; pass the unquantised checkpoint"
+)
+
+
+def computable(checkpoint: Checkpoint) -> Checkpoint:
+    """What `eval` computes with: compressed-tensors' FP8 with a scale a channel as it is, all else as `plain` has it.
+
+    Raises as `plain`.
+    """
+    try:
+        read_scheme(checkpoint)
+    except UnsupportedError:
+        view = plain(checkpoint)
+        if view is checkpoint:  # packed
+            raise
+        return view
+    return checkpoint
+
+
+def _view(checkpoint: Checkpoint, encodings: Mapping[str, Encoding], method: str) -> PlainView:
+    dtype = _dtype_of(checkpoint.config)
+    tensors: dict[str, TensorRef] = {}
+    parts = {part.name for encoding in encodings.values() for part in encoding.parts}
+    for name in encodings:
+        module = name.removesuffix(".weight")
+        parts |= {f"{module}.{leaf}" for leaf in (*_OF_INPUTS, "weight_shape", "weight_zero_point") if module != name}
+    names = {encoding.codes.name: name for name, encoding in encodings.items()}
+    for stored in checkpoint.tensors.values():
+        if stored.name in names:
+            name = names[stored.name]
+            if name in checkpoint.tensors and name != stored.name:
+                raise amiss(checkpoint, stored, f"is there both quantised and as {show(name)}")
+            tensors[name] = EncodedRef.whole(name, dtype, encodings[name])
+        elif stored.name not in parts:
+            tensors[stored.name] = stored
+    own = {f.name: getattr(checkpoint, f.name) for f in checkpoint.__dataclass_fields__.values()}
+    own |= {"tensors": tensors, "config": _without(checkpoint.config)}
+    return PlainView(**own, stored=checkpoint, method=method)
+
+
+def _without(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, and its sections, that say nothing of a quantisation."""
+    plain = {key: value for key, value in config.items() if key not in _SECTION_KEYS}
+    return {
+        key: {k: v for k, v in value.items() if k not in _SECTION_KEYS} if isinstance(value, dict) else value
+        for key, value in plain.items()
+    }
+
+
+def _dtype_of(config: Mapping[str, Any]) -> str:
+    """What the model's weights are when it is loaded, bf16 if config.json does not say so."""
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    said = [str(section[key]) for section in sections for key in ("dtype", "torch_dtype") if section.get(key)]
+    return next((_DTYPES[name] for text in said if (name := text.removeprefix("torch.")) in _DTYPES), "BF16")
+
+
+def _block_size(description: Mapping[str, Any], refuse: Callable[[str], UnsupportedError]) -> tuple[int, int] | None:
+    """Rows and columns of a block; None where a tensor has one scale."""
+    size = description.get("weight_block_size")
+    if size is None:
+        return None
+    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+        raise refuse(f"weight_block_size is {size}")
+    return size[0], size[1]
+
+
+def _find_fp8(checkpoint: Checkpoint, block: tuple[int, int] | None) -> dict[str, Encoding]:
+    found = {}
+    for name, ref in checkpoint.tensors.items():
+        if ref.dtype != "F8_E4M3":
+            continue
+        scale = next((s for end in ("_scale_inv", "_scale") if (s := checkpoint.tensors.get(name + end))), None)
+        if scale is None:
+            raise alone(checkpoint, ref, f"{name}_scale_inv")
+        if len(ref.shape) not in (2, 3):
+            raise amiss(checkpoint, ref, f"has {len(ref.shape)} dimensions, where FP8 weights have two or three")
+        sizes = [block] if block else []
+        sizes += [(ref.shape[-2], ref.shape[-1])]  # some tensors of a checkpoint with blocks have one scale
+        encodings = [Encoding(FLOAT, ref.shape, size, ref, scale) for size in sizes]
+        fitting = [e for e in encodings if fits(scale, e.scales)]
+        if not fitting or scale.dtype not in ("F32", "BF16", "F16", "F8_E8M0"):
+            raise misfit(checkpoint, encodings[0])
+        found[name] = fitting[0]
+    return found
+
+
+def _find_pairs(checkpoint: Checkpoint) -> dict[str, Encoding]:
+    encodings = {}
+    for name, ref in checkpoint.tensors.items():
+        whole = name.removesuffix("_blocks")
+        if name.endswith("_scales") and (whole := name.removesuffix("_scales")) + "_blocks" not in checkpoint.tensors:
+            if ref.dtype == "U8":
+                raise alone(checkpoint, ref, f"{whole}_blocks")
+            continue
+        if not name.endswith("_blocks"):
+            continue
+        scale = checkpoint.tensors.get(f"{whole}_scales")
+        if scale is None:
+            raise alone(checkpoint, ref, f"{whole}_scales")
+        if ref.dtype != "U8" or len(ref.shape) != 4 or ref.shape[-1] != _PAIR_BLOCK // 2:
+            raise amiss(
+                checkpoint, ref, f"is {ref.dtype} {list(ref.shape)}, where blocks are U8 [experts, out, in / 32, 16]"
+            )
+        experts, out, groups, _ = ref.shape
+        encoding = Encoding(PAIRS, (experts, groups * _PAIR_BLOCK, out), (1, _PAIR_BLOCK), ref, scale)
+        if scale.dtype != "U8" or scale.shape != ref.shape[:-1]:
+            raise misfit(checkpoint, encoding)
+        encodings[whole] = encoding
+    return encodings

@@ -1,0 +1,169 @@
+"""The tensors of a quantised checkpoint as the numbers that they stand for, made when they are asked for.
+
+Codes are decoded a few rows at a time, and their pages given back at once: what is in memory of a weight is what was
+asked for. A tensor is no view on the file here, and is made anew each time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.encoded import PACKED, EncodedRef, Encoding
+from streamprune.disk.header import TensorRef, show
+from streamprune.disk.mapping import TORCH_DTYPES, ShardMaps
+from streamprune.disk.quantised import PlainView
+from streamprune.errors import CheckpointError
+from streamprune.methods.decoding import decode, unpack_words
+
+_AT_ONCE = 1 << 20
+"""Weights that are decoded at once; they stay in the processor's caches."""
+
+_NAN = 255
+"""The exponent that says NaN where scales are exponents."""
+
+
+def maps_of(checkpoint: Checkpoint) -> ShardMaps:
+    """What maps a checkpoint's tensors, quantised or not."""
+    return DecodedMaps(checkpoint) if isinstance(checkpoint, PlainView) else ShardMaps(checkpoint)
+
+
+class DecodedMaps(ShardMaps):
+    """As ShardMaps, of a PlainView. Also raises CheckpointError for scales that are no finite numbers."""
+
+    def tensor(self, ref: TensorRef) -> Tensor:
+        if not isinstance(ref, EncodedRef):
+            return super().tensor(ref)
+        return self._values(ref, ref.begin, ref.shape)
+
+    def rows(self, ref: TensorRef, start: int, stop: int) -> Tensor:
+        if not isinstance(ref, EncodedRef):
+            return super().rows(ref, start, stop)
+        if not 0 <= start <= stop <= ref.shape[0]:
+            raise IndexError(f"rows {start} to {stop} of {ref.name} with shape {list(ref.shape)}")
+        row = math.prod(ref.shape[1:]) * TORCH_DTYPES[ref.dtype].itemsize
+        return self._values(ref, ref.begin + start * row, (stop - start, *ref.shape[1:]))
+
+    def raw(self, ref: TensorRef) -> memoryview:
+        if not isinstance(ref, EncodedRef):
+            return super().raw(ref)
+        width = ref.encoding.shape[-1]
+        row = width * TORCH_DTYPES[ref.dtype].itemsize
+        first = ref.begin // row
+        found = self._values(ref, first * row, (-(-ref.end // row) - first, width))
+        data: memoryview = found.reshape(-1).view(torch.uint8).numpy().data
+        return data[ref.begin - first * row : ref.end - first * row].toreadonly()
+
+    def prefetch(self, refs: Iterable[TensorRef]) -> None:
+        super().prefetch(_stored(refs))
+
+    def release(self, refs: Iterable[TensorRef], *, drop_cache: bool = False) -> None:
+        super().release(_stored(refs), drop_cache=drop_cache)
+
+    def _values(self, ref: EncodedRef, begin: int, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of `shape` from byte `begin` of the whole weight on, which is where a row of it begins."""
+        encoding, dtype = ref.encoding, TORCH_DTYPES[ref.dtype]
+        out = torch.empty(shape, dtype=dtype)
+        matrix = out.view(-1, encoding.shape[-1])
+        first, high = begin // (encoding.shape[-1] * dtype.itemsize), encoding.shape[-2]
+        done = 0
+        while done < len(matrix):  # one of the weight's matrices after the other
+            number, top = divmod(first + done, high)
+            count = min(high - top, len(matrix) - done)
+            into = matrix[done : done + count]
+            if encoding.transposed:
+                self._decode_across(encoding, number, top, into)
+            else:
+                self._decode(encoding, number, top, into)
+            done += count
+        return out
+
+    def _decode(self, encoding: Encoding, number: int, top: int, out: Tensor) -> None:
+        """Rows of a matrix from `top` on."""
+        high, width = encoding.matrix
+        step = max(1, _AT_ONCE // width)
+        for at in range(0, len(out), step):
+            begin, end = top + at, min(top + len(out), top + at + step)
+            which = torch.arange(begin, end) // encoding.block[0]
+            scale, zero = self._scales(encoding, number, which), self._zeros(encoding, which)
+            first = number * high
+            codes = self._codes(encoding, first + begin, first + end)
+            dtype = out.dtype if encoding.rounded == "F32" else TORCH_DTYPES[encoding.rounded]
+            found = decode(encoding.kind, codes, scale, zero, width, encoding.block[1], encoding.bits, dtype)
+            out[at : at + end - begin] = found
+            self._let_go(encoding, first + begin, first + end)
+
+    def _decode_across(self, encoding: Encoding, number: int, top: int, out: Tensor) -> None:
+        """Columns of a matrix, as it is stored, from `top` on: rows of `out` (n, rows)."""
+        high, _ = encoding.matrix
+        unit = encoding.block[1]
+        groups = slice(top // unit, -(-(top + len(out)) // unit))
+        width = (groups.stop - groups.start) * unit
+        left = top - groups.start * unit
+        step = max(1, _AT_ONCE // width)
+        for begin in range(0, high, step):
+            end = min(high, begin + step)
+            first = number * high
+            scale = self._scales(encoding, number, torch.arange(begin, end))[:, groups]
+            codes = self._codes(encoding, first + begin, first + end)[:, groups]
+            found = decode(encoding.kind, codes, scale, None, width, unit, encoding.bits, torch.bfloat16)
+            out[:, begin:end] = found[:, left : left + len(out)].t()
+            self._let_go(encoding, first + begin, first + end)
+
+    def _codes(self, encoding: Encoding, begin: int, end: int) -> Tensor:
+        """Rows of codes, counted through all matrices."""
+        return super().tensor(_rows_of(encoding.codes, len(encoding.shape) - 1, begin, end))
+
+    def _let_go(self, encoding: Encoding, begin: int, end: int) -> None:
+        super().release([_rows_of(encoding.codes, len(encoding.shape) - 1, begin, end)])
+
+    def _scales(self, encoding: Encoding, number: int, which: Tensor) -> Tensor:
+        """The scales of a matrix in these rows of scales: float32, or uint8 where they are exponents."""
+        _, high, wide = encoding.scales
+        low = int(which[0])
+        some = super().tensor(encoding.scale).reshape(-1, high, wide)[number, low : int(which[-1]) + 1]
+        found = (some if encoding.transposed else some.float())[which - low]
+        bad = found == _NAN if encoding.transposed else ~torch.isfinite(found)
+        if bool(bad.any()):
+            row, column = (int(n) for n in bad.nonzero()[0])
+            says = "nan" if encoding.transposed else float(found[row, column])
+            raise CheckpointError(
+                f"{encoding.scale.shard}: tensor {show(encoding.scale.name)} is {says} for {show(encoding.codes.name)} "
+                f"(row {int(which[row])}, column {column} of scales); the checkpoint is damaged, download it again"
+            )
+        return found
+
+    def _zeros(self, encoding: Encoding, which: Tensor) -> Tensor | None:
+        if encoding.zero is None:
+            return None
+        _, high, wide = encoding.scales
+        stored = super().tensor(encoding.zero)
+        if encoding.kind == PACKED:
+            stored = unpack_words(stored.reshape(-1, wide).t(), encoding.bits, high).t()
+        return stored.reshape(high, wide)[which].float()
+
+
+def _rows_of(codes: TensorRef, axes: int, begin: int, end: int) -> TensorRef:
+    """Rows of codes along their first `axes` axes, which count as one."""
+    within = codes.shape[axes:]
+    size = codes.nbytes // math.prod(codes.shape[:axes])
+    return TensorRef(
+        codes.name,
+        codes.shard,
+        codes.dtype,
+        (end - begin, *within),
+        codes.begin + begin * size,
+        codes.begin + end * size,
+    )
+
+
+def _stored(refs: Iterable[TensorRef]) -> Iterator[TensorRef]:
+    for ref in refs:
+        if isinstance(ref, EncodedRef):
+            yield from ref.stored
+        else:
+            yield ref

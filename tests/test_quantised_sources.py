@@ -1,0 +1,278 @@
+"""Quantised checkpoints: what codes stand for, what is pruned of it, and what is refused.
+
+The reference is what transformers and compressed-tensors make of the same files (quantised_files.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calls import calibrate, evaluate, plan, prune
+from mixtures import save_mixture
+from quantised_files import FP8, FUSED, LINEARS, blocks_of, compressed, pairs_of, quantise, rewritten
+from safetensors.torch import save_file
+from whole_model import in_memory, stored
+
+from streamprune.disk.checkpoint import open_checkpoint
+from streamprune.disk.encoded import EncodedRef
+from streamprune.disk.quantised import PlainView, plain
+from streamprune.model.decoded import maps_of
+
+GIVEN: dict[str, Any] = {"samples": 4, "seqlen": 24, "seed": 3, "dtype": "float32", "pattern": "2:4"}
+
+Models = Callable[..., Path]
+Both = tuple[Path, Path]
+
+FORMATS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    "float channel": lambda: compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
+    "float tensor": lambda: compressed("float-quantized", num_bits=8, type="float", strategy="tensor"),
+    "int channel": lambda: compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=True),
+    "naive group, zeros": lambda: compressed(
+        "naive-quantized", num_bits=8, type="int", strategy="group", group_size=16, symmetric=False
+    ),
+    "packed 4, groups": lambda: compressed(
+        "pack-quantized", num_bits=4, type="int", strategy="group", group_size=16, symmetric=True
+    ),
+    "packed 4, zeros": lambda: compressed(
+        "pack-quantized", num_bits=4, type="int", strategy="group", group_size=8, symmetric=False
+    ),
+    "packed 8, channel": lambda: compressed(
+        "pack-quantized", num_bits=8, type="int", strategy="channel", symmetric=False
+    ),
+    "blocks": blocks_of,
+    "blocks, powers": lambda: blocks_of((8, 16), torch.float8_e8m0fnu),
+    "blocks, bf16": lambda: blocks_of((16, 32), torch.bfloat16),
+}  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def made(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Both]:
+    """made(format) -> a quantised llama, and the dense one that it stands for. Do not write there."""
+    known: dict[str, Both] = {}
+
+    def get(form: str) -> Both:
+        if form not in known:
+            known[form] = quantise(models("llama", layers=2), tmp_path_factory.mktemp("coded"), *FORMATS[form]())
+        return known[form]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Both]:
+    """experts(kind) -> a quantised mixture, and the dense one. Do not write there."""
+    known: dict[str, Both] = {}
+
+    def get(kind: str) -> Both:
+        if kind not in known:
+            folder = tmp_path_factory.mktemp(kind)
+            if kind == "gpt_oss":
+                source = save_mixture(folder / "source", kind, "bfloat16", hidden_size=64, intermediate_size=96)
+                known[kind] = quantise(source, folder, *pairs_of(), FUSED)
+            else:
+                source = save_mixture(folder / "source", kind, "bfloat16")
+                known[kind] = quantise(source, folder, *blocks_of((8, 16)))
+        return known[kind]
+
+    return get
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_numbers_are_those_of_the_libraries(form: str, made: Callable[[str], Both]) -> None:
+    """Whole, in rows, and as bytes; and the rest of the checkpoint is as it was."""
+    coded, dense = made(form)
+    check_numbers(coded, dense)
+
+
+def check_numbers(coded: Path, dense: Path) -> None:
+    wanted, view = stored(dense), plain(open_checkpoint(coded))
+    assert isinstance(view, PlainView) and set(view.tensors) == set(wanted)
+    assert "quantization_config" not in view.config
+    decoded = 0
+    with maps_of(view) as maps:
+        for name, ref in view.tensors.items():
+            assert same_tensor(maps.tensor(ref), wanted[name]), name
+            if not isinstance(ref, EncodedRef):
+                continue
+            decoded += 1
+            some = slice(1, ref.shape[0] - 1)
+            assert same_tensor(maps.rows(ref, some.start, some.stop), wanted[name][some]), name
+            assert bytes(maps.raw(ref)) == wanted[name].view(torch.uint8).numpy().tobytes()
+    assert decoded
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss"])
+def test_numbers_of_experts(kind: str, experts: Callable[[str], Both], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamprune.model.decoded._AT_ONCE", 200)  # a few rows at a time
+    check_numbers(*experts(kind))
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (3, 40, 50)])
+@pytest.mark.parametrize("at_once", [1, 333, 1 << 20])
+def test_blocks_that_do_not_divide_the_weight(
+    shape: tuple[int, ...], at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in DeepSeek's 576 rows: the last block is smaller. transformers refuses these, so float64 is the reference."""
+    monkeypatch.setattr("streamprune.model.decoded._AT_ONCE", at_once)
+    torch.manual_seed(0)
+    codes, scale = torch.randn(shape).to(FP8), torch.rand(*shape[:-2], 3, 4) + 0.5
+    save_file({"a.weight": codes, "a.weight_scale_inv": scale}, tmp_path / "model.safetensors")
+    config = {"dtype": "float32", "quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    by = scale.double().repeat_interleave(16, -2).repeat_interleave(16, -1)[..., :40, :50]
+    view = plain(open_checkpoint(tmp_path))
+    with maps_of(view) as maps:
+        found = maps.tensor(view.tensors["a.weight"])
+        assert found.dtype == torch.float32
+        assert torch.equal(found, (codes.double() * by).float())
+        data = maps.raw(view.tensors["a.weight"])
+        assert bytes(data) == found.numpy().tobytes()
+
+
+def test_all_numbers_of_mxfp4(tmp_path: Path) -> None:
+    """Every byte with every exponent but NaN's, as transformers has it."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    scales = torch.arange(255, dtype=torch.uint8).repeat_interleave(16).view(1, 255, 16)
+    blocks = torch.arange(256, dtype=torch.uint8).repeat(255).view(1, 255, 16, 16)
+    save_file({"a_blocks": blocks, "a_scales": scales}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "mxfp4"}}))
+    view = plain(open_checkpoint(tmp_path))
+    wanted = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+    with maps_of(view) as maps:
+        ref = view.tensors["a"]
+        assert same_tensor(maps.tensor(ref), wanted)
+        for begin, end in ((0, 1), (31, 33), (200, 512), (5, 5)):
+            part = maps.rows(
+                EncodedRef(ref.name, ref.shard, ref.dtype, ref.shape[1:], 0, ref.nbytes, ref.encoding), begin, end
+            )
+            assert same_tensor(part, wanted[0, begin:end])
+
+
+def test_pages_are_given_back(made: Callable[[str], Both]) -> None:
+    """What decoding has read is released, and releasing a view's tensors releases what they are made of."""
+    view = plain(open_checkpoint(made("blocks")[0]))
+    ref = next(r for r in view.tensors.values() if isinstance(r, EncodedRef))
+    released = [part.name for part in ref.stored]
+    assert released == [ref.name, f"{ref.name}_scale_inv"]
+    half = replace(ref, begin=ref.nbytes // 2)
+    codes = next(iter(half.stored))
+    assert codes.nbytes == ref.encoding.codes.nbytes // 2 and codes.end == ref.encoding.codes.end
+    with maps_of(view) as maps:
+        maps.release([half])
+        maps.prefetch([half])
+
+
+# ---- jobs
+
+
+@pytest.mark.parametrize("form", ["float channel", "blocks", "packed 4, zeros", "naive group, zeros"])
+def test_pruned_as_the_dense_model_is(form: str, made: Callable[[str], Both], text: Path, tmp_path: Path) -> None:
+    """Byte for byte; and the output is a plain checkpoint, which transformers loads."""
+    coded, dense = made(form)
+    outs = [prune(model, tmp_path / str(i), calib=text, **GIVEN).out for i, model in enumerate((coded, dense))]
+    assert weights(outs[0]) == weights(outs[1])
+    config = json.loads((outs[0] / "config.json").read_text())
+    assert config == json.loads((dense / "config.json").read_text())
+    in_memory(outs[0])
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("more", [{}, {"method": "wanda", "refit": "sparsegpt"}], ids=["mask", "refit"])
+def test_experts_are_pruned_as_the_dense_ones_are(
+    kind: str, more: dict[str, Any], experts: Callable[[str], Both], text: Path, tmp_path: Path
+) -> None:
+    coded, dense = experts(kind)
+    outs = [prune(m, tmp_path / str(i), calib=text, **GIVEN, **more).out for i, m in enumerate((coded, dense))]
+    assert weights(outs[0]) == weights(outs[1])
+    assert stored(outs[0]).keys() == stored(dense).keys()
+
+
+def test_our_own_fp8_is_pruned_again(models: Models, text: Path, tmp_path: Path) -> None:
+    """To 2:4 and FP8, and that to 2:4 again, in bf16 and in FP8: as its dense model would be, and the zeros stay."""
+    source = models("llama", layers=2)
+    first = prune(source, tmp_path / "first", calib=text, **GIVEN, quantize="fp8").out
+
+    def decode(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name, t in tensors.items() if t.dtype == FP8]:
+            tensors[name] = tensors[name].to(torch.bfloat16) * tensors.pop(f"{name}_scale")
+
+    (tmp_path / "one").mkdir()
+    one = rewritten(first, tmp_path / "one" / "model", decode)
+    for file in one.glob("model-*"):
+        file.unlink()
+    (one / "model.safetensors.index.json").unlink()
+    (one / "config.json").write_bytes((source / "config.json").read_bytes())
+    for how in ("none", "fp8"):
+        outs = [prune(m, tmp_path / f"{how} {m.name}", calib=text, **GIVEN, quantize=how).out for m in (first, one)]
+        assert weights(outs[0]) == weights(outs[1])
+        kept = stored(outs[0])
+        for name, tensor in stored(one).items():
+            assert torch.equal(kept[name].float() == 0, tensor == 0) or not LINEARS.search(name), name
+    assert [t.dtype for t in kept.values()] == [t.dtype for t in stored(first).values()]
+    assert json.loads((outs[0] / "config.json").read_text())["quantization_config"]["format"] == "float-quantized"
+
+
+def test_statistics_plan_and_eval(made: Callable[[str], Both], text: Path, tmp_path: Path) -> None:
+    """The other verbs see the dense model."""
+    coded, dense = made("blocks")
+    given = {k: v for k, v in GIVEN.items() if k != "pattern"}
+    for model in (coded, dense):
+        calibrate(model, tmp_path / f"{model.name}.safetensors", calib=text, **given)
+    out = prune(coded, tmp_path / "out", pattern="2:4", stats=tmp_path / "coded.safetensors").out
+    same = prune(dense, tmp_path / "same", pattern="2:4", stats=tmp_path / "dense.safetensors").out
+    assert weights(out) == weights(same)
+    plans = [plan(model, pattern="2:4", samples=4, seqlen=24) for model in (coded, dense)]
+    assert plans[0].output_bytes == plans[1].output_bytes and plans[0].parameters == plans[1].parameters
+    found = [evaluate(m, text, seqlen=24, windows=4, dtype="float32") for m in (coded, dense)]
+    assert found[0].nll == found[1].nll
+    apart = evaluate(dense, text, reference=coded, seqlen=24, windows=4, dtype="float32")
+    assert apart.kl == 0
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss"])
+def test_eval_of_experts(kind: str, experts: Callable[[str], Both], text: Path) -> None:
+    found = [evaluate(m, text, seqlen=24, windows=4, dtype="bfloat16") for m in experts(kind)]
+    assert found[0].nll == found[1].nll and math.isfinite(found[0].nll)
+
+
+def test_resumes(made: Callable[[str], Both], text: Path, tmp_path: Path) -> None:
+    """Stopped after a stage, the job goes on with the rest."""
+    coded, dense = made("blocks")
+    whole = prune(dense, tmp_path / "whole", calib=text, **GIVEN).out
+
+    class Stopped(Exception):  # noqa: N818
+        pass
+
+    def stop(progress: Any) -> None:
+        if progress.done == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        prune(coded, tmp_path / "out", calib=text, **GIVEN, progress=stop)
+    assert not (tmp_path / "out").exists()
+    stages: list[str] = []
+    done = prune(coded, tmp_path / "out", calib=text, **GIVEN, progress=lambda p: stages.append(p.name))
+    assert 0 < len(stages) < 4
+    assert weights(done.out) == weights(whole)
+    assert prune(coded, tmp_path / "out", calib=text, **GIVEN).status == "up-to-date"
