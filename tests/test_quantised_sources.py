@@ -17,12 +17,17 @@ import torch
 from calls import calibrate, evaluate, plan, prune
 from mixtures import save_mixture
 from quantised_files import FP8, FUSED, LINEARS, blocks_of, compressed, pairs_of, quantise, rewritten
+from refusals import refused
 from safetensors.torch import save_file
+from stand_in import Card, plugged_in
 from whole_model import in_memory, stored
 
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.encoded import EncodedRef
 from streamprune.disk.quantised import PlainView, plain
+from streamprune.errors import CheckpointError, UnsupportedError
+from streamprune.inspection.inspect import inspect
+from streamprune.model.budget import Layout
 from streamprune.model.decoded import maps_of
 
 GIVEN: dict[str, Any] = {"samples": 4, "seqlen": 24, "seed": 3, "dtype": "float32", "pattern": "2:4"}
@@ -276,3 +281,171 @@ def test_resumes(made: Callable[[str], Both], text: Path, tmp_path: Path) -> Non
     assert 0 < len(stages) < 4
     assert weights(done.out) == weights(whole)
     assert prune(coded, tmp_path / "out", calib=text, **GIVEN).status == "up-to-date"
+
+
+def test_layers_that_no_model_has_are_decoded_too(experts: Callable[[str], Both], text: Path, tmp_path: Path) -> None:
+    """Those that predict further tokens are carried over, as what they stand for."""
+    coded, dense = experts("deepseek_v3")
+    name = "model.layers.2.mlp.gate_proj.weight"
+    encode, _ = blocks_of((8, 16))
+    parts, stands_for = encode(name, torch.randn(32, 64).to(torch.bfloat16))
+    more = []
+    for model, tensors in ((coded, parts), (dense, {name: stands_for})):
+        more.append(rewritten(model, tmp_path / model.name, lambda found, tensors=tensors: found.update(tensors)))
+        config = json.loads((model / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+        (more[-1] / "config.json").write_text(json.dumps(config))
+    outs = [prune(model, tmp_path / f"out {model.name}", method="magnitude", pattern="2:4").out for model in more]
+    assert weights(outs[0]) == weights(outs[1])
+    assert same_tensor(stored(outs[0])[name], stands_for)
+
+
+def test_the_report_says_what_the_source_was(made: Callable[[str], Both], tmp_path: Path) -> None:
+    done = prune(made("blocks")[0], tmp_path / "out", method="magnitude", pattern="2:4")
+    assert done.report["dequantised"] == "fp8"
+    assert any("(fp8)" in note for note in done.notes), done.notes
+    done = prune(made("blocks")[1], tmp_path / "plain", method="magnitude", pattern="2:4")
+    assert "dequantised" not in done.report and not done.notes
+
+
+@pytest.mark.parametrize("form", ["float channel", "blocks", "packed 4, zeros"])
+def test_inspected(form: str, made: Callable[[str], Both], text: Path, tmp_path: Path) -> None:
+    """As much is zero as in the dense model, and what was pruned kept its values."""
+    coded, dense = made(form)
+    found, plainly = inspect(coded), inspect(dense)
+    assert [(n.name, n.shape, n.zeros) for n in found.linears] == [(n.name, n.shape, n.zeros) for n in plainly.linears]
+    assert sum(n.nbytes for n in found.linears) < 0.7 * sum(n.nbytes for n in plainly.linears)
+    out = prune(coded, tmp_path / "out", method="magnitude", pattern="2:4").out
+    against = inspect(out, against=coded, expect="2:4")
+    assert against.ok, against.failures
+    assert {n.difference.kept_changed for n in against.linears if n.difference} == {0}
+
+
+def test_experts_are_inspected(experts: Callable[[str], Both]) -> None:
+    for kind in ("deepseek_v3", "gpt_oss"):
+        found, plainly = (inspect(model) for model in experts(kind))
+        assert [(n.name, n.zeros) for n in found.linears] == [(n.name, n.zeros) for n in plainly.linears]
+
+
+# ---- what is refused
+
+Tensors = dict[str, torch.Tensor]
+Q = "model.layers.1.self_attn.q_proj"
+
+
+def _spoil(name: str, place: int, value: float) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        flat = tensors[name].clone()
+        if flat.dtype == FP8:
+            flat.view(torch.uint8).view(-1)[place] = 0x7F
+        else:
+            flat.view(-1)[place] = value
+        tensors[name] = flat
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "needles"),
+    [
+        ("blocks", lambda t: t.pop(f"{Q}.weight_scale_inv"), (f"{Q}.weight_scale_inv", "without")),
+        ("blocks", lambda t: t.update({f"{Q}.weight_scale_inv": torch.ones(2, 3)}), ("[2, 3]", "[1, 2, 2]")),
+        ("blocks", lambda t: t.update({f"{Q}.weight_scale_inv": torch.ones(2, 2).double()}), ("F64", "no scales")),
+        ("blocks", _spoil(f"{Q}.weight_scale_inv", 2, math.nan), (f"{Q}.weight_scale_inv is nan", "row 1, column 0")),
+        ("blocks", _spoil(f"{Q}.weight_scale_inv", 0, math.inf), (f"{Q}.weight_scale_inv is inf",)),
+        ("blocks", _spoil(f"{Q}.weight", 33, 0), (f"{Q}.weight is nan at [1, 1]",)),
+        ("float channel", lambda t: t.pop(f"{Q}.weight_scale"), (f"{Q}.weight_scale", "without")),
+        ("float channel", lambda t: t.update({f"{Q}.weight_scale": torch.ones(31, 1)}), ("[31, 1]", "no scales")),
+        ("packed 4, zeros", lambda t: t.pop(f"{Q}.weight_shape"), (f"{Q}.weight_shape", "without")),
+        ("packed 4, zeros", lambda t: t.update({f"{Q}.weight_shape": torch.tensor([32, -1])}), ("which is no shape",)),
+        ("packed 4, zeros", lambda t: t.update({f"{Q}.weight_shape": torch.tensor([32, 64])}), ("[32, 64]",)),
+        ("packed 4, zeros", lambda t: t.update({f"{Q}.weight_zero_point": torch.ones(3, 4).int()}), ("zero points",)),
+        ("packed 4, zeros", lambda t: t.pop(f"{Q}.weight_zero_point"), (f"{Q}.weight_zero_point", "without")),
+        ("packed 4, zeros", _spoil(f"{Q}.weight_scale", 5, math.nan), (f"{Q}.weight_scale is nan", "row 1, column 1")),
+    ],
+)
+def test_damaged(
+    form: str, change: Any, needles: tuple[str, ...], made: Callable[[str], Both], text: Path, tmp_path: Path
+) -> None:
+    model = rewritten(made(form)[0], tmp_path / "model", change)
+    said = refused(CheckpointError, lambda: prune(model, tmp_path / "out", calib=text, **GIVEN), *needles)
+    assert "model.safetensors" in said
+    assert CheckpointError.exit_code == 3
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+E0 = "model.layers.0.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "needles"),
+    [
+        (lambda t: t.pop(f"{E0}_scales"), (f"{E0}_scales", "without")),
+        (lambda t: t.pop(f"{E0}_blocks"), (f"{E0}_blocks", "without")),
+        (lambda t: t.update({f"{E0}_scales": t[f"{E0}_scales"][:, 1:].clone()}), ("no scales",)),
+        (lambda t: t.update({f"{E0}_blocks": t[f"{E0}_blocks"].short()}), ("I16", "blocks are U8")),
+        (_spoil(f"{E0}_scales", 7, 255), (f"{E0}_scales is nan", "row 2, column 1")),
+        (lambda t: t.update({E0: torch.ones(2)}), ("both quantised and as",)),
+    ],
+)
+def test_damaged_mxfp4(
+    change: Any, needles: tuple[str, ...], experts: Callable[[str], Both], text: Path, tmp_path: Path
+) -> None:
+    model = rewritten(experts("gpt_oss")[0], tmp_path / "model", change)
+    refused(CheckpointError, lambda: prune(model, tmp_path / "out", calib=text, **GIVEN), *needles)
+
+
+WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("description", "needle"),
+    [
+        ("awq", "awq"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "weight_block_size"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "config_groups"),
+        ({"format": "nvfp4-pack-quantized", "config_groups": {"g": {"weights": WEIGHTS}}}, "nvfp4-pack-quantized"),
+        ({"format": "pack-quantized", "config_groups": {"g": {"weights": WEIGHTS | {"num_bits": 3}}}}, "num_bits 3"),
+        ({"format": "pack-quantized", "config_groups": {"g": {"weights": WEIGHTS | {"group_size": 0}}}}, "groups of 0"),
+        (
+            {"format": "pack-quantized", "config_groups": {"g": {"weights": WEIGHTS}}, "transform_config": {"a": 1}},
+            "rotated",
+        ),
+        ({"format": "pack-quantized", "config_groups": {"g": {}}}, "weights as None"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "unpack"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(
+    description: Any, needle: str, models: Models, text: Path, tmp_path: Path
+) -> None:
+    model = rewritten(models("llama", layers=2), tmp_path / "model", lambda t: None)
+    if isinstance(description, dict):
+        description = {"quant_method": "compressed-tensors", **description}
+    config = json.loads((model / "config.json").read_text()) | {"quantization_config": description}
+    (model / "config.json").write_text(json.dumps(config))
+    for call in (
+        lambda: prune(model, tmp_path / "out", calib=text, **GIVEN),
+        lambda: evaluate(model, text, seqlen=24),
+        lambda: plan(model, pattern="2:4"),
+    ):
+        refused(UnsupportedError, call, "config.json", needle)
+
+
+def test_an_order_of_columns_is_refused(made: Callable[[str], Both], tmp_path: Path) -> None:
+    order = {f"{Q}.weight_g_idx": torch.arange(32, dtype=torch.int32)}
+    model = rewritten(made("packed 4, groups")[0], tmp_path / "model", lambda t: t.update(order))
+    refused(UnsupportedError, lambda: prune(model, tmp_path / "out", method="magnitude", pattern="2:4"), "weight_g_idx")
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss"])
+def test_on_a_device(
+    kind: str, experts: Callable[[str], Both], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoded weights travel to a device, in pieces, as stored ones do."""
+    layout = Layout(2, 2, True, 0)
+    monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: layout)
+    monkeypatch.setattr("streamprune.model.loader._PIECE_BYTES", 1000)
+    given = {**GIVEN, "calib": text, "device": "cuda:0", "backend": "torch"}
+    with plugged_in(Card()):
+        outs = [prune(m, tmp_path / str(i), **given).out for i, m in enumerate(experts(kind))]
+    assert weights(outs[0]) == weights(outs[1])

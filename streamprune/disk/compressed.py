@@ -34,7 +34,8 @@ class Scheme:
     strategy: str
     group_size: int
     block: tuple[int, int]
-    symmetric: bool
+    has_zeros: bool
+    """Whether codes have zero points, which a floating-point code never has."""
 
     def block_of(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns of a matrix that share a scale."""
@@ -77,12 +78,12 @@ def _scheme(packed: bool, weights: Mapping[str, Any], refuse: Callable[[str], Un
         raise refuse(f"the block_structure is {block}")
     if strategy == "block" and min(block) < 1:
         raise refuse(f"the block_structure is {block}")
-    symmetric = weights.get("symmetric", True) is not False
-    if packed and not symmetric and strategy not in ("group", "channel"):
+    has_zeros = weights.get("symmetric", True) is False and kind == "int"
+    if packed and has_zeros and strategy not in ("group", "channel"):
         raise refuse(f"zero points of the strategy {strategy}")
     form = PACKED if packed else INTEGER if kind == "int" else FLOAT
     return Scheme(
-        packed, form, int(str(bits)), strategy, size if type(size) is int else 0, (block[0], block[1]), symmetric
+        packed, form, int(str(bits)), strategy, size if type(size) is int else 0, (block[0], block[1]), has_zeros
     )
 
 
@@ -113,6 +114,8 @@ def find_compressed(checkpoint: Checkpoint, schemes: Sequence[Scheme]) -> dict[s
             raise amiss(checkpoint, ref, f"has {len(ref.shape)} dimensions, where quantised weights have two")
         tried = [_encoding(tensors, ref, scale, shape, s) for s in schemes if s.packed == packed]
         fitting = [encoding for encoding in tried if encoding is not None]
+        if all(s.has_zeros for s in schemes) and f"{module}.weight_zero_point" not in tensors:
+            raise alone(checkpoint, ref, f"{module}.weight_zero_point")
         right = [e for e in fitting if fits(scale, e.scales) and scale.dtype in _SCALES and _zero_fits(e)]
         if not right:
             raise _why_not(checkpoint, ref, scale, shape, fitting)
@@ -130,7 +133,7 @@ def _encoding(
             return None
     elif ref.dtype != ("F8_E4M3" if scheme.kind == FLOAT else "I8"):
         return None
-    zero = None if scheme.symmetric else tensors.get(f"{ref.name.rpartition('.')[0]}.weight_zero_point")
+    zero = None if not scheme.has_zeros else tensors.get(f"{ref.name.rpartition('.')[0]}.weight_zero_point")
     return Encoding(
         scheme.kind, shape, scheme.block_of(rows, columns), ref, scale, zero, scheme.bits,
         scale.dtype if scale.dtype in _SCALES else "F32",

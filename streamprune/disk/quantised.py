@@ -27,7 +27,7 @@ from typing import Any
 from streamprune.disk.checkpoint import Checkpoint, quantisation_of
 from streamprune.disk.compressed import find_compressed, read_schemes
 from streamprune.disk.encoded import FLOAT, PAIRS, EncodedRef, Encoding, alone, amiss, fits, misfit
-from streamprune.disk.float_quantized import read_scheme
+from streamprune.disk.float_quantized import FORMAT, read_scheme
 from streamprune.disk.header import TensorRef, show
 from streamprune.errors import UnsupportedError
 
@@ -108,6 +108,24 @@ def computable(checkpoint: Checkpoint) -> Checkpoint:
             raise
         return view
     return checkpoint
+
+
+def inspectable(checkpoint: Checkpoint, against: Checkpoint | None = None) -> Checkpoint:
+    """What `inspect` looks at: FP8 of compressed-tensors as it is, with its faults; all else as `plain` has it.
+
+    As it is, too, is what is not known. `against` a plain checkpoint, FP8 is as plain as all else: what was made of it
+    was made of rounded numbers. Raises CheckpointError as `plain`.
+    """
+    found = quantisation_of(checkpoint)
+    if found is None:
+        return checkpoint
+    as_it_is = isinstance(found[1], dict) and found[1].get("format") == FORMAT
+    if as_it_is and (against is None or quantisation_of(against) is not None):
+        return checkpoint
+    try:
+        return plain(checkpoint)
+    except UnsupportedError:
+        return checkpoint
 
 
 def _view(checkpoint: Checkpoint, encodings: Mapping[str, Encoding], method: str) -> PlainView:

@@ -20,6 +20,7 @@ from streamprune.disk.header import show
 from streamprune.disk.hub import resolve_model
 from streamprune.disk.linears import FLOATING, by_number, compile_filter, is_transposed
 from streamprune.disk.mapping import ShardMaps
+from streamprune.disk.quantised import inspectable
 from streamprune.errors import UnsupportedError, UsageError
 from streamprune.inspection.count import inspect_linear, parse_expectation
 from streamprune.inspection.difference import (
@@ -36,6 +37,7 @@ from streamprune.inspection.difference import (
 )
 from streamprune.inspection.report import Inspection, LinearReport, totals_of
 from streamprune.inspection.stored import StoredTensor, find_tensors, linears_of
+from streamprune.model.decoded import maps_of
 from streamprune.process import interrupts
 
 
@@ -72,7 +74,7 @@ def inspect(
     failures: list[str] = []
     with contextlib.ExitStack() as stack:
         mine = _open(resolve_model(model, revision=revision, quiet=quiet), stack)
-        source = None if against is None else _open(resolve_model(against, quiet=quiet), stack)
+        source = None if against is None else _open(resolve_model(against, quiet=quiet), stack, mine.checkpoint)
         for name in _choose(mine, chosen):
             interrupts.check()
             tensor = mine.linears[name]
@@ -119,9 +121,9 @@ class _Filter:
         return (not self.keep or bool(self.keep.search(name))) and not (self.drop and self.drop.search(name))
 
 
-def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
-    checkpoint = open_checkpoint(path)
-    maps = stack.enter_context(ShardMaps(checkpoint))
+def _open(path: Path, stack: contextlib.ExitStack, against: Checkpoint | None = None) -> _Opened:
+    checkpoint = inspectable(open_checkpoint(path), against)
+    maps = stack.enter_context(maps_of(checkpoint))
     tensors = find_tensors(checkpoint, maps)
     return _Opened(checkpoint, maps, tensors, linears_of(checkpoint, tensors))
 

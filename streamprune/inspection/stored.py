@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.encoded import EncodedRef
 from streamprune.disk.header import DTYPE_BITS, TensorRef
 from streamprune.disk.linears import expert_names, find_linears
 from streamprune.disk.mapping import ShardMaps
@@ -43,7 +44,11 @@ class StoredTensor:
     @property
     def parts(self) -> tuple[TensorRef, ...]:
         """All tensors on disk that it consists of, scales included."""
-        main = self.stored.parts if isinstance(self.stored, PackedTensor) else (self.stored,)
+        stored = self.stored
+        if isinstance(stored, PackedTensor):
+            main = stored.parts
+        else:
+            main = tuple(stored.stored) if isinstance(stored, EncodedRef) else (stored,)
         return main if self.scale is None else (*main, self.scale)
 
     @property

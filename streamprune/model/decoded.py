@@ -15,7 +15,7 @@ from torch import Tensor
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.encoded import PACKED, EncodedRef, Encoding
 from streamprune.disk.header import TensorRef, show
-from streamprune.disk.mapping import TORCH_DTYPES, ShardMaps
+from streamprune.disk.mapping import SAFETENSORS_DTYPES, ShardMaps
 from streamprune.disk.quantised import PlainView
 from streamprune.errors import CheckpointError
 from streamprune.methods.decoding import decode, unpack_words
@@ -45,14 +45,14 @@ class DecodedMaps(ShardMaps):
             return super().rows(ref, start, stop)
         if not 0 <= start <= stop <= ref.shape[0]:
             raise IndexError(f"rows {start} to {stop} of {ref.name} with shape {list(ref.shape)}")
-        row = math.prod(ref.shape[1:]) * TORCH_DTYPES[ref.dtype].itemsize
+        row = math.prod(ref.shape[1:]) * SAFETENSORS_DTYPES[ref.dtype].itemsize
         return self._values(ref, ref.begin + start * row, (stop - start, *ref.shape[1:]))
 
     def raw(self, ref: TensorRef) -> memoryview:
         if not isinstance(ref, EncodedRef):
             return super().raw(ref)
         width = ref.encoding.shape[-1]
-        row = width * TORCH_DTYPES[ref.dtype].itemsize
+        row = width * SAFETENSORS_DTYPES[ref.dtype].itemsize
         first = ref.begin // row
         found = self._values(ref, first * row, (-(-ref.end // row) - first, width))
         data: memoryview = found.reshape(-1).view(torch.uint8).numpy().data
@@ -66,7 +66,7 @@ class DecodedMaps(ShardMaps):
 
     def _values(self, ref: EncodedRef, begin: int, shape: tuple[int, ...]) -> Tensor:
         """A tensor of `shape` from byte `begin` of the whole weight on, which is where a row of it begins."""
-        encoding, dtype = ref.encoding, TORCH_DTYPES[ref.dtype]
+        encoding, dtype = ref.encoding, SAFETENSORS_DTYPES[ref.dtype]
         out = torch.empty(shape, dtype=dtype)
         matrix = out.view(-1, encoding.shape[-1])
         first, high = begin // (encoding.shape[-1] * dtype.itemsize), encoding.shape[-2]
@@ -92,7 +92,7 @@ class DecodedMaps(ShardMaps):
             scale, zero = self._scales(encoding, number, which), self._zeros(encoding, which)
             first = number * high
             codes = self._codes(encoding, first + begin, first + end)
-            dtype = out.dtype if encoding.rounded == "F32" else TORCH_DTYPES[encoding.rounded]
+            dtype = out.dtype if encoding.rounded == "F32" else SAFETENSORS_DTYPES[encoding.rounded]
             found = decode(encoding.kind, codes, scale, zero, width, encoding.block[1], encoding.bits, dtype)
             out[at : at + end - begin] = found
             self._let_go(encoding, first + begin, first + end)

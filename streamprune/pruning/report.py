@@ -8,6 +8,7 @@ from typing import Any
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.hub import hub_name
+from streamprune.disk.quantised import PlainView
 from streamprune.process.versions import version_of
 from streamprune.pruning.records import Resolved, StageRecord
 from streamprune.pruning.spec import JobSpec
@@ -24,8 +25,9 @@ def build_report(
     begin (imports, skeleton, tokens), `peak` the resident bytes of the highest run. A stage whose Gram matrices had no
     room beside its pass has `gram_passes`, the passes more that they took; `pooled` are linears of experts that saw too
     few tokens, and went by what all experts of the layer saw. `source` is what else is said of MODEL: its content
-    (Checkpoint.content), files and tensors that were not carried over. `tune` says what tuning a layer came to:
-    errors as in methods/tuning.py, of windows that were held out and of as many that were not, before and after.
+    (Checkpoint.content), files and tensors that were not carried over, how it was quantised. `tune` says what tuning a
+    layer came to: errors as in methods/tuning.py, of windows that were held out and of as many that were not, before
+    and after.
     """
     reduced = [r.batch for r in records if r.batch]
     linears = [linear for record in records for linear in record.linears]
@@ -69,12 +71,15 @@ def source_of(checkpoint: Checkpoint, content: str, carries: bool) -> dict[str, 
         | ({"base_model": hub[0]} if hub else {})
         | ({"left_behind": list(behind)} if behind else {})
         | ({"beside_index": list(checkpoint.beside)} if checkpoint.beside else {})
+        | ({"dequantised": checkpoint.method} if isinstance(checkpoint, PlainView) else {})
     )
 
 
 def notes_of(report: Mapping[str, Any]) -> list[str]:
     """What a user must hear of a finished job unasked: fallbacks, and what was left behind; a sentence each."""
     found = []
+    if method := report.get("dequantised"):
+        found.append(f"the source is quantised ({method}), and what it stands for was pruned")
     stages: Sequence[Mapping[str, Any]] = report.get("stages", ())
     if behind := report.get("left_behind"):
         found.append(f"left behind, as no part of the model: {_some(behind)}")
