@@ -83,6 +83,11 @@ class EncodedRef(TensorRef):
             yield replace(part, begin=part.begin + at[0], end=part.begin + at[1])
 
 
+def written(ref: TensorRef) -> TensorRef:
+    """The tensor that takes the place of a weight where numbers are written, not codes."""
+    return TensorRef(ref.name, ref.shard, ref.dtype, ref.shape, ref.begin, ref.end)
+
+
 def fits(scale: TensorRef, wanted: tuple[int, ...]) -> bool:
     """Whether a tensor has the shape `wanted`, axes of length 1 left out."""
     return [n for n in scale.shape if n != 1] == [n for n in wanted if n != 1]

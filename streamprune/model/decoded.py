@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from streamprune.disk.checkpoint import Checkpoint
-from streamprune.disk.encoded import PACKED, EncodedRef, Encoding
+from streamprune.disk.encoded import FLOAT, PACKED, EncodedRef, Encoding
 from streamprune.disk.header import TensorRef, show
 from streamprune.disk.mapping import SAFETENSORS_DTYPES, ShardMaps
 from streamprune.disk.quantised import PlainView
 from streamprune.errors import CheckpointError
-from streamprune.methods.decoding import decode, unpack_words
+from streamprune.methods.decoding import decode_floats, decode_integers, decode_pairs, unpack_words
 
 _AT_ONCE = 1 << 20
 """Weights that are decoded at once; they stay in the processor's caches."""
@@ -93,8 +93,12 @@ class DecodedMaps(ShardMaps):
             first = number * high
             codes = self._codes(encoding, first + begin, first + end)
             dtype = out.dtype if encoding.rounded == "F32" else SAFETENSORS_DTYPES[encoding.rounded]
-            found = decode(encoding.kind, codes, scale, zero, width, encoding.block[1], encoding.bits, dtype)
-            out[at : at + end - begin] = found
+            if encoding.kind == FLOAT:
+                out[at : at + end - begin] = decode_floats(codes, scale, encoding.block[1], dtype)
+            else:
+                if encoding.kind == PACKED:
+                    codes = unpack_words(codes, encoding.bits, width)
+                out[at : at + end - begin] = decode_integers(codes, scale, zero, encoding.block[1], dtype)
             self._let_go(encoding, first + begin, first + end)
 
     def _decode_across(self, encoding: Encoding, number: int, top: int, out: Tensor) -> None:
@@ -110,8 +114,7 @@ class DecodedMaps(ShardMaps):
             first = number * high
             scale = self._scales(encoding, number, torch.arange(begin, end))[:, groups]
             codes = self._codes(encoding, first + begin, first + end)[:, groups]
-            found = decode(encoding.kind, codes, scale, None, width, unit, encoding.bits, torch.bfloat16)
-            out[:, begin:end] = found[:, left : left + len(out)].t()
+            out[:, begin:end] = decode_pairs(codes, scale)[:, left : left + len(out)].t()
             self._let_go(encoding, first + begin, first + end)
 
     def _codes(self, encoding: Encoding, begin: int, end: int) -> Tensor:

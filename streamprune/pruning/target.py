@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from streamprune.disk.encoded import written
 from streamprune.disk.header import TensorRef
 from streamprune.disk.linears import compile_filter
 from streamprune.disk.shards import in_order
@@ -103,10 +104,11 @@ class Target:
 
     def tensors_of(self, stage: Stage) -> list[TensorRef]:
         """What is written of a stage; quantised tensors have no file offset yet."""
+        tensors = [written(ref) for ref in stage.tensors]
         if self.quantisation is None:
-            return list(stage.tensors)
+            return tensors
         chosen = {ref.name for name, ref in stage.linears.items() if name in self.selected}
-        return [new for ref in stage.tensors for new in (coded(ref) if ref.name in chosen else (ref,))]
+        return [new for ref in tensors for new in (coded(ref) if ref.name in chosen else (ref,))]
 
     def linears_of(self, stage: Stage) -> dict[str, int]:
         """The linears of a stage that are pruned, in the order in which they lie in its shard, with in_features."""
