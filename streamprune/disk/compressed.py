@@ -1,8 +1,8 @@
-"""Quantised weights as compressed-tensors stores them: which tensors belong together, and what they stand for.
+"""Quantised weights in the formats of compressed-tensors: which tensors belong together, and how they encode a weight.
 
-`config_groups` of a configuration say how the linears of a group are quantised. Which group a linear is of is told by
-the shapes of its scales and codes, not by `targets`: there is but one that fits. Formats: see quantised.py. Imports
-neither torch nor numpy.
+The `config_groups` of a configuration say how the linears of a group are quantised. To which group a linear belongs is
+derived from the shapes of its codes and scales, not from `targets`. Formats: see quantised.py. Imports neither torch
+nor numpy.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Scheme:
 
 
 def read_schemes(description: Mapping[str, Any], refuse: Callable[[str], UnsupportedError]) -> list[Scheme]:
-    """The schemes of a `quantization_config`. What is not known about it is made an error by `refuse`, and raised."""
+    """The schemes of a `quantization_config`. Raises what `refuse` makes of a reason for which it is not supported."""
     groups = description.get("config_groups")
     if not isinstance(groups, dict) or not groups or description.get("kv_cache_scheme"):
         raise refuse("it has no config_groups, or a kv_cache_scheme")
@@ -126,7 +126,7 @@ def find_compressed(checkpoint: Checkpoint, schemes: Sequence[Scheme]) -> dict[s
 def _encoding(
     tensors: Mapping[str, TensorRef], ref: TensorRef, scale: TensorRef, shape: tuple[int, ...], scheme: Scheme
 ) -> Encoding | None:
-    """What a scheme makes of codes; None where the codes are not of it."""
+    """The encoding by a scheme; None if the codes do not fit it."""
     rows, columns = shape
     if scheme.packed:
         if ref.shape != (rows, -(-columns * scheme.bits // _WORD)):
@@ -152,7 +152,7 @@ def _zero_fits(encoding: Encoding) -> bool:
 def _why_not(
     checkpoint: Checkpoint, ref: TensorRef, scale: TensorRef, shape: tuple[int, ...], fitting: Sequence[Encoding]
 ) -> CheckpointError:
-    """What is wrong with codes that no scheme fits."""
+    """The error for codes and scales that fit no scheme."""
     if not fitting:
         what = f"is {ref.dtype} {list(ref.shape)} for a weight {list(shape)}, as no config_group has it"
         return amiss(checkpoint, ref, what)

@@ -1,7 +1,7 @@
-"""A weight that is stored as codes and scales, as a tensor of the numbers that it stands for.
+"""A weight that is stored as codes and scales, seen as the dense tensor that they encode.
 
-An EncodedRef has the name, dtype and shape of the dense weight, and bytes from 0 on that no file holds: whoever slices
-it by bytes, as experts are sliced, gets a slice of the dense weight. What a file does hold is in its Encoding. Imports
+An EncodedRef has the name, dtype and shape of the dense weight, and a byte range from 0 on that exists in no file:
+slicing by bytes, as experts are sliced, gives a slice of the dense weight. Its Encoding says what is stored. Imports
 neither torch nor numpy.
 
 With one scale for a block of (r, c) weights, a matrix (rows, columns) has ceil(rows / r) x ceil(columns / c) scales; a
@@ -28,7 +28,7 @@ class Encoding:
 
     kind: str
     shape: tuple[int, ...]
-    """Of the dense weight; that of `pairs` is stored with its last two axes exchanged."""
+    """Of the dense weight; `pairs` are stored with the last two axes exchanged."""
     block: tuple[int, int]
     """Rows and columns, as they are stored, that share a scale."""
     codes: TensorRef
@@ -36,7 +36,7 @@ class Encoding:
     zero: TensorRef | None = None
     bits: int = 8
     rounded: str = "F32"
-    """What the product is rounded to, before it is rounded to the weight's dtype."""
+    """The dtype to which the product is rounded before it is converted to the weight's dtype."""
 
     @property
     def transposed(self) -> bool:
@@ -63,19 +63,19 @@ class Encoding:
 
 @dataclass(frozen=True)
 class EncodedRef(TensorRef):
-    """A weight, or a part of it, by the bytes that it would take: those of the whole begin at 0."""
+    """A dense weight, or a part of it. `begin` and `end` count bytes of the dense weight, not of a file."""
 
     encoding: Encoding
 
     @classmethod
     def whole(cls, name: str, dtype: str, encoding: Encoding) -> EncodedRef:
-        """All of a weight, called `name`, in the dtype that it is to have."""
+        """The whole weight `name`, dequantised to `dtype`."""
         size = math.prod(encoding.shape) * DTYPE_BITS[dtype] // 8
         return cls(name, encoding.codes.shard, dtype, encoding.shape, 0, size, encoding)
 
     @property
     def stored(self) -> Iterator[TensorRef]:
-        """The bytes of files that these bytes come from, about: a part of a weight is as large a part of each."""
+        """The bytes of files that it is decoded from, about: the same share of codes, scales and zero points."""
         size = math.prod(self.encoding.shape) * DTYPE_BITS[self.dtype] // 8
         begin, end = (min(max(at, 0), size) for at in (self.begin, self.end))
         for part in self.encoding.parts if size else ():
@@ -84,7 +84,7 @@ class EncodedRef(TensorRef):
 
 
 def written(ref: TensorRef) -> TensorRef:
-    """The tensor that takes the place of a weight where numbers are written, not codes."""
+    """The plain tensor of that name, dtype and shape, as it is written to an output."""
     return TensorRef(ref.name, ref.shard, ref.dtype, ref.shape, ref.begin, ref.end)
 
 
@@ -94,14 +94,14 @@ def fits(scale: TensorRef, wanted: tuple[int, ...]) -> bool:
 
 
 def amiss(checkpoint: Checkpoint, ref: TensorRef, why: str) -> CheckpointError:
-    """What to raise of a tensor that is not as it should be."""
+    """The error for a tensor that is damaged."""
     return CheckpointError(
         f"{checkpoint.path / ref.shard}: tensor {show(ref.name)} {why}; download the checkpoint again"
     )
 
 
 def alone(checkpoint: Checkpoint, ref: TensorRef, other: str) -> CheckpointError:
-    """What to raise of a tensor whose companion `other` is missing."""
+    """The error for a tensor without the tensor `other` that belongs to it."""
     return CheckpointError(
         f"{checkpoint.path / ref.shard}: tensor {show(ref.name)} is there without {show(other)}; is the download "
         "complete?"
@@ -109,7 +109,7 @@ def alone(checkpoint: Checkpoint, ref: TensorRef, other: str) -> CheckpointError
 
 
 def misfit(checkpoint: Checkpoint, encoding: Encoding) -> CheckpointError:
-    """What to raise of scales that are not those of their codes."""
+    """The error for scales that do not fit their codes."""
     scale, codes = encoding.scale, encoding.codes
     return amiss(
         checkpoint, scale,

@@ -1,10 +1,10 @@
-"""A quantised checkpoint as a plain one: every quantised weight stands there as the dense weight that it means.
+"""Presents a quantised checkpoint as a dense one: each quantised weight appears as the weight that its codes encode.
 
     float-quantized, int-quantized, naive-quantized (compressed-tensors)
-        `P.weight` F8_E4M3 or I8; `P.weight_scale` for the tensor, an output channel, a group of inputs or a block;
+        `P.weight` F8_E4M3 or I8; `P.weight_scale` for the tensor, each output channel, group of inputs or block;
         integers may have a `P.weight_zero_point`
     pack-quantized (compressed-tensors)
-        `P.weight_packed` I32 with 4 or 8 bits a weight, the first one lowest, plus half of their range;
+        `P.weight_packed` I32 with 4 or 8 bits a weight, the first one lowest, offset by half of their range;
         `P.weight_shape`; scales as above; zero points packed in the same way, along the rows
     fp8 (DeepSeek-V3, Kimi K2, Qwen3-FP8)
         `P.weight` F8_E4M3; `P.weight_scale_inv` for blocks of `weight_block_size`, or for the tensor, floats or
@@ -13,8 +13,8 @@
         `NAME_blocks` U8 (experts, out, in / 32, 16), the lower half of a byte first; `NAME_scales` U8 (experts, out,
         in / 32), exponents plus 127; NAME is (experts, in, out)
 
-Codes are made into numbers when they are read (model/decoded.py). How inputs of linears are rounded when such a model
-runs plays no part here. Imports neither torch nor numpy.
+Weights are dequantised when they are read (model/decoded.py). How the inputs of linears are rounded when such a model
+runs does not matter here. Imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _OF_INPUTS = ("input_scale", "activation_scale", "input_zero_point", "output_sca
 
 @dataclass(frozen=True)
 class PlainView(Checkpoint):
-    """A quantised checkpoint, `stored`, with the weights that it stands for; its config.json says nothing of codes."""
+    """The dense view of a quantised checkpoint, `stored`. Its config does not mention the quantisation."""
 
     stored: Checkpoint = field(kw_only=True)
     method: str = field(kw_only=True)
@@ -55,10 +55,10 @@ class PlainView(Checkpoint):
 
 
 def plain(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint itself if it is not quantised, else with the weights that its codes stand for.
+    """Returns the checkpoint itself if it is not quantised, else its dense view.
 
     Raises:
-        UnsupportedError: it is quantised in a way that is not known here.
+        UnsupportedError: it is quantised in a way that is not supported.
         CheckpointError: scales are missing, or do not fit their codes.
     """
     found = quantisation_of(checkpoint)
@@ -96,7 +96,7 @@ _MENDS = (
 
 
 def computable(checkpoint: Checkpoint) -> Checkpoint:
-    """What `eval` computes with: compressed-tensors' FP8 with a scale a channel as it is, all else as `plain` has it.
+    """Returns what `eval` computes with: compressed-tensors' FP8 with a scale a channel unchanged, else `plain`.
 
     Raises as `plain`.
     """
@@ -111,10 +111,10 @@ def computable(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def inspectable(checkpoint: Checkpoint, against: Checkpoint | None = None) -> Checkpoint:
-    """What `inspect` looks at: FP8 of compressed-tensors as it is, with its faults; all else as `plain` has it.
+    """Returns what `inspect` reads: FP8 of compressed-tensors unchanged, to report faulty scales; else `plain`.
 
-    As it is, too, is what is not known. `against` a plain checkpoint, FP8 is as plain as all else: what was made of it
-    was made of rounded numbers. Raises CheckpointError as `plain`.
+    Unsupported formats are unchanged, too. If a dense checkpoint is compared with it (`against`), FP8 is dequantised, as
+    that checkpoint was made from rounded numbers. Raises CheckpointError as `plain`.
     """
     found = quantisation_of(checkpoint)
     if found is None:
@@ -150,7 +150,7 @@ def _view(checkpoint: Checkpoint, encodings: Mapping[str, Encoding], method: str
 
 
 def _without(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration, and its sections, that say nothing of a quantisation."""
+    """A configuration without descriptions of a quantisation, in its sections as well."""
     plain = {key: value for key, value in config.items() if key not in _SECTION_KEYS}
     return {
         key: {k: v for k, v in value.items() if k not in _SECTION_KEYS} if isinstance(value, dict) else value
@@ -159,14 +159,14 @@ def _without(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dtype_of(config: Mapping[str, Any]) -> str:
-    """What the model's weights are when it is loaded, bf16 if config.json does not say so."""
+    """The dtype in which the model is loaded; bf16 if config.json names none."""
     sections = [config, *(value for value in config.values() if isinstance(value, dict))]
     said = [str(section[key]) for section in sections for key in ("dtype", "torch_dtype") if section.get(key)]
     return next((_DTYPES[name] for text in said if (name := text.removeprefix("torch.")) in _DTYPES), "BF16")
 
 
 def _block_size(description: Mapping[str, Any], refuse: Callable[[str], UnsupportedError]) -> tuple[int, int] | None:
-    """Rows and columns of a block; None where a tensor has one scale."""
+    """Rows and columns of a block; None if each tensor has one scale."""
     size = description.get("weight_block_size")
     if size is None:
         return None

@@ -1,7 +1,7 @@
-"""The tensors of a quantised checkpoint as the numbers that they stand for, made when they are asked for.
+"""Tensors of a quantised checkpoint, dequantised on demand.
 
-Codes are decoded a few rows at a time, and their pages given back at once: what is in memory of a weight is what was
-asked for. A tensor is no view on the file here, and is made anew each time.
+Codes are decoded a few rows at a time, and their pages are released at once, so that only the rows that were asked for
+take memory. Unlike those of ShardMaps, tensors are not views of the file, and are decoded anew on each call.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _NAN = 255
 
 
 def maps_of(checkpoint: Checkpoint) -> ShardMaps:
-    """What maps a checkpoint's tensors, quantised or not."""
+    """The maps of a checkpoint, dense or quantised."""
     return DecodedMaps(checkpoint) if isinstance(checkpoint, PlainView) else ShardMaps(checkpoint)
 
 
 class DecodedMaps(ShardMaps):
-    """As ShardMaps, of a PlainView. Also raises CheckpointError for scales that are no finite numbers."""
+    """ShardMaps of a PlainView. Also raises CheckpointError for scales that are NaN or infinite."""
 
     def tensor(self, ref: TensorRef) -> Tensor:
         if not isinstance(ref, EncodedRef):

@@ -53,7 +53,7 @@ def refuse_empty(maps: ShardMaps, linears: Iterable[TensorRef]) -> None:
     """Checks each linear whose middle row is all zeros. Raises as refuse_zeros."""
     for ref in linears:
         if isinstance(ref, EncodedRef) and ref.encoding.transposed:
-            continue  # a row of it lies all over its codes; refuse_zeros comes in time
+            continue  # reading one of its rows would read all its codes; refuse_zeros checks it later
         middle = ref.shape[0] // 2
         if ref.nbytes and bool(zero_rows(maps.rows(ref, middle, middle + 1)).all()):
             for _ in refuse_zeros(ref, rows_of(maps, ref, _CHUNK_BYTES)):

@@ -79,7 +79,7 @@ def notes_of(report: Mapping[str, Any]) -> list[str]:
     """What a user must hear of a finished job unasked: fallbacks, and what was left behind; a sentence each."""
     found = []
     if method := report.get("dequantised"):
-        found.append(f"the source is quantised ({method}), and what it stands for was pruned")
+        found.append(f"the source is quantised ({method}); it was dequantised before pruning")
     stages: Sequence[Mapping[str, Any]] = report.get("stages", ())
     if behind := report.get("left_behind"):
         found.append(f"left behind, as no part of the model: {_some(behind)}")
