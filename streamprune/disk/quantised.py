@@ -113,8 +113,8 @@ def computable(checkpoint: Checkpoint) -> Checkpoint:
 def inspectable(checkpoint: Checkpoint, against: Checkpoint | None = None) -> Checkpoint:
     """Returns what `inspect` reads: FP8 of compressed-tensors unchanged, to report faulty scales; else `plain`.
 
-    Unsupported formats are unchanged, too. If a dense checkpoint is compared with it (`against`), FP8 is dequantised, as
-    that checkpoint was made from rounded numbers. Raises CheckpointError as `plain`.
+    Unsupported formats are unchanged, too. If a dense checkpoint is compared with it (`against`), FP8 is dequantised,
+    as that checkpoint was made from rounded numbers. Raises CheckpointError as `plain`.
     """
     found = quantisation_of(checkpoint)
     if found is None:
