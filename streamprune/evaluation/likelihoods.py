@@ -21,16 +21,16 @@ from streamprune.calibration.texts import longest_context
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.claims import check_claims
-from streamprune.disk.float_quantized import read_scheme
 from streamprune.disk.hub import resolve_model
-from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.places import cache_folder
+from streamprune.disk.quantised import computable
 from streamprune.errors import UsageError
 from streamprune.evaluation.evaluate import LOGITS_BYTES, check_disk, check_finite, subject_of
 from streamprune.evaluation.one_model import Run
 from streamprune.evaluation.requests import RaggedBatches, Request, Sequences, Wanted, border_of
 from streamprune.model.activations import RaggedActivations
 from streamprune.model.budget import layout_for
+from streamprune.model.decoded import maps_of
 from streamprune.model.device import cache_dtype, exact_products, resolve_device
 from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import out_of_memory_named
@@ -69,8 +69,7 @@ def open_model(model: str | Path, seqlen: int | None = None) -> tuple[Checkpoint
 
     Raises as `evaluate`, and UsageError for a `seqlen` that is none.
     """
-    checkpoint = open_checkpoint(resolve_model(str(model)))
-    read_scheme(checkpoint)
+    checkpoint = computable(open_checkpoint(resolve_model(str(model))))
     check_claims(checkpoint)
     limit = longest_context(checkpoint.config)
     if seqlen is not None and seqlen < 1:
@@ -120,7 +119,7 @@ def likelihoods(
             if not layout.resident:
                 check_disk(folder, 2 * tokens * hidden * kept.itemsize + (64 << 20))
             states = RaggedActivations(folder, tokens, hidden, kept, target, resident=layout.resident)
-            loader = stack.enter_context(WeightLoader(stack.enter_context(ShardMaps(checkpoint)), target))
+            loader = stack.enter_context(WeightLoader(stack.enter_context(maps_of(checkpoint)), target))
             run = Run(subject, loader, folder, layout, activations=states)
             _stream(run, batches, logprobs, greedy, progress)
         check_finite(float(logprobs.sum()), checkpoint)
