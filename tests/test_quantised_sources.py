@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from calls import calibrate, evaluate, plan, prune
@@ -26,9 +27,12 @@ from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.encoded import EncodedRef
 from streamprune.disk.quantised import PlainView, plain
 from streamprune.errors import CheckpointError, UnsupportedError
+from streamprune.evaluation.likelihoods import likelihoods
+from streamprune.evaluation.requests import Request
 from streamprune.inspection.inspect import inspect
 from streamprune.model.budget import Layout
 from streamprune.model.decoded import maps_of
+from streamprune.settings import Resources
 
 GIVEN: dict[str, Any] = {"samples": 4, "seqlen": 24, "seed": 3, "dtype": "float32", "pattern": "2:4"}
 
@@ -270,6 +274,12 @@ def test_statistics_plan_and_eval(made: Callable[[str], Both], text: Path, tmp_p
 def test_eval_of_experts(kind: str, experts: Callable[[str], Both], text: Path) -> None:
     found = [evaluate(m, text, seqlen=24, windows=4, dtype="bfloat16") for m in experts(kind)]
     assert found[0].nll == found[1].nll and math.isfinite(found[0].nll)
+
+
+def test_likelihoods(made: Callable[[str], Both]) -> None:
+    requests = [Request(np.arange(5, 15 + i), 3) for i in range(3)]
+    found = [likelihoods(model, requests, seqlen=24, resources=Resources(dtype="float32")) for model in made("blocks")]
+    assert np.array_equal(found[0].logprobs, found[1].logprobs) and np.isfinite(found[0].logprobs).all()
 
 
 def test_resumes(made: Callable[[str], Both], text: Path, tmp_path: Path) -> None:
