@@ -433,6 +433,13 @@ WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}
             "rotated",
         ),
         ({"format": "pack-quantized", "config_groups": {"g": {}}}, "weights as None"),
+        (
+            {
+                "format": "pack-quantized",
+                "config_groups": {"a": {"weights": WEIGHTS}, "b": {"weights": WEIGHTS | {"symmetric": False}}},
+            },
+            "with zero points and without",
+        ),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "unpack"),
     ],
 )

@@ -59,6 +59,8 @@ def read_schemes(description: Mapping[str, Any], refuse: Callable[[str], Unsuppo
         if form not in _FORMATS:
             raise refuse(f"weights in the format {form}")
         found.append(_scheme(form == "pack-quantized", weights, refuse))
+    if len({scheme.has_zeros for scheme in found if scheme.kind != FLOAT}) > 1:
+        raise refuse("config_groups with zero points and without")  # shapes do not tell which is which
     return found
 
 
