@@ -211,7 +211,7 @@ def _report_options(p: argparse.ArgumentParser) -> None:
         "--output", "-o", metavar="FILE", required=True, help="HTML file to write; an existing one is replaced"
     )
     p.add_argument("--eval", metavar="FILE", action="append",
-                   help="also show the output of `eval --json` saved in this file; may be given several times")  # fmt: skip
+                   help="also show the output of `eval --json` in this file; may be given several times")  # fmt: skip
 
 
 def _filter_options(p: Group) -> None:
