@@ -97,7 +97,7 @@ def check_codable(linears: Mapping[str, TensorRef], skeleton: Skeleton) -> None:
             )
         if not ref.name.endswith("weight"):
             raise UnsupportedError(
-                f"{name}: its tensor is called {ref.name}, and only names in .weight can have scales; --skip it"
+                f"{name}: its tensor is called {ref.name}, and only tensors called *.weight can have scales; --skip it"
             )
         if ref.shape[0] * ref.shape[1] * 8 % DTYPE_BITS[ref.dtype]:
             raise UnsupportedError(

@@ -36,7 +36,7 @@ _LEAST_ROOM = 16 << 20
 
 _MOST_SAMPLED = 256
 _PART_SAMPLED = 16
-"""The damping is chosen on a 16th of a linear's rows, but at most so many."""
+"""The damping is chosen on a 16th of a linear's rows: at least 64 (or all), at most _MOST_SAMPLED."""
 
 
 def chunk_rows(in_features: int) -> int:
