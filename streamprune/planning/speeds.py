@@ -122,12 +122,12 @@ def _products(
     known: dict[tuple[int, int], float] = {}
     for rows, width in shapes:
         if (rows, width) not in known:
-            few, some = product_size(rows, width, tokens, clock.device.type)
-            x = torch.full((few, width), 0.5, dtype=dtype, device=clock.device)
-            w = torch.full((some, width), 0.5, dtype=stored, device=clock.device)
+            n_tokens, n_rows = product_size(rows, width, tokens, clock.device.type)
+            x = torch.full((n_tokens, width), 0.5, dtype=dtype, device=clock.device)
+            w = torch.full((n_rows, width), 0.5, dtype=stored, device=clock.device)
             with torch.inference_mode():
                 spent = clock.typical(lambda x=x, w=w: F.linear(x, w.to(x.dtype)))  # type: ignore[misc]
-            known[rows, width] = 2 * few * some * width / spent
+            known[rows, width] = 2 * n_tokens * n_rows * width / spent
         operations += 2 * rows * width
         seconds += 2 * rows * width / known[rows, width]
     return operations / seconds if seconds else inf
@@ -139,9 +139,9 @@ def product_size(rows: int, width: int, tokens: int, device: str) -> tuple[int, 
     Large products are reduced in rows rather than in tokens, because the speed depends on the number of tokens.
     """
     most = max(1, _BYTES[device] // (4 * width))
-    few = max(1, min(tokens, most))
-    some = min(int(_OPERATIONS[device] / (2 * width * few)), most) // 64 * 64
-    return few, max(1, min(rows, max(some, 128)))
+    n_tokens = max(1, min(tokens, most))
+    n_rows = min(int(_OPERATIONS[device] / (2 * width * n_tokens)), most) // 64 * 64
+    return n_tokens, max(1, min(rows, max(n_rows, 128)))
 
 
 def _layer_speeds(
@@ -190,20 +190,20 @@ def growing(whole: Speeds, half: Speeds, length: int, work: StageWork, seqlen: i
 
 def _attention(called: Called, work: StageWork, seqlen: int, dtype: torch.dtype, clock: Clock) -> float:
     """Operations per second of attention over a whole window, on as few heads as are enough."""
-    groups = max(1, called.query[1] // called.key[1])
-    a_group = groups * work.attention * seqlen / max(1, called.query[1])
-    a_group = max(a_group, 1.0)
-    some = max(1, min(called.key[1], round(_OPERATIONS[clock.device.type] / a_group)))
+    queries_per_key = max(1, called.query[1] // called.key[1])
+    per_group = queries_per_key * work.attention * seqlen / max(1, called.query[1])
+    per_group = max(per_group, 1.0)
+    heads = max(1, min(called.key[1], round(_OPERATIONS[clock.device.type] / per_group)))
     width = seqlen * max(called.query[-1], called.value[-1]) * 4
-    some = max(1, min(some, _BYTES[clock.device.type] // (groups * width)))
+    heads = max(1, min(heads, _BYTES[clock.device.type] // (queries_per_key * width)))
     make = {"dtype": dtype, "device": clock.device}
-    q = torch.full((1, some * groups, seqlen, called.query[-1]), 0.5, **make)  # type: ignore[call-overload]
-    k = torch.full((1, some, seqlen, called.key[-1]), 0.5, **make)  # type: ignore[call-overload]
-    v = torch.full((1, some, seqlen, called.value[-1]), 0.5, **make)  # type: ignore[call-overload]
+    q = torch.full((1, heads * queries_per_key, seqlen, called.query[-1]), 0.5, **make)  # type: ignore[call-overload]
+    k = torch.full((1, heads, seqlen, called.key[-1]), 0.5, **make)  # type: ignore[call-overload]
+    v = torch.full((1, heads, seqlen, called.value[-1]), 0.5, **make)  # type: ignore[call-overload]
     mask = torch.zeros(1, 1, seqlen, seqlen, **make) if called.masked else None  # type: ignore[call-overload]
     with torch.inference_mode():
         spent = clock.typical(lambda: F.scaled_dot_product_attention(q, k, v, mask, **called.options))
-    return some * a_group / spent
+    return heads * per_group / spent
 
 
 def _statistics(widths: list[int], tokens: int, work: StageWork, dtype: torch.dtype, clock: Clock) -> float:
@@ -211,11 +211,11 @@ def _statistics(widths: list[int], tokens: int, work: StageWork, dtype: torch.dt
     accumulate = (cpu if clock.device.type == "cpu" else torch_ops).accumulate
     seconds = 0.0
     for width in sorted(set(widths)):
-        few = max(1, min(tokens, (_BYTES[clock.device.type] // 8) // (width * dtype.itemsize)))
-        x = torch.full((few, width), 0.5, dtype=dtype, device=clock.device)
+        n_tokens = max(1, min(tokens, (_BYTES[clock.device.type] // 8) // (width * dtype.itemsize)))
+        x = torch.full((n_tokens, width), 0.5, dtype=dtype, device=clock.device)
         sums = [torch.zeros(width, dtype=torch.float64, device=clock.device) for _ in range(2)]
         spent = clock.typical(lambda x=x, s=sums: accumulate(x, *s), loads=True)  # type: ignore[misc]
-        seconds += widths.count(width) * spent / few
+        seconds += widths.count(width) * spent / n_tokens
     return work.inputs / seconds if seconds else inf
 
 
@@ -228,11 +228,11 @@ def _selection(stage: Stage, skeleton: Skeleton, clock: Clock) -> float:
     for name, ref in stage.linears.items():
         rows, width = shape = linear_shape(skeleton, name, stage)
         if shape not in known:
-            dtype, some = TORCH_DTYPES[ref.dtype], max(1, min(rows, _WEIGHTS // width))
-            weight = random[: some * width].view(some, width).to(clock.device, dtype)
+            dtype, n_rows = TORCH_DTYPES[ref.dtype], max(1, min(rows, _WEIGHTS // width))
+            weight = random[: n_rows * width].view(n_rows, width).to(clock.device, dtype)
             feature = torch.rand(width).to(clock.device)
             spent = clock.typical(lambda w=weight, f=feature: select(w, f, 2, sparsity=0.5), loads=True)  # type: ignore[misc]
-            known[shape] = spent / some
+            known[shape] = spent / n_rows
         seconds += known[shape] * rows
         nbytes += ref.nbytes
     return nbytes / seconds if seconds else inf

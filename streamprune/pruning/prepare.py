@@ -64,22 +64,22 @@ def prepare(
     known = open_given(setup)
     records = tuple(map(StageRecord.from_json, journal.read(state.journal))) if unfinished else ()
     at = time.perf_counter()
-    windows, met, layout = windows_of(
+    windows, text_fields, layout = windows_of(
         spec, checkpoint, setup.skeleton, state.tokens, resolved, functools.partial(layout_of, setup, resolved)
     )
     return Prepared(
         setup=setup, state=state, begun=unfinished is not None, content=str(job.get("content") or checkpoint.content()),
         spent=float(job.get("spent", spent)), records=records, windows=windows, given=known, layout=layout,
-        resolved=resolved or _resolve(setup, layout, windows, met), reading=time.perf_counter() - at,
+        resolved=resolved or _resolve(setup, layout, windows, text_fields), reading=time.perf_counter() - at,
     )  # fmt: skip
 
 
-def _resolve(setup: Setup, layout: Layout, windows: Tokens | None, met: Mapping[str, Any]) -> Resolved:
-    """`met` are the fields about the text: bos, replaced, text_tokens."""
+def _resolve(setup: Setup, layout: Layout, windows: Tokens | None, text_fields: Mapping[str, Any]) -> Resolved:
+    """`text_fields` are the fields about the text: bos, replaced, text_tokens."""
     recipe = setup.spec.recipe
     return Resolved(
         dtype=str(setup.dtype).removeprefix("torch."), device=str(setup.device), batch=layout.batch,
-        tokens=tokens_digest(windows) if windows is not None else None, **met,
+        tokens=tokens_digest(windows) if windows is not None else None, **text_fields,
         gram_room=layout.room if recipe and recipe.needs_gram else None,
         group=layout.group if setup.skeleton.experts else None, tune_windows=layout.windows or None,
         shard_bytes=setup.spec.shard_bytes,

@@ -59,13 +59,13 @@ def windows_from(spec: JobSpec, opened: Opened) -> tuple[Tokens, dict[str, Any]]
     """Calibration windows (samples, tokens) drawn from a text, and fields of Resolved. Raises as draw_windows."""
     folder = spec.work if spec.work is not None and spec.work.is_dir() else spec.out.absolute().parent
     windows = draw_windows(opened, spec.calibration.seed if spec.calibration else 0, folder)
-    met: dict[str, Any] = {"bos": opened.bos is not None}
+    text_fields: dict[str, Any] = {"bos": opened.bos is not None}
     tally = opened.source.text.tally
     if tally.replaced:
-        met["replaced"] = tally.replaced
+        text_fields["replaced"] = tally.replaced
     if tally.tokens < len(windows) * opened.inside:
-        met["text_tokens"] = tally.tokens
-    return windows, met
+        text_fields["text_tokens"] = tally.tokens
+    return windows, text_fields
 
 
 def kept_windows(spec: JobSpec, kept: Path, digest: str | None) -> Tokens | None:
