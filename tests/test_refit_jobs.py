@@ -305,7 +305,8 @@ def test_one_gram_at_a_time_changes_no_bit(
     assert len(passes) >= 4 and len(set(passes)) == 2
     assert sum(stage.get("gram_passes", 0) for stage in result.report["stages"]) == len(passes)
     assert not any("gram_passes" in stage for stage in whole.report["stages"])
-    assert any("Gram matrices did not fit" in note for note in result.notes) and not whole.notes
+    assert any("Gram matrices did not fit" in note for note in result.notes)
+    assert not any("Gram" in note for note in whole.notes)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
     assert result.report["linears"] == whole.report["linears"]
 
