@@ -15,10 +15,10 @@ EXIT_CODES = """exit codes:
   1    an error in streamprune itself (run again with --debug and report it)
   2    wrong arguments, pattern, sparsity or text; inspect --expect not met
   3    bad checkpoint: missing, malformed, truncated, NaN or Inf
-  4    sound checkpoint of a kind that cannot be pruned
+  4    valid checkpoint of a kind that is not supported
   5    not enough RAM, VRAM or disk
-  6    OUT belongs to another job, or is not ours
-  7    a file of ours is damaged
+  6    OUT belongs to another job, or was not made by streamprune
+  7    a file that streamprune wrote is damaged
   75   another run holds the lock on OUT: try later
   130  interrupted; the same command resumes
 """
@@ -29,16 +29,16 @@ Settings = TypeVar("Settings")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses in one line, as every other error."""
+    """Reports wrong arguments in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(UsageError.exit_code, f"streamprune: error: {message}; see {self.prog} --help\n")
 
 
 def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
-    """The parser of all commands; each stores its handler, found under its name."""
+    """The parser of all commands. `args.handler` is the entry of `handlers` for the command given."""
     parser = _Parser(
-        prog="streamprune", description="Prune any safetensors causal LM out of core, one layer at a time.",
+        prog="streamprune", description="Prune safetensors causal LMs larger than memory, one layer at a time.",
         epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"streamprune {_version()}")
@@ -50,80 +50,109 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         if model:
-            p.add_argument("model", metavar="MODEL", help="a checkpoint's folder, or its name on the hub")
+            p.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or its name on the Hugging Face hub")
         p.set_defaults(handler=handlers[name])
         return p
 
-    _prune_options(add("prune", "prune MODEL into OUT"))
-    _calibrate_options(add("calibrate", "gather the statistics of MODEL into STATS, for prune --stats"))
-    _eval_options(add("eval", "measure the perplexity of MODEL on a text, or its scores on tasks, layer by layer"))
-    p = add("inspect", "show sparsity, pattern, faults and bytes of every linear of MODEL, dense or packed")
+    _prune_options(add("prune", "prune the checkpoint MODEL and write the result to the folder OUT"))
+    _calibrate_options(add("calibrate", "write statistics of MODEL's activations to the file STATS, for prune --stats"))
+    _eval_options(add("eval", "measure the perplexity of MODEL on a text, or its scores on tasks"))
+    p = add("inspect", "show the sparsity, pattern, faults and size of each linear of MODEL, which may be packed")
     _inspect_options(p)
     _filter_options(p)
     _job_options(
-        add("plan", "say what pruning MODEL will take: memory, disk, arithmetic, time; measures for about two seconds")
+        add("plan", "predict the memory, disk space and time that pruning MODEL takes; measures for about two seconds")
     )
-    _report_options(add("report", "make a page to look at of OUT, or of several side by side", model=False))
-    p = add("pack", "pack the pruned checkpoint MODEL into OUT, for storing and sending: nonzeros and bitmasks")
-    _out_options(p)
+    _report_options(
+        add(
+            "report",
+            "write an HTML page about OUT, a finished output of prune, or about several side by side",
+            model=False,
+        )
+    )
+    p = add("pack", "pack the pruned checkpoint MODEL into OUT for storage and transfer: nonzeros and bitmasks")
+    _out_argument(p)
+    _restart_option(p)
     _link_option(p)
     p.add_argument("--layout", default="auto", choices=("auto", "sparse-24-bitmask", "sparse-bitmask"),
-                   help="of compressed-tensors up to 0.14 (default: by whether 2:4 holds)")  # fmt: skip
-    _out_options(add("unpack", "unpack the packed checkpoint MODEL into OUT, as it was when it was packed"))
-    add("demo", "prune the small model that comes with streamprune, and show the result", model=False)
+                   help="layout of compressed-tensors up to 0.14 (default: by whether 2:4 holds)")  # fmt: skip
+    p = add("unpack", "unpack the packed checkpoint MODEL into OUT, exactly as it was before packing")
+    _out_argument(p)
+    _restart_option(p)
+    add(
+        "demo",
+        "prune the small model that is part of streamprune, and compare its perplexity before and after",
+        model=False,
+    )
     for p in commands.choices.values():
         p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-        p.add_argument("--quiet", "-q", action="store_true", help="no progress, no summary; errors only")
+        p.add_argument("--quiet", "-q", action="store_true", help="print no progress and no summary, only errors")
         p.add_argument("--debug", action="store_true", help="print a traceback before an error")
     return parser
 
 
-def _out_options(p: argparse.ArgumentParser, name: str = "OUT", what: str = "") -> None:
-    p.add_argument("out", metavar=name, help=what or "folder to write; appears only when it is complete")
-    p.add_argument("--restart", action="store_true", help=f"throw unfinished work for {name} away")
+def _out_argument(p: argparse.ArgumentParser) -> None:
+    p.add_argument("out", metavar="OUT", help="folder to write; appears only when it is complete")
 
 
-def _link_option(p: argparse.ArgumentParser) -> None:
+def _restart_option(p: Group, name: str = "OUT") -> None:
+    p.add_argument("--restart", action="store_true", help=f"discard unfinished work for {name} and start again")
+
+
+def _link_option(p: Group) -> None:
     p.add_argument("--follow-links", action="store_true",
-                   help="carry over side files that are links to places outside of MODEL, too")  # fmt: skip
+                   help="also copy side files that are symlinks to files outside of MODEL")  # fmt: skip
 
 
 def _prune_options(p: argparse.ArgumentParser) -> None:
-    _out_options(p)
-    _link_option(p)
-    _job_options(p)
-    p.add_argument("--shard-size", default="5GB", metavar="SIZE",
-                   help="write shards of up to this size; one file, without an index, where all fits (default: "
-                        "%(default)s)")  # fmt: skip
-    p.add_argument("--save-stats", metavar="FILE", help="also keep the statistics for later --stats")
+    _out_argument(p)
+    _job_options(p, saves=True)
+    output = p.add_argument_group("output")
+    output.add_argument("--shard-size", default="5GB", metavar="SIZE",
+                        help="largest size of a shard; if all weights fit into one, a single file without an index is "
+                             "written (default: %(default)s)")  # fmt: skip
+    _link_option(output)
+    _restart_option(output)
     _zeros_option(p)
 
 
-def _job_options(p: argparse.ArgumentParser) -> None:
-    """What prune does, and plan foretells."""
+def _job_options(p: argparse.ArgumentParser, saves: bool = False) -> None:
+    """What `prune` and `plan` have in common; `saves` adds --save-stats."""
     what = p.add_argument_group("what is pruned")
     amount = what.add_mutually_exclusive_group()
-    amount.add_argument("--sparsity", type=float, metavar="S", help="prune this share of every row, 0 ≤ S < 1")
-    amount.add_argument("--pattern", metavar="N:M", help="keep N of every M consecutive inputs, such as 2:4")
+    amount.add_argument(
+        "--sparsity", type=float, metavar="S", help="share of the weights to prune in every row, 0 ≤ S < 1"
+    )
+    amount.add_argument("--pattern", metavar="N:M", help="keep N of every M consecutive weights of a row, such as 2:4")
     _filter_options(what)
-    how = p.add_argument_group("how")
+    how = p.add_argument_group("method")
     how.add_argument("--method", default="swiftprune", metavar="RECIPE",
-                     help="swiftprune (default), hwpq (the same in FP8), wanda, magnitude; with new values for the "
-                          "weights that stay: swiftprune-tuned, obs-admm, gradual-cg, admm, sparsegpt")  # fmt: skip
-    add_settings(how, Recipe, with_defaults=False)
+                     help="recipes that only choose the weights to prune: swiftprune (default), hwpq (the same, in "
+                          "FP8), wanda, magnitude; recipes that also give the kept weights new values: "
+                          "swiftprune-tuned, obs-admm, gradual-cg, admm, sparsegpt")  # fmt: skip
+    add_settings(how, Recipe, only=("score", "selector", "refit", "damping", "allocate"), with_defaults=False)
+    tuning = p.add_argument_group("tuning of whole layers")
+    add_settings(tuning, Recipe, only=("tune", "tune_epochs", "tune_lr"), with_defaults=False)
+    fp8 = p.add_argument_group("FP8")
+    add_settings(fp8, Recipe, only=("quantize", "fp8_scale", "fp8_rounding"), with_defaults=False)
     given = _calibration_options(p)
-    given.add_argument("--stats", metavar="FILE", help="use these statistics instead of calibrating")
+    given.add_argument(
+        "--stats", metavar="FILE", help="use the statistics in this file, made by `calibrate`, instead of calibrating"
+    )
+    if saves:
+        given.add_argument("--save-stats", metavar="FILE", help="also save the statistics, for prune --stats")
     given.add_argument(
         "--propagate", choices=("dense", "pruned", "asymmetric"),
-        help="whose outputs the next layer is calibrated on: the dense layer's (default without a refit), the pruned "
-             "layer's (default of sparsegpt), or both, so that new values also make up for earlier layers (default of "
-             "other refits and of --tune)",
+        help="whose outputs the next layer is calibrated on: those of the dense layer (default if no weight gets a new "
+             "value), of the pruned layer (default for sparsegpt), or asymmetric: both, so that new values also "
+             "compensate for errors of earlier layers (default for other refits and --tune)",
     )  # fmt: skip
     _resource_options(p)
 
 
 def _calibrate_options(p: argparse.ArgumentParser) -> None:
-    _out_options(p, "STATS", "safetensors file to write")
+    p.add_argument("out", metavar="STATS", help="safetensors file to write; appears only when it is complete")
+    _restart_option(p, "STATS")
     _calibration_options(p)
     _zeros_option(p)
     _resource_options(p)
@@ -131,21 +160,26 @@ def _calibrate_options(p: argparse.ArgumentParser) -> None:
 
 def _eval_options(p: argparse.ArgumentParser) -> None:
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", metavar="FILE", help="text, as prune's --calib")
+    what.add_argument("--text", metavar="FILE", help="text to evaluate on, in any format of prune's --calib")
     what.add_argument("--tasks", metavar="NAMES",
                       help="tasks of lm-eval, separated by commas (pip install 'streamprune[tasks]')")  # fmt: skip
     add_settings(p, Calibration, only=("text_field", "bos", "seqlen"))
-    p.add_argument("--windows", type=int, metavar="N", help="only the text's first N windows (default: all)")
-    p.add_argument("--num-fewshot", type=int, metavar="N", help="of tasks: examples before each document")
-    p.add_argument("--limit", type=float, metavar="N", help="of tasks: only the first N documents, or this share")
-    p.add_argument("--include-path", metavar="FOLDER", help="with more tasks, as lm_eval's --include_path")
+    p.add_argument(
+        "--windows", type=int, metavar="N", help="evaluate only the first N windows of the text (default: all)"
+    )
+    tasks = p.add_argument_group("with --tasks")
+    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="number of examples before each document")
+    tasks.add_argument("--limit", type=float, metavar="N",
+                       help="use only the first N documents of each task, or this fraction of them")  # fmt: skip
+    tasks.add_argument("--include-path", metavar="FOLDER", help="folder with more tasks, as lm_eval's --include_path")
     p.add_argument(
         "--reference", metavar="DENSE",
-        help="also tell how far MODEL's predictions (same tokenizer), or its scores, are from those of this model",
+        help="also compare MODEL's predictions, or its scores, with those of this model, which must have the same "
+             "tokenizer",
     )  # fmt: skip
     p.add_argument(
         "--by-window", action="store_true",
-        help="with --json, also the nats per token of each window, to compare models window by window",
+        help="with --json, also print each window's loss in nats per token, to compare models window by window",
     )  # fmt: skip
     _resource_options(p, "device", "dtype", "max_ram", "max_vram", "work")
 
@@ -162,25 +196,29 @@ def check_eval(args: argparse.Namespace) -> None:
 def _inspect_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--expect", metavar="WHAT", action="append",
-        help="exit with 2 unless every linear has this pattern (2:4), sparsity (0.5) or format (fp8), or several: "
-             "2:4,fp8; with --against, unless nothing but linears differs, too",
+        help="exit with 2 unless every linear has this pattern (2:4), sparsity (0.5) or format (fp8), or all of "
+             "several: 2:4,fp8; with --against, also if anything but linears differs",
     )  # fmt: skip
     p.add_argument(
         "--against", metavar="SOURCE",
-        help="also compare every tensor with that of this checkpoint, a folder or a hub name: what MODEL was made from",
+        help="also compare every tensor with this checkpoint (folder or hub name), which MODEL was made from",
     )  # fmt: skip
 
 
 def _report_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("outs", metavar="OUT", nargs="+", help="finished output of prune, packed or not")
-    p.add_argument("--output", "-o", metavar="FILE", required=True, help="HTML file to write, or to replace")
+    p.add_argument("outs", metavar="OUT", nargs="+", help="folder of a finished output of prune, packed or not")
+    p.add_argument(
+        "--output", "-o", metavar="FILE", required=True, help="HTML file to write; an existing one is replaced"
+    )
     p.add_argument("--eval", metavar="FILE", action="append",
-                   help="also show what `eval --json` printed into this file; as often as there are files")  # fmt: skip
+                   help="also show the output of `eval --json` in this file; may be given several times")  # fmt: skip
 
 
 def _filter_options(p: Group) -> None:
-    p.add_argument("--only", metavar="REGEX", help="only linears whose name matches somewhere")
-    p.add_argument("--skip", metavar="REGEX", help="not linears whose name matches somewhere")
+    p.add_argument(
+        "--only", metavar="REGEX", help="only linears whose names contain a match of this regular expression"
+    )
+    p.add_argument("--skip", metavar="REGEX", help="leave out linears whose names contain a match")
 
 
 def _calibration_options(p: argparse.ArgumentParser) -> Group:
@@ -192,18 +230,24 @@ def _calibration_options(p: argparse.ArgumentParser) -> Group:
 def _zeros_option(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--allow-zeros", action="store_true",
-        help="go on where a linear, or a long stretch of its rows, is all zeros, as in a broken download",
+        help="accept linears that are all zeros, in whole or in a long run of rows; they are refused as a sign of a "
+             "broken download",
     )  # fmt: skip
 
 
 def _resource_options(p: argparse.ArgumentParser, *only: str) -> None:
     group = p.add_argument_group("resources")
     add_settings(group, Resources, only=only)
-    group.add_argument("--trust-remote-code", action="store_true", help="allow the checkpoint's own code to run")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that comes with the checkpoint"
+    )
 
 
 def add_settings(p: Group, settings: type, *, only: Collection[str] = (), with_defaults: bool = True) -> None:
-    """A flag for each field of `settings`, or for those named by `only`; without defaults, None is not given."""
+    """Adds a flag for each field of `settings`, or for those named by `only`.
+
+    Without defaults, a flag that is not given is None.
+    """
     for name, default, flag in flags_of(settings):
         if not only or name in only:
             how: dict[str, Any] = {"metavar": flag.metavar} if flag.metavar else {}
@@ -213,7 +257,7 @@ def add_settings(p: Group, settings: type, *, only: Collection[str] = (), with_d
 
 
 def settings_of(settings: type[Settings], args: argparse.Namespace) -> Settings:
-    """The object that the flags of `settings` describe. Raises UsageError for what cannot be."""
+    """An object of the class `settings`, from its flags. Raises UsageError for invalid values."""
     return settings(**{name: getattr(args, name) for name, *_ in flags_of(settings) if hasattr(args, name)})
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
-    """Runs one command; returns its exit code. A `program` of its own may be ended by signals: see interrupts.py."""
+    """Runs one command; returns its exit code. `program`: this is the whole process, so that signals may end it
+    (interrupts.py)."""
     args = argparse.Namespace(command="", debug=False)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
                 handler: Handler = args.handler
                 return handler(args)
             except Exception as e:
-                if interrupts.was_interrupted():  # which some library has made another error of
+                if interrupts.was_interrupted():  # and a library has turned KeyboardInterrupt into another error
                     raise KeyboardInterrupt from e
                 return _refused(args, e)
     except KeyboardInterrupt as e:
@@ -58,28 +59,27 @@ def _refused(args: argparse.Namespace, error: Exception) -> int:
         forget_output()
         return 1
     what = " ".join(str(error).split())[:300]
-    return _fail(args, error, f"unexpected {type(error).__name__}: {what}; run again with --debug for the place", 1)
+    return _fail(args, error, f"unexpected {type(error).__name__}: {what}; run again with --debug for a traceback", 1)
 
 
 def _check_environment() -> None:
-    """Refuses what the libraries below cannot work in, where they would end the process or blame the model.
-
-    Raises UsageError.
-    """
+    """Raises UsageError for environments in which torch, transformers or numba fail with misleading errors."""
     if sys.flags.optimize >= 2:
-        raise UsageError("Python runs without docstrings (-OO, PYTHONOPTIMIZE=2), which transformers reads")
+        raise UsageError(
+            "Python runs without docstrings (-OO or PYTHONOPTIMIZE=2), which transformers needs; run it without"
+        )
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
-        raise UsageError("NUMBA_DISABLE_JIT is set, and the kernels cannot run uncompiled; unset it")
+        raise UsageError("NUMBA_DISABLE_JIT is set, and the kernels must be compiled; unset it")
     try:
         os.getcwd()  # noqa: PTH109
     except FileNotFoundError:
-        raise UsageError("the working directory has been removed; run it from another one") from None
+        raise UsageError("the working directory has been removed; change to another one") from None
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         return build_parser().parse_args(argv)
-    except SystemExit:  # after --help, --version, or an error that has been told
+    except SystemExit:  # after --help, --version, or an error that has been printed
         with output():
             raise
 
@@ -97,7 +97,7 @@ def _fail(args: argparse.Namespace, error: BaseException, message: str, code: in
 
 
 def _job(args: argparse.Namespace) -> dict[str, Any]:
-    """What prune and plan are asked for alike. Raises UsageError for what cannot be."""
+    """The arguments that `prune` and `plan` have in common. Raises UsageError for invalid ones."""
     amount = args.sparsity if args.pattern is None else args.pattern
     changes = {name: getattr(args, name) for name, *_ in flags_of(Recipe)}
     return {
@@ -275,7 +275,7 @@ def _print_packed(args: argparse.Namespace, result: PackResult) -> int:
         cost = f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
         sum_up(f"{result.out}: {result.status} ({result.layout}, {sizes}{cost if result.status == 'done' else ''})")
         if result.left_out:
-            sum_up(f"not packed, for no loader of the model reads them: {', '.join(result.left_out)}")
+            sum_up(f"files not packed, as no loader of the model reads them: {', '.join(result.left_out)}")
     _tell_notes(args, result.notes)
     return 0
 

@@ -1,4 +1,4 @@
-"""`demo`: the main job on the small trained model that comes with the package, in a temporary folder."""
+"""`demo`: prunes and evaluates the small trained model that is part of the package, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ SAMPLES, SEQLEN = 64, 256
 
 
 def run_demo(progress: ProgressCallback) -> list[dict[str, Any]]:
-    """Prunes the demo model to 50 % and to 2:4, evaluates all three on held-out text; a row a model."""
+    """Prunes the demo model to 50 % and to 2:4, and evaluates the results and the dense model on held-out text.
+
+    Returns one row of JSON values per model, for tables.demo_table.
+    """
     package = importlib.resources.files("streamprune")
     jobs: list[tuple[str, float | str | None, str]] = [
         ("dense", None, ""),

@@ -1,7 +1,7 @@
-"""The objects that describe a job: frozen, checked when they are made, the same from Python and from the shell.
+"""Settings of a job: frozen dataclasses, validated when created, shared by the Python API and the command line.
 
-A field made by `option` is a flag of the command line, too, with the field's default and help; `arguments.py` asks for
-them. A recipe's fields are in methods/recipes.py.
+A field made by `option` is also a flag of the command line, with the same default; `arguments.py` turns these fields
+into arguments. The fields of a recipe are in methods/recipes.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from streamprune.errors import UsageError
 from streamprune.process.memory import parse_bytes
 
 MOST_TOKENS = 1 << 27
-"""Calibration tokens of a job; their ids alone take a GiB then."""
+"""Limit on the calibration tokens of a job: the ids of so many take 1 GiB."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def option(
     default: Any, text: str, *, flag: str | None = None, metavar: str | None = None,
     choices: tuple[str, ...] | None = None, kind: Callable[[str], Any] | None = None,
 ) -> Any:  # fmt: skip
-    """A dataclass field that is a flag, called --NAME unless `flag` says otherwise; `text` is its help."""
+    """A dataclass field that is also a flag, called --NAME unless `flag` is given; `text` is its help."""
     return field(default=default, metadata={"flag": Flag(flag or "", text, metavar, choices, kind)})
 
 
@@ -46,7 +46,7 @@ def flags_of(settings: type) -> Iterator[tuple[str, Any, Flag]]:
 
 
 def check_choice(settings: object, *names: str) -> None:
-    """Raises UsageError for a field of `settings` that is none of its flag's choices."""
+    """Raises UsageError if a field among `names` has a value that is not among the choices of its flag."""
     known = {name: flag for name, _, flag in flags_of(type(settings))}
     for name in names:
         value, flag = getattr(settings, name), known[name]
@@ -56,28 +56,29 @@ def check_choice(settings: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text that statistics come from, and which windows of it. Raises UsageError for what cannot be."""
+    """The calibration text, and how windows are drawn from it. Raises UsageError for invalid values."""
 
     text: str | Path | None = option(
-        None, "calibration text: plain, JSON records or Parquet, packed or not, a folder or pattern of them, or .npy "
-        "of token ids (default: a built-in text)", flag="--calib", metavar="FILE",
+        None, "calibration text: plain text, JSON records or Parquet, compressed or not; a folder or glob pattern of "
+        "such files; or token ids in a .npy file (default: a built-in text)", flag="--calib", metavar="FILE",
     )  # fmt: skip
     text_field: str = option(
-        "text", "what is read of records: a string, or messages that go through the tokenizer's chat template "
-        "(default: %(default)s)", metavar="NAME",
+        "text", "field to read from JSON or Parquet records: a string, or chat messages, which are formatted with the "
+        "tokenizer's chat template (default: %(default)s)", metavar="NAME",
     )  # fmt: skip
     bos: str = option(
-        "auto", "begin each window with the BOS token (default: if the tokenizer does by itself)",
+        "auto", "begin each window with the BOS token (default: auto, if the tokenizer adds it by itself)",
         choices=("auto", "always", "never"),
     )  # fmt: skip
-    samples: int = option(128, "calibration windows (default: %(default)s)", metavar="N", kind=int)
+    samples: int = option(128, "number of calibration windows (default: %(default)s)", metavar="N", kind=int)
     seqlen: int | None = option(
         None, "window length in tokens (default: min(2048, the model's limit))", metavar="N", kind=int
     )
-    seed: int = option(0, "which windows (default: %(default)s)", metavar="N", kind=int)
+    seed: int = option(0, "seed for drawing the windows (default: %(default)s)", metavar="N", kind=int)
     expert_stats: str = option(
-        "weighted", "for mixtures of experts: weighted counts a token as the routing weights it for the expert, routed "
-        "counts all tokens that it is sent alike (default: %(default)s)", choices=("weighted", "routed"),
+        "weighted", "for mixtures of experts, how much a token counts in the statistics of an expert: weighted, by its "
+        "routing weight; routed, as much as any other token routed to it (default: %(default)s)",
+        choices=("weighted", "routed"),
     )  # fmt: skip
     expert_tokens: int = option(
         64, "an expert that sees fewer tokens falls back to statistics pooled over its layer's experts (default: "
@@ -92,32 +93,31 @@ class Calibration:
             raise UsageError("--samples must be at least 1, --seed not negative")
         if self.samples * (self.seqlen or 2048) > MOST_TOKENS:
             raise UsageError(
-                f"--samples {self.samples} is more than memory should hold; {MOST_TOKENS} tokens are the limit"
+                f"--samples {self.samples} of {self.seqlen or 2048} tokens are more than the limit of {MOST_TOKENS} "
+                "tokens; choose fewer"
             )
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job may use of a machine. Sizes are bytes, or text such as "8GiB". Raises UsageError for wrong ones."""
+    """What a job may use of the machine. Sizes are bytes, or text such as "8GiB". Raises UsageError if invalid."""
 
     device: str = option("auto", "cpu, cuda, cuda:1 … (default: the GPU if there is one)")
     dtype: str = option(
-        "auto", "what to compute in (default: the stored dtype where it is fast, else float32)",
+        "auto", "dtype of the computation (default: the stored dtype if the device computes in it fast, else float32)",
         choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
     backend: str = option(
-        "auto", "kernels that prune: numba (CPU) or torch (any device); default by device",
+        "auto", "kernels for pruning: numba (CPU only) or torch (any device) (default: by device)",
         choices=("auto", "numba", "torch"),
     )  # fmt: skip
-    max_ram: int | str | None = option(None, "resident memory to stay within, such as 4GiB", metavar="SIZE")
-    max_vram: int | str | None = option(
-        None, "memory of the GPU to stay within (default: what is free there)", metavar="SIZE"
-    )
-    work: str | Path | None = option(None, "folder for the activation cache (a fast disk)", metavar="DIR")
+    max_ram: int | str | None = option(None, "limit on resident memory, such as 4GiB (default: none)", metavar="SIZE")
+    max_vram: int | str | None = option(None, "limit on GPU memory (default: what is free)", metavar="SIZE")
+    work: str | Path | None = option(None, "folder for cached activations, preferably on a fast disk", metavar="DIR")
 
     def __post_init__(self) -> None:
         check_choice(self, "dtype", "backend")
-        _ = self.ram, self.vram  # which read them
+        _ = self.ram, self.vram  # raise UsageError for sizes that cannot be read
 
     @property
     def ram(self) -> int | None:

@@ -23,7 +23,7 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right."""
+    """A plain text table: the first column is left-aligned, the others are right-aligned."""
     widths = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
@@ -34,14 +34,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def evaluation_lines(found: Evaluation) -> str:
-    """Perplexity; with a reference a second line, how far the predictions are from its own."""
+    """Perplexity, and in a second line, with a reference, how much the predictions differ from it."""
     windows = f"{found.windows} windows of {found.seqlen}{' after a BOS token' if found.bos else ''}"
     perplexity = (
         f"perplexity {found.perplexity:.3f}  ({found.tokens} tokens in {windows}, "
         f"{found.seconds:.1f} s, peak {format_bytes(found.peak_rss_bytes)})"
     )
     if found.replaced:
-        perplexity += f"\n{found.replaced} bytes of the text were no characters and became U+FFFD"
+        perplexity += f"\n{found.replaced} bytes of the text are invalid and were replaced by U+FFFD"
     if found.kl is None or found.top1_agreement is None:
         return perplexity
     error = f" ± {found.kl_stderr:.2g}" if found.kl_stderr is not None else ""
@@ -77,10 +77,9 @@ def _with_error(value: float | None, stderr: float | None, sign: str = "") -> st
 
 
 def inspection_table(found: Inspection) -> str:
-    """One line a linear, then the totals; columns that hold nothing for any linear are left out. A layer's experts
-    share a line.
+    """One line per linear, then the totals. A layer's experts share a line; empty optional columns are left out.
 
-    With a source: how far each linear is from it, in place of its bytes.
+    With `--against`, the columns about bytes are replaced by the differences from the source.
     """
     heads = ["linear", "dtype", "shape", "zeros", "zeros/row", "pattern"]
     heads += ["kept changed", "revived", "rel. error"] if found.against else ["scales", "stored", "packed"]
@@ -110,7 +109,7 @@ def inspection_table(found: Inspection) -> str:
 
 
 def _inspection_cells(name: str, linears: Sequence[LinearReport], layout: str | None) -> dict[str, str]:
-    """The cells of one linear, or of several that are alike: sums, ranges, the largest error."""
+    """The cells of one linear, or of similar ones in one line: sums, ranges, the largest error. Keys are the heads."""
     few, many = min(n.min_row_zeros for n in linears), max(n.max_row_zeros for n in linears)
     patterns = {n.pattern or "-" for n in linears}
     scales = [n.scale for n in linears if n.scale is not None and n.scale.least is not None]
@@ -148,7 +147,7 @@ def _faults(found: Sequence[LinearReport] | Sequence[Totals]) -> str:
 
 
 def _stored(t: Totals) -> str:
-    """Bytes of the linears, now and packed."""
+    """Bytes of the linears, as stored and as packed."""
     now = f"stored in {format_bytes(t.nbytes)}"
     if t.packed:
         return f"{now}, {t.packed} of {t.linears} linears packed; all dense: {format_bytes(t.nbytes_dense)}"
@@ -171,7 +170,7 @@ def _difference_lines(d: Difference) -> list[str]:
 
 
 def plan_table(found: Plan) -> str:
-    """Stages (equal neighbours folded), then what the whole run takes."""
+    """A table of stages (equal neighbours share a line), then the estimates for the whole run."""
     rows = []
     for _, group in groupby(found.stages, key=lambda s: (s.name.split()[0], s.nbytes, s.linears, s.flops)):
         same = list(group)
@@ -205,7 +204,7 @@ def _vram(found: Plan) -> list[str]:
 
 
 def _parts(split: Split) -> str:
-    """What an estimated time goes to, the largest first."""
+    """An estimated time by kind of work, largest first."""
     parts = sorted(asdict(split).items(), key=lambda part: -part[1])
     return ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts if seconds > 0)
 

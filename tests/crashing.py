@@ -1,4 +1,4 @@
-"""A disk that can be stopped at any moment: what a crash could leave behind, for every moment of a job.
+"""Records what a crash could leave on the disk, for every moment of a job.
 
 `CrashDisk` stands between what changes the disk and the operating system while a job runs once, and keeps
 the state of a folder before and after every operation and in the middle of every write, in three ways:
@@ -40,7 +40,7 @@ _UNKNOWN = {
 
 
 def tree_of(root: Path) -> Tree:
-    """All below a folder."""
+    """The tree of everything in a folder."""
     tree: Tree = {}
     for path in sorted(root.rglob("*")):
         assert not path.is_symlink()
@@ -49,7 +49,7 @@ def tree_of(root: Path) -> Tree:
 
 
 def restore(root: Path, tree: Tree) -> None:
-    """Makes a folder hold just this."""
+    """Makes a folder contain exactly this tree."""
     shutil.rmtree(root)
     root.mkdir()
     for name, content in sorted(tree.items()):
@@ -60,7 +60,7 @@ def restore(root: Path, tree: Tree) -> None:
 
 
 class CrashDisk:
-    """Stands in for the module `os` in what changes the disk, and records. `states[kind]` maps a label to a tree."""
+    """Replaces the module `os` where the disk is changed, and records. `states[kind]` maps labels to trees."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -97,11 +97,11 @@ class CrashDisk:
         return fd
 
     def close(self, fd: int) -> None:
-        self._paths.pop(fd, None)  # first: another thread may be given the number as soon as it is closed
+        self._paths.pop(fd, None)  # before closing: another thread may get the same number right after
         os.close(fd)
 
     def unlink_path(self, path: Path, missing_ok: bool = False) -> None:
-        """In the place of Path.unlink."""
+        """Replaces Path.unlink."""
         try:
             self._do("unlink", self._unlink, path)
         except FileNotFoundError:
@@ -199,7 +199,7 @@ class CrashDisk:
         self._folders[path.stat().st_ino] = {p.name: p.stat().st_ino for p in path.iterdir()}
 
     def _hold(self, path: Any) -> None:
-        """Keeps what is about to vanish, so that its inode's number is not given to another file."""
+        """Keeps an open link to a file that is removed, so that its inode number is not reused."""
         if Path(path).exists():
             self._held.append(os.open(path, os.O_RDONLY))
 
@@ -210,7 +210,7 @@ class CrashDisk:
 
 
 def replace_os(patch: pytest.MonkeyPatch, stand_in: object) -> None:
-    """Puts `stand_in` in the place of the module `os` in all that changes the disk by name."""
+    """Replaces the module `os` by `stand_in` in all modules that change names on the disk."""
     for module in (durable, lock):
         patch.setattr(module, "os", stand_in)
 
@@ -229,7 +229,7 @@ def recorded(root: Path) -> Iterator[CrashDisk]:
 
 
 class NoSync:
-    """`os` without its slowest function, for tests that are not about power failures."""
+    """`os` without fsync, its slowest function, for tests that are not about power failures."""
 
     def __getattr__(self, name: str) -> Any:
         return (lambda fd: None) if name == "fsync" else getattr(os, name)

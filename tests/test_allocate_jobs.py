@@ -99,7 +99,7 @@ def test_statistics_without_updates_are_refused(
     source = models("llama", 2)
     monkeypatch.setattr(Collector, "update", (0.0, 0.0))
     calibrate(source, tmp_path / "s", calib=text, **GIVEN)
-    with pytest.raises(UsageError, match=r"does not say what .*calibrate"):
+    with pytest.raises(UsageError, match=r"lacks the size of what .*calibrate"):
         prune(source, tmp_path / "out", sparsity=0.5, allocate="error", stats=tmp_path / "s", dtype="float32")
     assert prune(source, tmp_path / "out", sparsity=0.5, allocate="owl", stats=tmp_path / "s", dtype="float32")
 
@@ -144,7 +144,10 @@ def test_a_massive_activation_does_not_own_an_update() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--pattern", "2:4", "--allocate", "owl"], "--allocate owl shares out a --sparsity; --pattern 2:4 says"),
+        (
+            ["--pattern", "2:4", "--allocate", "owl"],
+            "--allocate owl distributes a --sparsity among layers, and --pattern 2:4 fixes it",
+        ),
         (["--sparsity", "0.5", "--allocate", "best"], "--allocate best: choose uniform, owl, error"),
     ],
 )

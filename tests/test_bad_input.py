@@ -513,7 +513,8 @@ def test_a_fault_of_ours(
 
     monkeypatch.setattr("streamprune.pruning.job.prune", fail)
     assert command(*prune_args) == 1
-    line = "streamprune: error: unexpected RuntimeError: first line second line; run again with --debug for the place\n"
+    line = "streamprune: error: unexpected RuntimeError: first line second line; run again with --debug for "
+    line += "a traceback\n"
     assert capsys.readouterr().err == line
 
 

@@ -1,4 +1,4 @@
-"""The model of time behind `plan`, on a machine of round numbers; and that measuring a real one stays small.
+"""The time estimates of `plan`, for a machine with round speeds; and that measuring a real machine stays cheap.
 
 No time is asserted: what is measured is only seen to be there.
 """
@@ -35,7 +35,7 @@ GIGA = Speeds(
     products=1e12, float32=1e11, attention=1e12, elementwise=1e10, embedding=1e10, statistics=1e10, selection=1e9,
     scanning=1e10, hashing=4e9, reading=1e9, writing=1e9, link=1e10, loading=0.0,
 )  # fmt: skip
-"""A machine of round numbers."""
+"""A machine with round speeds."""
 LAYER = StageWork("layer", 10**9, 9 * 10**8, 10**9, 10**8, 10**6, 10**5)
 WORKS = (
     StageWork("embed", 10**8, 0, 0, 0, 0, 0),
@@ -54,9 +54,9 @@ def test_a_layer_is_its_parts() -> None:
     layer = stage_seconds(WORKS, COURSE, GIGA)[2]
     assert layer.forward == pytest.approx(1e5 * (1e9 / 1e12 + 1e8 / 1e12 + 1e6 / 1e10) + 50 * PER_BATCH)
     assert layer.statistics == pytest.approx(1e5 * 1e5 / 1e10)
-    assert layer.selection == pytest.approx(2 * 1e9 / 1e10 + 9e8 / 1e9)  # looked at twice, pruned once
+    assert layer.selection == pytest.approx(2 * 1e9 / 1e10 + 9e8 / 1e9)  # checked twice, pruned once
     assert layer.total == pytest.approx(layer.forward + layer.statistics + layer.selection + layer.disk)
-    assert 0 < layer.disk < 0.2  # reading hides behind the pass before, writing behind pruning
+    assert 0 < layer.disk < 0.2  # reading overlaps with the pass before, writing with pruning
 
 
 def test_planned_time_is_made_of_given_speeds(models: Models) -> None:
@@ -83,7 +83,7 @@ def test_slower_is_never_sooner(name: str, how: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("how", [{}, {"on_device": True, "layers": 2}, {"on_device": True, "layers": 3}])
 def test_a_refit_adds_its_own_time(how: dict[str, Any]) -> None:
-    """To the layers that have one, and to no other part of theirs but the disk, which it hides."""
+    """A refit's time is added to the layers that have one, and changes only their disk time, which it overlaps with."""
     work = replace(LAYER, refit=RefitWork(2, 4e12, 3e12, 1e10, 2e9, 10**5))
     run = replace(COURSE, **how)
     for speeds, more in ((GIGA, 0.0), (replace(GIGA, float32=5e10), 40.0)):
@@ -107,7 +107,7 @@ def test_more_work_takes_longer() -> None:
 
 
 def test_reading_hides_behind_the_pass_before() -> None:
-    """Layer 1 is read during layer 0's pass of 120 s: 1 GB at 20 MB/s does, at 2 MB/s does not."""
+    """Layer 1 is read during layer 0's pass of 120 s: 1 GB fits into that at 20 MB/s, not at 2 MB/s."""
     times = [stage_seconds(WORKS, COURSE, replace(GIGA, reading=r))[2].disk for r in (1e9, 2e7, 2e6)]
     assert times[0] == pytest.approx(times[1])
     passed = stage_seconds(WORKS, COURSE, GIGA)[1]
@@ -115,7 +115,7 @@ def test_reading_hides_behind_the_pass_before() -> None:
 
 
 def test_without_a_pass_the_slowest_counts() -> None:
-    """Both ways through one disk, or pruning, with hashing on one core of two."""
+    """A stage takes the larger of reading and writing on one disk, and of pruning with hashing on one of two cores."""
     run = replace(COURSE, tokens=0)
 
     def layer(**speeds: float) -> float:
@@ -136,7 +136,7 @@ def test_a_device_overlaps_what_fits(slow: str) -> None:
 
 
 def test_attention_of_its_own() -> None:
-    """a + b · length, from two lengths."""
+    """Recovers a and b of the seconds a + b · length from measurements at two lengths."""
     a, b = 2e-6, 3e-9
     whole, half = (replace(GIGA, elementwise=LAYER.traffic / (a + b * n), attention=math.inf) for n in (256, 128))
     found = measuring.growing(whole, half, 256, LAYER, 2048)
@@ -146,7 +146,7 @@ def test_attention_of_its_own() -> None:
 
 
 def test_clock() -> None:
-    """The median of what comes after the first call, which is loading."""
+    """The median of all calls but the first, whose extra time counts as loading."""
     times = iter([0.0, 5.0, 10.0, 11.0, 20.0, 21.0])
     clock = measuring.Clock(torch.device("cpu"), lambda: next(times, 0.0))
     with pytest.MonkeyPatch.context() as patch:
@@ -159,7 +159,7 @@ def test_clock() -> None:
 def test_every_speed_is_measured(
     models: Models, text: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the layer without weights has as many inputs as a real one, of the same widths."""
+    """Also, the layer without weights has as many inputs as a real one, with the same widths."""
     seen: list[Speeds] = []
     widths: list[list[int]] = []
     statistics = measuring._statistics
@@ -174,7 +174,7 @@ def test_every_speed_is_measured(
 
     monkeypatch.setattr("streamprune.planning.plan.measure", measure)
     monkeypatch.setattr(measuring, "_statistics", gathered)
-    monkeypatch.setattr(ShardMaps, "tensor", None)  # no weight is read but to time the disk
+    monkeypatch.setattr(ShardMaps, "tensor", None)  # weights are read only to measure the disk
     plan(models(kind), samples=4, seqlen=32)
     slow = {f.name: getattr(seen[0], f.name) for f in fields(Speeds)}
     infinite = {name for name, speed in slow.items() if not 0 < speed < math.inf}
@@ -196,7 +196,7 @@ def test_every_speed_is_measured(
 
 
 def huge(folder: Path) -> Path:
-    """A checkpoint with a 70B model's widths, of holes: its size is not on the disk."""
+    """A checkpoint with a 70B model's widths in sparse files, which take no space on disk."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "vocab_size": 32000,
         "intermediate_size": 28672, "num_hidden_layers": 2, "num_attention_heads": 64, "num_key_value_heads": 8,
@@ -240,9 +240,11 @@ class Largest(TorchDispatchMode):
 
 
 def test_measuring_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a 70B model's layer, which takes 1.6 GiB and three windows of activations, only pieces are worked on."""
+    """Of a 70B model's layer (1.6 GiB and three windows of activations), only small parts are measured."""
     monkeypatch.setattr(measuring, "_SECONDS", 0.0)
-    monkeypatch.setattr("streamprune.model.budget.available_bytes", lambda: None)  # whatever else runs here
+    monkeypatch.setattr(
+        "streamprune.model.budget.available_bytes", lambda: None
+    )  # does not depend on what else runs here
     largest = Largest()
 
     def measure(*args: Any, **how: Any) -> Speeds:
@@ -262,7 +264,7 @@ def test_measuring_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_window(models: Models) -> None:
-    """As in a job where it fits, fewer windows or shorter ones where it does not."""
+    """Windows as in the job if they fit into memory, fewer or shorter ones if not."""
     skeleton = build_skeleton(open_checkpoint(models()), torch.bfloat16)
     assert window_size(skeleton, 5, 32, torch.bfloat16, "cpu") == (5, 32)
     windows, length = window_size(skeleton, 10**6, 32, torch.bfloat16, "cpu")
@@ -272,7 +274,7 @@ def test_window(models: Models) -> None:
 
 
 def test_hollow_layer_does_not_touch_weights(models: Models) -> None:
-    """It makes finite states of the right shape from nothing."""
+    """The layer without weights produces finite states of the right shape."""
     checkpoint = open_checkpoint(models())
     skeleton = build_skeleton(checkpoint, torch.bfloat16)
     layer = BlankLayer(checkpoint, skeleton, torch.bfloat16, torch.device("cpu"), 2, 16)

@@ -1,4 +1,4 @@
-"""A job is stopped before, after and within every single operation on the disk, and done again.
+"""A job is stopped before, after and within every single operation on the disk, and then resumed.
 
 What the job does to the disk is recorded once (crashing.py); each state that a crash could have left is put
 back, the same command runs again, and the result must be the uninterrupted one, byte for byte, with nothing
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def given(models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What all jobs start from: a model of two layers, and 64 tokens."""
+    """The inputs of all jobs: a model of two layers, and 64 tokens."""
     tokens = tmp_path_factory.mktemp("tokens") / "tokens.npy"
     np.save(tokens, np.random.default_rng(3).integers(0, VOCAB, 500))
     return {"model": models("llama", 2), "calib": tokens, "samples": 4, "seqlen": 16}
@@ -69,7 +69,7 @@ def make_job(name: str, root: Path, given: dict[str, Any]) -> Job:
 
 
 def comparable(tree: Tree) -> Tree:
-    """A tree without what differs from run to run: times and memory in the report."""
+    """A tree without the report's times and memory, which differ from run to run."""
     result = dict(tree)
     name = "out/streamprune.json"
     if name in result:
@@ -85,7 +85,7 @@ def comparable(tree: Tree) -> Tree:
 
 
 def difference(found: Tree, wanted: Tree) -> str:
-    """Names what is missing, too much, or another; empty when nothing is."""
+    """Names files that are missing, unexpected or different; empty if there are none."""
     names = sorted(n for n in found.keys() | wanted.keys() if found.get(n, 0) != wanted.get(n, 0))
     return ", ".join(
         f"{n} {'left over' if n not in wanted else 'missing' if n not in found else 'differs'}" for n in names[:6]
@@ -93,7 +93,7 @@ def difference(found: Tree, wanted: Tree) -> str:
 
 
 def half_visible(tree: Tree, whole: Tree, outputs: tuple[str, ...]) -> str:
-    """What is wrong with the outputs in a state that a crash left; empty if each is absent or whole."""
+    """Describes faults of the outputs after a crash; empty if each output is absent or complete."""
     wrong = []
     for output in outputs:
         there, wanted = ({n: c for n, c in t.items() if f"{n}/".startswith(f"{output}/")} for t in (tree, whole))
@@ -103,7 +103,7 @@ def half_visible(tree: Tree, whole: Tree, outputs: tuple[str, ...]) -> str:
 
 
 class Crasher:
-    """Runs a job once, recorded; then again from any state in which it could have been stopped."""
+    """Records one run of a job, then resumes it from every state that a crash could have left."""
 
     def __init__(self, root: Path, job: Job, outputs: tuple[str, ...]) -> None:
         self.root, self.job, self.outputs = root, job, outputs
@@ -113,7 +113,7 @@ class Crasher:
         self.whole = comparable(tree_of(root))
 
     def failures(self, kind: str, share: float = 1.0, twice: float = 0.0) -> list[str]:
-        """What went wrong from the states of one kind. `share` of them are tried; of these, `twice` crash again."""
+        """Failures when resuming from states of one kind: a `share` are tried; of these, `twice` crash again."""
         chance = random.Random(f"{kind} {share}")
         found = []
         for label, tree in self.disk.states[kind].items():
@@ -135,7 +135,7 @@ class Crasher:
         return found
 
     def attempt(self) -> str:
-        """Runs the job; says what is wrong with the result."""
+        """Runs the job; describes what is wrong with the result."""
         with pytest.MonkeyPatch.context() as patch:
             if durable.os is os:
                 replace_os(patch, NoSync())
@@ -193,7 +193,7 @@ def test_two_crashes_in_a_row(root: Path, given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("complete", [False, True])
 def test_crash_while_work_is_thrown_away(root: Path, given: dict[str, Any], complete: bool) -> None:
-    """--restart is stopped while it removes; the job then goes on, with and without --restart."""
+    """--restart is stopped while it removes files; the job is then run again, with and without --restart."""
     job = make_job("work", root, given)
     first = Crasher(root, job, OUTPUTS)
     begun = [tree for tree in first.disk.states["killed"].values() if "out" not in tree and "out.partial" in tree]
@@ -218,7 +218,7 @@ def test_crash_while_work_is_thrown_away(root: Path, given: dict[str, Any], comp
     "error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "I/O error"), KeyboardInterrupt()]
 )
 def test_an_error_at_any_operation(root: Path, given: dict[str, Any], error: BaseException) -> None:
-    """A full or failing disk and an interrupt end the run, as what they are; the same process can go on."""
+    """A full disk, a failing disk and an interrupt each raise their error; the same process can then resume."""
     job = make_job("save", root, given)
     crasher = Crasher(root, job, OUTPUTS)
     restore(root, {})

@@ -154,7 +154,7 @@ def test_bad_weights_are_named(models: Models, text: Path, tmp_path: Path, use: 
 
 @pytest.fixture
 def scarce(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
-    """Makes the decoder layers of a Llama fail for batches of more than so many samples; lists what they were given."""
+    """Makes a Llama's layers run out of memory for batches of more than `most` samples; lists the sizes they got."""
 
     def limit(most: int) -> list[int]:
         from transformers.models.llama.modeling_llama import LlamaMLP
@@ -177,7 +177,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
 def test_out_of_memory_takes_smaller_batches(
     models: Models, text: Path, tmp_path: Path, use: Use, scarce: Callable[[int], list[int]], how: dict[str, Any]
 ) -> None:
-    """The statistics count every token once, whatever was tried before, and the report says what was given up."""
+    """Statistics count every token once, also after failed attempts, and the report has the reduced batch."""
     use(2, True, batch=4)
     plain = job(models, text, "llama", tmp_path / "plain", save_stats=tmp_path / "plain.stats", **how)
     assert "out_of_memory_batch" not in plain.report
@@ -297,7 +297,7 @@ def test_the_mapped_file_itself_on_the_cpu(models: Models) -> None:
 
 @pytest.mark.parametrize("resident", [False, True])
 def test_states_come_back_as_they_were_rounded(tmp_path: Path, resident: bool) -> None:
-    """What stays on the device is what a resumed run reads from disk."""
+    """Activations that stay on the device equal those that a resumed run reads from disk."""
     chunks = [torch.randn(n, 4, 8) for n in (3, 3, 1)]
     activations = Activations(tmp_path, torch.bfloat16, CPU, resident=resident)
     with activations.write(2) as put:
@@ -377,7 +377,7 @@ def test_the_report_is_json(models: Models, text: Path, tmp_path: Path, use: Use
 def test_running_out_of_memory_while_resuming_keeps_the_work(
     models: Models, text: Path, tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a layer's arguments are recorded, torch's error says nothing about the model."""
+    """Running out of memory while a layer's arguments are recorded is not reported as a fault of the model."""
     from transformers.models.llama.modeling_llama import LlamaModel
 
     def stop(step: Progress) -> None:

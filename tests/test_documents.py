@@ -51,6 +51,16 @@ def test_there_are_commands() -> None:
         build_parser().parse_args(["prune", "a", "b", "--no-such-option"])
 
 
+def test_command_lines_of_earlier_readmes_parse() -> None:
+    """tests/data/command_lines.txt has the commands of the READMEs of earlier versions; lines are only ever added."""
+    lines = (ROOT / "tests" / "data" / "command_lines.txt").read_text().splitlines()
+    assert len(lines) >= 10
+    for line in lines:
+        words = shlex.split(line)
+        assert words[:3] == ["python", "-m", "streamprune"], line
+        build_parser().parse_args(words[3:])  # exits with 2 if a command or a flag is gone
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=of)
 def test_links_lead_somewhere(path: Path) -> None:
     text = path.read_text()

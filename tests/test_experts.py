@@ -105,7 +105,7 @@ def whole_perplexity(folder: Path, text: Path, whole: Any = None) -> float:
 
 
 def test_in_bfloat16(make: Make, text: Path, held: Path, tmp_path: Path) -> None:
-    """The dtype on disk stays, and a mask of N:M lies along the inputs of transposed weights."""
+    """The stored dtype is kept, and N:M masks run along the inputs, also of transposed weights."""
     source = make("gpt_oss", dtype="bfloat16")
     out = run(source, tmp_path / "out", text, PAIRS, dtype="bfloat16").out
     before, after = stored(source), stored(out)
@@ -122,7 +122,7 @@ def test_in_bfloat16(make: Make, text: Path, held: Path, tmp_path: Path) -> None
 
 
 def test_few_tokens_and_none(make: Make, text: Path, tmp_path: Path) -> None:
-    """Experts that see too little go by what all of their layer see: exactly these, and the report says so."""
+    """Experts that see too few tokens fall back to pooled statistics, and only these do; the report lists them."""
     source = make("qwen3_moe")
     few_windows = windows_of(source, text)[:1, :8]
     seen = look(in_memory(source), MIXTURES["qwen3_moe"], few_windows)
@@ -155,7 +155,7 @@ def test_nothing_is_pooled_where_all_see_enough(make: Make, text: Path, tmp_path
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 def test_calibrate_and_prune(make: Make, text: Path, tmp_path: Path, kind: str) -> None:
-    """In two steps the same as in one, byte for byte."""
+    """`calibrate` and `prune --stats` give the same bytes as `prune`."""
     window = {"samples": SAMPLES, "seqlen": SEQLEN, "seed": SEED, "calib": text, "expert_tokens": 30}
     prune(make(kind), tmp_path / "one", pattern="2:4", **window)
     report = calibrate(make(kind), tmp_path / "stats", **window).report
@@ -167,7 +167,7 @@ def test_calibrate_and_prune(make: Make, text: Path, tmp_path: Path, kind: str) 
 
 
 def test_routed(make: Make, text: Path, tmp_path: Path) -> None:
-    """All tokens that an expert is routed count alike; that is another job."""
+    """With "routed", all tokens routed to an expert count alike, and the job is a different one."""
     source = make("mixtral")
     windows = windows_of(source, text)
     wanted, _ = look(in_memory(source), MIXTURES["mixtral"], windows, weighted=False).pooled(2)
@@ -185,7 +185,7 @@ def test_routed(make: Make, text: Path, tmp_path: Path) -> None:
 
 
 def test_only_some_experts(make: Make, text: Path, tmp_path: Path) -> None:
-    """Of a tensor of three dimensions, one expert."""
+    """--only can choose a single expert of a three-dimensional tensor."""
     source = make("gpt_oss")
     done = run(source, tmp_path / "out", text, HALF, only=r"layers\.1\..*experts\.2\.down_proj")
     assert [n["name"] for n in done.report["linears"]] == ["model.layers.1.mlp.experts.2.down_proj"]
@@ -201,7 +201,7 @@ def test_only_some_experts(make: Make, text: Path, tmp_path: Path) -> None:
 
 
 def test_routers_stay(make: Make, text: Path, tmp_path: Path) -> None:
-    """Routers and gates of shared experts are left alone, unless they are asked for; shared experts are pruned."""
+    """Routers and gates of shared experts are pruned only if --only names them; shared experts are pruned."""
     source = make("qwen2_moe")
     done = run(source, tmp_path / "out", text)
     names = {n["name"] for n in done.report["linears"]}
@@ -229,7 +229,7 @@ def test_routers_that_are_linears(make: Make, kind: str, router: str) -> None:
 
 
 def test_propagate_pruned(make: Make, text: Path, tmp_path: Path) -> None:
-    """Layer 1's experts see what pruned experts of layer 0 put out."""
+    """With propagate="pruned", layer 1's experts see outputs of pruned experts of layer 0."""
     for kind in ("granitemoe", "mixtral"):
         source = make(kind)
         out = run(source, tmp_path / kind, text, propagate="pruned", expert_tokens=2).out
@@ -266,7 +266,7 @@ def test_allocate(make: Make, text: Path, tmp_path: Path, how: str) -> None:
 def test_refits(
     make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fused: bool, how: Job
 ) -> None:
-    """Each expert's linears get new values for what is routed to it; output errors are as reported."""
+    """Each expert's linears are refitted to the inputs routed to it; the reported output errors are right."""
     monkeypatch.setattr("streamprune.model.routed._GATHERED_ROWS", 3)
     monkeypatch.setattr("streamprune.model.routed._SCANNED_TOKENS", 7)
     source = make(kind, fused=True) if fused else make(kind)
@@ -298,7 +298,7 @@ def test_refits(
             continue
         change, whole_output = (x @ w.double().t() for w in (weight - fitted[name], weight))
         error = float(change.square().sum() / whole_output.square().sum())
-        if not how.get("quantize"):  # what is reported is the refit's, before its values are rounded
+        if not how.get("quantize"):  # the report has the refit's error, before rounding
             assert error == pytest.approx(entry["error"], rel=1e-3, abs=1e-6), name
         assert entry["error"] <= entry["error_mask"] * 1.0001
         sums = [sums[0] + entry["error"], sums[1] + entry["error_mask"]]
@@ -308,7 +308,7 @@ def test_refits(
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_room_for_grams(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """However little room there is, the Grams are the same; what is routed to an expert is looked at for it alone."""
+    """The Grams are the same however little memory there is; each is gathered from its own expert's inputs."""
     job = {"method": "obs-admm", "pattern": "2:4", "expert_tokens": LEAST, "only": r"layers\.1\."}
     source, out, asked = make(kind), {}, []
     gather = CalibrationPass.gather
@@ -329,18 +329,18 @@ def test_room_for_grams(make: Make, text: Path, tmp_path: Path, monkeypatch: pyt
         assert weights_of(out[room]) == wanted
     experts = [names for at, names in asked if at == 99 * one]
     assert experts and all("experts" in name for names in experts for name in names), "all else in the first pass"
-    together = 1 if kind == "gpt_oss" else 2  # of a fused tensor, one expert comes after the other
+    together = 1 if kind == "gpt_oss" else 2  # in a fused tensor, experts are gathered one after the other
     assert {len(names) for names in experts} == {together}
     assert all(len({n.rpartition(".")[0] for n in names}) == 1 for names in experts)
     assert any("self_attn" in name for at, names in asked if at == one for name in names)
-    panels, plain = stored(out[one // 3]), stored(out[99 * one])  # in which sums come in another order
+    panels, plain = stored(out[one // 3]), stored(out[99 * one])  # panels sum in another order
     assert sum(int((panels[n] != plain[n]).logical_and((panels[n] == 0) != (plain[n] == 0)).sum()) for n in plain) <= 4
 
 
 def test_what_experts_cannot(
     make: Make, text: Path, held: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No FP8 in tensors of three dimensions; everything else of such a model can have it."""
+    """FP8 is refused for three-dimensional tensors; all other linears of such a model can be stored in it."""
     source = make("gpt_oss")
     args = ["prune", str(source), str(tmp_path / "out"), "--method", "hwpq", "--sparsity=0.5", "--calib", str(text)]
     args += ["--samples=2", "--seqlen=16", "--quiet"]
@@ -357,7 +357,7 @@ def test_what_experts_cannot(
 
 
 def test_fp8(make: Make, text: Path, held: Path, tmp_path: Path) -> None:
-    """Experts with a tensor each, in FP8: masks are those without it; the second pass computes with the codes."""
+    """Experts with a tensor each, in FP8: masks are as without FP8, and the second pass computes with the codes."""
     source = make("mixtral")
     plain = stored(run(source, tmp_path / "plain", text).out)
     coded = stored(run(source, tmp_path / "dense", text, quantize="fp8").out)
@@ -375,7 +375,7 @@ def test_fp8(make: Make, text: Path, held: Path, tmp_path: Path) -> None:
 
 
 def test_batches(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their size changes the order of sums, and no more than that; nor do the kernels."""
+    """The size of batches, and the kernels, change only the order of sums."""
     source = make("qwen3_moe")
     wanted = look(in_memory(source), MIXTURES["qwen3_moe"], windows_of(source, text)).pooled(LEAST)[0]
     for samples in (1, 5):
@@ -392,7 +392,7 @@ def test_batches(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_groups(
     make: Make, text: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
 ) -> None:
-    """Experts are brought once for as many batches as may wait for them; what comes out is what it was."""
+    """Experts are loaded once per group of batches; outputs do not depend on the size of the group."""
     source = make("mixtral")
     skeleton = build_skeleton(open_checkpoint(source), torch.float32)
     names = {ref for stage in skeleton.layer_stages for e in stage.experts for ref in map(stage.linears.get, e.linears)}
@@ -428,7 +428,7 @@ def test_experts_that_are_called_twice(make: Make, text: Path, tmp_path: Path, m
 
 
 def test_memory_for_groups() -> None:
-    """All of --max-ram may be used; without it, no more than is kept for that."""
+    """A group of batches may use all of --max-ram; without it, a fixed amount of memory."""
     budget = Budget(base=1000, reserve=0, stage=0, per_sample=10, waiting=4)
     for limit, group in ((1020, 1), (1027, 1), (1028, 2), (1059, 5), (1060, 6), (9999, 50)):
         assert group_of(budget, 2, 100, limit) == group, limit
@@ -439,7 +439,7 @@ def test_memory_for_groups() -> None:
 
 
 def test_who_is_worth_waiting_for(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows for efficient products where the system keeps the experts' files in memory; all where it cannot."""
+    """Groups are just large enough for efficient products if the experts fit into the page cache; else larger."""
     skeleton = build_skeleton(open_checkpoint(make("qwen3_moe")), torch.float32)  # 2 of 8 experts a token
     assert estimate(skeleton, 1000, torch.float32).enough == math.ceil(4 * EXPERT_TOKENS / 1000)
     monkeypatch.setattr("streamprune.model.shapes.available_bytes", lambda: skeleton.layer_stages[0].nbytes)
@@ -458,7 +458,7 @@ def test_on_a_device(
     resident: bool,
     how: Job,
 ) -> None:
-    """Weights are sent there; the result is the same."""
+    """Experts' weights are copied to the device; the result is the same."""
     source = make("gpt_oss" if layers == 2 else "deepseek_v3")
     more = {"backend": "torch", "expert_tokens": LEAST, **how}
     run(source, tmp_path / "plain", text, **more)
@@ -477,7 +477,7 @@ def test_on_a_device(
 def test_few_experts_on_a_device(
     make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Job
 ) -> None:
-    """Also where they are pruned: one at work, one on its way, however many a layer has."""
+    """At most two experts are loaded at once, one in use and one prefetched, also while they are pruned."""
     monkeypatch.setattr("streamprune.pruning.run.WeightLoader", functools.partial(WeightLoader, copies=True))
     expect, most = WeightLoader.expect, list[int]()
 
@@ -511,7 +511,7 @@ def test_crashes(make: Make, text: Path, tmp_path: Path, kind: str, how: Job) ->
 
 
 def test_who_goes_on_keeps_the_groups(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that began with little memory sums up in the same order where there is more."""
+    """A job that began with little memory keeps the order of its sums when resumed with more."""
     source, window = make("qwen3_moe"), {"samples": 5, "seqlen": SEQLEN, "calib": text}
     monkeypatch.setattr("streamprune.model.budget.BATCH_TOKENS", SEQLEN)
     calibrate(source, tmp_path / "all", **window)
@@ -582,7 +582,7 @@ def test_one_expert_at_a_time(
 
 
 def test_weights_are_read_once(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is looked at before a layer's pass stays in the system's cache: the pass needs it next."""
+    """Weights that are checked before a layer's pass stay in the page cache, as the pass needs them next."""
     dropped = list[str]()
     release = ShardMaps.release
 
@@ -597,7 +597,7 @@ def test_weights_are_read_once(make: Make, text: Path, tmp_path: Path, monkeypat
 
 
 def test_few_numbers_of_rows() -> None:
-    """In bf16 memory grows with each number of rows that is multiplied; little is multiplied in vain."""
+    """In bf16, each new number of rows takes memory: there are few different numbers, and little padding."""
     for rows in range(1, 5000):
         assert rows <= padded_rows(rows) <= max(rows + 63, rows * 1.25), rows
     assert padded_rows(0) == 0
@@ -606,7 +606,7 @@ def test_few_numbers_of_rows() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_rows_of_products(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    """In bf16 they are rounded up, also when experts are refitted; statistics and Grams see what is routed."""
+    """In bf16, numbers of rows are padded, also for refits; statistics and Grams see only the routed rows."""
     seen, product = list[int](), _ExpertWeights.product
 
     def note(weights: _ExpertWeights, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -623,11 +623,11 @@ def test_rows_of_products(make: Make, text: Path, tmp_path: Path, monkeypatch: p
     file = StatisticsFile(tmp_path / "stats")
     found = {name: file.load(name, len(whole[name][1])).tokens for name in whole if ".layers.0." in name}
     differ = sum(abs(tokens - whole[name][0]) for name, tokens in found.items())
-    assert differ <= (0 if dtype == "float32" else 0.02 * sum(found.values()))  # a router may be undecided in bf16
+    assert differ <= (0 if dtype == "float32" else 0.02 * sum(found.values()))  # a router may have ties in bf16
 
 
 def test_memory_estimate(make: Make) -> None:
-    """A layer counts with what works together, and two of its experts."""
+    """The memory of a layer counts its weights without experts, and two experts."""
     for kind in ("mixtral", "gpt_oss"):
         stage = build_skeleton(open_checkpoint(make(kind)), torch.float32).layer_stages[0]
         one = 3 * 32 * 32 * 4
@@ -695,7 +695,7 @@ def test_damaged_and_fused(make: Make, text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 def test_not_a_number(make: Make, text: Path, held: Path, tmp_path: Path, kind: str) -> None:
-    """Found before a pass, and while it is written; with its place in the tensor that is stored."""
+    """NaN is found before a pass and while writing, and reported with its position in the stored tensor."""
 
     def edit(t: dict[str, torch.Tensor]) -> None:
         if kind == "gpt_oss":
@@ -717,7 +717,7 @@ def test_not_a_number(make: Make, text: Path, held: Path, tmp_path: Path, kind: 
 
 
 def test_layers_that_predict_further_tokens(make: Make, text: Path, tmp_path: Path) -> None:
-    """What transformers leaves out on purpose is carried over; what it does not know is an error."""
+    """Tensors that transformers ignores on purpose are copied; tensors that it does not know are an error."""
 
     def edit(t: dict[str, torch.Tensor]) -> None:
         t |= {n.replace("layers.1.", "layers.46."): v.clone() for n, v in t.items() if "layers.1." in n}
@@ -736,7 +736,7 @@ def test_layers_that_predict_further_tokens(make: Make, text: Path, tmp_path: Pa
 
 
 def test_stored_the_other_way_round(text: Path, tmp_path: Path) -> None:
-    """Checkpoints whose experts transformers transposes when it loads them: masks lie along the inputs, as stored."""
+    """For experts that transformers transposes on loading, masks run along the inputs as stored."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     seeing = SEEING["qwen3_vl"]
@@ -788,7 +788,7 @@ def test_experts_with_more_than_two_projections() -> None:
 
 
 def test_names(make: Make) -> None:
-    """Linears are called by today's path, the expert's number, and the name that the checkpoint gives the matrix."""
+    """An expert's linears are named by transformers' module path, the expert's number and the checkpoint's name."""
     for kind, fused in (("mixtral", False), ("qwen3_moe", False), ("qwen3_moe", True), ("granitemoe", False)):
         skeleton = build_skeleton(open_checkpoint(make(kind, fused=True) if fused else make(kind)), torch.float32)
         mixture = MIXTURES[kind]

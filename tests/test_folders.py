@@ -50,7 +50,10 @@ def test_what_was_left_behind_is_told_once(
         (source / name).write_bytes(b"x")
     args = ["prune", str(source), str(tmp_path / "out"), "--pattern", "2:4", "--calib", str(text), "--samples", "2",
             "--seqlen", "8"]  # fmt: skip
-    note = "streamprune: note: left behind, as no part of the model: model.gguf, optimizer.bin, pytorch_model.bin"
+    note = (
+        "streamprune: note: files not copied, as they are no part of the model: model.gguf, optimizer.bin, "
+        "pytorch_model.bin"
+    )
     assert main(args) == 0
     assert [line for line in capsys.readouterr().err.splitlines() if "note" in line] == [f"{note} and 1 more"]
     report = json.loads((tmp_path / "out" / "streamprune.json").read_text())

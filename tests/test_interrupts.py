@@ -73,7 +73,7 @@ def test_a_signal_that_is_swallowed_is_heard_all_the_same(
         Swallows()
 
     monkeypatch.setattr("streamprune.progress.print_stderr", line)
-    monkeypatch.setattr(run_module, "clear_rubbish", begin)
+    monkeypatch.setattr(run_module, "remove_leftovers", begin)
     code = main(["prune", str(models()), str(tmp_path / "out"), "--pattern", "2:4", "--calib", str(text),
                  "--samples", "2", "--seqlen", "8"])  # fmt: skip
     printed = capsys.readouterr()

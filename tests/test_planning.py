@@ -1,4 +1,4 @@
-"""`plan`: what it says beforehand is what prune then does."""
+"""`plan`: its predictions are what `prune` then does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EVEN = Speeds(
     products=1e9, float32=1e9, attention=1e9, elementwise=1e9, embedding=1e9, statistics=1e9, selection=1e9,
     scanning=1e9, hashing=1e9, reading=1e9, writing=1e9, link=1e9, loading=0.0,
 )  # fmt: skip
-"""A machine that does as much of everything."""
+"""A machine with the same speed for every kind of work."""
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +65,7 @@ def found_linears(kind: str) -> set[str]:
 
 
 def test_arithmetic(models: Models) -> None:
-    """Two operations a weight and token, and causal attention: scores and values over half the window."""
+    """Two operations per weight and token, and causal attention: scores and values over half the window on average."""
     found = plan(models(), samples=10, seqlen=20)
     weights = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64
     attention = 2 * 2 * 20 / 2 * 32
@@ -82,7 +82,7 @@ def stats(models: Models, text: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_with_statistics(models: Models, stats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a pass none is planned for, and none is measured."""
+    """With --stats, no forward pass is planned for, and none is measured."""
     monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
     without = plan(models())
     monkeypatch.setattr(measuring, "BlankLayer", None)
@@ -114,7 +114,7 @@ def test_filters(models: Models) -> None:
 
 
 def test_prune_keeps_to_it(models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batch, dtype, output, the number of linears and the most that is ever in the cache."""
+    """Batch, dtype, output size, number of linears, and peak size of the activation cache."""
     how: dict[str, Any] = {"samples": 7, "seqlen": 24}
     monkeypatch.setattr("streamprune.model.budget.BATCH_TOKENS", 3 * 24)
     found = plan(models(), skip="down", **how)
@@ -136,7 +136,7 @@ def test_prune_keeps_to_it(models: Models, text: Path, tmp_path: Path, monkeypat
 
 
 def test_disk_that_prune_asks_for(models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One byte less than planned is refused before anything is written, the planned amount is enough."""
+    """--max-ram one byte below the planned minimum is refused before anything is written; the minimum is enough."""
     how: dict[str, Any] = {"samples": 7, "seqlen": 24}
     need = plan(models(), **how).disk_bytes
     usage = shutil.disk_usage(tmp_path)
@@ -166,7 +166,7 @@ def test_memory_of_a_refit(
     models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any],
     more: dict[str, Any],
 ) -> None:  # fmt: skip
-    """RAM, or the device's memory, is what a job estimates: seen where it has just made its layout."""
+    """The planned RAM or device memory is what a job estimates, read where it has just made its layout."""
     monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
 
     def resolve(device: str) -> torch.device:
@@ -208,7 +208,7 @@ def test_memory_of_a_refit(
 def test_the_least_memory_is_enough_for_a_refit(
     models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, working: int, batch: int
 ) -> None:
-    """Whichever of the two takes more; beside a refit's arrays any batch of this text is small."""
+    """The peak is the larger of a batch and a refit; beside a refit's arrays, any batch of this text is small."""
     monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
     monkeypatch.setattr("streamprune.pruning.refit.WORKING_BYTES", working)
     how: dict[str, Any] = {"samples": 7, "seqlen": 24, "refit": "cg", "only": "mlp", "propagate": "pruned"}
@@ -220,7 +220,7 @@ def test_the_least_memory_is_enough_for_a_refit(
 
 
 def test_time_of_a_refit(models: Models) -> None:
-    """More products take longer; where they are in bf16, its speed counts; only layers that are refitted bear it."""
+    """More products take longer; products in bf16 use its speed; only layers with a refit take longer."""
     how: dict[str, Any] = {"samples": 16, "seqlen": 48, "dtype": "bfloat16", "speeds": EVEN, "propagate": "dense"}
     plain = plan(models(), **how)
     found = {name: plan(models(), **how, refit=name) for name in ("cg", *REFITS)}
@@ -250,7 +250,7 @@ def test_time_of_a_refit(models: Models) -> None:
 
 @pytest.mark.parametrize("given", ["none", "pruned", "stats"])
 def test_recipes_without_a_refit(models: Models, stats: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
-    """Nothing changes, and nothing of a refit is looked for; magnitude needs no pass."""
+    """Without a refit its speeds are not measured and do not matter; magnitude needs no pass."""
     monkeypatch.setattr("streamprune.model.budget.resident_bytes", lambda: 400 << 20)
     monkeypatch.setattr("streamprune.planning.refits.inputs_shared", None)
     more = {"none": {}, "pruned": {"propagate": "pruned"}, "stats": {"stats": stats}}[given]
@@ -262,7 +262,7 @@ def test_recipes_without_a_refit(models: Models, stats: Path, monkeypatch: pytes
 
 
 def test_a_refit_cannot_do_with_statistics(models: Models, tmp_path: Path) -> None:
-    """In the same words as prune."""
+    """`plan` refuses what `prune` refuses, with the same message."""
     for how in ({"method": "obs-admm"}, {"refit": "cg"}, {"tune": "block"}):
         same_refusal(models(), tmp_path, stats=tmp_path / "stats", sparsity=0.5, **how)
     with pytest.raises(UsageError, match="--method"):
@@ -272,7 +272,7 @@ def test_a_refit_cannot_do_with_statistics(models: Models, tmp_path: Path) -> No
 
 
 def same_refusal(source: Path, tmp_path: Path, **job: Any) -> str:
-    """What prune says of a job, and plan in the same words."""
+    """The error message of `prune`, which `plan` must give as well."""
     with pytest.raises(StreampruneError) as pruned:
         prune(source, tmp_path / "out", **job)
     with pytest.raises(type(pruned.value)) as planned:
@@ -305,7 +305,7 @@ def test_a_statistics_file_is_looked_into(models: Models, text: Path, stats: Pat
 
 
 def test_sharing_a_sparsity_out_takes_time(models: Models, stats: Path) -> None:
-    """All linears are selected from several times; with a refit, statistics take a pass of their own."""
+    """--allocate runs the selection over all linears several times; with a refit, its statistics take an extra pass."""
     how: dict[str, Any] = {"sparsity": 0.5, "samples": 8, "seqlen": 32, "speeds": EVEN}
     plain, owl, error = (plan(models(), allocate=kind, **how).split for kind in ("uniform", "owl", "error"))
     assert plain.selection < owl.selection < error.selection and plain.disk < owl.disk == error.disk

@@ -69,7 +69,7 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
-    """room(bytes): what there is for Grams from now on; lists how many passes each layer took besides the first."""
+    """room(bytes) sets the memory for Grams from now on; returns a list that each extra pass is recorded in."""
 
     def limit(nbytes: int) -> list[int]:
         passes: list[int] = []
@@ -120,7 +120,7 @@ def collect(source: Path, model: torch.nn.Module, kind: str, text: Path, only: s
 
 @pytest.fixture(scope="module")
 def inputs(models: Models, text: Path) -> Callable[[str, str], Inputs]:
-    """What a dense model's linears are fed, collected once."""
+    """Inputs of a dense model's linears, collected once per model."""
 
     @functools.cache
     def get(kind: str, dtype: str) -> Inputs:
@@ -145,7 +145,7 @@ def linears(folder: Path, kind: str) -> dict[str, torch.Tensor]:
 
 
 def check_kept(fitted: torch.Tensor, amount: dict[str, Any]) -> None:
-    """Exact counts, no −0.0, nothing that is not finite."""
+    """Checks exact counts, no −0.0, and that all values are finite."""
     keep = fitted != 0
     assert torch.isfinite(fitted).all()
     assert not bool(torch.signbit(fitted[~keep]).any())
@@ -157,7 +157,7 @@ def check_kept(fitted: torch.Tensor, amount: dict[str, Any]) -> None:
 
 
 def check_report(entry: dict[str, Any], dense: torch.Tensor, fitted: torch.Tensor, x: torch.Tensor) -> None:
-    """The report of one linear against the error in memory."""
+    """Checks the report of one linear against the error computed in memory."""
     assert entry["error"] <= entry["error_mask"] < 1
     assert entry["error"] == pytest.approx(error_of(dense, fitted, x), rel=1e-2)
     if entry["damping"] is None:
@@ -209,7 +209,7 @@ def test_every_refit(
 def test_the_mask_it_is_compared_with(
     models: Models, text: Path, tmp_path: Path, inputs: Callable[..., Inputs], kind: str
 ) -> None:
-    """error_mask is that of the recipe without its refit; held-out errors are those of the tokens kept out."""
+    """error_mask is the error without the refit; held-out errors are those on the held-out tokens."""
     source, given = models(kind, 2, "float32"), inputs(kind, "float32")
     entries = run(source, tmp_path / "out", text, method="admm", sparsity=0.6).report["linears"]
     plain = run(source, tmp_path / "mask", text, method="admm", refit="none", sparsity=0.6)
@@ -261,8 +261,12 @@ def test_nothing_to_prune(models: Models, text: Path, tmp_path: Path, how: dict[
 @pytest.mark.parametrize(
     ("kind", "filters", "count"),
     [
-        ("llama", {"only": r"self_attn\.v|mlp\.up"}, 4),  # q and gate are fed the same, and stay dense
-        ("falcon", {"skip": r"attention\.dense$"}, 6),  # the MLP is fed what attention was, with a linear in between
+        ("llama", {"only": r"self_attn\.v|mlp\.up"}, 4),  # q and gate have the same inputs, and stay dense
+        (
+            "falcon",
+            {"skip": r"attention\.dense$"},
+            6,
+        ),  # the MLP has the same input as attention, with a linear between them
         ("gpt2", {"only": r"c_fc"}, 2),
     ],
     ids=["leaders", "beside attention", "one"],
@@ -301,6 +305,8 @@ def test_one_gram_at_a_time_changes_no_bit(
     assert len(passes) >= 4 and len(set(passes)) == 2
     assert sum(stage.get("gram_passes", 0) for stage in result.report["stages"]) == len(passes)
     assert not any("gram_passes" in stage for stage in whole.report["stages"])
+    assert any("Gram matrices did not fit" in note for note in result.notes)
+    assert not any("Gram" in note for note in whole.notes)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
     assert result.report["linears"] == whole.report["linears"]
 
@@ -310,7 +316,7 @@ def test_grams_in_a_file(
     models: Models, text: Path, tmp_path: Path, inputs: Callable[..., Inputs], room: Callable[[int], list[int]],
     monkeypatch: pytest.MonkeyPatch, how: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Nearly the same weights; and the disk shows nothing of them."""
+    """A Gram in panels gives nearly the same weights, and its file has no name on the disk."""
     source, given = models("llama", 2, "float32"), inputs("llama", "float32")
     whole = run(source, tmp_path / "whole", text, sparsity=0.5, **how)
     made: list[tuple[int, ...]] = []
@@ -339,7 +345,7 @@ def test_grams_in_a_file(
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_rows_in_chunks(models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """As many rows at once as memory allows; those of a transposed linear, too."""
+    """Rows are refitted in chunks that fit into memory, also those of transposed linears."""
     source = models(kind, 2, "float32")
     whole = run(source, tmp_path / "whole", text, refit="cg", sparsity=0.5)
     monkeypatch.setattr("streamprune.pruning.refit.WORKING_BYTES", 4 * 9 * 32 * 7)
@@ -368,7 +374,7 @@ def test_rows_in_chunks(models: Models, text: Path, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_pruned_predecessors(models: Models, text: Path, tmp_path: Path, kind: str) -> None:
-    """With propagate="pruned", a layer is refitted on what the refitted layers before it make."""
+    """With propagate="pruned", a layer is refitted on outputs of the refitted layers before it."""
     source = models(kind, 2, "float32")
     result = run(source, tmp_path / "out", text, method="gradual-cg", sparsity=0.6, propagate="pruned")
     entries = {entry["name"]: entry for entry in result.report["linears"]}
@@ -386,7 +392,7 @@ def test_pruned_predecessors(models: Models, text: Path, tmp_path: Path, kind: s
 def test_statistics_on_the_side(
     models: Models, text: Path, tmp_path: Path, room: Callable[[int], list[int]], nbytes: int
 ) -> None:
-    """Those that `calibrate` gathers, whatever was passed through the layer besides."""
+    """Saved statistics equal those of `calibrate`, regardless of extra passes for Grams."""
     source = models("llama", 2)
     given: dict[str, Any] = {"calib": text, "samples": SAMPLES, "seqlen": SEQLEN, "seed": SEED, "dtype": "float32"}
     calibrate(source, tmp_path / "wanted", **given)
@@ -398,7 +404,7 @@ def test_statistics_on_the_side(
 
 @pytest.mark.parametrize("how", RECIPES.values(), ids=RECIPES)
 def test_kernels_of_torch(models: Models, text: Path, tmp_path: Path, how: dict[str, Any]) -> None:
-    """What chooses on a GPU, on the CPU: the same masks, but for ties of rounded scores."""
+    """Selection with the GPU's kernels, run on the CPU: the same masks, except for ties of rounded scores."""
     source, amount = models("llama", 1, "float32"), AMOUNTS["2:4" if how["method"] == "admm" else "half"]
     run(source, tmp_path / "numba", text, backend="numba", **how, **amount)
     run(source, tmp_path / "torch", text, backend="torch", **how, **amount)
@@ -468,7 +474,7 @@ def test_weights_that_would_not_fit_into_float16(models: Models, text: Path, tmp
 
 
 def test_stopped_at_any_stage(models: Models, text: Path, tmp_path: Path, room: Callable[[int], list[int]]) -> None:
-    """With panels as they were: how much room there is then is not what counts."""
+    """A resumed job keeps the size of its panels, regardless of the memory it has now."""
     job: dict[str, Any] = {"refit": "cg", "sparsity": 0.5}
     source, few = models("llama", 2), PANELS["llama"]
     room(few)
@@ -511,7 +517,7 @@ CRASHES: dict[str, dict[str, Any]] = {
 
 
 def test_some_moments_of_a_crash(crasher: Callable[..., Crasher]) -> None:
-    """That no Gram is ever seen on the disk is looked at by CrashDisk before every operation."""
+    """CrashDisk also checks before every operation that no file of a Gram has a name."""
     here = crasher(refit="cg")
     failures = here.failures("killed", 0.07) + here.failures("lost", 0.15)
     assert not failures, show(failures)
@@ -530,7 +536,7 @@ def test_every_moment_of_a_crash(crasher: Callable[..., Crasher], how: dict[str,
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes jobs run as on a device, in a given layout with so much room for Grams."""
+    """Makes jobs run as on a device, in a given layout, with `room` bytes for Grams."""
 
     def set_layout(layers: int, resident: bool, nbytes: int) -> None:
         layout = Layout(BATCH, layers, resident, 0, nbytes)
@@ -570,7 +576,7 @@ def test_the_path_of_a_device(
 def test_one_shard_at_a_time(
     models: Models, text: Path, tmp_path: Path, use: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stage without a refit is written beside the next pass; one with a refit must wait for it."""
+    """A stage without a refit is written during the next layer's pass; one with a refit is written before it."""
     fill, others = ShardWriter.fill, threading.Semaphore(0)
     at_work: list[str] = []
 
@@ -578,7 +584,7 @@ def test_one_shard_at_a_time(
         assert not at_work, f"{stage.name} while {at_work}"
         at_work.append(stage.name)
         if stage.name in ("embed", "layer 0"):
-            others.acquire(timeout=0.4)  # so long that whoever does not wait comes by
+            others.acquire(timeout=0.4)  # long enough for a pass that does not wait to get here
         try:
             return fill(self, path, stage, *args)
         finally:
@@ -623,7 +629,7 @@ def test_memory_that_runs_out_in_a_pass_for_grams(
     models: Models, text: Path, tmp_path: Path, use: Callable[..., None], room: Callable[[int], list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The smaller batch is recorded, or whoever goes on after a crash would compute in larger ones."""
+    """The smaller batch is recorded; otherwise a run resumed after a crash would use larger ones."""
     gather, failed = CalibrationPass.gather, []
 
     def scarce(forward: CalibrationPass, stage: Any, make: Any, inputs: Any) -> Any:
@@ -658,7 +664,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_usage(
     models: Models, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, Any], message: str
 ) -> None:
-    """One line, from Python and from the command line, and nothing is left."""
+    """Refused with one line, from Python and from the command line, and nothing is written."""
     (tmp_path / "s").write_bytes(b"not looked at")
     wrong = {k: str(tmp_path / "s") if v == "STATS" else v for k, v in wrong.items()}
     with pytest.raises(UsageError, match=message) as caught:

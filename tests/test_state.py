@@ -1,4 +1,4 @@
-"""OUT, OUT.partial and --work belong to one job: what may go on, what is refused, and what is never touched."""
+"""OUT, OUT.partial and --work belong to one job: what can be resumed, what is refused, what is never changed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about power failures; fsync is what takes longest."""
+    """Replaces fsync, which takes most of the time: these tests are not about power failures."""
     replace_os(monkeypatch, NoSync())
 
 
@@ -48,7 +48,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def job(models: Callable[..., Path], tokens: Path, out: Path) -> Prune:
-    """prune, with what all these tests share; arguments change it."""
+    """`prune` with the arguments that all these tests share, unless they are overridden."""
 
     def run(**changes: Any) -> JobResult:
         usual = {"model": models("llama", 2), "out": out, "calib": tokens, "samples": 4, "seqlen": 16}
@@ -78,7 +78,7 @@ def weights(folder: Path) -> Tree:
 
 
 def refused(run: Callable[[], object], place: Path, kind: type[StreampruneError], *needles: str) -> str:
-    """Runs; wants an error of one line that changes nothing in a folder."""
+    """Expects a one-line error, and that nothing in a folder has changed."""
     before = {p: p.lstat().st_mtime_ns for p in sorted(place.rglob("*"))}
     message = refusals.refused(kind, run, *needles)
     after = {p: p.lstat().st_mtime_ns for p in sorted(place.rglob("*"))}
@@ -116,7 +116,7 @@ FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
 def trees(
     models: Callable[..., Path], tokens: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Path]]:
-    """A folder with an unfinished OUT and one with a finished OUT, and the model's own copy they come from."""
+    """A folder with an unfinished OUT, one with a finished OUT, and a copy of the model that they were made from."""
     base = tmp_path_factory.mktemp("trees")
     shutil.copytree(models("llama", 2), base / "model")
     for name in ("unfinished", "finished"):
@@ -191,7 +191,7 @@ def test_resume_repeats_no_stage(job: Prune, out: Path) -> None:
 
 
 def test_resume_removes_what_a_crash_left(job: Prune, out: Path) -> None:
-    """A cache that was used up and half-written files, before the first stage is done."""
+    """Removes an old cache and half-written files before the first stage is done."""
     leave_unfinished(job)
     folder = partial_of(out) / ".streamprune"
     for name in ("cache/0000.bin", "cache/0000.json", "cache/.0002.bin.tmp", ".statistics-0001.safetensors.tmp"):
@@ -493,7 +493,7 @@ def test_statistics_do_not_replace_the_calibration_text(job: Prune, tokens: Path
 def test_relative_names_mean_the_same_from_another_folder(
     job: Prune, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The state must not remember a cache relative to the folder that the first run was started in."""
+    """The state must not record --work relative to the working directory of the first run."""
     job()
     whole = weights(out)
     shutil.rmtree(out)
@@ -609,7 +609,7 @@ def test_modes_follow_the_umask(job: Prune, out: Path, tmp_path: Path, models: C
 
 
 def test_restored_trees_resume(job: Prune, out: Path) -> None:
-    """A copy of the whole place, as from a backup, can go on."""
+    """A job can be resumed in a copy of the whole folder, such as a backup."""
     leave_unfinished(job)
     tree = tree_of(out.parent)
     restore(out.parent, tree)

@@ -474,9 +474,9 @@ def test_what_cannot_be(models: Models, text: Path, tmp_path: Path, how: dict[st
 
 
 def test_statistics_do_not_suffice(models: Models, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="learns from states"):
+    with pytest.raises(UsageError, match="no hidden states, which --tune needs"):
         prune(models(), tmp_path / "out", pattern="2:4", tune="block", stats=tmp_path / "s")
-    with pytest.raises(UsageError, match="learns from states"):
+    with pytest.raises(UsageError, match="no hidden states, which --tune needs"):
         plan(models(), tune="block", stats=tmp_path / "s")
 
 

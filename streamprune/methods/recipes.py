@@ -6,8 +6,8 @@
     wanda       wanda      exact                 Wanda, arXiv 2306.11695
     magnitude   magnitude  exact
     obs-admm    lscore     exact     obs-admm    ours: ADMM with the optimal brain surgeon's saliency (admm.py)
-    gradual-cg  lscore     exact     gradual-cg  ours: gradual pruning, conjugate gradients after each step
-    (conjugate.py) admm        wanda      exact     admm        Boža, arXiv 2401.02938 (admm.py)
+    gradual-cg  lscore     exact     gradual-cg  ours: gradual pruning with conjugate gradients (conjugate.py)
+    admm        wanda      exact     admm        Boža, arXiv 2401.02938 (admm.py)
     sparsegpt   wanda      exact     sparsegpt   Frantar and Alistarh, arXiv 2301.00774 (sparsegpt.py)
 
 `swiftprune-tuned` is swiftprune followed by tuning every layer as a whole (tuning.py). `tune`, and `quantize` (fp8.py),
@@ -49,40 +49,46 @@ class Recipe:
     the dense layer. An option that is None has its default, see `filled`.
     """
 
-    score: str = option("lscore", f"another score: {', '.join(SCORE_NAMES)}")
-    selector: str = option("ewma", f"another selector for --sparsity: {', '.join(SELECTORS)}")
+    score: str = option("lscore", f"score, instead of the recipe's: {', '.join(SCORE_NAMES)}")
+    selector: str = option("ewma", f"selector for --sparsity, instead of the recipe's: {', '.join(SELECTORS)}")
     refit: str | None = option(
-        None, f"another refit: none, cg (on the mask of any score), {', '.join(REFITS[2:])}", metavar="REFIT"
+        None,
+        f"refit, instead of the recipe's: none, cg (for the mask of any score), {', '.join(REFITS[2:])}",
+        metavar="REFIT",
     )
     quantize: str | None = option(
-        None, "fp8: store pruned linears in FP8 (E4M3, a scale for each output channel), as compressed-tensors; none",
-        metavar="HOW",
+        None, "none, or fp8: store pruned linears in FP8 (E4M3, one scale per output channel), in the format of "
+        "compressed-tensors", metavar="HOW",
     )  # fmt: skip
     tune: str | None = option(
-        None, "block: with its mask fixed, train each layer to reproduce the dense layer's outputs; none", metavar="HOW"
+        None,
+        "none, or block: with the mask fixed, train each layer to reproduce the dense layer's outputs",
+        metavar="HOW",
     )
     damping: str | float | None = option(
-        None, "of a refit: auto (in proportion to each feature's power, chosen per linear on held-out tokens; "
-        "default), such a number, or absolute (as published for sparsegpt)", metavar="D",
+        None, "damping of the refit: a number, relative to each feature's power; auto (default), such a number chosen "
+        "for each linear on held-out tokens; or absolute, as published for sparsegpt", metavar="D",
     )  # fmt: skip
     fp8_scale: str | None = option(
-        None, "of each output channel: amax (its largest weight becomes 448; default), mse (least squared error, "
-        "weighted by the inputs' power)", metavar="HOW",
+        None, "how each output channel's scale is chosen: amax (default), its largest weight becomes 448; or mse, "
+        "least squared error weighted by the inputs' power", metavar="HOW",
     )  # fmt: skip
     fp8_rounding: str | None = option(
         None,
-        "nearest, or compensate (what one weight loses, the next make up for; default with a refit)",
+        "nearest, or compensate: the weights rounded later compensate for errors of those before (default with a "
+        "refit)",
         metavar="HOW",
     )
     tune_epochs: int | None = option(
-        None, f"passes over the calibration (default: {TUNE_EPOCHS})", metavar="N", kind=int
+        None, f"passes over the calibration windows (default: {TUNE_EPOCHS})", metavar="N", kind=int
     )
     tune_lr: float | None = option(
         None, f"learning rate, relative to the weights' mean magnitude (default: {TUNE_LR})", metavar="R", kind=float
     )
     allocate: str | None = option(
-        None, "share a --sparsity out among layers: uniform (default), owl (layers with outliers keep more), error "
-        "(least sum of relative errors); the last two calibrate first and read all weights once more", metavar="HOW",
+        None, "how to distribute --sparsity among layers: uniform (default), owl (layers with outliers keep more) or "
+        "error (least sum of relative errors); owl and error calibrate first and read all weights once more",
+        metavar="HOW",
     )  # fmt: skip
 
     @classmethod
@@ -167,7 +173,7 @@ class Recipe:
 
     @property
     def aims(self) -> bool:
-        """Whether kept weights get new values, by a refit or by tuning, so that there is a target to fit."""
+        """Whether kept weights get new values, by a refit or by tuning."""
         return self.refit is not None or self.tune is not None
 
     @property

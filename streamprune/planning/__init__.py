@@ -1,1 +1,1 @@
-"""plan: what a job will take in memory, disk and time, before it starts."""
+"""`plan`: predicts the memory, disk space and time that a job needs."""

@@ -1,23 +1,24 @@
-"""What a run costs in time: what each stage does, divided by what a machine does in a second.
+"""Estimates the time of a run: the work of each stage, divided by the speeds of the machine.
 
-Arithmetic only; planning/speeds.py measures. A layer that `forwards` passes of all tokens go through takes
+Arithmetic only; the speeds are measured in planning/speeds.py. For a layer, with `forwards` passes over all tokens:
 
     forward     forwards · (tokens · (products + attention + everything else) + batches · 0.5 ms)
     statistics  tokens · inputs of the linears
-    selection   weights looked at for NaN and Inf, before the pass and when they are written, and pruned
-    refit       Gram matrices, and new values for the weights that stay: see planning/refit_cost.py
-    disk        what is not hidden behind these: reading, activations, hashing and writing, fsyncs
+    selection   weights checked for NaN and Inf (before the pass, and when they are written), and pruned
+    refit       Gram matrices, and new values for the kept weights: see planning/refit_cost.py
+    disk        reading, activations, hashing, writing and fsyncs, as far as they do not overlap with the above
 
-A layer with experts is computed twice but for these (model/routed.py), which are read beside.
+A layer with experts is computed twice, except for the experts themselves (model/routed.py), whose weights are read
+meanwhile.
 
-On the CPU the next stage is read during the pass; while a shard is written one thread prunes and another hashes and
-writes, and on as many cores as the kernels use their times add up:
+On the CPU the next stage is read during the pass. While a shard is written, one thread prunes and another one hashes
+and writes. As the kernels use all cores, the times of pruning and hashing add up:
 
     shard       max(prune and refit + hash / cores, hash, written ÷ writing speed)
 
-Without a pass (statistics are given) reading overlaps as well, but reading and writing share one disk. On a device
-weights travel during the pass before where two layers fit there, and shards are written during the next one where
-three do; a stage then takes what is slowest of computing, travelling, hashing and the disk.
+Without a pass (statistics are given) reading overlaps as well, but reading and writing share one disk. On a device,
+weights are copied during the previous layer's pass if two layers fit there, and shards are written during the next
+layer's pass if three do; a stage then takes as long as the slowest of computing, copying, hashing and the disk.
 """
 
 from __future__ import annotations
@@ -30,32 +31,32 @@ from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.planning.refit_cost import NO_REFIT, RefitWork
 
 PER_BATCH = 0.5e-3
-"""Seconds a batch takes in a layer whatever its size: threads of the activation cache, hooks."""
+"""Fixed overhead of a batch in a layer, seconds: threads of the activation cache, hooks."""
 
 PER_COLUMN = 1.5e-5
-"""Seconds of the calls for a column where a refit visits one after the other."""
+"""Overhead of the calls for one column in refits that work column by column, seconds."""
 
 PER_FLUSH = 2.5e-3
 """Seconds of one fsync with nothing to write."""
 
 FLUSHES = {"embed": 10, "layer": 12, "head": 10}
-"""fsyncs of a stage with a pass: cache, manifest, statistics, shard, journal and their folders; of the head with the
-side files, the index and the report."""
+"""fsyncs of a stage with a pass: cache, manifest, statistics, shard, journal and their folders. The head's include side
+files, the index and the report."""
 
 FLUSHES_WITHOUT_PASS = 3
-"""Of these, the shard's, its folder's and the journal's."""
+"""fsyncs of a stage without a pass: shard, its folder, journal."""
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a machine does in a second. Operations are floating-point, a multiply-add is two."""
+    """What a machine does per second. Operations are floating-point operations; a multiply-add counts as two."""
 
     products: float
     """Operations in the linears of a layer."""
     float32: float
-    """Operations of products in float32, as of rows with a Gram; does not matter without a refit."""
+    """Operations of float32 products, such as rows with a Gram; unused without a refit."""
     attention: float
-    """Operations of causal attention, half of the full product."""
+    """Operations of causal attention (half of those of the full matrix)."""
     elementwise: float
     """Bytes of `StageWork.traffic` in the rest of a layer: norms, rotary embedding, activation function, sums."""
     embedding: float
@@ -65,22 +66,22 @@ class Speeds:
     selection: float
     """Bytes of weights pruned."""
     scanning: float
-    """Bytes of mapped weights looked at for NaN and Inf by the CPU, page faults included."""
+    """Bytes of mapped weights checked for NaN and Inf by the CPU, page faults included."""
     hashing: float
-    """Bytes hashed and gathered for the disk by one thread."""
+    """Bytes hashed and copied into the write buffer by one thread."""
     reading: float
     """Bytes from the disk that the checkpoint is on."""
     writing: float
     """Bytes to the disk that the output is on; the same disk."""
     link: float
-    """Bytes from the host to the device; does not matter on the CPU."""
+    """Bytes copied from the host to the device; unused on the CPU."""
     loading: float
-    """Not a speed: seconds that kernels and modules take once, on their first use."""
+    """Not a speed: one-off seconds to load kernels and modules on their first use."""
 
 
 @dataclass(frozen=True)
 class StageWork:
-    """What one stage is: bytes as stored; operations and bytes of activations are those of one token."""
+    """The work of one stage: weights in stored bytes; operations and bytes of activations per token."""
 
     kind: str
     nbytes: int
@@ -89,34 +90,34 @@ class StageWork:
     products: int
     attention: int
     traffic: int
-    """Bytes of 32 states of the hidden size and 4 of each linear's output: about what a Llama's layer moves."""
+    """Bytes moved besides products: 32 hidden states and 4 times each linear's output, as in a Llama layer."""
     inputs: int
-    """Bytes of each linear's input, shared or not."""
+    """Bytes of the inputs of all linears; an input that linears share counts for each."""
     again: int = 0
-    """Bytes of experts that are read anew for each group of batches and to be pruned: memory does not keep them."""
+    """Bytes of experts that do not stay in memory: read for each group of batches, and again for pruning."""
     last: bool = False
-    """Whether this is the last layer: one pass for its statistics will do, and nobody needs what comes out."""
+    """Whether this is the last layer, whose outputs are not needed: a pass for its statistics suffices."""
     refit: RefitWork = NO_REFIT
 
 
 PAIRED_FORWARDS = 6
-"""About how often the tokens of asymmetric calibration go through a layer: both halves once, both halves once more as
-far as each input that linears share, which comes to one and a half passes, and the pruned half for the next cache."""
+"""Passes of asymmetric calibration through a layer, roughly: both models run once (2), again up to each input that
+linears share, in total about one and a half times (3), and the pruned model once more for the next cache (1)."""
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """How a run goes: see model/budget.py for `layers` (on the device at once) and `resident`."""
+    """What the time of a run depends on. `layers` (on the device at once) and `resident`: see model/budget.py."""
 
     tokens: int
-    """All calibration tokens; 0 where statistics are given."""
+    """All calibration tokens; 0 without a pass."""
     batches: int
     groups: int
-    """Of batches that experts compute for at once."""
+    """Groups of batches; experts process a group at once."""
     forwards: int
     """Passes of all tokens through a layer: 2 with --propagate pruned, PAIRED_FORWARDS with asymmetric."""
     state_bytes: int
-    """Of one token's hidden state in the activation cache."""
+    """Bytes of one token's hidden state in the activation cache."""
     threads: int
     """Cores that the kernels use."""
     on_device: bool = False
@@ -125,7 +126,7 @@ class RunShape:
 
     @property
     def cached(self) -> int:
-        """Bytes of activations that each layer writes to disk; 0 where they stay on the device."""
+        """Bytes of activations that each layer writes to disk; 0 if they stay on the device."""
         return 0 if self.resident else self.tokens * self.state_bytes
 
     def passes(self, work: StageWork) -> int:
@@ -135,7 +136,7 @@ class RunShape:
 
 @dataclass(frozen=True)
 class Split:
-    """Seconds of a stage or a run. `disk` is what is waited for: what overlaps with the rest is not counted twice."""
+    """Seconds of a stage or a run, by kind of work. `disk` does not include time that overlaps with the rest."""
 
     forward: float = 0.0
     statistics: float = 0.0
@@ -156,7 +157,7 @@ class Split:
 
 
 def work_of(skeleton: Skeleton, stage: Stage, chosen: Collection[str], seqlen: int, itemsize: int) -> StageWork:
-    """The work of a stage with windows of `seqlen` tokens computed with `itemsize` bytes; `chosen` are pruned."""
+    """The work of a stage, with windows of `seqlen` tokens and activations of `itemsize` bytes. Prunes `chosen`."""
     pruned = sum(ref.nbytes for name, ref in stage.linears.items() if name in chosen)
     if stage.kind != "layer":
         return StageWork(stage.kind, stage.nbytes, pruned, 0, 0, 0, 0)
@@ -176,14 +177,14 @@ def work_of(skeleton: Skeleton, stage: Stage, chosen: Collection[str], seqlen: i
 
 
 def embedding_bytes(states: int, layers: int) -> int:
-    """Bytes moved to bring `states` bytes before layer 0: a recorder a layer compares them with its own."""
+    """Bytes moved to compute the `states` (bytes) before layer 0; a recorder at each layer reads them as well."""
     return states * (4 + 2 * layers)
 
 
 def stage_seconds(works: Sequence[StageWork], run: RunShape, speeds: Speeds) -> list[Split]:
-    """Seconds of each stage: embed, layers, head, in this order. The first one bears what is loaded once."""
+    """Seconds of each stage: embed, layers, head, in this order. The first one includes one-off loading."""
     found: list[Split] = []
-    room = 0.0  # time in which the next stage's weights are read unnoticed
+    room = 0.0  # seconds of the previous stage that reading this stage's weights overlaps with
     for work in works:
         if work.kind == "embed" and run.tokens:
             split = _embed(works, run, speeds)
@@ -202,7 +203,7 @@ def stage_seconds(works: Sequence[StageWork], run: RunShape, speeds: Speeds) -> 
 
 
 def _forward(work: StageWork, run: RunShape, s: Speeds) -> Split:
-    """The passes through a layer, the statistics of the first, and what a refit adds."""
+    """The passes through a layer, statistics during the first pass, and the refit."""
     a_token = work.products / s.products + work.attention / s.attention + work.traffic / s.elementwise
     a_pass = run.tokens * a_token + run.batches * PER_BATCH
     r = work.refit
@@ -214,25 +215,25 @@ def _forward(work: StageWork, run: RunShape, s: Speeds) -> Split:
 
 
 def _layer(work: StageWork, run: RunShape, s: Speeds, room: float) -> Split:
-    """A layer, or the head, on the CPU; `room` is what hides reading it."""
+    """A layer, or the head, on the CPU; reading it overlaps with `room` seconds of the stage before."""
     look = work.nbytes / s.scanning
     prune = look + work.pruned / s.selection
     waited = max(0.0, (work.nbytes - work.again) / s.reading - room) + _flushes(work, run)
     forward = _forward(work, run, s) if work.kind == "layer" else Split()
     waited += max(0.0, run.groups * run.passes(work) * work.again / s.reading - forward.forward)
-    waited += work.again / s.reading  # when it is pruned
+    waited += work.again / s.reading  # experts, for pruning
     fill = prune + forward.refit
     waited += _shard(work, run, s, fill, work.nbytes / s.writing) - fill
     if work.kind != "layer":
         return Split(selection=prune, disk=waited)
     waited += 0.0 if work.last else _cache(run, s)
     if run.passes(work) > 1:
-        waited += work.nbytes / s.reading  # what has just been written is read back for the second pass
+        waited += work.nbytes / s.reading  # the weights just written are read back for the second pass
     return forward + Split(selection=look + prune, disk=waited)
 
 
 def _embed(works: Sequence[StageWork], run: RunShape, s: Speeds) -> Split:
-    """The weights outside of the layers are read and looked at, tokens become states, and the shard is written."""
+    """The embedding stage: weights outside the layers are read and checked, states computed, the shard written."""
     work, both = works[0], works[0].nbytes + works[-1].nbytes
     look, again = both / s.scanning, work.nbytes / s.scanning
     waited = max(0.0, both / s.reading - look) + _cache(run, s) + _flushes(work, run)
@@ -242,14 +243,14 @@ def _embed(works: Sequence[StageWork], run: RunShape, s: Speeds) -> Split:
 
 
 def _copied(work: StageWork, run: RunShape, s: Speeds) -> Split:
-    """A stage without a pass: read, pruned and written, all at once; both ways share the disk. Its commit follows."""
+    """A stage without a pass: read, pruned and written at once; reading and writing share the disk."""
     prune = work.nbytes / s.scanning + work.pruned / s.selection
     filled = _shard(work, run, s, prune, work.nbytes / s.reading + work.nbytes / s.writing)
     return Split(selection=prune, disk=max(filled, PER_FLUSH * FLUSHES_WITHOUT_PASS) - prune)
 
 
 def _layer_on_device(work: StageWork, run: RunShape, s: Speeds) -> Split:
-    """A layer on a device: what overlaps depends on how many fit there."""
+    """A layer on a device: what overlaps depends on how many layers fit there."""
     look = 3 * work.nbytes / s.elementwise
     forward = _forward(work, run, s) if run.tokens else Split()
     prune = look + work.pruned / s.selection
@@ -272,7 +273,7 @@ def _layer_on_device(work: StageWork, run: RunShape, s: Speeds) -> Split:
 
 
 def _shard(work: StageWork, run: RunShape, s: Speeds, prune: float, disk: float) -> float:
-    """Seconds until a shard is filled, with `prune` seconds of kernels on all cores and `disk` of the disk."""
+    """Seconds to fill a shard, with `prune` seconds of kernels on all cores and `disk` seconds of disk."""
     follow = work.nbytes / s.hashing
     return max(prune + follow / run.threads, follow, disk)
 

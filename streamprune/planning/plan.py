@@ -1,9 +1,10 @@
-"""`plan`: what pruning a checkpoint will take, from its headers and two seconds of measuring.
+"""`plan`: predicts what pruning a checkpoint takes, from its headers and two seconds of measuring.
 
-Sizes are exact. Peak memory is the same estimate that `--max-ram` and `--max-vram` work with (model/budget.py). Time
-is what each stage does (planning/cost.py) ÷ what this machine does in a second (planning/speeds.py), measured on pieces
-of the model's shapes and on up to 64 MiB of the checkpoint. Writing is taken to be as fast as reading, since nothing is
-written; weights are taken to be pruned by `ewma`, and not to be in the system's cache; a refit to choose its damping.
+Sizes are exact. Peak memory is the estimate that `--max-ram` and `--max-vram` are checked against (model/budget.py).
+Time is the work of each stage (planning/cost.py) divided by the speeds of this machine (planning/speeds.py), which are
+measured on parts of the model's shapes and on up to 64 MiB of the checkpoint. It assumes that writing is as fast as
+reading, as nothing is written; that weights are selected by `ewma`; that the checkpoint is not in the page cache; and
+that a refit chooses its damping.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from streamprune.settings import Calibration, Resources
 
 _CALIBRATION, _RESOURCES = Calibration(), Resources()
 _NOWHERE = Path("OUT")
-"""Nothing is written, so it does not matter where."""
+"""Placeholder: `plan` writes nothing."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: bytes of its tensors, linears to prune, operations of its forward pass, estimated seconds."""
+    """One stage: bytes of its tensors, number of linears to prune, operations of its passes, estimated seconds."""
 
     name: str
     nbytes: int
@@ -52,7 +53,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a prune takes. Bytes, operations (a multiply-add is two) and seconds."""
+    """What a prune job takes, in bytes, operations (a multiply-add counts as two) and seconds."""
 
     model: str
     architecture: str
@@ -60,27 +61,27 @@ class Plan:
     stages: tuple[StagePlan, ...]
     peak_ram_bytes: int
     least_ram_bytes: int
-    """The smallest --max-ram that would do."""
+    """The smallest --max-ram that is accepted."""
     vram_bytes: int
-    """Peak memory of the GPU, its driver's included; 0 on the CPU."""
+    """Peak GPU memory, including the driver's; 0 on the CPU."""
     least_vram_bytes: int
-    """The smallest --max-vram that would do; 0 on the CPU."""
+    """The smallest --max-vram that is accepted; 0 on the CPU."""
     layout: str
-    """What is on the GPU at once, in words; empty on the CPU."""
+    """What is on the GPU at once, as text; empty on the CPU."""
     output_bytes: int
     cache_bytes: int
     disk_bytes: int
-    """What is checked before starting: output + cache + 64 MiB."""
+    """Free disk space that is required to start: output + cache + 64 MiB."""
     flops: int
     seconds: float
-    """Of the work, without the start of the program."""
+    """Estimated seconds of work, without starting the program."""
     split: Split
-    """What these seconds go to: they add up to `seconds`."""
+    """`seconds` by kind of work."""
     batch: int
     dtype: str
     device: str
     rests_on: str
-    """What the estimate of time rests on."""
+    """The speeds that the estimate is based on, as text."""
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -93,10 +94,9 @@ def plan(
     propagate: str | None = None, only: str | None = None, skip: str | None = None, resources: Resources = _RESOURCES,
     trust_remote_code: bool = False, speeds: Speeds | None = None,
 ) -> Plan:  # fmt: skip
-    """Plans the job that `prune` would do with the same arguments, and refuses what it would refuse.
+    """Plans the job that `prune` would do with the same arguments, and refuses what `prune` would refuse.
 
-    `speeds` take the place of measuring. Raises the errors of streamprune.errors; up to 64 MiB of weights are read to
-    time the disk.
+    Without `speeds`, they are measured; this reads up to 64 MiB of weights. Raises the errors of streamprune.errors.
     """
     checkpoint = open_model(model)
     spec = describe_prune(
@@ -112,7 +112,7 @@ def plan(
     source = "given" if speeds else "measured now"
     if speeds is None:
         work = max(works[1:-1], key=lambda w: w.nbytes)
-        work = replace(work, refit=max((w.refit for w in works), key=lambda r: r.float32))  # maybe not that layer's
+        work = replace(work, refit=max((w.refit for w in works), key=lambda r: r.float32))  # may be another layer's
         speeds = measure(
             checkpoint, setup.skeleton, setup.dtype, setup.device, work, run.shape, run.layout.batch, run.length
         )
@@ -140,7 +140,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Run:
-    """How a job will go: `windows` of `length` tokens (0 without a pass) in a layout, and the work of each stage."""
+    """A planned run: `windows` of `length` tokens (0 without a pass), its layout, and the work of each stage."""
 
     target: Target
     windows: int
@@ -149,7 +149,7 @@ class _Run:
     shape: RunShape
     works: tuple[StageWork, ...]
     looks: int
-    """How often a sparsity that is shared out has all weights selected for it."""
+    """How often --allocate runs the selection over all weights; 0 without it."""
 
     @classmethod
     def of(cls, setup: Setup) -> _Run:
@@ -162,7 +162,7 @@ class _Run:
             begins = has_bos(setup.checkpoint.path, drawn.bos, spec.trust_remote_code)
             length = positions(length, begins, setup.checkpoint.config)
         layout = layout_of(setup, None, (samples, length))
-        # Statistics to share a sparsity out by take a pass of their own; without new values, pruning needs no other.
+        # --allocate gathers statistics in a pass of its own, which is the only one unless weights get new values.
         gathers = recipe.allocate is not None and spec.stats is None and recipe.aims
         shape = shape_of(
             skeleton, samples, length, setup.dtype, layout, setup.propagate, setup.device.type != "cpu",
@@ -172,7 +172,7 @@ class _Run:
         return cls(target, samples, length, layout, shape, works, LOOKS.get(recipe.allocate or "", 0))
 
     def allocating(self, work: StageWork, s: Speeds) -> Split:
-        """What sharing a sparsity out takes of a stage: its linears are read and selected from."""
+        """Time that --allocate spends on a stage, reading its linears and selecting from them."""
         if not self.looks or work.kind != "layer":
             return Split()
         return Split(
@@ -182,7 +182,7 @@ class _Run:
 
 
 def _memory(setup: Setup, run: _Run) -> tuple[int, int, int]:
-    """RAM at the peak, and the least that will do; on a device, the least there."""
+    """(peak RAM, least RAM that is enough, least VRAM that is enough or 0 on the CPU), bytes."""
     layout, on_device = run.layout, run.shape.on_device
     length = models_at_once(setup.propagate) * run.length
     budget = estimate(setup.skeleton, length, setup.dtype, on_device=on_device)
@@ -206,10 +206,10 @@ def shape_of(
     skeleton: Skeleton, samples: int, seqlen: int, dtype: torch.dtype, layout: Layout, propagate: str, on_device: bool,
     epochs: int = 0, gathers: bool = False,
 ) -> RunShape:  # fmt: skip
-    """How a run over `samples` windows goes in a layout; with samples = 0 there is no pass.
+    """The parameters of a run over `samples` windows in a layout; with samples = 0 there is no pass.
 
-    An epoch of tuning is three passes, of which the backward one takes two. A run that `gathers` statistics first makes
-    a pass more.
+    An epoch of tuning counts as three passes: forward, and two for backward. A run that `gathers` statistics first
+    takes one more pass.
     """
     batches = -(-samples // max(1, layout.batch))
     return RunShape(
@@ -240,7 +240,7 @@ def _layout_in_words(layout: Layout, samples: int) -> str:
 
 
 def _in_words(s: Speeds, run: RunShape, recipe: Recipe) -> str:
-    """What a reader can check: the speeds that matter most."""
+    """The speeds that matter most, as text that a reader can check."""
     found = []
     if run.tokens:
         found += [

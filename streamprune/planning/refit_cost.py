@@ -1,12 +1,13 @@
-"""What refitting a layer's linears costs: products of rows with Gram matrices above all, most of them in float32.
+"""The work of refitting a layer's linears: mostly products of rows with Gram matrices, most of them in float32.
 
-    Grams     each input that linears share: tokens · in² multiply-adds, of one triangle only where all has room
-    inverses  in³ multiply-adds each, once a Gram and once more for each damping that is tried on it
-    rows      rows · in² multiply-adds a product; the same of the rows that are sampled, for each damping
-    errors    the sampled rows on inputs that were kept out; three products of all rows for the report
+    Grams     for each input that linears share: tokens · in² multiply-adds; little more than half of them if the
+              Gram fits into memory, as only one triangle is computed then
+    inverses  in³ multiply-adds each: once per Gram, and once more for each damping that is tried
+    rows      rows · in² multiply-adds per product; as much for the sampled rows, for each damping
+    errors    of the sampled rows on held-out inputs; three products of all rows for the report
 
-and what goes with them: arrays that are summed between products, and choosing what stays. A Gram in a file is taken to
-be as fast as one in memory. Arithmetic only; planning/cost.py divides by speeds.
+and the work between the products: sums of arrays, and selecting weights. A Gram in a file is assumed to be as fast as
+one in memory. Arithmetic only; planning/cost.py divides by speeds.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from typing import NamedTuple
 
 
 class Effort(NamedTuple):
-    """What a refit does with a linear of (rows, in), and once with its Gram."""
+    """The work of a refit for a linear of (rows, in), and for its Gram."""
 
     products: int
     """Products (rows, in) · (in, in)."""
     selections: int
-    """How often it chooses what stays."""
+    """How often it selects the weights to keep."""
     inverses: float = 0.0
     """Factorisation and inverse of a Gram, in³ / 3 and 2 in³ / 3 multiply-adds."""
     native: bool = False
-    """Whether these products are in bf16 where the pass computes in it."""
+    """Whether these products are computed in bf16 if the pass is."""
     swept: int = 0
-    """Bytes moved for each weight besides those that go with products, where it visits one column after the other."""
+    """Bytes moved per weight besides those of products, in refits that work column by column."""
 
 
 EFFORTS = {
@@ -39,42 +40,42 @@ EFFORTS = {
     "admm": Effort(20, 15, 1.0),
     "sparsegpt": Effort(1, 1, 2 / 3, swept=96),
 }
-"""By the names of methods/refits.py. SparseGPT's one product is half a product, a block of 128 columns at a time; a
-weight that goes changes the 64 behind it in its block on average."""
+"""By name of the refit (methods/refits.py). SparseGPT's one product is half a product, in blocks of 128 columns; a
+pruned weight changes the columns after it in its block, 64 on average."""
 
 _BLOCK = 128
-"""Columns that SparseGPT visits in one call, on the CPU."""
+"""Columns that SparseGPT processes in one call, on the CPU."""
 
 TRIED = 2
-"""Dampings that are tried before a stronger one is no better, as a rule."""
+"""Dampings that are usually tried before no further one is better."""
 
 JUDGED = 3
-"""Products with the Gram for what is in the report: the sum itself, and the errors of the mask and of the refit."""
+"""Products with the Gram for the report: of the weights themselves, and the errors of the mask and of the refit."""
 
 PER_PRODUCT = 90
-"""Bytes moved for each weight in what an iteration does besides its product: a score of sums and products of float32
-arrays that no cache holds."""
+"""Bytes moved per weight in an iteration besides its product: about twenty sums and products of float32 arrays that are
+larger than the CPU's caches."""
 
 BLOCKS, LEAST_BLOCK = 8, 512
-"""Of a Gram one triangle is computed, in blocks of an eighth of its columns, or so many (calibration/grams.py)."""
+"""A Gram's triangle is computed in blocks of an eighth of its columns, but at least so many (calibration/grams.py)."""
 
 
 @dataclass(frozen=True)
 class RefitWork:
-    """What refitting the linears of a layer is, in the whole run: operations, and bytes."""
+    """The work of refitting the linears of a layer, in a whole run: operations and bytes."""
 
     passes: int = 0
-    """Passes of all tokens through the layer for Grams that had no room in the first one."""
+    """Extra passes of all tokens through the layer, for Grams that do not fit into memory during the first."""
     float32: float = 0.0
     """Operations in float32: Grams, products with them, inverses."""
     native: float = 0.0
-    """Operations in what the pass computes in."""
+    """Operations in the dtype of the pass."""
     traffic: float = 0.0
-    """Bytes moved by what is no product."""
+    """Bytes moved besides products."""
     selected: float = 0.0
-    """Bytes of stored weights that are chosen from, each time counted."""
+    """Bytes of stored weights that are selected from, summed over selections."""
     columns: int = 0
-    """Blocks of columns that are visited one by one: calls, however few rows there are."""
+    """Blocks of columns that are processed one by one; each costs the overhead of its calls."""
 
     def __add__(self, other: RefitWork) -> RefitWork:
         return RefitWork(
@@ -87,34 +88,34 @@ NO_REFIT = RefitWork()
 
 
 class Refitted(NamedTuple):
-    """A linear that is refitted: (rows, width), stored in `nbytes`; `shares` names its input."""
+    """A refitted linear (rows, width) of `nbytes` stored bytes; linears with the same `shares` share their input."""
 
     shares: str
     rows: int
     width: int
     nbytes: int
     sampled: int
-    """Rows that decide."""
+    """Rows that the damping is chosen on."""
     chunks: int
-    """Parts that all rows are refitted in."""
+    """Chunks that its rows are refitted in."""
 
 
 class Trials(NamedTuple):
-    """How a refit is chosen: with so many dampings, on inputs that are kept out of the Grams."""
+    """How a refit is chosen: number of dampings tried, and of held-out tokens that they are judged on."""
 
     dampings: int
     held: int
 
 
 class Gathered(NamedTuple):
-    """How a layer's Grams come: `passes` besides the first, and of each Gram its width and whether in panels."""
+    """How a layer's Grams are gathered: extra `passes`, and for each Gram (width, whether in panels)."""
 
     passes: int
     grams: list[tuple[int, bool]]
 
 
 def gathered(linears: Sequence[Refitted], room: int) -> Gathered:
-    """How the Grams of linears, in the order of their shard, are gathered within `room` bytes; as LayerGrams does."""
+    """How LayerGrams gathers the Grams of linears, given in the order they are written, in `room` bytes."""
     if sum(4 * linear.width**2 for linear in linears) <= room:
         return Gathered(0, [(width, False) for width in {linear.shares: linear.width for linear in linears}.values()])
     passes, grams = 0, list[tuple[int, bool]]()
@@ -134,9 +135,9 @@ def gathered(linears: Sequence[Refitted], room: int) -> Gathered:
 
 
 def refit_work(effort: Effort, linears: Sequence[Refitted], room: int, tokens: int, trials: Trials) -> RefitWork:
-    """The work of refitting a layer's linears, in the order of their shard, with `room` bytes for Grams.
+    """The work of refitting a layer's linears, in the order they are written, with `room` bytes for Grams.
 
-    Linears that share an input are taken to choose the same damping.
+    Assumes that linears with the same input choose the same damping.
     """
     passes, grams = gathered(linears, room)
     learned = tokens - trials.held
@@ -147,7 +148,9 @@ def refit_work(effort: Effort, linears: Sequence[Refitted], room: int, tokens: i
     prepared = [widths[shares] for shares, _ in groupby(linear.shares for linear in linears)]
     prepared += trials.dampings * list(widths.values())
     float32 += sum(2.0 * effort.inverses * width**3 for width in prepared)
-    float32 += sum(2.0 * trials.held * width**2 for width in widths.values())  # in the end these go into the Gram
+    float32 += sum(
+        2.0 * trials.held * width**2 for width in widths.values()
+    )  # held-out tokens are added to the Gram in the end
     for _, rows, width, nbytes, sampled, chunks in linears:
         tried = trials.dampings * sampled
         solved += 2.0 * effort.products * (rows + tried) * width**2
@@ -161,12 +164,12 @@ def refit_work(effort: Effort, linears: Sequence[Refitted], room: int, tokens: i
 
 
 def expert_work(effort: Effort, linears: Sequence[Refitted], up: int, tokens: int, trials: Trials) -> RefitWork:
-    """The work of refitting an expert that sees `tokens`; its first linears, with `up` weights, compute once more."""
+    """The work of refitting an expert that sees `tokens`. Its up projections (`up` weights) are computed once more."""
     work = refit_work(effort, linears, sum(4 * linear.width**2 for linear in linears), tokens, trials)
     return replace(work, native=work.native + 2.0 * tokens * up)
 
 
 def triangle(width: int) -> float:
-    """The part of a Gram's products that is computed: 9/16 of those of a wide one."""
+    """The fraction of a Gram's products that is computed with one triangle: 9/16 for a wide Gram."""
     step = max(LEAST_BLOCK, -(-width // BLOCKS))
     return sum(min(step, width - begin) * (width - begin) for begin in range(0, width, step)) / width**2

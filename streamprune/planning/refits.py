@@ -1,4 +1,4 @@
-"""What refits of a job's linears will be: arithmetic for `plan`, from shapes and the layer's own code."""
+"""The work of a job's refits, for `plan`: from shapes, and from running the layer's code without weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from streamprune.pruning.setup import Setup
 
 
 def planned_refits(setup: Setup, room: int, samples: int, seqlen: int) -> list[RefitWork]:
-    """What each stage's refit is, in the order of the stages, with `samples` windows and `room` bytes for Grams."""
+    """The refit work of each stage, in order, with `samples` windows of `seqlen` tokens and `room` bytes for Grams."""
     target, skeleton, dtype = setup.target, setup.skeleton, setup.dtype
     if target is None or (refit := target.recipe.refit) is None:
         return [NO_REFIT] * len(skeleton.stages)
@@ -44,7 +44,7 @@ def planned_refits(setup: Setup, room: int, samples: int, seqlen: int) -> list[R
         expert_work, effort, tokens=routed, trials=Trials(dampings, HoldOut.among(routed).kept_out(routed))
     )
     shared = inputs_shared(setup.checkpoint, skeleton, dtype, min(seqlen, 16))
-    known: dict[tuple[Refitted, ...], RefitWork] = {}  # experts of a model are alike
+    known: dict[tuple[Refitted, ...], RefitWork] = {}  # most experts of a model are equal
 
     def linear(stage: Stage, name: str, shares: str) -> Refitted:
         rows, width = linear_shape(skeleton, name, stage)
@@ -72,10 +72,10 @@ def planned_refits(setup: Setup, room: int, samples: int, seqlen: int) -> list[R
 
 
 def inputs_shared(checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, length: int) -> dict[str, str]:
-    """Which linears of a layer are fed the same tensor: linear -> the first of these, names within the layer.
+    """Which linears of a layer share an input tensor: linear -> the first linear with this input, as names in a layer.
 
-    Seen in the first layer's own code, on `length` tokens and without weights. Raises UnsupportedError for a model
-    that cannot be walked through.
+    Found by running the first layer without weights on `length` tokens. Raises UnsupportedError for a model whose
+    layers cannot be run one by one.
     """
     layer, stage = BlankLayer(checkpoint, skeleton, dtype, torch.device("cpu"), 1, length), skeleton.layer_stages[0]
     layer.embed()

@@ -1,13 +1,13 @@
-"""What this machine does in a second, measured in about two on pieces of the model at hand.
+"""Measures the speeds of this machine, in about two seconds, on parts of the model to be pruned.
 
-    products     the widest layer's linears, on as many rows as take a moment; speed does not depend on more
+    products     linears of the largest layer, with enough rows for a stable measurement
     float32      for a refit: products of rows with matrices as wide as these linears' inputs
-    elementwise  the model's own first layer on weights of zeros that take no memory, its products left out
-    attention    as that layer called it, on few heads of a whole window
-    others       our kernels on rows of each linear's width; mapped reading of up to 64 MiB of the checkpoint,
-                 which the system is asked to forget first; hashing and copying in memory
+    elementwise  the model's first layer, with zero weights that take no memory and without its products
+    attention    the attention call of that layer, on a few heads of a whole window
+    others       our kernels on rows of each linear's width; reading up to 64 MiB of the mapped checkpoint, dropped
+                 from the page cache first; hashing and copying in memory
 
-Nothing is written to a disk. What is allocated does not depend on how large the model is.
+Nothing is written to disk. The memory used does not depend on the size of the model.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ from streamprune.planning.cost import RunShape, Speeds, StageWork, embedding_byt
 
 READ_BYTES = 64 << 20
 _SECONDS = 0.08
-"""How long one thing is repeated; at least twice, and once before that does not count."""
+"""How long a measurement is repeated: at least twice, after one run that does not count."""
 _OPERATIONS = {"cpu": 8e9, "cuda": 6e11}
-"""Operations of one product or attention; on a device as many as keep it busy."""
+"""Operations of one measured product or attention; on a device, enough to keep it busy."""
 _BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
-"""Memory of one operand."""
+"""Largest memory of one operand, bytes."""
 _WEIGHTS = 1 << 23
-"""Weights of a linear that are pruned for the clock: as many as a run prunes at once."""
+"""Weights of a linear that are pruned in a measurement: about as many as a run prunes at once."""
 _REFITTED = 1024
-"""Rows that are multiplied with a Gram at once, about."""
+"""Rows that are multiplied with a Gram at once, roughly."""
 _LOADING = 2.0
-"""Kernels that had to be compiled now are found in a cache later: no more than this is expected of a run."""
+"""Limit on `loading`, seconds: kernels that had to be compiled now are found in a cache later."""
 UNKNOWN = Speeds(
     products=inf, float32=inf, attention=inf, elementwise=inf, embedding=inf, statistics=inf, selection=inf,
     scanning=inf, hashing=inf, reading=inf, writing=inf, link=inf, loading=0.0,
 )  # fmt: skip
-"""What is not measured takes no time."""
+"""Speeds that have not been measured: their work takes no time."""
 
 
 @dataclass
 class Clock:
-    """Takes times, in seconds; `loading` adds up what first uses took beyond later ones."""
+    """Measures seconds. `loading` sums the extra time of first calls over later ones."""
 
     device: torch.device
     now: Callable[[], float]
     loading: float = 0.0
 
     def once(self, work: Callable[[], object]) -> float:
-        """Seconds of one call, the device's share included."""
+        """Seconds of one call, including work on the device."""
         self._wait()
         begun = self.now()
         work()
@@ -69,7 +69,7 @@ class Clock:
         return max(self.now() - begun, 1e-9)
 
     def typical(self, work: Callable[[], object], *, loads: bool = False) -> float:
-        """Median seconds of a call after the first. `loads` counts what the first took beyond it as loading."""
+        """Median seconds of a call after the first. With `loads`, the extra time of the first is added to `loading`."""
         first, times = self.once(work), list[float]()
         begun = time.perf_counter()
         while len(times) < 2 or (time.perf_counter() - begun < _SECONDS and len(times) < 20):
@@ -88,16 +88,17 @@ def measure(
     checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, device: torch.device, work: StageWork,
     run: RunShape, batch: int, seqlen: int, *, now: Callable[[], float] = time.perf_counter,
 ) -> Speeds:  # fmt: skip
-    """The speeds of this machine for `work`, a layer's, in batches of `batch` windows of `seqlen` tokens.
+    """The speeds of this machine for the `work` of a layer, with batches of `batch` windows of `seqlen` tokens.
 
-    Raises UnsupportedError for a model that cannot be walked through, and what reading the checkpoint raises.
+    `now` returns seconds. Raises UnsupportedError for a model whose layers cannot be run one by one, and whatever
+    reading the checkpoint raises.
     """
     clock = Clock(device, now)
     stage = max(skeleton.layer_stages, key=lambda s: s.nbytes)
     shapes = [linear_shape(skeleton, name, stage) for name in stage.linears]
     speeds = UNKNOWN
     if run.tokens:
-        speeds, widths = _besides(checkpoint, skeleton, dtype, clock, work, batch, seqlen)
+        speeds, widths = _layer_speeds(checkpoint, skeleton, dtype, clock, work, batch, seqlen)
         products = _products(shapes, batch * seqlen, skeleton.dtype, dtype, clock)
         speeds = replace(speeds, products=products, statistics=_statistics(widths, batch * seqlen, work, dtype, clock))
         if work.refit.float32:
@@ -116,34 +117,34 @@ def measure(
 def _products(
     shapes: Iterable[tuple[int, int]], tokens: int, stored: torch.dtype, dtype: torch.dtype, clock: Clock
 ) -> float:
-    """Operations a second of a layer's linears (out, in), each measured on `product_size` of it."""
+    """Operations per second of a layer's linears `shapes` (out, in), each measured at its `product_size`."""
     operations = seconds = 0.0
     known: dict[tuple[int, int], float] = {}
     for rows, width in shapes:
         if (rows, width) not in known:
-            few, some = product_size(rows, width, tokens, clock.device.type)
-            x = torch.full((few, width), 0.5, dtype=dtype, device=clock.device)
-            w = torch.full((some, width), 0.5, dtype=stored, device=clock.device)
+            n_tokens, n_rows = product_size(rows, width, tokens, clock.device.type)
+            x = torch.full((n_tokens, width), 0.5, dtype=dtype, device=clock.device)
+            w = torch.full((n_rows, width), 0.5, dtype=stored, device=clock.device)
             with torch.inference_mode():
                 spent = clock.typical(lambda x=x, w=w: F.linear(x, w.to(x.dtype)))  # type: ignore[misc]
-            known[rows, width] = 2 * few * some * width / spent
+            known[rows, width] = 2 * n_tokens * n_rows * width / spent
         operations += 2 * rows * width
         seconds += 2 * rows * width / known[rows, width]
     return operations / seconds if seconds else inf
 
 
 def product_size(rows: int, width: int, tokens: int, device: str) -> tuple[int, int]:
-    """Tokens and rows of a product (tokens, in) · (rows, in)ᵀ that takes a moment: the whole one if it does.
+    """(tokens, rows) of a product (tokens, in) · (rows, in)ᵀ to measure: the whole one, if it is small enough.
 
-    Of a large one rows are left out rather than tokens: long activations are slower than short ones.
+    Large products are reduced in rows rather than in tokens, because the speed depends on the number of tokens.
     """
     most = max(1, _BYTES[device] // (4 * width))
-    few = max(1, min(tokens, most))
-    some = min(int(_OPERATIONS[device] / (2 * width * few)), most) // 64 * 64
-    return few, max(1, min(rows, max(some, 128)))
+    n_tokens = max(1, min(tokens, most))
+    n_rows = min(int(_OPERATIONS[device] / (2 * width * n_tokens)), most) // 64 * 64
+    return n_tokens, max(1, min(rows, max(n_rows, 128)))
 
 
-def _besides(
+def _layer_speeds(
     checkpoint: Checkpoint,
     skeleton: Skeleton,
     dtype: torch.dtype,
@@ -152,33 +153,33 @@ def _besides(
     batch: int,
     seqlen: int,
 ) -> tuple[Speeds, list[int]]:
-    """Speeds of all but the products, and the widths of the inputs of which there are statistics."""
+    """Speeds of a layer besides its products, and the widths of the inputs with statistics."""
     windows, length = window_size(skeleton, batch, seqlen, dtype, clock.device.type)
     layer = BlankLayer(checkpoint, skeleton, dtype, clock.device, windows, length)
-    speeds, called, widths = _layer(layer, work, clock), layer.called, layer.widths
-    del layer  # and its activations
+    speeds, called, widths = _rest_of_layer(layer, work, clock), layer.called, layer.widths
+    del layer  # frees its activations
     if called is not None:
         speeds = replace(speeds, attention=_attention(called, work, seqlen, dtype, clock))
     elif length < seqlen:
         half = BlankLayer(checkpoint, skeleton, dtype, clock.device, windows, length // 2)
-        speeds = growing(speeds, _layer(half, work, clock), length, work, seqlen)
+        speeds = growing(speeds, _rest_of_layer(half, work, clock), length, work, seqlen)
     return speeds, widths
 
 
-def _layer(layer: BlankLayer, work: StageWork, clock: Clock) -> Speeds:
-    """Speeds before the layers, and of a layer besides products and attention by F.scaled_dot_product_attention."""
+def _rest_of_layer(layer: BlankLayer, work: StageWork, clock: Clock) -> Speeds:
+    """Speeds of the embedding, and of a layer besides products and F.scaled_dot_product_attention."""
     before = clock.typical(layer.embed, loads=True)
     with layer.ready() as run:
-        clock.once(run)  # memory that is new to the process costs more, and a run has it only in the first layer
+        clock.once(run)  # newly allocated memory is slower, which in a run matters only in the first layer
         rest = clock.typical(run)
     embedded = embedding_bytes(layer.states.nbytes, layer.depth)
     return replace(UNKNOWN, elementwise=layer.tokens * work.traffic / rest, embedding=embedded / before)
 
 
 def growing(whole: Speeds, half: Speeds, length: int, work: StageWork, seqlen: int) -> Speeds:
-    """Speeds for `seqlen` tokens, from those for `length` and for half of it, of a layer that attends in its own way.
+    """Speeds at `seqlen` tokens of a layer with its own attention code, from those at `length` and at half of it.
 
-    A token's seconds are a + b · length; a is elementwise work, b · seqlen is attention.
+    The seconds of a token are a + b · length: a is elementwise work, b · seqlen is attention.
     """
     slope = max(0.0, (work.traffic / whole.elementwise - work.traffic / half.elementwise) / (length - length // 2))
     if not slope:
@@ -188,38 +189,38 @@ def growing(whole: Speeds, half: Speeds, length: int, work: StageWork, seqlen: i
 
 
 def _attention(called: Called, work: StageWork, seqlen: int, dtype: torch.dtype, clock: Clock) -> float:
-    """Operations a second of attention over one whole window, with few heads where that is enough."""
-    groups = max(1, called.query[1] // called.key[1])
-    a_group = groups * work.attention * seqlen / max(1, called.query[1])
-    a_group = max(a_group, 1.0)
-    some = max(1, min(called.key[1], round(_OPERATIONS[clock.device.type] / a_group)))
+    """Operations per second of attention over a whole window, on as few heads as are enough."""
+    queries_per_key = max(1, called.query[1] // called.key[1])
+    per_group = queries_per_key * work.attention * seqlen / max(1, called.query[1])
+    per_group = max(per_group, 1.0)
+    heads = max(1, min(called.key[1], round(_OPERATIONS[clock.device.type] / per_group)))
     width = seqlen * max(called.query[-1], called.value[-1]) * 4
-    some = max(1, min(some, _BYTES[clock.device.type] // (groups * width)))
+    heads = max(1, min(heads, _BYTES[clock.device.type] // (queries_per_key * width)))
     make = {"dtype": dtype, "device": clock.device}
-    q = torch.full((1, some * groups, seqlen, called.query[-1]), 0.5, **make)  # type: ignore[call-overload]
-    k = torch.full((1, some, seqlen, called.key[-1]), 0.5, **make)  # type: ignore[call-overload]
-    v = torch.full((1, some, seqlen, called.value[-1]), 0.5, **make)  # type: ignore[call-overload]
+    q = torch.full((1, heads * queries_per_key, seqlen, called.query[-1]), 0.5, **make)  # type: ignore[call-overload]
+    k = torch.full((1, heads, seqlen, called.key[-1]), 0.5, **make)  # type: ignore[call-overload]
+    v = torch.full((1, heads, seqlen, called.value[-1]), 0.5, **make)  # type: ignore[call-overload]
     mask = torch.zeros(1, 1, seqlen, seqlen, **make) if called.masked else None  # type: ignore[call-overload]
     with torch.inference_mode():
         spent = clock.typical(lambda: F.scaled_dot_product_attention(q, k, v, mask, **called.options))
-    return some * a_group / spent
+    return heads * per_group / spent
 
 
 def _statistics(widths: list[int], tokens: int, work: StageWork, dtype: torch.dtype, clock: Clock) -> float:
-    """Bytes of `StageWork.inputs` a second, when there are statistics of inputs of these widths."""
+    """Bytes of `StageWork.inputs` per second, for statistics of inputs of these `widths`."""
     accumulate = (cpu if clock.device.type == "cpu" else torch_ops).accumulate
     seconds = 0.0
     for width in sorted(set(widths)):
-        few = max(1, min(tokens, (_BYTES[clock.device.type] // 8) // (width * dtype.itemsize)))
-        x = torch.full((few, width), 0.5, dtype=dtype, device=clock.device)
+        n_tokens = max(1, min(tokens, (_BYTES[clock.device.type] // 8) // (width * dtype.itemsize)))
+        x = torch.full((n_tokens, width), 0.5, dtype=dtype, device=clock.device)
         sums = [torch.zeros(width, dtype=torch.float64, device=clock.device) for _ in range(2)]
         spent = clock.typical(lambda x=x, s=sums: accumulate(x, *s), loads=True)  # type: ignore[misc]
-        seconds += widths.count(width) * spent / few
+        seconds += widths.count(width) * spent / n_tokens
     return work.inputs / seconds if seconds else inf
 
 
 def _selection(stage: Stage, skeleton: Skeleton, clock: Clock) -> float:
-    """Bytes of weights a second, from some rows of each of the layer's linears: `ewma`, half of the weights."""
+    """Bytes of weights per second, on some rows of each of the layer's linears: `ewma` at 50 %."""
     nbytes = seconds = 0.0
     known: dict[tuple[int, int], float] = {}
     widest = max((ref.nbytes for ref in stage.linears.values()), default=0)
@@ -227,18 +228,18 @@ def _selection(stage: Stage, skeleton: Skeleton, clock: Clock) -> float:
     for name, ref in stage.linears.items():
         rows, width = shape = linear_shape(skeleton, name, stage)
         if shape not in known:
-            dtype, some = TORCH_DTYPES[ref.dtype], max(1, min(rows, _WEIGHTS // width))
-            weight = random[: some * width].view(some, width).to(clock.device, dtype)
+            dtype, n_rows = TORCH_DTYPES[ref.dtype], max(1, min(rows, _WEIGHTS // width))
+            weight = random[: n_rows * width].view(n_rows, width).to(clock.device, dtype)
             feature = torch.rand(width).to(clock.device)
             spent = clock.typical(lambda w=weight, f=feature: select(w, f, 2, sparsity=0.5), loads=True)  # type: ignore[misc]
-            known[shape] = spent / some
+            known[shape] = spent / n_rows
         seconds += known[shape] * rows
         nbytes += ref.nbytes
     return nbytes / seconds if seconds else inf
 
 
 def _read(checkpoint: Checkpoint, clock: Clock) -> tuple[float, float]:
-    """Bytes a second of mapped weights that are looked at: not in the system's cache (where that can be), and in it."""
+    """Bytes per second of checking mapped weights: from the disk (if the page cache can be dropped), and cached."""
     ref = max((r for r in checkpoint.tensors.values() if r.dtype in TORCH_DTYPES and r.shape), key=lambda r: r.nbytes)
     rows = max(1, min(ref.shape[0], READ_BYTES // max(1, ref.nbytes // ref.shape[0])))
     piece = replace(ref, end=ref.begin + ref.nbytes // ref.shape[0] * rows)
@@ -265,7 +266,7 @@ def _read(checkpoint: Checkpoint, clock: Clock) -> tuple[float, float]:
 
 
 def _hashing(clock: Clock) -> float:
-    """Bytes a second that one thread hashes and gathers for the disk (disk/direct.py)."""
+    """Bytes per second that one thread hashes and copies into the write buffer (disk/direct.py)."""
     data, block = memoryview(bytes(8 << 20)), memoryview(bytearray(8 << 20))
 
     def work() -> None:
@@ -276,7 +277,7 @@ def _hashing(clock: Clock) -> float:
 
 
 def _link(clock: Clock) -> float:
-    """Bytes a second from mapped memory to the device, as model/loader.py sends them."""
+    """Bytes per second from mapped memory to the device, copied as in model/loader.py."""
     if clock.device.type != "cuda":
         return inf
     piece = torch.zeros(32 << 20, dtype=torch.uint8)
@@ -285,6 +286,6 @@ def _link(clock: Clock) -> float:
 
 
 def _copying(clock: Clock) -> float:
-    """Bytes a second read and written on the device."""
+    """Bytes per second read and written on the device."""
     data = torch.zeros(64 << 20, dtype=torch.uint8, device=clock.device)
     return 2 * data.nbytes / clock.typical(lambda: data.clone())

@@ -14,9 +14,9 @@ from streamprune.process.console import can_print
 
 @contextlib.contextmanager
 def output() -> Iterator[None]:
-    """Around all that prints to stdout, and flushes it: at exit nobody would be told what goes wrong.
+    """Wraps everything that prints to stdout, and flushes it: errors of a flush at exit would be lost.
 
-    Raises ResourceError where it cannot be written, and BrokenPipeError for a reader that has gone away.
+    Raises ResourceError if stdout cannot be written, BrokenPipeError if its reader has exited.
     """
     try:
         try:
@@ -38,7 +38,7 @@ def say(text: str) -> None:
 
 
 def sum_up(text: str) -> None:
-    """What has become of a job that is done: whether somebody reads it is no matter of its exit code."""
+    """Prints the summary of a finished job; a broken pipe does not change the exit code."""
     try:
         say(text)
     except BrokenPipeError:
@@ -46,7 +46,7 @@ def sum_up(text: str) -> None:
 
 
 def forget_output() -> None:
-    """What is still to be written is dropped, or the interpreter would try again at its end."""
+    """Drops unwritten output, which the interpreter would try to write again at exit."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

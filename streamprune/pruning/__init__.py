@@ -1,1 +1,1 @@
-"""prune and calibrate as jobs: stage after stage, each committed before the next."""
+"""`prune` and `calibrate` as resumable jobs, which commit one stage of the model after the other."""

@@ -1,7 +1,7 @@
-"""Shares a sparsity out among the linears of a model, from its weights and the statistics of their inputs.
+"""Distributes a sparsity among the linears of a model, from its weights and the statistics of their inputs.
 
-All weights are read once, a chunk at a time; nothing but a few numbers a linear is kept. See methods/allocation.py for
-the mathematics.
+All weights are read in chunks (twice for "owl"), and only a few numbers per linear are kept. See methods/allocation.py
+for the mathematics.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def allocate(
 ) -> dict[str, float]:  # fmt: skip
     """The sparsity of each linear that `target` prunes; `kind` is "owl" or "error".
 
-    Their mean, by weights, is `sparsity`. A step of `progress` is a layer. Raises what reading weights and statistics
-    raises.
+    Their mean, weighted by the linears' sizes, is `sparsity`. `progress` is called once per layer. Raises UsageError
+    for statistics without the sums that "error" needs, and whatever reading weights and statistics raises.
     """
     work = _Allocation(target, loader, given)
     return work.by_owl(sparsity, progress) if kind == "owl" else work.by_error(sparsity, progress)
 
 
 class _Allocation:
-    """What one allocation reads: the weights of the linears in question, and statistics of their inputs."""
+    """The weights and input statistics of the linears to prune, and both ways to allocate a sparsity among them."""
 
     def __init__(self, target: Target, loader: WeightLoader, given: StatisticsFile) -> None:
         self._target, self._loader, self._given = target, loader, given
@@ -56,7 +56,8 @@ class _Allocation:
             tokens, update = self._given.updates.get(stage.prefix, (0.0, 0.0))
             if not tokens > 0:
                 raise UsageError(
-                    f"{self._given.path} does not say what {stage.prefix} adds; make it again with `calibrate`"
+                    f"{self._given.path} lacks the size of what {stage.prefix} adds to the residual stream, which "
+                    "--allocate error needs; make it again with `calibrate`"
                 )
             errors = [0.0] * len(levels)
             for name, width in linears.items():
@@ -85,9 +86,10 @@ class _Allocation:
             progress(Progress(f"allocate {stage.name}", done, len(self._layers), time.perf_counter() - since))
 
     def _by_linear(self, shares: Mapping[str, float]) -> dict[str, float]:
-        """From the sparsity of each layer that of each linear, to the nearest whole number of weights in a row.
+        """The sparsity of each linear, from that of its layer, rounded to a whole number of weights per row.
 
-        Half a weight more keeps floor() at that number; without it all of them would be rounded down.
+        Half a weight is added, as the number to prune is found with floor(sparsity * width): an exact quotient could
+        come out one weight too low.
         """
         return {
             name: min((round(shares[stage.prefix] * width) + 0.5) / width, 1 - 0.5 / width)
@@ -99,7 +101,7 @@ class _Allocation:
         return sum(math.prod(self._target.skeleton.sources[f"{name}.weight"].shape) for name in linears)
 
     def _errors(self, name: str, width: int, levels: list[float]) -> list[float]:
-        """What pruning the lowest w²a of each row takes away of the linear's sum of w²a, at each level."""
+        """At each level of sparsity, the share of the linear's sum of w²a that pruning it row by row removes."""
         power = self._power(name, width)
         feature = (power / power.max().clamp_min(torch.finfo(power.dtype).tiny)).float().to(self._loader.device)
         removed, total = [0.0] * len(levels), 0.0
@@ -111,7 +113,7 @@ class _Allocation:
         return [part / total if total > 0 else 0.0 for part in removed]
 
     def _scores(self, linears: Mapping[str, int]) -> Iterator[Tensor]:
-        """|w| √a of all weights of a layer's linears, a chunk at a time, float32."""
+        """|w| √a of all weights of a layer's linears, in chunks of (n, in) float32."""
         for name, width in linears.items():
             feature = self._power(name, width).sqrt().float().to(self._loader.device)
             for rows in self._rows(name):
@@ -125,5 +127,5 @@ class _Allocation:
         self._loader.maps.release([ref])
 
     def _power(self, name: str, width: int) -> Tensor:
-        """a_j, (in,) float64."""
+        """a_j = E[x_j²], (in,) float64."""
         return self._given.load(name, width).mean_square

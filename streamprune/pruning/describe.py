@@ -1,7 +1,7 @@
-"""From what a user asks for to a JobSpec: whatever contradicts itself is refused before anything is written.
+"""From the user's arguments to a JobSpec; contradictory arguments are refused before anything is written.
 
-`prune`, `calibrate` and `plan` describe their jobs here, so that they accept and refuse the same. Only headers and
-texts are read, so a finished job is recognised at once.
+`prune`, `calibrate` and `plan` all use these functions, so that they accept and refuse the same arguments. Only headers
+and calibration texts are read, so that a finished job is recognised without loading the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from streamprune.settings import Calibration, Resources
 SHARD_SIZE = "5GB"
 
 HALF = 0.5
-"""What a plan takes to be pruned when it is not told."""
+"""Sparsity that `plan` assumes if neither --sparsity nor --pattern is given."""
 
 
 def open_model(model: str | Path, follow_links: bool = False) -> Checkpoint:
@@ -34,7 +34,7 @@ def open_model(model: str | Path, follow_links: bool = False) -> Checkpoint:
     checkpoint = plain(open_checkpoint(resolve_model(str(model)), follow_links=follow_links))
     check_claims(checkpoint)
     if is_packed(checkpoint):
-        raise UnsupportedError(f"{checkpoint.path}: the weights are packed; make them plain with `unpack`")
+        raise UnsupportedError(f"{checkpoint.path}: the weights are packed; run `unpack` first")
     return checkpoint
 
 
@@ -45,20 +45,23 @@ def describe_prune(
     shard_size: int | str = SHARD_SIZE, restart: bool = False, allow_zeros: bool = False,
     trust_remote_code: bool = False,
 ) -> JobSpec:  # fmt: skip
-    """A prune job; arguments as for job.prune. Raises UsageError for what contradicts itself."""
+    """A prune job; arguments as for job.prune. Raises UsageError for invalid or contradictory arguments."""
     recipe = (Recipe.named(recipe) if isinstance(recipe, str) else recipe).filled()
     sparsity, pattern = _amount(amount)
-    _check_aims(recipe, stats, calibration.samples)
+    _check_new_values(recipe, stats, calibration.samples)
     if recipe.allocate is not None and pattern is not None:
         raise UsageError(
-            f"--allocate {recipe.allocate} shares out a --sparsity; --pattern {pattern} says what each linear keeps"
+            f"--allocate {recipe.allocate} distributes a --sparsity among layers, and --pattern {pattern} fixes it for "
+            "each; leave one of them out"
         )
     propagation = check_propagate(recipe, propagate)
     if stats is not None:
         if calibration.text is not None or save_stats is not None or propagation != "dense":
-            raise UsageError("--stats takes the place of calibration: leave out --calib, --save-stats and --propagate")
+            raise UsageError("--stats replaces calibration: leave out --calib, --save-stats and --propagate")
         if any(getattr(calibration, name) != getattr(Calibration, name) for name in ("expert_stats", "expert_tokens")):
-            raise UsageError("--stats were gathered already: leave out --expert-stats and --expert-tokens")
+            raise UsageError(
+                "--stats are finished statistics: leave out --expert-stats and --expert-tokens, which `calibrate` takes"
+            )
     needs_pass = stats is None and (
         recipe.needs_statistics or recipe.aims or save_stats is not None or propagation == "pruned"
         or recipe.allocate is not None
@@ -80,7 +83,7 @@ def describe_calibrate(
     checkpoint: Checkpoint, out: Path, calibration: Calibration, resources: Resources, *,
     restart: bool = False, allow_zeros: bool = False, trust_remote_code: bool = False,
 ) -> JobSpec:  # fmt: skip
-    """A calibrate job; arguments as for job.calibrate. Raises UsageError for what contradicts itself."""
+    """A calibrate job; arguments as for job.calibrate. Raises UsageError for invalid arguments."""
     return JobSpec(
         verb="calibrate", model=checkpoint.fingerprint(), recipe=None, sparsity=None, pattern=None,
         only=None, skip=None, propagate="dense", calibration=_drawn(checkpoint, calibration), stats=None,
@@ -91,7 +94,7 @@ def describe_calibrate(
 
 
 def _amount(amount: float | str) -> tuple[float | None, str | None]:
-    """(sparsity, pattern), one of which is None. Raises UsageError for an amount that means nothing."""
+    """(sparsity, pattern), one of which is None. Raises UsageError if `amount` is neither."""
     if isinstance(amount, str):
         from streamprune.methods.selection import parse_pattern
 
@@ -106,14 +109,16 @@ def _amount(amount: float | str) -> tuple[float | None, str | None]:
     return sparsity, None
 
 
-def _check_aims(recipe: Recipe, stats: str | Path | None, samples: int) -> None:
-    """What needs more than statistics is not given statistics."""
+def _check_new_values(recipe: Recipe, stats: str | Path | None, samples: int) -> None:
+    """Raises UsageError if a refit or tuning lacks the calibration windows that it needs."""
     if stats is not None and recipe.needs_gram:
-        raise UsageError(f"--stats has sums only, and {recipe.refit} needs more: leave it out, or choose --refit none")
+        raise UsageError(
+            f"--stats has no Gram matrices, which {recipe.refit} needs: leave it out, or choose --refit none"
+        )
     if stats is not None and recipe.tune is not None:
-        raise UsageError("--stats has sums only, and --tune learns from states: leave one of them out")
+        raise UsageError("--stats has no hidden states, which --tune needs: leave one of them out")
     if samples < 2 and recipe.tune is not None:
-        raise UsageError("--tune holds a window out to judge by: --samples must be at least 2")
+        raise UsageError("--tune holds out a window to measure its success: --samples must be at least 2")
 
 
 def _drawn(checkpoint: Checkpoint, calibration: Calibration) -> DrawnText:

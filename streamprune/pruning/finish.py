@@ -1,4 +1,4 @@
-"""The end of a run: statistics put together, side files and the index beside the shards."""
+"""The end of a run: merges the layers' statistics, and writes side files and the index beside the shards."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from streamprune.pruning.target import Target
 
 
 def calibration_of(spec: JobSpec, resolved: Resolved, given: StatisticsFile | None, propagate: str) -> dict[str, Any]:
-    """Which tokens the statistics are of, for the report and for statistics files."""
+    """The tokens that the statistics were gathered on, for reports and statistics files (JSON values)."""
     c = spec.calibration
     if c is None or given is not None:
         found = given.calibration if given else {}
-        return {key: value for key, value in found.items() if key not in ("job", "content")}  # calibrate's own
+        return {key: value for key, value in found.items() if key not in ("job", "content")}  # fields of `calibrate`
     return {
         "text": c.path.name if c.path else "built-in", "digest": c.digest, "samples": c.samples, "seqlen": c.seqlen,
         "seed": c.seed, "tokens": resolved.tokens, "dtype": resolved.dtype, "propagate": propagate,
@@ -39,12 +39,12 @@ def save_statistics(
     path: Path, spec: JobSpec, state: JobState, checkpoint: Checkpoint, skeleton: Skeleton,
     records: Sequence[StageRecord], calibration: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Joins the layers' statistics into the file `path`. Raises CorruptStateError where one is missing or damaged."""
+    """Merges the layers' statistics into the file `path`. Raises CorruptStateError if one is missing or damaged."""
     parts = []
     for stage, record in zip(skeleton.layer_stages, records[1:], strict=False):
         parts.append(state.layer_stats(stage.index))
         if not parts[-1].is_file() or file_digest(parts[-1]) != record.statistics:
-            raise CorruptStateError(f"{parts[-1]} is damaged; start again with --restart")
+            raise CorruptStateError(f"{parts[-1]} is missing or damaged; start again with --restart")
     job = {"job": spec.fixed(), "content": checkpoint.content()} if spec.verb == "calibrate" else {}
     merge_statistics(path, parts, checkpoint.identity(), {**calibration, **job})
 
@@ -52,9 +52,9 @@ def save_statistics(
 def write_files(
     state: JobState, checkpoint: Checkpoint, target: Target, output: Output, records: Sequence[StageRecord], card: bytes
 ) -> list[dict[str, Any]]:
-    """Writes side files, `card` in place of the source's, and an index where one is needed.
+    """Writes side files, `card` in place of the source's model card, and an index if there are several shards.
 
-    Returns name, bytes and hash of every file of the output.
+    Returns name, bytes and xxh3_128 of every file of the output, shards included.
     """
     files = output.files(records)
     carried = checkpoint.side_files().carried

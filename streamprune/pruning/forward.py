@@ -1,4 +1,4 @@
-"""The forward side of a job: activations from stage to stage, and the statistics of every linear's input."""
+"""The forward pass of a job: activations from stage to stage, and statistics of every linear's input."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ from streamprune.model.streamed import StreamedModel
 from streamprune.pruning.target import Target
 
 PERSIST_SECONDS = 60
-"""Activations that stay on the device are written to disk this often: what a crash costs at most, beside one layer."""
+"""How often activations that stay on the device are written to disk. A crash costs at most this much work and one
+layer."""
 
 
 class CalibrationPass:
-    """Runs `windows` (samples, seqlen) through the model in batches of `batch`; cache n is what goes into layer n.
+    """Runs `windows` (samples, seqlen) through the model in batches of `batch`. Cache n holds the inputs of layer n.
 
-    Where memory runs out, a stage is done again in smaller parts; `streamed.max_samples` says how small.
+    When memory runs out, a stage is repeated in smaller parts, of `streamed.max_samples` windows.
     """
 
     def __init__(
@@ -53,30 +54,30 @@ class CalibrationPass:
         self._batches = Batches(windows, batch)
         self._accumulate = accumulate
         self._routed: Routed | None = None
-        """What went to the experts of the last layer, where they are refitted."""
+        """Inputs routed to the experts of the last layer, if they are refitted."""
         self._durable_at = time.perf_counter()
-        """When a cache became durable last."""
+        """When a cache last became durable (perf_counter)."""
 
     @property
     def cache_bytes(self) -> int:
-        """What one stage's cache takes on disk."""
+        """Size on disk of one stage's cache."""
         return self.windows.size * self.streamed.skeleton.hidden_size * self.streamed.cache_dtype.itemsize
 
     def persists(self) -> bool:
-        """Whether the next cache is to be durable: always, or once a minute where activations stay on the device."""
+        """Whether to make the next cache durable: always, or once a minute if activations stay on the device."""
         return not self.activations.resident or time.perf_counter() - self._durable_at >= PERSIST_SECONDS
 
     def made_durable(self) -> None:
-        """A cache has become durable."""
+        """Notes that a cache has just become durable."""
         self._durable_at = time.perf_counter()
 
     @property
     def placing(self) -> Callable[[str, Tensor], None] | None:
-        """What puts a refitted linear's new weight where the next Grams' pass computes with it, if such a pass does."""
+        """Receives each refitted linear's new weight, if later Grams of the layer are computed with it."""
         return None
 
     def grams_of(self, target: Target, stage: Stage, room: int) -> LayerGrams | None:
-        """The Grams of a layer whose linears are refitted, in `room` bytes or in files; None where none is."""
+        """The Grams of a layer whose linears are refitted, in `room` bytes or in files; None if none is refitted."""
         linears = target.linears_of(stage)
         if not target.recipe.needs_gram or stage.kind != "layer" or not linears:
             return None
@@ -87,9 +88,9 @@ class CalibrationPass:
         return LayerGrams(linears, room, hold, folder, rerun, products, stage.expert_of, self.placing)
 
     def catch_up(self, newest: int, done: int, shards: Callable[[Stage], Checkpoint] | None) -> None:
-        """Brings the activations to those before layer `done` - 1, from cache `newest`, or if that is -1 the tokens.
+        """Recomputes the inputs of layer `done` - 1 from cache `newest`, or from the tokens if that is -1.
 
-        With `shards`, what the layers before are propagated with; else their dense weights.
+        `shards` returns the pruned weights of a finished layer; without it, layers run with their dense weights.
         """
         persist = not self.activations.resident
         if newest < 0:
@@ -105,27 +106,28 @@ class CalibrationPass:
                 remove_cache(self.activations.folder, stage.index)
 
     def embed(self, persist: bool) -> None:
-        """Tokens to the states before layer 0. The head's weights are looked at as well: a bad one is found early."""
+        """Computes the inputs of layer 0. Checks all weights outside the layers first, so that bad ones fail early."""
         self.check_outside()
         retry_smaller(
             self.streamed, lambda: embed_pass(self.streamed, self._batches, self.activations, persist=persist)
         )
 
     def check_outside(self) -> None:
-        """Looks at the weights outside the layers. Raises CheckpointError for NaN and Inf."""
+        """Raises CheckpointError for NaN and Inf in the weights outside the layers."""
         stages = self.streamed.skeleton.stages
         for stage in (stages[0], stages[-1]):
             check_weights(self.streamed.loader, self.streamed.skeleton, stage)
 
     def layer(self, stage: Stage, write: bool, persist: bool, grams: LayerGrams | None = None) -> Collector:
-        """One layer: its outputs, if `write`, and the statistics of its linears' inputs; Grams if there is room.
+        """Runs one layer: caches its outputs, if `write`, and gathers statistics of its linears' inputs.
 
-        With `grams` of experts, what they are given is kept until the next pass.
+        Also gathers those of the `grams` that fit into memory together. If experts are refitted, the inputs routed to
+        them are kept in a file until the next pass.
         """
         keeps = grams is not None and grams.of_experts
 
         def attempt() -> tuple[Collector, GramCollector | None]:
-            self._routed = None  # before another takes as much disk
+            self._routed = None  # frees its disk space before the next one needs as much
             if keeps:
                 self._routed = routed_to(self.streamed, stage, RoutedInputs(self.activations.folder, self.windows.size))
             check_weights(self.streamed.loader, self.streamed.skeleton, stage)
@@ -144,9 +146,10 @@ class CalibrationPass:
         return collector
 
     def gather(self, stage: Stage, make: Callable[[], GramCollector], inputs: Set[str]) -> GramCollector:
-        """What a collector that is made anew for each attempt sees of a layer: of one of its experts, or of all else.
+        """One more pass through a layer, or through one of its experts, for a collector of Grams.
 
-        `inputs` are named by a linear each.
+        `make` creates a new collector for each attempt, as a pass that runs out of memory is repeated. `inputs` names
+        one linear for each input to collect.
         """
         paths = [experts.path for experts in stage.experts if not inputs.isdisjoint(experts.linears)]
 
@@ -172,18 +175,18 @@ class CalibrationPass:
         self.streamed.loader.release(stage.tensors)
 
     def pairs(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
-        """What a layer that has passed is given, and what is wanted of it; by chunks."""
+        """Inputs and target outputs of a finished layer, in chunks of (n, seqlen, hidden)."""
         with self.streamed.layer(stage) as run:
             for states in self.activations.read(stage.index):
                 yield states, run(states)
 
     def again(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
-        """What a layer that is pruned already makes of the activations."""
+        """Recomputes the outputs of a layer that is already pruned, from its `shard`."""
         self.pruned_layer(stage, shard, persist)
         self.streamed.loader.release(stage.tensors)
 
     def pruned_layer(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
-        """The second pass of `--propagate pruned`, with the weights that have just been written to `shard`."""
+        """The second pass of `--propagate pruned`, with the pruned weights just written to `shard`."""
         self._routed = None
         with self.written(shard, stage) as (loader, sources):
             again = functools.partial(
@@ -200,7 +203,7 @@ class CalibrationPass:
 
     @contextmanager
     def written(self, written: Checkpoint, stage: Stage) -> Iterator[tuple[WeightLoader, dict[str, TensorRef]]]:
-        """The weights of a layer that has been written: what brings them, and which parameter is which tensor."""
+        """A loader for the weights of a layer in the output, and the tensor of each of its parameters."""
         sources: dict[str, TensorRef] = {}
         before = {ref.name: ref for ref in stage.tensors}
         for name, ref in self.streamed.skeleton.sources.items():

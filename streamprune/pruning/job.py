@@ -1,8 +1,8 @@
-"""`prune` and `calibrate`: from arguments to a finished output, resumable at every moment.
+"""`prune` and `calibrate`: from arguments to a finished output; can be killed and resumed at any moment.
 
 describe   arguments -> JobSpec (describe.py)
-open       lock; is OUT finished, half done, or somebody else's?
-prepare    skeleton, memory, tokens, disk: everything that can be refused is refused before anything is written
+open       lock OUT; find out whether it is finished, unfinished or belongs to another job
+prepare    skeleton, memory, tokens, disk: all checks that can refuse a job, before anything is written
 run        stage after stage: forward, prune, shard, journal
 finish     index, side files, statistics, report; rename
 """
@@ -44,8 +44,11 @@ _CALIBRATION, _RESOURCES = Calibration(), Resources()
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job came to. `report` is what `streamprune.json` says; `seconds` and `peak_rss_bytes` are the job's, over
-    all runs it took, or this call's when it was up to date already."""
+    """Result of a job.
+
+    `report` is the content of `streamprune.json`. `seconds` and `peak_rss_bytes` cover all runs of the job, or only
+    this call if the status is "up-to-date".
+    """
 
     status: str
     """"done" or "up-to-date"."""
@@ -57,7 +60,7 @@ class JobResult:
     peak_rss_bytes: int
     report: Mapping[str, Any]
     notes: tuple[str, ...] = ()
-    """What is to be told of it, each a sentence: what was left behind, fallbacks."""
+    """Messages for the user, one sentence each: fallbacks, and files that were not carried over."""
 
 
 def prune(
@@ -71,13 +74,14 @@ def prune(
 
     `amount` is a sparsity (share of each row, 0 ≤ S < 1) or a pattern ("2:4"), `recipe` the name of one or a Recipe
     (methods/recipes.py). Statistics come from `calibration`, or from the file `stats` that `calibrate` made;
-    `save_stats` keeps them in a file. `propagate` says whose outputs the next layer is calibrated on: the "dense"
-    model's, the "pruned" one's, or for a refit and tuning "asymmetric", both: new values then aim at what the dense
-    model makes of its own inputs (methods/gram.py); None is the recipe's own choice. `only` and `skip` are regular
-    expressions that choose linears by name. `follow_links` carries over side files that are links out of the
-    checkpoint; `allow_zeros` accepts linears that hold nothing but zeros (model/zeros.py). Weights are written in
-    shards of up to `shard_size` (bytes, or text such as "5GB"), in one file without an index where all of them fit.
-    Running the same job again resumes it, or finds it done. Raises the errors of streamprune.errors.
+    `save_stats` is a file to keep them in. `propagate` says whose outputs the next layer is calibrated on: those of the
+    "dense" model, of the "pruned" one, or, for a refit or tuning, "asymmetric": both, with the dense model's outputs as
+    the target that new values are fitted to (methods/gram.py). None is the recipe's default. `only` and `skip` are
+    regular expressions that choose linears by name. `follow_links` copies side files that are symlinks out of the
+    checkpoint; `allow_zeros` accepts linears that are all zeros (model/zeros.py). Weights are written in shards of up
+    to `shard_size` (bytes, or text such as "5GB"), or in a single file without an index if they all fit into it.
+    `restart` discards unfinished work. Running the same job again resumes it, or finds it done. Raises the errors of
+    streamprune.errors.
     """
     checkpoint = open_model(model, follow_links)
     spec = describe_prune(
@@ -93,7 +97,7 @@ def calibrate(
     resources: Resources = _RESOURCES, allow_zeros: bool = False, restart: bool = False,
     trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
 ) -> JobResult:  # fmt: skip
-    """Gathers the statistics of every linear's input into the file `out`, for `prune(..., stats=out)`.
+    """Gathers statistics of every linear's input into the file `out`, for `prune(..., stats=out)`.
 
     Arguments and errors as for `prune`.
     """
@@ -113,7 +117,7 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
         finished = find_finished(spec) if spec.verb == "prune" else _find_statistics(spec)
         if finished is not None:
             if spec.verb == "calibrate":
-                _clear_rest(spec)
+                _discard_leftovers(spec)
             _check_saved(spec)
             _drop_own_statistics(spec)
             took = time.perf_counter() - begun
@@ -138,9 +142,9 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
 
 
 def _gather(spec: JobSpec, path: Path, checkpoint: Checkpoint, progress: ProgressCallback) -> float:
-    """Makes the statistics that a prune job's `allocate` goes by, unless they are there; returns the seconds it took.
+    """Calibrates into `path` for a prune job with `allocate`, if that is not done; returns the seconds of work.
 
-    Raises StateError where those of another job are there, which --restart throws away.
+    Raises StateError if `path` holds statistics of another job; --restart removes them.
     """
     if spec.restart:
         durable.remove(path)
@@ -152,7 +156,7 @@ def _gather(spec: JobSpec, path: Path, checkpoint: Checkpoint, progress: Progres
         return _carry_out(job, checkpoint, progress).seconds
     except StateError as e:
         what = str(e).rpartition("; ")[0]
-        raise StateError(f"{what}; throw them away with --restart, or choose another OUT") from e
+        raise StateError(f"{what}; discard them with --restart, or choose another OUT") from e
 
 
 def _allocates(spec: JobSpec) -> bool:
@@ -160,23 +164,23 @@ def _allocates(spec: JobSpec) -> bool:
 
 
 def _drop_own_statistics(spec: JobSpec) -> None:
-    """Removes what was gathered for `allocate` alone."""
+    """Removes statistics that were gathered only for `allocate`."""
     if _allocates(spec) and spec.stats is None and spec.stats_path is not None:
         durable.remove(spec.stats_path)
 
 
-def _clear_rest(spec: JobSpec) -> None:
-    """`calibrate` makes its one file before it removes its state: a crash in between is mended here."""
+def _discard_leftovers(spec: JobSpec) -> None:
+    """Removes the state of a finished `calibrate` that crashed between writing its file and removing its state."""
     try:
-        rest = find_unfinished(spec)
+        leftovers = find_unfinished(spec)
     except (StateError, CorruptStateError):
-        return  # somebody else's
-    if rest is not None:
-        rest[0].discard()
+        return  # of another job
+    if leftovers is not None:
+        leftovers[0].discard()
 
 
 def _find_statistics(spec: JobSpec) -> dict[str, Any] | None:
-    """As find_finished, for the one file that `calibrate` makes."""
+    """Like find_finished, for the statistics file that `calibrate` writes."""
     if not spec.out.exists() and not spec.out.is_symlink():
         return None
     from streamprune.calibration.statistics_header import StatisticsHeader
@@ -193,7 +197,7 @@ def _find_statistics(spec: JobSpec) -> dict[str, Any] | None:
 
 
 def _discard_on_bad_input(run: Run, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Unfinished work is kept for a resume, except when the input's content is at fault: a disk may come back."""
+    """Does `work`; discards unfinished work if the input is invalid, but keeps it if the input could not be read."""
     try:
         return work()
     except (CheckpointError, UnsupportedError, UsageError) as e:
@@ -204,7 +208,9 @@ def _discard_on_bad_input(run: Run, work: Callable[[], dict[str, Any]]) -> dict[
 
 def _check_saved(spec: JobSpec) -> None:
     if spec.save_stats is not None and not spec.save_stats.is_file():
-        raise UsageError(f"{spec.out} is finished, its statistics are gone: make {spec.save_stats} with `calibrate`")
+        raise UsageError(
+            f"{spec.out} is finished, and its statistics are gone; make {spec.save_stats} with `calibrate`"
+        )
 
 
 def _result(spec: JobSpec, report: Mapping[str, Any], status: str) -> JobResult:

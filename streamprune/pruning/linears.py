@@ -16,10 +16,10 @@ _ROUTER = re.compile(r"\.(gate|router)(\.|$)|shared_expert_gate$")
 
 
 def selected_linears(stages: Sequence[Stage], only: Any, skip: Any) -> dict[str, TensorRef]:
-    """The linears that --only and --skip leave. Raises UsageError when none is left.
+    """The linears to prune, by module path: those that the compiled patterns `only` and `skip` leave.
 
-    Of mixtures of experts, routers and gates of shared experts stay as they are, unless --only matches to the end of
-    their names.
+    In mixtures of experts, routers and the gates of shared experts are left out unless a match of `only` includes the
+    end of their names. Raises UsageError if no linear is left, or one has a dtype that cannot be pruned.
     """
     names = {n: ref for s in stages for n, ref in s.linears.items()}
     if any(stage.experts for stage in stages):
@@ -31,12 +31,12 @@ def selected_linears(stages: Sequence[Stage], only: Any, skip: Any) -> dict[str,
         raise UsageError(f"--only and --skip leave no linear to prune; names look like {example}")
     for name, ref in chosen.items():
         if ref.dtype not in TORCH_DTYPES:
-            raise UsageError(f"{name} is {ref.dtype} and cannot be pruned; leave it out with --skip")
+            raise UsageError(f"{name} has dtype {ref.dtype}, which cannot be pruned; leave it out with --skip")
     return chosen
 
 
 def check_widths(pattern: Pattern | None, linears: Mapping[str, TensorRef], skeleton: Skeleton) -> None:
-    """Raises UsageError for a linear whose width the pattern does not divide."""
+    """Raises UsageError for a linear whose in_features are not a multiple of the pattern's M."""
     if pattern is None:
         return
     for name, ref in linears.items():

@@ -1,4 +1,4 @@
-"""What a job takes in memory and in scratch files, and how it lies there."""
+"""How a job uses memory (batches, Grams, windows at once), and how much it needs in memory and scratch files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from streamprune.pruning.tuning import tuned_names, windows_a_step
 
 
 def layout_of(setup: Setup, resolved: Resolved | None, shape: tuple[int, int]) -> Layout:
-    """How the job lies in memory: with batches as recorded when it began, or as memory allows. Raises ResourceError.
+    """The layout of a job: with the batch size recorded in `resolved` when it began, or else as memory allows.
 
-    `shape` is (windows, tokens of each), without calibration (0, 1).
+    `shape` is (windows, tokens of each), or (0, 1) without calibration. Raises ResourceError if memory does not
+    suffice.
     """
     samples, length = shape
     skeleton, dtype, device = setup.skeleton, setup.dtype, setup.device
@@ -44,18 +45,18 @@ def layout_of(setup: Setup, resolved: Resolved | None, shape: tuple[int, int]) -
     if resources.ram is not None and budget.peak(recorded, group) > resources.ram:
         raise ResourceError(
             f"this job began with batches of {recorded} samples and needs --max-ram "
-            f"{-(-budget.peak(recorded, group) >> 20) + 1}MiB to go on; or throw its work away with --restart"
+            f"{-(-budget.peak(recorded, group) >> 20) + 1}MiB to continue; or discard its work with --restart"
         )
     return replace(layout, batch=recorded)
 
 
 def models_at_once(propagate: str) -> int:
-    """How many models' hidden states go through a layer: with two, a window counts twice wherever memory is counted."""
+    """How many models run side by side: with two, dense and pruned, a window needs the memory of two."""
     return 2 if propagate == "asymmetric" else 1
 
 
 def refit_needs(setup: Setup) -> RefitNeeds | None:
-    """The memory that a job's refit takes; None where it has none."""
+    """The memory that a job's refit needs; None without a refit."""
     target = setup.target
     if target is None or target.recipe.refit is None:
         return None
@@ -66,9 +67,9 @@ def refit_needs(setup: Setup) -> RefitNeeds | None:
 
 
 def tune_needs(setup: Setup, samples: int, seqlen: int) -> TuneNeeds | None:
-    """The memory that tuning takes with `samples` windows of `seqlen` tokens; None for a job that does not tune.
+    """The memory that tuning with `samples` windows of `seqlen` tokens needs; None for a job that does not tune.
 
-    Raises UnsupportedError for mixtures of experts, and for layers through which gradients do not go.
+    Raises UnsupportedError for mixtures of experts, and for layers that gradients cannot be computed through.
     """
     target = setup.target
     if not samples or target is None or target.recipe.tune is None:
@@ -76,8 +77,8 @@ def tune_needs(setup: Setup, samples: int, seqlen: int) -> TuneNeeds | None:
     skeleton, dtype = setup.skeleton, setup.dtype
     if skeleton.experts:
         raise UnsupportedError(
-            "--tune block is for models without experts: it would hold a layer's experts all at once; leave it out, "
-            "and choose a --refit, which takes one expert at a time"
+            "--tune block is for models without experts, as it would hold all experts of a layer at once; leave it "
+            "out, and choose a --refit, which loads one expert at a time"
         )
     kept = survey(
         setup.checkpoint, skeleton, dtype, setup.device, lambda stage: tuned_names(skeleton, stage, target.selected)
@@ -98,23 +99,24 @@ def tune_needs(setup: Setup, samples: int, seqlen: int) -> TuneNeeds | None:
 
 
 def largest_refitted(stages: Sequence[Stage], chosen: Collection[str]) -> int:
-    """Bytes of the weights that are refitted of one layer, of the one with most."""
+    """Bytes of the refitted weights of one layer: the largest such sum of all layers."""
     return max((sum(ref.nbytes for name, ref in s.linears.items() if name in chosen) for s in stages), default=0)
 
 
 def beside_grams(skeleton: Skeleton, chosen: Collection[str]) -> int:
-    """Bytes that asymmetric calibration takes beside a Gram and its drift: new weights, and one linear's debt."""
+    """Bytes that asymmetric calibration needs beside a Gram and its drift: new weights, and one linear's debt (see
+    methods/gram.py)."""
     shapes = [ref.shape for stage in skeleton.layer_stages for name, ref in stage.linears.items() if name in chosen]
     debt = 4 * skeleton.hidden_size * (max(map(max, shapes), default=0) + MOST_HELD)
     return largest_refitted(skeleton.layer_stages, chosen) + debt
 
 
 def scratch_bytes(setup: Setup, layout: Layout, tokens: int) -> int:
-    """Disk beside the caches, at the most.
+    """Upper bound on the disk space of scratch files, beside the activation caches; `tokens` are for calibration.
 
-    For the one Gram at a time that is larger than the room for them, for what experts are given, and with asymmetric
-    calibration for what the dense model makes of a layer and for the layer's new weights, for tuning its inputs and
-    targets and the shard that is replaced. `tokens` are those of calibration.
+    Scratch files hold a Gram that is larger than the room in memory (one at a time); the inputs routed to experts that
+    are refitted; with asymmetric calibration the dense model's outputs of a layer and the layer's new weights; and for
+    tuning a layer's inputs and targets, and the shard part that is replaced.
     """
     skeleton, dtype = setup.skeleton, setup.dtype
     refitted = setup.target.refitted if setup.target else frozenset[str]()

@@ -1,9 +1,9 @@
-"""The shards that a job writes: where each stage lies in them, and what they have come to so far.
+"""The shards that a job writes: which part of which file each stage is, and how far they have been written.
 
-A shard holds several stages, one behind the other. Its header is written with the first of them, for names, dtypes and
-shapes are known beforehand; a stage is committed by a line of the journal once its bytes are durable, so whatever lies
-behind the last committed stage does not count and is overwritten. The xxh3_128 of a record is that of the shard up to
-the end of its stage: of the last stage it is the whole file's.
+A shard holds several stages, one after the other. Its header is written with the first stage, as names, dtypes and
+shapes are known beforehand. A stage is committed by a line of the journal, once its bytes are durable; bytes behind the
+last committed stage do not count and are overwritten. The xxh3_128 in a stage's record covers the shard up to the end
+of the stage, so that the last stage's is the hash of the whole file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _READ_BYTES = 8 << 20
 
 
 class Output:
-    """The shards of one job in `folder`, of up to `shard_bytes`; with None each stage has one of its own."""
+    """The shards of one job in `folder`, of up to `shard_bytes` each; with None, each stage has a shard of its own."""
 
     def __init__(self, folder: Path, target: Target, shard_bytes: int | None) -> None:
         self._folder = folder
@@ -34,20 +34,20 @@ class Output:
         parts = arrange([target.tensors_of(stage) for stage in stages], shard_bytes)
         self._parts = {stage.name: part for stage, part in zip(stages, parts, strict=True)}
         self._before: xxhash.xxh3_128 | None = None
-        """Has seen the bytes before the stage at work, unless it begins a shard."""
+        """Hash state of the shard's bytes before the current stage, unless this stage begins a shard."""
         self._at_work: tuple[str, FilePart] | None = None
 
     @property
     def has_index(self) -> bool:
-        """Whether there are several shards, so that an index has to say what is where."""
+        """Whether there are several shards, which need an index."""
         return next(iter(self._parts.values())).name != "model.safetensors"
 
     def part(self, stage: Stage) -> Part:
-        """Where a stage lies."""
+        """The stage's part of a shard."""
         return self._parts[stage.name]
 
     def begin(self, stage: Stage) -> FilePart:
-        """A stage's place, to be written from its beginning; once more, where it is to be written again."""
+        """Opens the stage's part for writing from its beginning. May be called again to write a stage anew."""
         if self._at_work is not None and self._at_work[0] != stage.name:
             self._before = self._at_work[1].hash
         part = self.part(stage)
@@ -56,11 +56,11 @@ class Output:
         return file
 
     def entry(self, stage: Stage, file: FilePart) -> dict[str, Any]:
-        """What the journal says of a stage that has been written."""
+        """The journal's entry about a stage's part that has been written to `file`."""
         return {"name": file.path.name, "begin": file.begin, "bytes": file.size, "xxh3_128": file.digest}
 
     def written(self, stage: Stage) -> Checkpoint:
-        """A stage that has been made durable, to be read again."""
+        """A checkpoint with the tensors of a stage that has been written, for reading them again."""
         part = self.part(stage)
         info = (self._folder / part.name).stat()
         return Checkpoint(
@@ -69,7 +69,7 @@ class Output:
         )  # fmt: skip
 
     def files(self, records: Sequence[StageRecord]) -> list[dict[str, Any]]:
-        """Name, bytes and xxh3_128 of each shard, when all stages are recorded."""
+        """Name, bytes and xxh3_128 of each shard. `records` must have all stages."""
         parts = zip(self._parts.values(), records, strict=True)
         return [
             {"name": part.name, "bytes": part.end, "xxh3_128": record.shard["xxh3_128"]}
@@ -78,9 +78,9 @@ class Output:
         ]
 
     def resume(self, records: Sequence[StageRecord]) -> None:
-        """Goes on behind the recorded stages. Raises CorruptStateError where a shard is not as it was written.
+        """Continues after the recorded stages. Raises CorruptStateError if a shard is not as it was written.
 
-        All are looked at for their sizes; one that is to be continued is read.
+        The sizes of all shards are checked; an unfinished shard is also read and its hash is checked.
         """
         shards = [record.shard for record in records if record.shard]
         for part, shard in zip(self._parts.values(), shards, strict=False):
@@ -104,7 +104,7 @@ def _damaged(path: Path) -> CorruptStateError:
 
 
 def _digest(path: Path, nbytes: int) -> xxhash.xxh3_128:
-    """Of the first bytes of a file. Raises CorruptStateError where they cannot be read."""
+    """Hash state after the first `nbytes` of a file. Raises CorruptStateError if they cannot be read."""
     found, left = xxhash.xxh3_128(), nbytes
     try:
         with path.open("rb") as f:

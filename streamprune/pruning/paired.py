@@ -1,16 +1,18 @@
-"""The forward side of a job with asymmetric calibration: the dense model beside the one that is being pruned.
+"""The forward pass of a job with asymmetric calibration: the dense model runs beside the one that is being pruned.
 
-A cache has both models' states, a batch of the dense one and then the same windows of the pruned one. A layer goes:
+A cache holds the states of both models: a batch of the dense model, then the same windows of the pruned model. A layer
+is processed in three steps:
 
-    1  both halves through the dense weights: statistics of the pruned half's inputs; the dense half's outputs wait
-    2  for each input that refitted linears share, in the order of use: both halves again as far as that input, the
-       dense half with dense weights, the pruned half with what has been refitted so far; then they are refitted
-    3  the pruned half through the layer's shard; with the outputs that waited it makes the next cache
+    1  both halves run with the dense weights: gathers statistics of the pruned half's inputs, and keeps the dense
+       half's outputs
+    2  for each input that refitted linears share, in the order of use: both halves run again up to that input, the
+       dense half with dense weights, the pruned half with the linears refitted so far; then these linears are refitted
+    3  the pruned half runs with the layer's final weights; its outputs and those kept in step 1 are the next cache
 
-So a linear is fitted to what the dense layer makes of dense inputs, from the inputs that it will really have. Linears
-that write into the residual stream also make up for what it has lost before them: they are found by their outputs,
-which add up to what the layer adds. Where none do (norms behind the sublayers, scaled residuals), nothing is made up
-for.
+A linear is thus fitted to its dense outputs for dense inputs, given the inputs that it has in the pruned model. Linears
+that write to the residual stream also compensate for the error that it has accumulated before them. They are recognised
+by their outputs, which add up to what the layer adds to the stream. If no set of linears does (with norms after the
+sublayers, or scaled residuals), this error is not compensated for.
 """
 
 from __future__ import annotations
@@ -36,31 +38,33 @@ from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.pruning.forward import CalibrationPass
 
 _MOST_WRITERS = 8
-"""Linears that are tried as writers of the residual stream: their sets are, all of them."""
+"""Most linears that are considered as writers to the residual stream, as all their subsets are tried."""
 
 _UNEXPLAINED = 0.1
-"""Of what a layer adds to a token, this part may be something else than what writers' outputs add up to: rounding."""
+"""Relative difference allowed between what a layer adds to a token and the sum of writers' outputs: rounding."""
 
 
 class PairedPass(CalibrationPass):
-    """Runs `windows` (samples, seqlen) through both models; `batch` counts windows, so chunks of a cache have twice
-    as many states. For models without experts."""
+    """Runs `windows` (samples, seqlen) through both models. For models without experts.
+
+    `batch` counts windows, so that a chunk of a cache has the states of twice as many.
+    """
 
     dense: StateBuffer
-    """What the dense model makes of the layer at work."""
+    """The dense model's outputs of the current layer."""
 
     placed: dict[str, Tensor]
-    """New weights of the linears of the layer at work that have been refitted."""
+    """New weights of those linears of the current layer that have been refitted, by module path."""
 
     _writers: list[str]
-    """Its linears that write into the residual stream, in the order of use."""
+    """Linears of the current layer that write to the residual stream, in the order of use."""
 
     @property
     def cache_bytes(self) -> int:
         return 2 * super().cache_bytes
 
     def embed(self, persist: bool) -> None:
-        """As CalibrationPass.embed; both models' states are the same here."""
+        """As CalibrationPass.embed; the states of both models are still equal."""
         self.check_outside()
 
         def attempt() -> None:
@@ -106,7 +110,7 @@ class PairedPass(CalibrationPass):
     def _writers_among(
         self, names: Collection[str], run: Callable[[Tensor], Tensor], states: Tensor
     ) -> list[str]:  # fmt: skip
-        """Of linears of the dense layer, those that write into the residual stream; seen on a few states."""
+        """Those of the linears `names` that write to the residual stream, judged by the dense layer on `states`."""
         with outputs_of(self.streamed.skeleton, names) as made:
             after = run(states)
         added = after.float() - states.to(after.device).float()
@@ -117,14 +121,14 @@ class PairedPass(CalibrationPass):
         return self.place
 
     def place(self, name: str, weight: Tensor) -> None:
-        """From here on the pruned half computes with a linear's new weight, in its stored shape."""
+        """Makes the pruned half compute with a linear's new `weight`, in its stored shape, from now on."""
         self.placed[name] = weight.to(self.streamed.device)
 
     def gather(self, stage: Stage, make: Callable[[], GramCollector], inputs: Set[str]) -> GramCollector:
-        """Step 2, for one input, named by the first linear that has it."""
+        """Step 2, for one input; `inputs` is the first linear that uses it."""
         (name,) = inputs
         streamed = self.streamed
-        once = self._calls[name] == self.windows.size  # what is called again is not to be cut short
+        once = self._calls[name] == self.windows.size  # otherwise the pass must not stop at the first call
         before = self._writers[: self._writers.index(name)] if name in self._writers else []
 
         def attempt() -> GramCollector:
@@ -137,7 +141,7 @@ class PairedPass(CalibrationPass):
                         raise Enough
 
             def half(run: Callable[[Tensor], Tensor], states: Tensor) -> tuple[list[Tensor], Tensor]:
-                """What the linear is fed, and the residual stream where its outputs are added to it."""
+                """Inputs of the linear, and the residual stream just before its outputs are added."""
                 seen.clear()
                 with outputs_of(streamed.skeleton, before) as made:
                     run(states)
@@ -160,7 +164,7 @@ class PairedPass(CalibrationPass):
         return retry_smaller(streamed, attempt)
 
     def pairs(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
-        """As CalibrationPass.pairs: the pruned half, and what the dense model makes of its own."""
+        """As CalibrationPass.pairs: the pruned model's inputs, and the dense model's outputs."""
         self.dense.rewind()
         for chunk in self.activations.read(stage.index):
             given = chunk.chunk(2)[1]
@@ -185,7 +189,7 @@ class PairedPass(CalibrationPass):
         del self.dense
 
     def again(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
-        """Steps 1 and 3 of a layer that has been refitted already."""
+        """Steps 1 and 3 for a layer that is already pruned."""
 
         def attempt() -> None:
             self.dense = self._aside()
@@ -205,7 +209,7 @@ class PairedPass(CalibrationPass):
 
 @contextmanager
 def outputs_of(skeleton: Skeleton, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
-    """Collects the last outputs of linears, (…, out) float32, while it is open."""
+    """While open, collects the latest output of each of the linears `names`, (…, out) float32."""
     found: dict[str, Tensor] = {}
 
     def seeing(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
@@ -223,9 +227,9 @@ def outputs_of(skeleton: Skeleton, names: Collection[str]) -> Iterator[dict[str,
 
 
 def writers_of(added: Tensor, outputs: Mapping[str, Tensor]) -> list[str]:
-    """The linears whose `outputs` (batch, seqlen, hidden) add up to what a layer `added` to its states, if some do.
+    """The linears whose `outputs` (batch, seqlen, hidden) add up to what a layer `added` to its states (same shape).
 
-    The set that comes nearest is taken, if half of the tokens are explained by it but for rounding.
+    Of all sets, the one with the smallest median relative error over tokens; empty if that exceeds _UNEXPLAINED.
     """
     names, size = list(outputs)[:_MOST_WRITERS], torch.linalg.vector_norm(added, dim=-1).clamp_min(1e-30)
     best, least = list[str](), _UNEXPLAINED

@@ -1,4 +1,4 @@
-"""What a run needs before it writes anything; whatever can be refused is refused here."""
+"""Prepares a run before anything is written: all checks that can refuse a job are made here."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ from streamprune.pruning.windows import windows_of
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job that can go to work. Nothing has been written for it yet, and no weight read."""
+    """A job that is ready to run. This run has not written anything yet, and not read any weights."""
 
     setup: Setup
     state: JobState
     begun: bool
-    """Whether there is unfinished work that goes on."""
+    """Whether the job is resumed."""
     content: str
     """Checkpoint.content when the job began."""
     spent: float
-    """Seconds of work that was done for this job before its first stage, see job.py."""
+    """Seconds of work for this job before its first stage: a separate calibration for --allocate (job.py)."""
     records: tuple[StageRecord, ...]
     """Stages that are done."""
     windows: Tokens | None
     """Calibration windows (samples, tokens); None without calibration."""
     given: StatisticsFile | None
-    """Statistics that were there before."""
+    """Statistics from an existing file."""
     layout: Layout
     resolved: Resolved
     reading: float
-    """Seconds that the windows took."""
+    """Seconds it took to read the text and draw the windows."""
 
 
 def prepare(
     spec: JobSpec, checkpoint: Checkpoint, unfinished: tuple[JobState, Mapping[str, Any]] | None, spent: float = 0.0
 ) -> Prepared:
-    """A new job, or an `unfinished` one, its state and job.json. `spent` are seconds of work that came before it.
+    """Prepares a new job, or resumes the `unfinished` one given by its state and job.json.
 
-    Raises the errors of streamprune.errors.
+    `spent`: see Prepared. Raises the errors of streamprune.errors.
     """
     state, job = unfinished or (new_state(spec), {})
     resolved = Resolved.from_json(job["resolved"]) if unfinished else None
@@ -64,22 +64,22 @@ def prepare(
     known = open_given(setup)
     records = tuple(map(StageRecord.from_json, journal.read(state.journal))) if unfinished else ()
     at = time.perf_counter()
-    windows, met, layout = windows_of(
+    windows, text_fields, layout = windows_of(
         spec, checkpoint, setup.skeleton, state.tokens, resolved, functools.partial(layout_of, setup, resolved)
     )
     return Prepared(
         setup=setup, state=state, begun=unfinished is not None, content=str(job.get("content") or checkpoint.content()),
         spent=float(job.get("spent", spent)), records=records, windows=windows, given=known, layout=layout,
-        resolved=resolved or _resolve(setup, layout, windows, met), reading=time.perf_counter() - at,
+        resolved=resolved or _resolve(setup, layout, windows, text_fields), reading=time.perf_counter() - at,
     )  # fmt: skip
 
 
-def _resolve(setup: Setup, layout: Layout, windows: Tokens | None, met: Mapping[str, Any]) -> Resolved:
-    """`met` is what was met in reading the text."""
+def _resolve(setup: Setup, layout: Layout, windows: Tokens | None, text_fields: Mapping[str, Any]) -> Resolved:
+    """`text_fields` are the fields about the text: bos, replaced, text_tokens."""
     recipe = setup.spec.recipe
     return Resolved(
         dtype=str(setup.dtype).removeprefix("torch."), device=str(setup.device), batch=layout.batch,
-        tokens=tokens_digest(windows) if windows is not None else None, **met,
+        tokens=tokens_digest(windows) if windows is not None else None, **text_fields,
         gram_room=layout.room if recipe and recipe.needs_gram else None,
         group=layout.group if setup.skeleton.experts else None, tune_windows=layout.windows or None,
         shard_bytes=setup.spec.shard_bytes,
@@ -87,7 +87,7 @@ def _resolve(setup: Setup, layout: Layout, windows: Tokens | None, met: Mapping[
 
 
 def begin(state: JobState, job: Mapping[str, Any], windows: Tokens | None) -> None:
-    """Writes down that a job has begun, and keeps its calibration windows."""
+    """Creates the state of a new job: job.json and its calibration windows."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     tokens = io.BytesIO()
     if windows is not None:
@@ -96,16 +96,16 @@ def begin(state: JobState, job: Mapping[str, Any], windows: Tokens | None) -> No
 
 
 def check_disk(state: JobState, output: int, cache: int) -> None:
-    """Raises ResourceError unless `output` + SLACK_BYTES and `cache` bytes fit where they are going to be."""
+    """Raises ResourceError unless the disks have room for `output` + SLACK_BYTES and for `cache` bytes."""
     check_room(
         [(state.partial, output + SLACK_BYTES), (state.cache, cache)],
-        "free some, choose another OUT, or put the activations elsewhere with --work DIR",
+        "free some space, choose another OUT, or put the activations elsewhere with --work DIR",
         detail=f" ({format_bytes(output)} for the output, {format_bytes(cache)} for activations)",
     )
 
 
-def clear_rubbish(state: JobState, newest: int) -> None:
-    """Removes what a crash left behind: caches other than the `newest`, and temporary files."""
+def remove_leftovers(state: JobState, newest: int) -> None:
+    """Removes what a crash left behind: caches other than number `newest`, and temporary files."""
     durable.make_folder(state.cache)
     keep = {f"{newest:04d}.bin", f"{newest:04d}.json"}
     for path in state.cache.iterdir():

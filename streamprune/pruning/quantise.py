@@ -1,7 +1,7 @@
-"""The linears of one stage, quantised: from rows as they are to be to FP8 codes and their scales.
+"""Quantises the pruned linears of one stage: from their final rows to FP8 codes and scales.
 
-HWPQ (arXiv 2501.16376v1) prunes and quantises a weight in one visit. Where the recipe refits, the rounding is part of
-the same problem: what one weight loses by it, those that are rounded after it make up for (methods/fp8.py).
+HWPQ (arXiv 2501.16376v1) prunes and quantises a weight in one pass. If the recipe has a refit, rounding errors are
+compensated for by the weights that are rounded later (methods/fp8.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from streamprune.model.skeleton import Skeleton
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How a job quantises: `scale` is "amax" or "mse", `compensates` whether rounding is compensated for in a refit."""
+    """How a job quantises: `scale` is "amax" or "mse"; `compensates`: whether rounding errors are compensated for."""
 
     scale: str = "amax"
     compensates: bool = False
@@ -34,22 +34,22 @@ class Quantisation:
 
 @dataclass
 class LinearCodes:
-    """One linear on its way to FP8, a few rows after the other. Errors are sums over its rows."""
+    """Quantises one linear, chunk by chunk of its rows, and sums its error over them."""
 
     how: Quantisation
     dtype: torch.dtype
-    """Of the scales: the dtype that the weights had."""
+    """dtype of the scales: that of the unquantised weights."""
     power: Tensor | None
-    """E[x_j²] (in,) float32 where it is known."""
+    """E[x_j²] (in,) float32, if known."""
     scales: list[Tensor] = field(default_factory=list)
     whole: float = 0.0
     lost: float = 0.0
 
     def rows(self, exact: Tensor, weight: Tensor, gram: Gram | None, damping: Damping | None) -> Tensor:
-        """Codes (n, in) float8_e4m3fn of rows `weight`, pruned and refitted, that stand for `exact`, both (n, in).
+        """Codes (n, in) float8_e4m3fn for the pruned and refitted rows `weight`, an approximation of `exact` (n, in).
 
-        `gram` is that of a refit, if there is one. Rounding is compensated for, if that is asked for, where the linear
-        was refitted: `damping` says how, None that a refit would have done harm.
+        `gram` is that of the refit, if there is one. Rounding errors are compensated for, if the job does that, with
+        the `damping` of the refit; None means that the linear was not refitted, as that would have been worse.
         """
         found = quantise(weight, self.dtype, self.how.scale, self.power, self.how.backend)
         codes = found.codes
@@ -68,14 +68,14 @@ class LinearCodes:
     def report(self, refitted: bool) -> dict[str, Any]:
         """For streamprune.json: relative errors of the outputs.
 
-        `error_fp8` is ‖(W − Ŵ)X‖² / ‖WX‖² of all that was done where there was a Gram; without one, `rounding_error` is
-        what rounding alone loses, by the inputs' powers: Σ a_j (ŵ_j − s q_j)² / Σ a_j ŵ_j².
+        With a Gram, `error_fp8` is ‖(W − Ŵ)X‖² / ‖WX‖² of pruning, refit and rounding together. Without one,
+        `rounding_error` is that of rounding alone, from the inputs' powers: Σ a_j (ŵ_j − s q_j)² / Σ a_j ŵ_j².
         """
         return {"error_fp8" if refitted else "rounding_error": self.lost / self.whole if self.whole else 0.0}
 
 
 def coded(ref: TensorRef) -> tuple[TensorRef, TensorRef]:
-    """What a weight is stored as: its codes and its scales."""
+    """The two tensors that a weight `ref` is stored as, its codes and its scales, without file offsets yet."""
     rows, size = ref.shape[0], ref.shape[0] * ref.shape[1]
     width = DTYPE_BITS[ref.dtype] // 8
     codes = replace(ref, dtype="F8_E4M3", begin=0, end=size)
@@ -83,20 +83,22 @@ def coded(ref: TensorRef) -> tuple[TensorRef, TensorRef]:
 
 
 def check_codable(linears: Mapping[str, TensorRef], skeleton: Skeleton) -> None:
-    """Raises UnsupportedError for a linear that no `float-quantized` checkpoint can hold, before anything runs."""
+    """Raises UnsupportedError for a linear that a `float-quantized` checkpoint cannot represent."""
     homes = Counter(ref.name for stage in skeleton.layer_stages for ref in stage.linears.values())
     for name, ref in linears.items():
         if homes[ref.name] > 1:
             raise UnsupportedError(
-                f"{name} is a part of {ref.name}, which holds all experts, and FP8 checkpoints have no scales for such "
-                "tensors; --skip '\\.experts\\.' leaves them as they are"
+                f"{name} is a part of {ref.name}, which holds all experts, and FP8 checkpoints cannot have scales for "
+                "such tensors; leave the experts out with --skip '\\.experts\\.'"
             )
         if name in skeleton.transposed:
             raise UnsupportedError(
                 f"{name} is a Conv1D, which FP8 checkpoints cannot hold; pass --quantize none, or --skip it"
             )
         if not ref.name.endswith("weight"):
-            raise UnsupportedError(f"{name}: its tensor is called {ref.name}, where no scale can follow; --skip it")
+            raise UnsupportedError(
+                f"{name}: its tensor is called {ref.name}, and only tensors called *.weight can have scales; --skip it"
+            )
         if ref.shape[0] * ref.shape[1] * 8 % DTYPE_BITS[ref.dtype]:
             raise UnsupportedError(
                 f"{name} has {ref.shape[0]} x {ref.shape[1]} weights, an odd number of bytes in FP8, after which its "

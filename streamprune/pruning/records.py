@@ -1,7 +1,7 @@
-"""What a job writes down as it goes: what it settled for when it began, and each stage that is done.
+"""Records of a job: the choices made when it began, and each finished stage.
 
-`Resolved` is part of `job.json`, a `StageRecord` is a line of the journal. A field that does not apply is left out of
-the JSON.
+`Resolved` is part of `job.json`, a `StageRecord` is a line of the journal. Optional fields that are None are left out
+of the JSON.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ _OPTIONAL = {"optional": True}
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a job has settled for, and keeps to when it is resumed, whatever the machine then is like."""
+    """Choices that a job makes when it begins, and keeps when it is resumed, even on another machine."""
 
     dtype: str
-    """What is computed in."""
+    """dtype of the computation, such as "bfloat16"."""
     device: str
     batch: int
-    """Windows a batch: sums come in its order."""
+    """Windows per batch; the order of sums depends on it."""
     tokens: str | None
     """Digest of the calibration windows; None without calibration."""
     bos: bool | None = field(default=None, metadata=_OPTIONAL)
     """Whether windows begin with a BOS token."""
     replaced: int | None = field(default=None, metadata=_OPTIONAL)
-    """Bytes of the text that were no characters."""
+    """Invalid bytes of the text, which were replaced by U+FFFD."""
     text_tokens: int | None = field(default=None, metadata=_OPTIONAL)
-    """Tokens of a text that has fewer than the windows take."""
+    """Tokens of the text, if it has fewer than the windows."""
     gram_room: int | None = field(default=None, metadata=_OPTIONAL)
-    """Bytes for Gram matrices."""
+    """Memory for Gram matrices, bytes."""
     group: int | None = field(default=None, metadata=_OPTIONAL)
-    """Batches that experts compute for at once."""
+    """Batches that experts process together."""
     tune_windows: int | None = field(default=None, metadata=_OPTIONAL)
-    """Windows that tuning computes at once."""
+    """Windows that tuning processes at once."""
     shard_bytes: int | None = field(default=None, metadata=_OPTIONAL)
-    """How large shards may get; None: each stage has one of its own."""
+    """Largest size of a shard; None: each stage has a shard of its own."""
     allocation: Mapping[str, float] | None = field(default=None, metadata=_OPTIONAL)
-    """The sparsity of each linear, where it was shared out."""
+    """The sparsity of each linear, with --allocate."""
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Resolved:
@@ -52,28 +52,28 @@ class Resolved:
 
 @dataclass
 class StageRecord:
-    """One stage: filled in while it is at work, written at its commit."""
+    """One stage: filled in while it runs, and written to the journal as its commit."""
 
     stage: str
     shard: Mapping[str, Any] | None = None
     """Its part of a shard: the file's name, first byte, bytes, and xxh3_128 up to the part's end (see output.py)."""
     statistics: str | None = None
-    """xxh3_128 of the file with the layer's statistics."""
+    """xxh3_128 of the layer's statistics file."""
     linears: list[dict[str, Any]] = field(default_factory=list)
-    """A report of each linear that was pruned."""
+    """A report on each linear that was pruned."""
     cache: bool = False
     """Whether the activations after this stage are durable."""
     batch: int | None = None
-    """Windows a batch, after memory has run out."""
+    """Windows per batch, if it was reduced when memory ran out."""
     pooled: list[str] | None = field(default=None, metadata=_OPTIONAL)
     """Linears of experts that fell back to statistics pooled over the layer's experts."""
     gram_passes: int | None = field(default=None, metadata=_OPTIONAL)
-    """Further passes that Gram matrices took."""
+    """Extra passes for Gram matrices that did not fit into memory during the first."""
     tune: dict[str, Any] | None = field(default=None, metadata=_OPTIONAL)
-    """What tuning the layer came to."""
+    """Errors before and after tuning the layer (methods/tuning.py)."""
     seconds: float = 0.0
     peak: int = 0
-    """Highest resident memory of the process so far, bytes."""
+    """Peak resident memory of the process so far, bytes."""
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> StageRecord:

@@ -1,8 +1,8 @@
-"""The linears of one layer, refitted: from stored rows to stored rows, a chunk at a time.
+"""Refits the linears of one layer, in chunks of rows, from the stored dtype to the stored dtype.
 
-How a linear is refitted is chosen when the first of those that share its input is reached, on some of its rows and on
-inputs that were kept out of the Gram; these then go into it, and all rows are refitted with it. Where a row's outputs
-would be worse than with the mask alone (or its weights would not fit into the stored dtype), it keeps its own values.
+The damping of a linear, or that it is not refitted, is chosen when the first linear with its input is reached. This is
+judged on some of its rows and on held-out inputs, which are added to the Gram afterwards; then all rows are refitted. A
+row whose outputs would be worse than with the mask alone, or whose weights overflow the stored dtype, keeps its values.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from streamprune.methods.selection import Amount
 from streamprune.model.extra_memory import RefitNeeds
 
 WORKING_BYTES = 192 << 20
-"""Memory for the arrays of a refit besides the Gram, about; from it follows how many rows are refitted at once."""
+"""Approximate memory for the arrays of a refit besides the Gram; decides how many rows are refitted at once."""
 
 _AIMING = 3
-"""Matrices of a Gram's size that finding out what to aim at takes at the most."""
+"""Most matrices of a Gram's size that computing the target weights (Gram.aim) needs."""
 
 _ARRAYS = 10
-"""Arrays of float32 like the weights of a chunk that a refit holds."""
+"""float32 arrays with the shape of a chunk that a refit holds at once."""
 
 _LEAST_ROOM = 16 << 20
-"""A Gram that is larger comes in panels of no less."""
+"""Smallest panel that a larger Gram is gathered in."""
 
 _MOST_SAMPLED = 256
 _PART_SAMPLED = 16
-"""Of a linear, this many rows at most, or a 16th of them, decide how it is refitted."""
+"""The damping is chosen on a 16th of a linear's rows: at least 64 (or all), at most _MOST_SAMPLED."""
 
 
 def chunk_rows(in_features: int) -> int:
@@ -46,8 +46,8 @@ def chunk_rows(in_features: int) -> int:
 
 @dataclass(frozen=True)
 class Refit:
-    """Which refit a job does. `damping` is "auto" (relative, chosen on inputs that were kept out), "absolute", or a
-    relative value as text."""
+    """The refit of a job. `damping` is "auto" (relative, chosen on held-out inputs), "absolute", or a relative value as
+    text."""
 
     name: str
     damping: str
@@ -58,7 +58,7 @@ class Refit:
 
     @property
     def dampings(self) -> list[Damping]:
-        """Those that are tried."""
+        """The dampings to try."""
         if self.damping == "auto":
             return [Damping(value) for value in (self.method.damping, *self.method.others)]
         if self.damping == "absolute":
@@ -67,10 +67,10 @@ class Refit:
 
 
 def needs_of(refit: Refit, layers: Sequence[Collection[int]], beside: int | None = None) -> RefitNeeds:
-    """What refitting takes; `layers` has the in_features of each layer's linears whose Grams may be there at once.
+    """The memory that refitting needs. `layers`: for each layer, the in_features of all Grams that may exist at once.
 
-    With asymmetric calibration, `beside` are the bytes of the largest layer's refitted weights, and Grams come one at
-    a time, each with its drift.
+    `beside` is given with asymmetric calibration: bytes needed beside the Grams, which then are gathered one at a time,
+    each with its drift (see memory.beside_grams).
     """
     if beside is not None:
         widest = max((width for widths in layers for width in widths), default=0)
@@ -87,7 +87,7 @@ def needs_of(refit: Refit, layers: Sequence[Collection[int]], beside: int | None
 
 @dataclass
 class Outcome:
-    """What became of one linear; sums over its rows, of inputs of the Gram."""
+    """How one linear was refitted, and its errors, summed over rows and over the inputs of the Gram."""
 
     choice: Choice
     used: Damping | None
@@ -95,7 +95,7 @@ class Outcome:
     mask: float = 0.0
     refit: float = 0.0
     rows_left: int = 0
-    """Rows that kept their own values although the linear was refitted."""
+    """Rows that kept their values although the linear was refitted."""
 
     def report(self) -> dict[str, Any]:
         """For streamprune.json. Errors are relative: ‖(W − Ŵ)X‖² / ‖WX‖²."""
@@ -115,14 +115,14 @@ class Outcome:
 
 @dataclass
 class LayerRefit:
-    """Refits the linears of one layer, one after the other: `begin`, `rows` as often as needed, `done`."""
+    """Refits the linears of one layer, one after the other: call `begin`, then `rows` for each chunk, then `done`."""
 
     refit: Refit
     amount: Callable[[str], Amount]
-    """How much of a linear is pruned."""
+    """Linear -> how much of it is pruned."""
     grams: LayerGrams
     select: Callable[[str, Tensor, float], Tensor]
-    """(linear, weights (n, in) float32, share of the final sparsity) -> keep (n, in) bool."""
+    """(linear, weights (n, in) float32, fraction of the final sparsity) -> mask of the kept weights, (n, in) bool."""
     backend: str | None
     _chosen: dict[str, Choice] = field(default_factory=dict)
     _prepared: tuple[Gram, Damping, Prepared] | None = None
@@ -132,9 +132,9 @@ class LayerRefit:
         return name in self.grams
 
     def begin(self, name: str, sample: Callable[[str], Sample]) -> Outcome:
-        """Chooses how `name` is refitted; `sample` brings some rows of a linear that shares its input."""
+        """Chooses how `name` is refitted; `sample` loads some rows of a linear that has the same input."""
         if name not in self._chosen or not self.grams.ready(name):
-            self._prepared = None  # before another Gram is gathered, or trials take as much memory
+            self._prepared = None  # frees its memory, which another Gram or the trials need
         gram = self.grams.take(name)
         if name not in self._chosen:
             samples = {other: sample(other) for other in self.grams.sharing(name)}
@@ -147,9 +147,10 @@ class LayerRefit:
         return Outcome(choice, used)
 
     def rows(self, name: str, begin: int, weight: Tensor, masked: Tensor, outcome: Outcome) -> Tensor:
-        """Rows from `begin` of a linear (n, in), stored dtype, refitted; `masked` are these with the recipe's mask.
+        """The refitted rows (n, in) of a linear, from row `begin` on, in the stored dtype.
 
-        No more than chunk_rows of them at once, however many there are (of a transposed linear, all).
+        `weight` are its dense rows, `masked` the same with the recipe's mask; both (n, in), stored dtype. Works on
+        chunk_rows of them at once, even if n is larger (all rows, for a transposed linear). Adds to `outcome`.
         """
         step = chunk_rows(weight.shape[1])
         chunks = zip(torch.split(weight, step), torch.split(masked, step), strict=True)
@@ -175,15 +176,15 @@ class LayerRefit:
         return torch.where(worse[:, None], masked, fitted)
 
     def gram(self, name: str) -> Gram:
-        """The Gram that a linear is refitted with; its rows are at work."""
+        """The Gram of a linear, between its `begin` and `done`."""
         return self.grams.take(name)
 
     def aim(self, name: str, begin: int, rows: Tensor) -> Tensor:
-        """The weights (n, in) float32 that rows from `begin` of a linear, being refitted, are to come close to."""
+        """The target weights (n, in) float32 for the dense `rows` of a linear, from row `begin` on (see Gram.aim)."""
         return self.grams.take(name).aim(rows.float(), name, slice(begin, begin + len(rows)))
 
     def done(self, name: str) -> None:
-        """All rows of the linear are done."""
+        """Ends the work on a linear, and frees what only it needed."""
         self._chosen.pop(name)
         self.grams.done(name)
         if self._prepared is not None and not self.grams.holds(self._prepared[0]):
@@ -194,12 +195,12 @@ class LayerRefit:
 
     def _prepare(self, gram: Gram, damping: Damping) -> Prepared:
         if self._prepared is None or self._prepared[0] is not gram or self._prepared[1] != damping:
-            self._prepared = None  # before the next one takes as much memory
+            self._prepared = None  # frees its memory before the next one is made
             self._prepared = (gram, damping, self.refit.method.prepare(gram, damping))
         return self._prepared[2]
 
 
 def sampled(rows: int) -> Tensor:
-    """Indices of the rows that decide, evenly spread: int64."""
+    """Indices (n,) int64 of the rows that the damping is chosen on, evenly spread."""
     count = min(rows, max(64, min(_MOST_SAMPLED, rows // _PART_SAMPLED)))
     return torch.linspace(0, rows - 1, count, dtype=torch.float64).round().long()

@@ -1,4 +1,4 @@
-"""`streamprune.json`: what was done to a model, beside its weights. Format version: disk/journal.py."""
+"""`streamprune.json`, the report that is written beside the weights. Format version: disk/journal.py."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ def build_report(
 ) -> dict[str, Any]:  # fmt: skip
     """The report of a finished job.
 
-    `seconds` are those of the work over all runs it took, `startup` those that the last run needed before it could
-    begin (imports, skeleton, tokens), `peak` the resident bytes of the highest run. A stage whose Gram matrices had no
-    room beside its pass has `gram_passes`, the passes more that they took; `pooled` are linears of experts that saw too
-    few tokens, and went by what all experts of the layer saw. `source` is what else is said of MODEL: its content
-    (Checkpoint.content), files and tensors that were not carried over, how it was quantised. `tune` says what tuning a
-    layer came to: errors as in methods/tuning.py, of windows that were held out and of as many that were not, before
-    and after.
+    `seconds` is the work of all runs of the job; `startup` is how many seconds the last run took before its first stage
+    (imports, skeleton, tokens); `peak` is the highest resident memory of all runs, in bytes. `source` are the fields
+    about MODEL that source_of returns, and how it was quantised. Optional fields of a stage: `gram_passes`, extra
+    passes for Gram matrices that did not fit into memory during the first; `pooled`, linears of experts that saw too
+    few tokens and fell back to statistics pooled over the layer's experts; `tune`, errors before and after tuning the
+    layer (methods/tuning.py), on held-out windows and on as many others.
     """
     reduced = [r.batch for r in records if r.batch]
     linears = [linear for record in records for linear in record.linears]
@@ -56,14 +55,14 @@ def build_report(
 
 
 def versions() -> dict[str, str]:
-    """Of Python and what a job's bytes may depend on."""
+    """Versions of Python and of the packages that a job's bytes may depend on."""
     names = ("streamprune", "torch", "transformers", "numba", "numpy", "safetensors")
     return {"python": platform.python_version()} | {name: version_of(name) for name in names}
 
 
 def source_of(checkpoint: Checkpoint, content: str, carries: bool) -> dict[str, Any]:
-    """What a report says of MODEL: its content, its name on the hub if it is from there, and files (if any are carried)
-    and tensors that were left behind."""
+    """Fields of a report about MODEL: its content, its name on the hub if it comes from there, and tensors and (if it
+    `carries` files) files that were left behind."""
     behind = checkpoint.side_files().left_behind if carries else ()
     hub = hub_name(checkpoint.path)
     return (
@@ -76,31 +75,36 @@ def source_of(checkpoint: Checkpoint, content: str, carries: bool) -> dict[str, 
 
 
 def notes_of(report: Mapping[str, Any]) -> list[str]:
-    """What a user must hear of a finished job unasked: fallbacks, and what was left behind; a sentence each."""
+    """Messages that the user must see about a finished job, one sentence each: fallbacks, and what was left behind."""
     found = []
     if method := report.get("dequantised"):
         found.append(f"the source is quantised ({method}); it was dequantised before pruning")
     stages: Sequence[Mapping[str, Any]] = report.get("stages", ())
     if behind := report.get("left_behind"):
-        found.append(f"left behind, as no part of the model: {_some(behind)}")
+        found.append(f"files not copied, as they are no part of the model: {_some(behind)}")
     if beside := report.get("beside_index"):
-        found.append(f"left out, as the index does not name them there: {_some(beside)}")
+        found.append(f"tensors left out, as the index does not name them in their file: {_some(beside)}")
     calibration: Mapping[str, Any] = report.get("calibration", {})
     if replaced := calibration.get("replaced"):
-        found.append(f"{replaced} bytes of the calibration text were no characters and became U+FFFD")
+        found.append(f"{replaced} bytes of the calibration text are invalid and were replaced by U+FFFD")
     if tokens := calibration.get("text_tokens"):
-        found.append(f"the calibration text has {tokens} tokens only, so that its windows overlap; give more text")
+        found.append(f"the calibration text has only {tokens} tokens, so that windows overlap; give more text")
     if pooled := [name for stage in stages for name in stage.get("pooled", ())]:
-        found.append(f"experts that saw too few tokens went by what all of their layer saw: {_some(pooled)}")
+        found.append(
+            f"experts that saw too few tokens use statistics pooled over their layer's experts: {_some(pooled)}"
+        )
     if batch := report.get("out_of_memory_batch"):
-        found.append(f"memory ran out on the way; the work was done in batches of {batch}")
-    if passes := sum(stage.get("gram_passes", 0) for stage in stages):
-        found.append(f"Gram matrices had no room beside a pass and took {passes} more; --max-ram decides")
+        found.append(f"memory ran out; the work was continued with batches of {batch}")
+    passes = sum(stage.get("gram_passes", 0) for stage in stages)
+    if passes and calibration.get("propagate") != "asymmetric":  # which needs a pass for each Gram by design
+        found.append(
+            f"Gram matrices did not fit into memory and took {passes} more passes; more memory (--max-ram) avoids them"
+        )
     linears: Sequence[Mapping[str, Any]] = report.get("linears", ())
     if rows := sum(linear.get("rows_not_refitted", 0) for linear in linears):
-        found.append(f"{rows} rows could not be refitted and kept their values")
+        found.append(f"{rows} rows would have been worse after the refit and kept their values")
     if other := [linear["name"] for linear in linears if "damping_asked" in linear]:
-        found.append(f"more damping than was asked for was needed: {_some(other)}")
+        found.append(f"more damping than requested was needed: {_some(other)}")
     return found
 
 

@@ -1,21 +1,21 @@
-"""One run of a job: everything between the lock and the result. See job.py for the outline.
+"""One run of a job: everything between taking the lock and the result. See job.py for the outline.
 
-The order of writes of a stage, and the one commit point:
+The order of writes of a stage; the journal line is the only commit point:
 
     1  cache i + 1            cache/i+1.bin, then .json                            durable
     2  layer i's statistics   OUT.partial/.streamprune/statistics-i.safetensors   durable
     3  its part of a shard    OUT.partial/model-….safetensors                      durable
-       with --tune once more, when the layer has been tuned                        durable
+       with --tune, written once more when the layer has been tuned                durable
     4  journal line                                                                durable: COMMIT
     5  cache i is removed
 
-With `--propagate pruned` the cache comes after the shard, from whose weights it is made. A crash before 4 does the
-stage again from cache i, which is still there; after 4, only rubbish is left. Step 3's fsync, 4 and 5 follow behind in
-a thread of their own: without a forward pass the next shard is being filled meanwhile, and on a GPU the whole of step 3
-happens beside the next layer's forward pass.
+With `--propagate pruned`, the cache is computed with the pruned weights and is therefore written after step 3. After a
+crash before step 4 the stage is repeated from cache i, which still exists; after step 4, only files to remove are left.
+The fsync of step 3, and steps 4 and 5, run in a background thread: without a forward pass the next part is filled
+meanwhile, and on a GPU all of step 3 overlaps with the next layer's forward pass.
 
-Activations that stay on a GPU are written once a minute only: a record says whether its cache is durable. A resumed
-run goes on from the last that is, and runs the layers since then once more, forward only.
+Activations that stay on a GPU are written only once a minute, and a stage's record says whether its cache is durable. A
+resumed run starts from the last durable cache, and first repeats the forward pass of the layers since then.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from streamprune.pruning.forward import CalibrationPass
 from streamprune.pruning.memory import scratch_bytes
 from streamprune.pruning.output import Output
 from streamprune.pruning.paired import PairedPass
-from streamprune.pruning.prepare import Prepared, begin, check_disk, clear_rubbish
+from streamprune.pruning.prepare import Prepared, begin, check_disk, remove_leftovers
 from streamprune.pruning.records import StageRecord
 from streamprune.pruning.report import build_report, source_of
 from streamprune.pruning.shard import ShardWriter
@@ -64,7 +64,7 @@ Commit = Callable[[], None]
 
 
 class Run:
-    """One run of a job that is `prepared`. A context manager: the checkpoint stays mapped while it is open."""
+    """One run of a prepared job. A context manager: the checkpoint is mapped while it is open."""
 
     def __init__(self, prepared: Prepared, progress: ProgressCallback) -> None:
         self._job, self._progress = prepared, progress
@@ -76,7 +76,7 @@ class Run:
         self._given = prepared.given if prepared.windows is None else None
         self._uncommitted: list[durable.FilePart] = []
         self._since = 0.0
-        """When the stage at work began, by perf_counter."""
+        """When the current stage began (perf_counter)."""
         self._stack = ExitStack()
 
     def __enter__(self) -> Run:
@@ -109,13 +109,13 @@ class Run:
         return kind(streamed, windows, batch, activations, (cpu if setup.backend == "numba" else torch_ops).accumulate)
 
     def discard(self) -> None:
-        """Throws the unfinished work away: its input is at fault."""
+        """Removes the unfinished work, as its input is invalid."""
         if self._begun:
             self._state.discard()
 
     @exact_products()
     def work(self, startup: float) -> dict[str, Any]:
-        """Does what is left to do; returns the report. `startup` is how many seconds it took to get here."""
+        """Does the remaining work; returns the report. `startup` is how many seconds this run has taken so far."""
         begun = time.perf_counter()
         self._check_disk()
         if not self._begun:
@@ -123,12 +123,12 @@ class Run:
         self._output = self._open_output()
         self._writer = self._shard_writer()
         self._tuner = LayerTuning.of(self._layout.windows, self._target, self._forward)
-        clear_rubbish(self._state, self._newest_cache())
+        remove_leftovers(self._state, self._newest_cache())
         stages = self._skeleton.stages
         if self._target is None:
-            stages = stages[:-1]  # statistics alone need no head
+            stages = stages[:-1]  # `calibrate` needs no head
         done = len(self._records)
-        self._since = begun - self._job.reading  # the first stage's seconds are with those that its tokens took
+        self._since = begun - self._job.reading  # the first stage includes drawing the windows
         if self._forward is not None and 0 < done <= len(self._skeleton.layer_stages):
             shards = None if self._output is None or self._setup.propagate == "dense" else self._output.written
             with out_of_memory_named(self._setup.device):
@@ -163,14 +163,14 @@ class Run:
         output = self._target.output_bytes - written if self._target else 0
         cache = 0
         if self._forward is not None and len(self._records) < len(self._skeleton.stages) - 1:
-            # A cache older than the two at work is kept beside them.
+            # An older durable cache may have to be kept beside the two in use.
             behind = -1 < self._newest_cache() < len(self._records) - 1
             cache = (3 if behind and not self._layout.resident else 2) * self._forward.cache_bytes
             cache += scratch_bytes(self._setup, self._layout, self._forward.windows.size)
         check_disk(self._state, output, cache)
 
     def _begin(self) -> None:
-        """Looks at the weights, shares a sparsity out, and writes down that the job has begun."""
+        """Checks the weights, allocates the sparsity if asked to, and creates the state of the job."""
         spec, windows = self._spec, self._job.windows
         if not spec.allow_zeros:
             refuse_empty(self._maps, [ref for stage in self._skeleton.stages for ref in stage.linears.values()])
@@ -184,11 +184,11 @@ class Run:
         begin(self._state, job | {"resolved": self._resolved.to_json()}, windows)
 
     def _newest_cache(self) -> int:
-        """The number of the last cache that is durable, -1 if there is none: record n is of the stage that makes it."""
+        """Number of the last durable cache, -1 if there is none. Cache n is written by the stage of record n."""
         return max((n for n, record in enumerate(self._records) if record.cache), default=-1)
 
     def _stage(self, position: int, stages: Sequence[Stage], commits: BackgroundWorker[Commit]) -> None:
-        """Steps 1 and 2 of a stage; 3 to 5 follow behind, at most one stage late."""
+        """Steps 1 to 3 of a stage. What can run in the background (see above) is queued, at most one stage late."""
         stage, forward = stages[position], self._forward
         give_back_free_memory()
         self._expect(stages[position : position + 2])
@@ -199,16 +199,16 @@ class Run:
             grams = forward.grams_of(self._target, stage, self._layout.room)
         if forward is not None and stage.kind != "head":
             if forward.persists():
-                commits.drain()  # before the next cache grows, so that there are never more than two
+                commits.drain()  # removes an old cache before the next one grows, so that there are never more than two
             stats = self._calibrate(forward, stage, record, grams)
         dense = self._setup.propagate == "dense"
         if self._layout.layers > 2 and dense:
-            commits.drain()  # one shard is filled at a time
+            commits.drain()  # only one part is filled at a time
             if grams is None and self._tuner is None:
                 commits.put(lambda: self._commit(stage, record, self._fill(stage, stats, record)))
                 return
         file = self._fill(stage, stats, record, grams)
-        del grams  # whose room tuning is given
+        del grams  # tuning uses their memory
         output = self._output
         if self._tuner is not None and output is not None and file is not None and stage.kind == "layer":
             self._durable(file)
@@ -228,7 +228,7 @@ class Run:
         self._uncommitted.remove(file)
 
     def _expect(self, stages: Sequence[Stage]) -> None:
-        """Begins to bring the weights of this stage and the next near; a device needs those of layers only."""
+        """Starts prefetching the weights of this stage and the next; to a device, only those of layers."""
         copies, target = self._loader.copies, self._target
         for stage in stages[: self._layout.layers] if copies else stages:
             if not copies or (stage.kind == "layer" and self._forward is not None):
@@ -266,7 +266,7 @@ class Run:
     def _fill(
         self, stage: Stage, stats: dict[str, InputStats], record: StageRecord, grams: LayerGrams | None = None
     ) -> durable.FilePart | None:
-        """The stage's part of a shard, all but committed; None for a job that writes none."""
+        """Writes the stage's part of a shard, not yet durable; returns its file, or None for `calibrate`."""
         file = None
         if self._writer is not None and self._output is not None:
             file = self._output.begin(stage)
@@ -277,13 +277,13 @@ class Run:
             record.shard = self._output.entry(stage, file)
             if self._given and (pooled := [n for n in stage.linears if is_pooled(self._given.groups.get(n))]):
                 record.pooled = pooled
-            if grams is not None and self._forward is not None:  # whose memory may have run out once more
+            if grams is not None and self._forward is not None:  # passes for Grams may have reduced the batch
                 record.batch, record.gram_passes = self._forward.streamed.max_samples, grams.passes or None
-        self._loader.release(stage.tensors)  # now: the layer after the next is about to be sent
+        self._loader.release(stage.tensors)  # before the layer after the next is sent to the device
         return file
 
     def _commit(self, stage: Stage, record: StageRecord, file: durable.FilePart | None) -> None:
-        """Steps 3 (its fsync and rename), 4 and 5 of a stage."""
+        """The fsync of step 3, and steps 4 and 5 of a stage."""
         if file is not None:
             self._durable(file)
         now = time.perf_counter()
@@ -293,7 +293,7 @@ class Run:
         journal.append(self._state.journal, record.to_json())
         self._records.append(record)
         if self._forward is not None and (record.cache or (stage.kind == "layer" and not self._more(stage))):
-            for old in range(max(before, 0), len(self._records) - 1):  # also those made by a resumed run to catch up
+            for old in range(max(before, 0), len(self._records) - 1):  # also those that a resumed run has recomputed
                 remove_cache(self._state.cache, old)
         if record.cache and self._forward is not None:
             self._forward.made_durable()
@@ -304,7 +304,9 @@ class Run:
         if self._given is not None:
             return self._given.load(name, in_features)
         if name not in gathered:
-            raise UsageError(f"{name} was not used on this text, so there are no statistics for it; --skip it")
+            raise UsageError(
+                f"{name} was not called on this text, so there are no statistics for it; leave it out with --skip"
+            )
         return gathered[name]
 
     def _finish(self, startup: float, since: float) -> dict[str, Any]:

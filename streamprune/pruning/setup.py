@@ -1,6 +1,7 @@
-"""What a job works on and with: model, device, dtype, kernels, and what is to be pruned.
+"""The setup of a job: model, device, dtype, kernels, and what is to be pruned.
 
-Known from headers and configuration before a text is read or a byte written; `plan` and the jobs settle it alike.
+It is found from headers and configuration, before a text is read or anything is written; `plan` and the jobs use the
+same code.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from streamprune.pruning.target import Target
 
 @dataclass(frozen=True)
 class Setup:
-    """One job's, see the module."""
+    """The setup of one job."""
 
     spec: JobSpec
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
-    """What is computed in."""
+    """dtype of the computation."""
     backend: str
     skeleton: Skeleton
     target: Target | None
@@ -36,7 +37,10 @@ class Setup:
 
     @classmethod
     def of(cls, spec: JobSpec, checkpoint: Checkpoint, resolved: Resolved | None = None) -> Setup:
-        """For a new job, or as `resolved` when it began. Raises UsageError and UnsupportedError for what cannot be."""
+        """The setup of a new job, or of a resumed one, with the choices in `resolved`.
+
+        Raises UsageError for settings that do not fit the model or the machine, UnsupportedError for the model.
+        """
         device = resolve_device(resolved.device if resolved else spec.resources.device)
         backend = spec.resources.backend
         if backend == "auto":
@@ -52,24 +56,24 @@ class Setup:
 
 
 def propagated(propagate: str, skeleton: Skeleton) -> str:
-    """What "auto" comes to for a refit: "asymmetric", or "pruned" for mixtures of experts.
+    """`propagate` with "auto" replaced: by "asymmetric", or by "pruned" for mixtures of experts.
 
-    Raises UnsupportedError where it is asked for and cannot be.
+    Raises UnsupportedError for "asymmetric" with mixtures of experts.
     """
     if propagate == "auto":
         return "pruned" if skeleton.experts else "asymmetric"
     if propagate == "asymmetric" and skeleton.experts:
         raise UnsupportedError(
-            "--propagate asymmetric needs the same tokens in the dense and in the pruned model, and routing sends them "
-            "to other experts; pass --propagate pruned"
+            "--propagate asymmetric compares inputs of the dense and the pruned model token by token, but their "
+            "routers may choose different experts; pass --propagate pruned"
         )
     return propagate
 
 
 def open_given(setup: Setup) -> StatisticsFile | None:
-    """The file given with --stats, or what --allocate goes by.
+    """The statistics file given with --stats, or gathered for --allocate; None without either.
 
-    Raises UsageError unless it is this model's and has every linear that is pruned.
+    Raises UsageError unless it belongs to this model and has every linear that is pruned.
     """
     spec, target, skeleton = setup.spec, setup.target, setup.skeleton
     if spec.stats_path is None:

@@ -1,7 +1,7 @@
-"""One stage into its part of a shard: selected linears are pruned row by row, everything else is copied as it is.
+"""Writes one stage into its part of a shard: selected linears are pruned, everything else is copied unchanged.
 
-Rows are handled in chunks, so no more than a chunk of a tensor is ever held; what has been read is released.
-Every weight that passes is looked at: NaN and Inf are found here, with their place.
+Rows are processed in chunks, so that only a chunk of a tensor is in memory; mapped pages are released once they have
+been read. All weights are checked for NaN and Inf, which are reported with their position.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CHUNK_BYTES = 16 << 20
 
 
 class ShardWriter:
-    """Writes the shards of one job, one stage at a time. `allow_zeros`: linears may hold nothing but zeros."""
+    """Writes the shards of one job, one stage at a time. `allow_zeros`: accept linears that are all zeros."""
 
     def __init__(self, target: Target, loader: WeightLoader, *, allow_zeros: bool = False) -> None:
         self.target, self.loader, self.allow_zeros = target, loader, allow_zeros
@@ -51,10 +51,10 @@ class ShardWriter:
         self, file: FilePart, part: Part, stage: Stage, stats: Callable[[str, int], InputStats],
         grams: LayerGrams | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Fills a stage's `part` of a shard, and reports each linear that was pruned; the caller commits `file`.
+        """Fills a stage's `part` of a shard; returns a report on each linear that was pruned (JSON values).
 
-        `stats(linear, in_features)` are those of a linear's input. With a recipe that refits, `grams` are those of the
-        layer.
+        The caller commits `file`. `stats(linear, in_features)` returns the statistics of a linear's input. `grams` are
+        those of the layer, if the recipe has a refit. Raises CheckpointError for NaN, Inf and linears of zeros.
         """
         work = _StageShard(self, self._stream, stage, stats, grams)
         with self._stream.on():
@@ -66,7 +66,7 @@ class ShardWriter:
 
 
 class _StageShard:
-    """The work on one stage: where the bytes of each of its tensors come from."""
+    """The work on one stage: produces the bytes of each of its tensors."""
 
     def __init__(
         self, writer: ShardWriter, stream: CopyStream, stage: Stage, stats: Callable[[str, int], InputStats],
@@ -87,13 +87,13 @@ class _StageShard:
         """Expert weight -> the next one to prefetch: all of a layer's experts at once would be too many."""
         self._scales: dict[str, list[Tensor]] = {}
         """FP8 scales by tensor name, known once their weight has been written."""
-        self._made: dict[str, ScratchMatrix] = {}
-        """Tensors that were refitted ahead of their place in the shard."""
+        self._refitted_ahead: dict[str, ScratchMatrix] = {}
+        """Bytes of tensors that were refitted before their turn in the shard, by tensor name."""
 
     def content(self, ref: TensorRef) -> Iterator[Buffer]:
-        """The bytes of one of the part's tensors, in pieces; `ref` says where they go."""
-        if ref.name in self._made:
-            yield from _pieces(self._made[ref.name].tensor[0].numpy().data)
+        """The bytes of `ref`, one of the part's tensors, in pieces."""
+        if ref.name in self._refitted_ahead:
+            yield from _pieces(self._refitted_ahead[ref.name].tensor[0].numpy().data)
         elif ref.name in self._scales:
             yield _bytes(torch.cat(self._scales[ref.name]))
         elif ref.name in self._parts:
@@ -105,7 +105,7 @@ class _StageShard:
             yield from _pieces(self._loader.maps.raw(self._stored[ref.name]))
 
     def release(self, ref: TensorRef, begin: int, end: int) -> None:
-        """Lets go of the pages of a tensor whose bytes have been used."""
+        """Releases the mapped pages behind bytes `begin` to `end` of `ref`, a tensor of the output."""
         source = self._stored.get(ref.name)
         if source is not None and begin < end:
             times = source.nbytes // ref.nbytes
@@ -113,10 +113,10 @@ class _StageShard:
             self._loader.maps.release([done], drop_cache=True)
 
     def refit_ahead(self, name: str, folder: Path, place: Callable[[str, Tensor], None]) -> None:
-        """Refits a linear before its turn in the shard has come; `place` gets its new weight, as it will be stored."""
+        """Refits a linear before its turn in the shard; `place` gets its new weight as it will be stored."""
         ref = self._stage.linears[name]
         size = ref.nbytes if self._target.quantisation is None else coded(ref)[0].nbytes
-        made = self._made[ref.name] = ScratchMatrix(folder, 1, size, torch.uint8)
+        made = self._refitted_ahead[ref.name] = ScratchMatrix(folder, 1, size, torch.uint8)
         begin = 0
         for piece in self._pruned(ref, name):
             data = torch.frombuffer(piece, dtype=torch.uint8)
@@ -130,16 +130,16 @@ class _StageShard:
             place(name, dequantise(codes, torch.cat(self._scales[ref.name + SCALE]), TORCH_DTYPES[ref.dtype]))
 
     def _checked(self, ref: TensorRef) -> Iterator[Buffer]:
-        """The bytes of a tensor that is not pruned."""
+        """The bytes of a tensor that is not pruned, checked for NaN and Inf."""
         chunks = finite_rows(self._loader.maps, ref, CHUNK_BYTES, self._stored[ref.name])
-        for _, rows in self._filled(ref, chunks) if ref.name in self._linear_tensors else chunks:
+        for _, rows in self._not_empty(ref, chunks) if ref.name in self._linear_tensors else chunks:
             yield _bytes(rows)
 
-    def _filled(self, ref: TensorRef, chunks: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    def _not_empty(self, ref: TensorRef, chunks: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
         return chunks if self._allow_zeros else refuse_zeros(ref, chunks)
 
     def _pruned_parts(self) -> dict[str, list[tuple[str, TensorRef]]]:
-        """Tensors of which something is pruned -> the linears that they hold, in the order in which they lie there."""
+        """Tensor -> the linears in it, in the order of their offsets; only tensors with a linear that is pruned."""
         parts: dict[str, list[tuple[str, TensorRef]]] = {}
         for name, ref in sorted(self._stage.linears.items(), key=lambda item: item[1].begin):
             parts.setdefault(ref.name, []).append((name, ref))
@@ -155,7 +155,7 @@ class _StageShard:
         return LayerRefit(refit, self._target.of, grams, keep, self._target.backend)
 
     def _sample(self, name: str) -> Sample:
-        """The rows of a linear that decide how it is refitted."""
+        """The rows of a linear that its damping is chosen on."""
         ref = self._skeleton.sources[f"{name}.weight"]
         stored = self._loader.tensor(ref)
         if name in self._skeleton.transposed:
@@ -177,7 +177,7 @@ class _StageShard:
         codes = self._codes(ref, name)
         chunk = CHUNK_BYTES if outcome is None else chunk_rows(in_features) * in_features * _itemsize(ref)
         removed = total = 0.0
-        for begin, rows in self._filled(ref, rows_of(self._loader, ref, ref.nbytes if transposed else chunk)):
+        for begin, rows in self._not_empty(ref, rows_of(self._loader, ref, ref.nbytes if transposed else chunk)):
             parts: list[Tensor] = []
             exact = rows.t().contiguous() if transposed else rows
             for result in self._select(name, exact, feature, power):
@@ -215,7 +215,7 @@ class _StageShard:
         return LinearCodes(how, TORCH_DTYPES[ref.dtype], self._features.power(name, ref.shape[1]))
 
     def _select(self, name: str, rows: Tensor, feature: Tensor, power: int) -> Iterator[Selection]:
-        """Prunes rows (n, in); in halves, where a device has no room for the kernels' temporaries."""
+        """Prunes rows (n, in); in halves, if the device lacks memory for the kernels' temporaries."""
         try:
             yield self._target.select(name, rows, feature, power)
             return
@@ -228,14 +228,14 @@ class _StageShard:
 
 
 def _share(part: float, whole: float) -> float | None:
-    """None where the sums are beyond float32, as with weights of 1e20."""
+    """part / whole; None if a sum overflows float32, as with weights of 1e20."""
     if not math.isfinite(part) or not math.isfinite(whole):
         return None
     return part / whole if whole else 0.0
 
 
 def prune_per_row(amount: Amount, in_features: int) -> int:
-    """Weights pruned in each row. Raises UsageError when the pattern does not divide in_features."""
+    """Number of weights pruned in each row. With a pattern N:M, in_features must be a multiple of M."""
     if amount.pattern is not None:
         return in_features // amount.pattern.m * (amount.pattern.m - amount.pattern.n)
     assert amount.sparsity is not None
@@ -252,6 +252,6 @@ def _pieces(data: memoryview) -> Iterable[Buffer]:
 
 
 def _bytes(tensor: Tensor) -> Buffer:
-    """A contiguous CPU tensor's bytes, not copied."""
+    """The bytes of a contiguous CPU tensor, without a copy."""
     view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
     return view

@@ -1,11 +1,12 @@
-"""What a job is. Two runs belong to the same job when all their fixed fields are equal.
+"""The specification of a job. Two runs belong to the same job if all their fixed fields are equal.
 
     fixed        verb, model, score, selector, refit, damping, quantize, fp8_scale, fp8_rounding, sparsity, allocate,
                  pattern, only, skip, propagate, calib, samples, seqlen, seed, bos, expert_stats, expert_tokens, stats,
                  device, dtype, backend; and where layers are tuned, tune, tune_epochs, tune_lr
-    changeable   max_ram, max_vram, save_stats, shard_size, work (both only before anything has been cached there)
+    changeable   max_ram, max_vram, save_stats, shard_size (which a resumed job ignores), work (only before anything has
+                 been cached there)
 
-The fixed fields go into `job.json` while the job is unfinished and into `streamprune.json` for ever.
+The fixed fields are written to `job.json` while the job is unfinished, and to `streamprune.json` when it is done.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from streamprune.settings import Calibration, Resources
 
 @dataclass(frozen=True)
 class DrawnText:
-    """Which text the statistics come from: `samples` windows of `seqlen` tokens, drawn by `seed`."""
+    """The calibration text, and how it is sampled: `samples` windows of `seqlen` tokens, drawn with `seed`."""
 
     path: Path | None
-    """The text; None is the built-in one."""
+    """The text; None for the built-in one."""
     digest: str
-    """xxh3_128 of what its tokens come from (calibration/texts.py)."""
+    """xxh3_128 of the text's content (calibration/texts.py)."""
     samples: int
     seqlen: int
     seed: int
     text_field: str = "text"
-    """What is read of a text that is records; it is part of the digest."""
+    """The field that is read from records; part of the digest."""
     bos: str = "auto"
     """Whether windows begin with a BOS token (calibration/windows.py)."""
 
@@ -58,26 +59,26 @@ class JobSpec:
     out: Path
     resources: Resources = field(default_factory=Resources)
     expert_stats: str = Calibration.expert_stats
-    """Whether the inputs of experts count times the weights of the routing ("weighted"), or as they are ("routed")."""
+    """Whether inputs of experts count with their routing weights ("weighted") or all alike ("routed")."""
     expert_tokens: int = Calibration.expert_tokens
-    """An expert that sees fewer tokens goes by what all experts of its layer see."""
+    """An expert that sees fewer tokens falls back to statistics pooled over its layer's experts."""
     stats_path: Path | None = None
-    """Statistics that are there before the job begins: those of `stats`, or what `allocate` goes by."""
+    """Statistics file that exists before the job begins: that of --stats, or the one gathered for --allocate."""
     save_stats: Path | None = None
     shard_bytes: int | None = None
-    """How large shards may get."""
+    """Largest size of a shard; None: each stage has a shard of its own."""
     restart: bool = False
     allow_zeros: bool = False
-    """Whether linears may hold nothing but zeros (model/zeros.py)."""
+    """Whether to accept linears that are all zeros (model/zeros.py)."""
     trust_remote_code: bool = False
     content: Callable[[], str] | None = field(default=None, compare=False)
-    """What tells whether the checkpoint is the same where only times differ (Checkpoint.content)."""
+    """Checkpoint.content: identifies the checkpoint if only the times of its files differ."""
     notes: list[str] = field(default_factory=list, compare=False)
-    """What is to be told of the job when it is done."""
+    """Messages for the user, to be shown when the job is done."""
 
     @property
     def work(self) -> Path | None:
-        """The folder that was asked for as that of the activation cache."""
+        """The folder given with --work."""
         return self.resources.work_folder
 
     def fixed(self) -> dict[str, Any]:
@@ -104,9 +105,9 @@ class JobSpec:
         }  # fmt: skip
 
     def differences(self, recorded: Mapping[str, Any]) -> str:
-        """Says in words which fixed fields differ from those of another job; empty when none does."""
+        """Describes which fixed fields differ from the `recorded` ones of another job; empty if none does."""
         return differences(self.fixed(), recorded)
 
     def is_touched(self, recorded: Mapping[str, Any], content: object) -> bool:
-        """Whether a recorded job differs in times of the checkpoint's files alone, and its `content` is the same."""
+        """Whether a recorded job differs only in the times of the checkpoint's files, with the same `content`."""
         return is_touched(self.fixed(), recorded, content, self.content, self.notes)

@@ -1,6 +1,6 @@
-"""What is pruned of a model, how much of each linear goes, and by which scores.
+"""Which linears of a model are pruned, how much of each, and with which scores.
 
-Known from headers alone: nothing here reads or writes a weight. `plan` and the jobs ask the same object.
+Found from headers alone: nothing here reads or writes a weight. `plan` and the jobs use the same object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from streamprune.pruning.spec import JobSpec
 
 @dataclass(frozen=True)
 class Target:
-    """How much to prune of which linears, and how."""
+    """Which linears to prune, how much of each, and how."""
 
     skeleton: Skeleton
     selected: frozenset[str]
@@ -39,18 +39,22 @@ class Target:
     recipe: Recipe
     amount: Amount
     backend: str | None = None
-    """Which kernels: "numba", "torch", or by device."""
+    """Kernels: "numba", "torch", or None: chosen by device."""
     damping: str = "auto"
-    """Of a refit, see refit.Refit."""
+    """Damping of a refit, see refit.Refit."""
     quantisation: Quantisation | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
-    """Linears that prune another share of their weights than `amount` says."""
+    """Linears with a sparsity of their own instead of `amount`, by module path."""
     least: Amount | None = None
-    """What a linear may come to prune at the least, while a sparsity has not been shared out yet."""
+    """The smallest sparsity that a linear may be given, while a sparsity is not allocated yet."""
 
     @classmethod
     def of_job(cls, spec: JobSpec, skeleton: Skeleton, backend: str) -> Target | None:
-        """That of a prune job, None for calibrate. Raises UsageError for filters and patterns that do not fit."""
+        """The target of a prune job; None for `calibrate`.
+
+        Raises UsageError for filters and patterns that do not fit the model, UnsupportedError for linears that cannot
+        be stored in FP8.
+        """
         if spec.recipe is None:
             return None
         amount = Amount(spec.sparsity, parse_pattern(spec.pattern) if spec.pattern else None)
@@ -71,12 +75,12 @@ class Target:
         )  # fmt: skip
 
     def sharing(self, shares: Mapping[str, float]) -> Target:
-        """The same with another share of some linears, by module path."""
+        """The same target with sparsities `shares` for some linears, by module path."""
         return replace(self, shares=shares, least=None)
 
     @property
     def refitted(self) -> frozenset[str]:
-        """Module paths of the linears that get new values, unless it turns out that too little is known of them."""
+        """Module paths of the linears to refit. Experts that see too few tokens are left out later."""
         return self.selected if self.recipe.needs_gram else frozenset()
 
     def of(self, name: str) -> Amount:
@@ -84,7 +88,7 @@ class Target:
         return Amount(self.shares[name]) if name in self.shares else self.amount
 
     def least_of(self, name: str) -> Amount:
-        """How much of a linear is pruned at the least, as far as that is known."""
+        """Lower bound on how much of a linear is pruned; exact once the sparsity is allocated."""
         return self.least or self.of(name)
 
     def select(self, name: str, weight: Tensor, feature: Tensor, power: int) -> Selection:
@@ -94,7 +98,7 @@ class Target:
         )  # fmt: skip
 
     def keep(self, name: str, weight: Tensor, feature: Tensor, power: int, share: float) -> Tensor:
-        """What of rows (n, in) of a linear stays when `share` of the final amount is reached: (n, in) bool."""
+        """Mask of the weights that are kept at the fraction `share` of the final amount: (n, in) bool."""
         keep = select(
             weight, feature, power, selector=self.recipe.selector, backend=self.backend, want_keep=True,
             **self.of(name).at(share)._asdict(),
@@ -103,7 +107,7 @@ class Target:
         return keep
 
     def tensors_of(self, stage: Stage) -> list[TensorRef]:
-        """What is written of a stage; quantised tensors have no file offset yet."""
+        """The tensors of a stage in the output; quantised tensors have no file offset yet."""
         tensors = [written(ref) for ref in stage.tensors]
         if self.quantisation is None:
             return tensors
@@ -111,7 +115,7 @@ class Target:
         return [new for ref in tensors for new in (coded(ref) if ref.name in chosen else (ref,))]
 
     def linears_of(self, stage: Stage) -> dict[str, int]:
-        """The linears of a stage that are pruned, in the order in which they lie in its shard, with in_features."""
+        """The linears of a stage that are pruned -> in_features, in the order in which they are written."""
         names = [name for name in stage.linears if name in self.selected]
         if not names:
             return {}
@@ -125,7 +129,7 @@ class Target:
         return sum(ref.nbytes for stage in self.skeleton.stages for ref in self.tensors_of(stage))
 
     def not_quantised(self) -> list[str]:
-        """Linears by module path, and layers' other matrices (routers) as they are stored."""
+        """Names for `ignore` in config.json: linears that are not quantised, and other matrices such as routers."""
         modules = self.skeleton.model.named_modules()
         names = [name for name, module in modules if is_linear(module) and name not in self.selected]
         for stage in self.skeleton.stages:
@@ -138,14 +142,14 @@ class Target:
 
 
 class Features:
-    """What the recipe's score multiplies weights with, computed once for a linear of the stage."""
+    """The recipe's score of each input feature, computed once for each linear of a stage."""
 
     def __init__(self, target: Target, stats: Callable[[str, int], InputStats], device: torch.device) -> None:
         self._target, self._stats, self._device = target, stats, device
         self._known: dict[str, tuple[Tensor, int]] = {}
 
     def of(self, name: str, in_features: int) -> tuple[Tensor, int]:
-        """feature (in,) float32 on the device, and the power of |w|."""
+        """(feature (in,) float32 on the device, power p): the score of a weight w is |w|^p · feature."""
         if name not in self._known:
             needs = self._target.recipe.needs_statistics
             given = self._stats(name, in_features) if needs else InputStats.zeros(in_features)
@@ -154,7 +158,7 @@ class Features:
         return self._known[name]
 
     def power(self, name: str, in_features: int) -> Tensor | None:
-        """E[x_j²] (in,) float32 on the device; None where there are no statistics."""
+        """E[x_j²] (in,) float32 on the device; None if the recipe uses no statistics."""
         if not self._target.recipe.needs_statistics:
             return None
         return self._stats(name, in_features).mean_square.float().to(self._device)

@@ -1,4 +1,4 @@
-"""The calibration windows of a job: drawn from its text when it begins, and kept for when it is resumed."""
+"""The calibration windows of a job: drawn from its text when it begins, and saved for resuming it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from streamprune.pruning.spec import DrawnText, JobSpec
 
 
 def calibration_for_pass(spec: JobSpec) -> DrawnText | None:
-    """The text that a job passes through the model; None where statistics that are there already will do."""
+    """The text that a job runs through the model; None if existing statistics are all it needs."""
     recipe = spec.recipe
     if spec.stats_path is None or recipe is None or recipe.aims or spec.propagate == "pruned" or spec.save_stats:
         return spec.calibration
@@ -30,9 +30,10 @@ def windows_of(
     spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton, kept: Path, resolved: Resolved | None,
     lay_out: Callable[[tuple[int, int]], Layout],
 ) -> tuple[Tokens | None, dict[str, Any], Layout]:  # fmt: skip
-    """Calibration windows, those in `kept` or drawn now, what is to be remembered of them, and the job's layout.
+    """Calibration windows (from the file `kept`, or drawn now), fields of Resolved about them, and the job's layout.
 
-    The job is laid out before a text is read. Raises as what it calls.
+    The layout is found first, so that a job that does not fit into memory is refused before a long text is read. Raises
+    the errors of kept_windows, open_text, windows_from and `lay_out`.
     """
     if resolved:
         windows = kept_windows(spec, kept, resolved.tokens)
@@ -45,7 +46,7 @@ def windows_of(
 
 
 def open_text(spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton) -> Opened | None:
-    """The text that calibration windows are drawn from; None without calibration. Raises as Source.begin."""
+    """The opened calibration text; None without calibration. Raises as Source.begin."""
     c = calibration_for_pass(spec)
     if c is None:
         return None
@@ -55,22 +56,22 @@ def open_text(spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton) -> Open
 
 
 def windows_from(spec: JobSpec, opened: Opened) -> tuple[Tokens, dict[str, Any]]:
-    """Calibration windows (samples, tokens) drawn from a text, and what reports say of them. Raises as draw_windows."""
+    """Calibration windows (samples, tokens) drawn from a text, and fields of Resolved. Raises as draw_windows."""
     folder = spec.work if spec.work is not None and spec.work.is_dir() else spec.out.absolute().parent
     windows = draw_windows(opened, spec.calibration.seed if spec.calibration else 0, folder)
-    met: dict[str, Any] = {"bos": opened.bos is not None}
+    text_fields: dict[str, Any] = {"bos": opened.bos is not None}
     tally = opened.source.text.tally
     if tally.replaced:
-        met["replaced"] = tally.replaced
+        text_fields["replaced"] = tally.replaced
     if tally.tokens < len(windows) * opened.inside:
-        met["text_tokens"] = tally.tokens
-    return windows, met
+        text_fields["text_tokens"] = tally.tokens
+    return windows, text_fields
 
 
 def kept_windows(spec: JobSpec, kept: Path, digest: str | None) -> Tokens | None:
-    """Calibration windows (samples, tokens) as they were kept when the job began; None without calibration.
+    """Calibration windows (samples, tokens), as saved when the job began; None without calibration.
 
-    Raises CorruptStateError when they are damaged, not those of `digest`.
+    Raises CorruptStateError if they cannot be read, or do not have this `digest`.
     """
     if calibration_for_pass(spec) is None:
         return None
