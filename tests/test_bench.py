@@ -248,7 +248,7 @@ def test_memory_of_a_gpu(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_
     given: list[int | None] = []
 
     def call(verb: str, **arguments: Any) -> dict[str, Any]:
-        limit = arguments.get("max_vram")
+        limit = arguments["resources"].get("max_vram")
         given.append(limit)
         if limit == 1:
             raise jobs.BenchError("--max-vram 1 B is not enough: this job needs --max-vram 700MiB")

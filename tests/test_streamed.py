@@ -355,7 +355,7 @@ def test_linears_that_the_pass_does_not_use(
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
     how: dict[str, Any] = {"samples": 2, "seqlen": 16, "calib": text, "sparsity": 0.5}
-    with pytest.raises(StreampruneError, match=r"model\.layers\.0\.self_attn\.\w+ was not used.*--skip"):
+    with pytest.raises(StreampruneError, match=r"model\.layers\.0\.self_attn\.\w+ was not called.*--skip"):
         prune(models(), tmp_path / "out", **how)
     assert list(tmp_path.iterdir()) == []
     assert prune(models(), tmp_path / "out", skip="self_attn", **how).status == "done"

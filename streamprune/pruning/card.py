@@ -188,7 +188,10 @@ def _values(recipe: Recipe) -> str:
 
 
 def _again(spec: JobSpec, source: _Source, calibration: Mapping[str, Any]) -> str:
-    made = command_of(spec.fixed(), calibration.get("text"), source.name)
+    job, drawn = spec.fixed(), ("samples", "seqlen", "seed")
+    if spec.stats is not None and calibration.keys() >= {"digest", *drawn}:  # as if it had calibrated by itself
+        job |= {"stats": None, "calib": calibration["digest"], **{key: calibration[key] for key in drawn}}
+    made = command_of(job, calibration.get("text"), source.name)
     made = "".join(c if c.isprintable() else "?" for c in made)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", made)), default=0))
     return f"Made with\n\n{fence}\n{made}\n{fence}"
