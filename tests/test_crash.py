@@ -56,6 +56,7 @@ def make_job(name: str, root: Path, given: dict[str, Any]) -> Job:
         "save": {"sparsity": 0.5, "save_stats": root / "stats.safetensors"},
         "work": {"sparsity": 0.5, "work": root / "work"},
         "allocate": {"sparsity": 0.5, "allocate": "error"},
+        "shards": {"pattern": "2:4", "propagate": "pruned", "shard_size": 40_000},
         "all": {
             "sparsity": 0.5,
             "propagate": "pruned",
@@ -167,7 +168,7 @@ def test_power_failure_at_every_moment(root: Path, given: dict[str, Any], kind: 
     assert not failures, show(failures)
 
 
-VARIANTS = ["no calibration", "pruned", "save", "work", "all", "calibrate", "allocate"]
+VARIANTS = ["no calibration", "pruned", "save", "work", "all", "calibrate", "allocate", "shards"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

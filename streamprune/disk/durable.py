@@ -126,6 +126,7 @@ class _Stream:
         """Makes the bytes durable, forgets their cached pages, and closes the file."""
         if self._direct is not None:
             self._direct.finish()
+            self._direct = None  # with its block of memory, as the file's hash may be needed for longer
         os.fsync(self._fd)
         if not self._reread:
             _drop_cached(self._fd)

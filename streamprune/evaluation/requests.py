@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from streamprune.calibration.tokens import Ids
 from streamprune.errors import UsageError
+from streamprune.model.passes import LazyBatches
 
 Numbers = NDArray[np.int64]
 
@@ -112,7 +113,7 @@ class Sequences:
         return min(-(-length // step) * step, *limits)
 
 
-class RaggedBatches(Sequence[Tensor]):
+class RaggedBatches(LazyBatches):
     """Sequences as batches of ids (samples, length) int64 of at most `tokens` tokens, or of one sequence."""
 
     def __init__(self, sequences: Sequences, tokens: int) -> None:
@@ -129,15 +130,7 @@ class RaggedBatches(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def batch(self, index: int) -> Tensor:
         rows, length = self._rows[index]
         batch = np.empty((len(rows), length), np.int64)
         for row, ids in zip(batch, (self.sequences.ids[at] for at in rows), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -36,14 +37,12 @@ class Watcher(Protocol):
     def end_batch(self) -> None: ...
 
 
-class Batches(Sequence[Tensor]):
-    """Windows (samples, seqlen) as batches (≤ `batch`, seqlen) int64; each is read when it is used."""
+class LazyBatches(Sequence[Tensor], ABC):
+    """Batches of token ids (samples, seqlen) int64, each made when it is used."""
 
-    def __init__(self, windows: Tokens | Windows, batch: int) -> None:
-        self._windows, self._batch = windows, batch
-
-    def __len__(self) -> int:
-        return math.ceil(len(self._windows) / self._batch)
+    @abstractmethod
+    def batch(self, index: int) -> Tensor:
+        """The batch number `index`, from 0 to len - 1."""
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
@@ -54,7 +53,20 @@ class Batches(Sequence[Tensor]):
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        begin = range(len(self))[index] * self._batch
+        return self.batch(range(len(self))[index])
+
+
+class Batches(LazyBatches):
+    """Windows (samples, seqlen) as batches of at most `batch`; each is read when it is used."""
+
+    def __init__(self, windows: Tokens | Windows, batch: int) -> None:
+        self._windows, self._batch = windows, batch
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._windows) / self._batch)
+
+    def batch(self, index: int) -> Tensor:
+        begin = index * self._batch
         return torch.from_numpy(self._windows[begin : begin + self._batch])
 
 

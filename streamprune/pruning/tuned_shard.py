@@ -107,16 +107,16 @@ class LayerTuning:
         return pairs
 
     def _fill(self, file: FilePart, part: Part, new: Mapping[str, New], loader: WeightLoader) -> FilePart:
-        """In the place of what is read: each tensor has been copied before it is overwritten."""
+        """Writes the part over the bytes that it reads; each piece is copied before it is overwritten."""
 
         def content(ref: TensorRef) -> Iterator[Buffer]:
             if ref.name in new:
                 made = new[ref.name](loader.tensor(ref)).cpu()
                 data: memoryview = made.reshape(-1).view(torch.uint8).numpy().data
             else:
-                data = memoryview(bytes(loader.maps.raw(ref)))
+                data = loader.maps.raw(ref)
             for begin in range(0, len(data), CHUNK_BYTES):
-                yield data[begin : begin + CHUNK_BYTES]
+                yield bytes(data[begin : begin + CHUNK_BYTES])
             loader.release([ref])
 
         return fill_in_order(file, part.header, part.tensors, content)
