@@ -47,7 +47,7 @@ def test_without_a_card_of_its_own(source: Path, text: Path, tmp_path: Path) -> 
         "tags": ["streamprune", "pruned", "sparse", "2:4"],
     }  # fmt: skip
     for words in (
-        "# tiny-llama, pruned", "2 of every 4 consecutive inputs stay", "50.00 % of", "bit for bit as they were",
+        "# tiny-llama, pruned", "2 of every 4 consecutive inputs are kept", "50.00 % of", "unchanged, bit for bit",
         f"python -m streamprune prune tiny-llama OUT --pattern 2:4 --calib {text.name} --samples 4 --seqlen 16",
         "4 windows of 16 tokens", "AutoModelForCausalLM.from_pretrained", "names a licence", "vllm serve", "torch 2",
     ):  # fmt: skip

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamprune.disk.checkpoint import Checkpoint
-from streamprune.disk.encoded import FLOAT, INTEGER, PACKED, Encoding, alone, amiss, fits, misfit
+from streamprune.disk.encoded import (
+    FLOAT,
+    INTEGER,
+    PACKED,
+    Encoding,
+    damaged_tensor,
+    fits,
+    missing_tensor,
+    wrong_scales,
+)
 from streamprune.disk.header import TensorRef, open_file, read_bytes, show
 from streamprune.errors import CheckpointError, UnsupportedError
 
@@ -101,7 +110,7 @@ def find_compressed(checkpoint: Checkpoint, schemes: Sequence[Scheme]) -> dict[s
             continue
         scale = tensors.get(f"{module}.weight_scale")
         if scale is None:
-            raise alone(checkpoint, ref, f"{module}.weight_scale")
+            raise missing_tensor(checkpoint, ref, f"{module}.weight_scale")
         if f"{module}.weight_g_idx" in tensors:
             raise UnsupportedError(
                 f"{checkpoint.path / ref.shard}: {show(module)}.weight_g_idx gives columns an order of their own "
@@ -110,14 +119,14 @@ def find_compressed(checkpoint: Checkpoint, schemes: Sequence[Scheme]) -> dict[s
         shape = ref.shape
         if packed:
             if module not in shapes:
-                raise alone(checkpoint, ref, f"{module}.weight_shape")
+                raise missing_tensor(checkpoint, ref, f"{module}.weight_shape")
             shape = shapes[module]
         if len(ref.shape) != 2 or len(shape) != 2:
-            raise amiss(checkpoint, ref, f"has {len(ref.shape)} dimensions, where quantised weights have two")
+            raise damaged_tensor(checkpoint, ref, f"has {len(ref.shape)} dimensions, where quantised weights have two")
         tried = [_encoding(tensors, ref, scale, shape, s) for s in schemes if s.packed == packed]
         fitting = [encoding for encoding in tried if encoding is not None]
         if all(s.has_zeros for s in schemes) and f"{module}.weight_zero_point" not in tensors:
-            raise alone(checkpoint, ref, f"{module}.weight_zero_point")
+            raise missing_tensor(checkpoint, ref, f"{module}.weight_zero_point")
         right = [e for e in fitting if fits(scale, e.scales) and scale.dtype in _SCALES and _zero_fits(e)]
         if not right:
             raise _why_not(checkpoint, ref, scale, shape, fitting)
@@ -157,12 +166,12 @@ def _why_not(
     """The error for codes and scales that fit no scheme."""
     if not fitting:
         what = f"is {ref.dtype} {list(ref.shape)} for a weight {list(shape)}, as no config_group has it"
-        return amiss(checkpoint, ref, what)
+        return damaged_tensor(checkpoint, ref, what)
     wrong = next((e for e in fitting if fits(scale, e.scales)), None)
     if wrong is None or wrong.zero is None or scale.dtype not in _SCALES:
-        return misfit(checkpoint, fitting[0])
+        return wrong_scales(checkpoint, fitting[0])
     zero = wrong.zero
-    return amiss(
+    return damaged_tensor(
         checkpoint,
         zero,
         f"is {zero.dtype} {list(zero.shape)}, which are no zero points of {show(ref.name)} {list(shape)}",
@@ -182,10 +191,10 @@ def _shapes_in(checkpoint: Checkpoint, shard: str) -> Iterator[tuple[str, tuple[
     with open_file(path) as f:
         for ref in refs:
             if ref.dtype not in ("I64", "I32") or math.prod(ref.shape) != 2:
-                raise amiss(checkpoint, ref, f"is {ref.dtype} {list(ref.shape)}, which is no shape")
+                raise damaged_tensor(checkpoint, ref, f"is {ref.dtype} {list(ref.shape)}, which is no shape")
             f.seek(ref.begin)
             data, width = read_bytes(f, path, ref.nbytes), ref.nbytes // 2
             shape = tuple(int.from_bytes(data[i : i + width], "little", signed=True) for i in (0, width))
             if min(shape) < 1:
-                raise amiss(checkpoint, ref, f"says {list(shape)}, which is no shape")
+                raise damaged_tensor(checkpoint, ref, f"says {list(shape)}, which is no shape")
             yield ref.name.removesuffix(".weight_shape"), shape

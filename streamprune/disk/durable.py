@@ -3,7 +3,7 @@
 No other module creates, changes or removes a file, except scratch.py, whose files have no name, and lock.py; a test
 enforces it. What the functions guarantee, on a file system with POSIX semantics:
 
-  FilePart        what is durable before it in the file stays as it is; after the commit the part survives
+  FilePart        bytes before the part are left as they are; after the commit, the part survives a power loss
   replace_file    readers see the old file, the new file or none, never a part; once it returns, the new
                   file survives a power loss (temporary file, fsync, rename, fsync of the folder)
   append_line     a line is either whole or recognisably torn; once it returns, the line survives a power loss
@@ -76,7 +76,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 class _Stream:
-    """Bytes on their way into an open file, from byte `begin` on.
+    """Writes bytes to an open file, one after the other, from byte `begin` on.
 
     `size` bytes have been written; `digest` (xxh3_128, hexadecimal) is of these, and of what `hash` had seen before.
     `reread=True` leaves the data in the page cache, for files that are read again soon; other files bypass it from the
@@ -182,8 +182,11 @@ class AtomicFile(_Stream):
 
 
 class FilePart(_Stream):
-    """A part of a file, from byte `begin` on, that others before it are durable in. What is written is overwritten by a
-    second attempt; somebody else records which parts count. `before` has seen all bytes up to `begin`."""
+    """Writes one part of a file in place, from byte `begin` on; the bytes before are left as they are.
+
+    A second attempt overwrites the first. Which parts are complete must be recorded elsewhere (the journal does).
+    `before` is the hash state after the first `begin` bytes, None for the first part.
+    """
 
     def __init__(self, path: Path, begin: int, before: xxhash.xxh3_128 | None) -> None:
         with disk_errors(path):

@@ -93,14 +93,14 @@ def fits(scale: TensorRef, wanted: tuple[int, ...]) -> bool:
     return [n for n in scale.shape if n != 1] == [n for n in wanted if n != 1]
 
 
-def amiss(checkpoint: Checkpoint, ref: TensorRef, why: str) -> CheckpointError:
+def damaged_tensor(checkpoint: Checkpoint, ref: TensorRef, why: str) -> CheckpointError:
     """The error for a tensor that is damaged."""
     return CheckpointError(
         f"{checkpoint.path / ref.shard}: tensor {show(ref.name)} {why}; download the checkpoint again"
     )
 
 
-def alone(checkpoint: Checkpoint, ref: TensorRef, other: str) -> CheckpointError:
+def missing_tensor(checkpoint: Checkpoint, ref: TensorRef, other: str) -> CheckpointError:
     """The error for a tensor without the tensor `other` that belongs to it."""
     return CheckpointError(
         f"{checkpoint.path / ref.shard}: tensor {show(ref.name)} is there without {show(other)}; is the download "
@@ -108,10 +108,10 @@ def alone(checkpoint: Checkpoint, ref: TensorRef, other: str) -> CheckpointError
     )
 
 
-def misfit(checkpoint: Checkpoint, encoding: Encoding) -> CheckpointError:
+def wrong_scales(checkpoint: Checkpoint, encoding: Encoding) -> CheckpointError:
     """The error for scales that do not fit their codes."""
     scale, codes = encoding.scale, encoding.codes
-    return amiss(
+    return damaged_tensor(
         checkpoint, scale,
         f"is {scale.dtype} {list(scale.shape)}, which are no scales of {show(codes.name)} {list(codes.shape)}: "
         f"wanted are {list(encoding.scales)}",

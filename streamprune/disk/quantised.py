@@ -26,7 +26,16 @@ from typing import Any
 
 from streamprune.disk.checkpoint import Checkpoint, quantisation_of
 from streamprune.disk.compressed import find_compressed, read_schemes
-from streamprune.disk.encoded import FLOAT, PAIRS, EncodedRef, Encoding, alone, amiss, fits, misfit
+from streamprune.disk.encoded import (
+    FLOAT,
+    PAIRS,
+    EncodedRef,
+    Encoding,
+    damaged_tensor,
+    fits,
+    missing_tensor,
+    wrong_scales,
+)
 from streamprune.disk.float_quantized import FORMAT, read_scheme
 from streamprune.disk.header import TensorRef, show
 from streamprune.errors import UnsupportedError
@@ -140,7 +149,7 @@ def _view(checkpoint: Checkpoint, encodings: Mapping[str, Encoding], method: str
         if stored.name in names:
             name = names[stored.name]
             if name in checkpoint.tensors and name != stored.name:
-                raise amiss(checkpoint, stored, f"is there both quantised and as {show(name)}")
+                raise damaged_tensor(checkpoint, stored, f"is there both quantised and as {show(name)}")
             tensors[name] = EncodedRef.whole(name, dtype, encodings[name])
         elif stored.name not in parts:
             tensors[stored.name] = stored
@@ -182,15 +191,17 @@ def _find_fp8(checkpoint: Checkpoint, block: tuple[int, int] | None) -> dict[str
             continue
         scale = next((s for end in ("_scale_inv", "_scale") if (s := checkpoint.tensors.get(name + end))), None)
         if scale is None:
-            raise alone(checkpoint, ref, f"{name}_scale_inv")
+            raise missing_tensor(checkpoint, ref, f"{name}_scale_inv")
         if len(ref.shape) not in (2, 3):
-            raise amiss(checkpoint, ref, f"has {len(ref.shape)} dimensions, where FP8 weights have two or three")
+            raise damaged_tensor(
+                checkpoint, ref, f"has {len(ref.shape)} dimensions, where FP8 weights have two or three"
+            )
         sizes = [block] if block else []
         sizes += [(ref.shape[-2], ref.shape[-1])]  # some tensors of a checkpoint with blocks have one scale
         encodings = [Encoding(FLOAT, ref.shape, size, ref, scale) for size in sizes]
         fitting = [e for e in encodings if fits(scale, e.scales)]
         if not fitting or scale.dtype not in ("F32", "BF16", "F16", "F8_E8M0"):
-            raise misfit(checkpoint, encodings[0])
+            raise wrong_scales(checkpoint, encodings[0])
         found[name] = fitting[0]
     return found
 
@@ -201,20 +212,20 @@ def _find_pairs(checkpoint: Checkpoint) -> dict[str, Encoding]:
         whole = name.removesuffix("_blocks")
         if name.endswith("_scales") and (whole := name.removesuffix("_scales")) + "_blocks" not in checkpoint.tensors:
             if ref.dtype == "U8":
-                raise alone(checkpoint, ref, f"{whole}_blocks")
+                raise missing_tensor(checkpoint, ref, f"{whole}_blocks")
             continue
         if not name.endswith("_blocks"):
             continue
         scale = checkpoint.tensors.get(f"{whole}_scales")
         if scale is None:
-            raise alone(checkpoint, ref, f"{whole}_scales")
+            raise missing_tensor(checkpoint, ref, f"{whole}_scales")
         if ref.dtype != "U8" or len(ref.shape) != 4 or ref.shape[-1] != _PAIR_BLOCK // 2:
-            raise amiss(
+            raise damaged_tensor(
                 checkpoint, ref, f"is {ref.dtype} {list(ref.shape)}, where blocks are U8 [experts, out, in / 32, 16]"
             )
         experts, out, groups, _ = ref.shape
         encoding = Encoding(PAIRS, (experts, groups * _PAIR_BLOCK, out), (1, _PAIR_BLOCK), ref, scale)
         if scale.dtype != "U8" or scale.shape != ref.shape[:-1]:
-            raise misfit(checkpoint, encoding)
+            raise wrong_scales(checkpoint, encoding)
         encodings[whole] = encoding
     return encodings

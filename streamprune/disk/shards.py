@@ -18,9 +18,6 @@ from streamprune.disk.durable import AtomicFile, Buffer, FilePart, replace_file
 from streamprune.disk.header import DTYPE_BITS, TensorRef
 from streamprune.process.background import BackgroundWorker
 
-_ALIGNED = 8
-"""Bytes of the largest item."""
-
 PIECES_AHEAD = 2
 """Number of pieces that may be queued for the writing thread."""
 
@@ -60,7 +57,8 @@ def arrange(groups: Sequence[Iterable[TensorRef]], shard_bytes: int | None) -> l
     shards: list[list[int]] = []
     held = 0
     for number, size in enumerate(sizes):
-        fits = shard_bytes is not None and held + size <= shard_bytes and held % _ALIGNED == 0
+        widest = max((DTYPE_BITS[ref.dtype] // 8 for ref in ordered[number]), default=1)
+        fits = shard_bytes is not None and held + size <= shard_bytes and held % max(1, widest) == 0
         if not shards or not fits:
             shards.append([])
             held = 0

@@ -146,10 +146,12 @@ def _scalar(value: str) -> str:
 
 def _about(source: _Source, recipe: Recipe) -> str:
     of = f" at commit `{source.commit}`" if source.commit else ""
-    rest = "Everything else is as it was: embeddings, norms, biases, head and tokenizer."
+    rest = "Embeddings, norms, biases, head and tokenizer are unchanged."
     if recipe.tune:
-        rest = "Norms and biases of the layers were trained along; embeddings, head and tokenizer are as they were."
-    return f"{_code(source.name)}{of}, of whose linears streamprune set weights to zero. {rest}"
+        rest = "Norms and biases of the layers were tuned as well; embeddings, head and tokenizer are unchanged."
+    return (
+        f"This is {_code(source.name)}{of}, with some weights of its linear layers set to zero by streamprune. {rest}"
+    )
 
 
 def _table(spec: JobSpec, recipe: Recipe, calibration: Mapping[str, Any], records: Sequence[StageRecord]) -> str:
@@ -163,7 +165,7 @@ def _table(spec: JobSpec, recipe: Recipe, calibration: Mapping[str, Any], record
         ("recipe", f"{recipe.name} ({', '.join(made)})"),
         ("pruned", asked + ("" if spec.pattern else shared)),
         ("zeros", f"{100 * pruned / weights if weights else 0:.2f} % of {weights} weights in {len(linears)} linears"),
-        ("weights that stay", _values(recipe)),
+        ("kept weights", _values(recipe)),
     ]
     rows += [(f"{what} linears", _code(text)) for what, text in (("only", spec.only), ("not", spec.skip)) if text]
     if calibration.keys() >= {"text", "samples", "seqlen", "seed"}:
@@ -177,13 +179,13 @@ def _table(spec: JobSpec, recipe: Recipe, calibration: Mapping[str, Any], record
 
 def _pattern(pattern: str) -> str:
     kept, of = pattern.split(":")
-    return f"{kept} of every {of} consecutive inputs stay"
+    return f"{kept} of every {of} consecutive inputs are kept"
 
 
 def _values(recipe: Recipe) -> str:
     if not recipe.aims and not recipe.quantize:
-        return "bit for bit as they were"
-    new = "new values, chosen so that outputs stay close to the dense model's" if recipe.aims else "as they were"
+        return "unchanged, bit for bit"
+    new = "new values, chosen so that outputs stay close to the dense model's" if recipe.aims else "unchanged"
     return new + (", stored in FP8 (E4M3, a scale for each output channel)" if recipe.quantize else "")
 
 
@@ -206,38 +208,39 @@ def _loading(spec: JobSpec, recipe: Recipe, config: Mapping[str, Any]) -> str:
              f"from transformers import AutoTokenizer, {kind}\n\n"
              f'model = {kind}.from_pretrained("OUT", dtype="auto"{remote})\n'
              f'tokenizer = AutoTokenizer.from_pretrained("OUT"{remote})\n```',
-             "with this folder, or its name on the hub, as OUT."]  # fmt: skip
+             "OUT is this folder, or its name on the hub."]  # fmt: skip
     if recipe.quantize:
         parts[-1] += (
             " The weights are in compressed-tensors' format `float-quantized`: `pip install compressed-tensors`."
         )
         if spec.only is None and spec.skip is None:
-            parts.append("vLLM reads that format, too: `vllm serve OUT`.")
+            parts.append("vLLM loads this format as well: `vllm serve OUT`.")
     else:
         parts.append(
-            "Whatever loads the source loads this: vLLM (`vllm serve OUT`), llama.cpp's converter and others. Zeros "
-            "take as much room in the files as other numbers, so nothing is smaller or faster by itself."
+            "Any program that loads the source loads this model: vLLM (`vllm serve OUT`), llama.cpp's converter and "
+            "others. The zeros are stored like other numbers, so that the files are not smaller, and the model is not "
+            "faster without kernels that make use of the zeros."
         )
     if spec.pattern == "2:4" and not recipe.quantize:
         parts.append(
-            "2:4 is what the sparse kernels of NVIDIA's GPUs (Ampere and later) compute with, such as Torch's "
-            "`to_sparse_semi_structured`."
+            "The sparse kernels of NVIDIA's GPUs (Ampere and later) support the pattern 2:4, for example through "
+            "Torch's `to_sparse_semi_structured`."
         )
     return "\n\n".join(parts)
 
 
 def _afterwards(source: _Source) -> str:
-    measure = "`python -m streamprune eval OUT --text FILE --reference MODEL` does"
+    measure = "`python -m streamprune eval OUT --text FILE --reference MODEL`"
     parts = [
         "## What to know",
-        f"Pruning changes what a model says. By how much is not measured by pruning itself: {measure}. What was done "
-        "to each linear is in `streamprune.json`.",
+        f"Pruning changes the model's predictions. To measure by how much, run {measure}. What was done to each linear "
+        "layer is in `streamprune.json`.",
     ]
     if source.card is not None:
-        parts.append(f"The source's own card is [{source.card}]({source.card}). What was measured there was measured "
+        parts.append(f"The source's own card is [{source.card}]({source.card}). Its measurements are of the model "
                      "before pruning.")  # fmt: skip
         if not source.readable:
-            parts[-1] += " Its metadata could not be read, so nothing of it is here."
+            parts[-1] += " Its metadata could not be read, and is left out here."
     if "license" not in source.metadata:
         parts.append("Neither the source's card nor its config.json names a licence.")
     return "\n\n".join(parts)
