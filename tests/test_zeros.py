@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from streamprune.cli import main
+from streamprune.disk.checkpoint import open_checkpoint
+from streamprune.disk.header import TensorRef
+from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError
 from streamprune.inspection.inspect import inspect
 from streamprune.methods.counting import long_run
-from streamprune.model.zeros import zero_rows
+from streamprune.model.zeros import refuse_empty, zero_rows
 
 Models = Callable[..., Path]
 HOW: dict[str, Any] = {"pattern": "2:4", "samples": 2, "seqlen": 8}
@@ -112,3 +115,25 @@ def test_inspect_counts_it(models: Models, tmp_path: Path, capsys: pytest.Captur
     assert main(["inspect", str(source)]) == 0
     assert "faults: 72 empty rows" in capsys.readouterr().out
     assert inspect(models()).totals.zero_rows == 0
+
+
+def test_pages_that_were_looked_at_are_released(models: Models) -> None:
+    """Of every linear of every layer, or memory would grow with the number of layers."""
+    looked, released = set[str](), set[str]()
+
+    class Recorded(ShardMaps):
+        def rows(self, ref: TensorRef, start: int, stop: int) -> torch.Tensor:
+            looked.add(ref.name)
+            released.discard(ref.name)
+            return super().rows(ref, start, stop)
+
+        def release(self, refs: Iterable[TensorRef], *, drop_cache: bool = False) -> None:
+            refs = list(refs)
+            released.update(ref.name for ref in refs)
+            super().release(refs, drop_cache=drop_cache)
+
+    checkpoint = open_checkpoint(models())
+    linears = [ref for name, ref in checkpoint.tensors.items() if "proj" in name]
+    with Recorded(checkpoint) as maps:
+        refuse_empty(maps, linears)
+    assert looked == released == {ref.name for ref in linears} and len(linears) == 21

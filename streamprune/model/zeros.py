@@ -50,7 +50,10 @@ def refuse_zeros(ref: TensorRef, chunks: Iterable[tuple[int, Tensor]]) -> Iterat
 
 
 def refuse_empty(maps: ShardMaps, linears: Iterable[TensorRef]) -> None:
-    """Checks each linear whose middle row is all zeros. Raises as refuse_zeros."""
+    """Checks each linear whose middle row is all zeros. Raises as refuse_zeros.
+
+    The pages that were read are released: the system may map far more than one row, and this looks at every layer.
+    """
     for ref in linears:
         if isinstance(ref, EncodedRef) and ref.encoding.transposed:
             continue  # reading one of its rows would read all its codes; refuse_zeros checks it later
@@ -58,3 +61,4 @@ def refuse_empty(maps: ShardMaps, linears: Iterable[TensorRef]) -> None:
         if ref.nbytes and bool(zero_rows(maps.rows(ref, middle, middle + 1)).all()):
             for _ in refuse_zeros(ref, rows_of(maps, ref, _CHUNK_BYTES)):
                 maps.release([ref])
+        maps.release([ref])
