@@ -2,11 +2,12 @@
 
     python tools/families.py                     every family
     python tools/families.py llama mixtral t5    some
+    python tools/families.py --list              what transformers has beside them; tries nothing
 
 Each family is a random model of a few thousand parameters (tests/families.py; tests/mixtures.py has those of experts),
 pruned layer by layer and compared with the whole model in memory (tests/family_checks.py): masks, all statistics,
-`inspect`, loading and generating with transformers, perplexity, new values by obs-admm, FP8. Exit code 1 when something
-does not do what it should.
+`inspect`, loading and generating with transformers, perplexity, new values by obs-admm, FP8. After the tables of all
+families comes what else transformers has (family_census.py). Exit code 1 when something does not do what it should.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(_ROOT), str(_ROOT / "tests")]
 os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
 
+import family_census  # noqa: E402
 from families import DENSE, RECURRENT, REFUSED, SEEING, Family, save_model  # noqa: E402
 from mixtures import EVERY, Mixture  # noqa: E402
 
@@ -103,9 +105,15 @@ def tables(kinds: list[str]) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", metavar="MODEL_TYPE", help="families to try (default: all)")
-    kinds = parser.parse_args().kinds or KINDS
+    parser.add_argument("--list", action="store_true", help="only list what else transformers has")
+    given = parser.parse_args()
+    kinds = given.kinds or KINDS
     if unknown := [k for k in kinds if k not in KINDS]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    beside = family_census.lines(family_census.census(KINDS), [k for k in KINDS if k not in REFUSED], REFUSED)
+    if given.list:
+        print("\n".join(beside))
+        return 0
     if find_spec("compressed_tensors") is None:  # or FP8 would look as if it did not work
         parser.error("transformers needs compressed-tensors to load FP8: pip install -e '.[fp8]', or tools/test")
     import torch
@@ -119,6 +127,8 @@ def main() -> int:
         for line in tables(kinds):
             failed |= "**no" in line
             print(line, flush=True)
+    if not given.kinds:
+        print("\n".join(["", *beside]))
     return int(failed)
 
 
