@@ -107,6 +107,7 @@ def plan(
     if spec.stats is not None:
         open_given(setup)
     run = _Run.of(setup)
+    peak, least, least_vram = _memory(setup, run)  # before measuring, which leaves this process larger than a job's
     refits = planned_refits(setup, run.layout.room, run.windows, run.length)
     works = [replace(w, refit=r) for w, r in zip(run.works, refits, strict=True)]
     source = "given" if speeds else "measured now"
@@ -125,7 +126,6 @@ def plan(
     stages = _stages(setup.skeleton, target.selected, works, run.shape, seconds)
     cache = 2 * models_at_once(setup.propagate) * run.shape.tokens * run.shape.state_bytes
     cache += scratch_bytes(setup, run.layout, run.shape.tokens)
-    peak, least, least_vram = _memory(setup, run)
     return Plan(
         model=str(model), architecture=str(checkpoint.config.get("model_type")),
         parameters=sum(math.prod(t.shape) for t in checkpoint.tensors.values()), stages=stages,
