@@ -21,6 +21,7 @@ from streamprune.settings import Calibration, Resources, flags_of
 
 if TYPE_CHECKING:
     from streamprune.packing.job import PackResult
+    from streamprune.progress import Display
 
 
 def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
@@ -110,6 +111,7 @@ def _job(args: argparse.Namespace) -> dict[str, Any]:
 def _prune(args: argparse.Namespace) -> int:
     from streamprune.process.memory import format_bytes
     from streamprune.progress import show_progress
+    from streamprune.pruning.announce import next_steps
     from streamprune.pruning.job import prune
 
     job = _job(args)
@@ -119,6 +121,7 @@ def _prune(args: argparse.Namespace) -> int:
         result = prune(
             args.model, args.out, **job, save_stats=args.save_stats, follow_links=args.follow_links,
             allow_zeros=args.allow_zeros, shard_size=args.shard_size, restart=args.restart, progress=progress,
+            tell=None if args.quiet else progress.say,
         )  # fmt: skip
     if args.json:
         print_json({
@@ -131,6 +134,9 @@ def _prune(args: argparse.Namespace) -> int:
             share += f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
         sum_up(f"{result.out}: {result.status} ({share})")
     _tell_notes(args, result.notes)
+    if result.status == "done" and not args.quiet:
+        for line in next_steps(args.model, result.out, result.report["job"]):
+            print_stderr(f"prune: {line}")
     return 0
 
 
@@ -169,6 +175,7 @@ def _eval(args: argparse.Namespace) -> int:
     from streamprune.tables import evaluation_lines
 
     with show_progress("eval", args.quiet) as progress:
+        _tell_models(args, progress)
         found = evaluate(
             args.model, args.text, reference=args.reference, seqlen=args.seqlen, windows=args.windows,
             text_field=args.text_field, bos=args.bos, resources=settings_of(Resources, args),
@@ -181,6 +188,16 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tell_models(args: argparse.Namespace, progress: Display) -> None:
+    """What was done to the models that are about to be evaluated."""
+    if not args.quiet:
+        from streamprune.disk.hub import resolve_model
+        from streamprune.pruning.announce import what_is
+
+        for name in filter(None, (args.model, args.reference)):
+            progress.say(f"{name}: {what_is(resolve_model(name))}")
+
+
 def _eval_tasks(args: argparse.Namespace) -> int:
     from streamprune.evaluation.tasks import evaluate_tasks
     from streamprune.progress import show_progress
@@ -189,6 +206,7 @@ def _eval_tasks(args: argparse.Namespace) -> int:
     own = ("reference", "num_fewshot", "limit", "include_path", "seqlen", "bos")
     given = {k: getattr(args, k) for k in own} | {"resources": settings_of(Resources, args)}
     with show_progress("eval", args.quiet) as progress:
+        _tell_models(args, progress)
         found = evaluate_tasks(
             args.model, args.tasks, **given, trust_remote_code=args.trust_remote_code, progress=progress
         )

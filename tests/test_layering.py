@@ -65,7 +65,7 @@ HOUSE: dict[str, list[str]] = {
         "card forward output setup shard",
         "allocate finish memory paired tuned_shard",
         "prepare",
-        "run",
+        "announce run",
         "job",
     ],
     "planning": ["refit_cost", "cost refits", "speeds", "plan"],

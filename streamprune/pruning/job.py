@@ -39,6 +39,8 @@ from streamprune.settings import Calibration, Resources
 if TYPE_CHECKING:
     from streamprune.pruning.run import Run
 
+Tell = Callable[[str], None]
+
 _CALIBRATION, _RESOURCES = Calibration(), Resources()
 
 
@@ -68,7 +70,7 @@ def prune(
     calibration: Calibration = _CALIBRATION, stats: str | Path | None = None, save_stats: str | Path | None = None,
     propagate: str | None = None, only: str | None = None, skip: str | None = None, resources: Resources = _RESOURCES,
     shard_size: int | str = SHARD_SIZE, follow_links: bool = False, allow_zeros: bool = False, restart: bool = False,
-    trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
+    trust_remote_code: bool = False, progress: ProgressCallback = no_progress, tell: Tell | None = None,
 ) -> JobResult:  # fmt: skip
     """Prunes the checkpoint `model` (a folder or a hub name) into the folder `out`.
 
@@ -80,8 +82,8 @@ def prune(
     regular expressions that choose linears by name. `follow_links` copies side files that are symlinks out of the
     checkpoint; `allow_zeros` accepts linears that are all zeros (model/zeros.py). Weights are written in shards of up
     to `shard_size` (bytes, or text such as "5GB"), or in a single file without an index if they all fit into it.
-    `restart` discards unfinished work. Running the same job again resumes it, or finds it done. Raises the errors of
-    streamprune.errors.
+    `restart` discards unfinished work. `tell` receives lines for people about what is about to be done. Running the
+    same job again resumes it, or finds it done. Raises the errors of streamprune.errors.
     """
     checkpoint = open_model(model, follow_links)
     spec = describe_prune(
@@ -89,7 +91,7 @@ def prune(
         propagate=propagate, only=only, skip=skip, resources=resources, shard_size=shard_size, restart=restart,
         allow_zeros=allow_zeros, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    return _carry_out(spec, checkpoint, progress)
+    return _carry_out(spec, checkpoint, progress, tell)
 
 
 def calibrate(
@@ -109,7 +111,9 @@ def calibrate(
     return _carry_out(spec, checkpoint, progress)
 
 
-def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback) -> JobResult:
+def _carry_out(
+    spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback, tell: Tell | None = None
+) -> JobResult:
     begun = time.perf_counter()
     check_places(spec, checkpoint)
     durable.make_folder(spec.out.absolute().parent)
@@ -130,11 +134,17 @@ def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback
             return _result(spec, unfinished[1], "done")
         before = 0.0
         if _allocates(spec) and spec.stats is None and spec.stats_path is not None:
+            if tell is not None:
+                tell("calibrates first, as the sparsity is shared out by what the layers do")
             before = _gather(spec, spec.stats_path, checkpoint, progress)
+        from streamprune.pruning.announce import intentions
         from streamprune.pruning.prepare import prepare
         from streamprune.pruning.run import Run
 
         prepared = prepare(spec, checkpoint, unfinished, before)
+        if tell is not None:
+            for line in intentions(prepared):
+                tell(line)
         with interrupts.work(), Run(prepared, progress) as run:
             report = _discard_on_bad_input(run, lambda: run.work(time.perf_counter() - begun))
         _drop_own_statistics(spec)
