@@ -8,8 +8,8 @@
 
 The same verbs as on the command line: prune, calibrate, evaluate (on tasks: evaluate_tasks), plan, inspect, report,
 pack, unpack. Recipe, Calibration and Resources hold what the flags of the command line say.
-`with show_progress("prune") as progress` shows a bar, in notebooks too: prune(…, progress=progress). Errors are those of
-streamprune.errors. Nothing heavy is imported before a verb is called.
+`with show_progress("prune") as progress` shows a bar, in notebooks too: prune(…, progress=progress). Errors are those
+of streamprune.errors. Nothing heavy is imported before a verb is called.
 """
 
 from __future__ import annotations

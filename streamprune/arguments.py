@@ -113,6 +113,11 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
                              "written (default: %(default)s)")  # fmt: skip
     _link_option(output)
     _restart_option(output)
+    output.add_argument(
+        "--dry-run", action="store_true",
+        help="make all checks that come before the work and print what `plan` predicts, but write nothing; the exit "
+             "code is that of the job's start",
+    )  # fmt: skip
     _zeros_option(p)
 
 

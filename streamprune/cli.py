@@ -22,6 +22,7 @@ from streamprune.settings import Calibration, Resources, flags_of
 if TYPE_CHECKING:
     from streamprune.packing.job import PackResult
     from streamprune.progress import Display
+    from streamprune.pruning.job import JobResult
 
 
 def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
@@ -121,8 +122,10 @@ def _prune(args: argparse.Namespace) -> int:
         result = prune(
             args.model, args.out, **job, save_stats=args.save_stats, follow_links=args.follow_links,
             allow_zeros=args.allow_zeros, shard_size=args.shard_size, restart=args.restart, progress=progress,
-            tell=None if args.quiet else progress.say,
+            dry_run=args.dry_run, tell=None if args.quiet else progress.say,
         )  # fmt: skip
+    if args.dry_run:
+        return _print_dry_run(args, job, result)
     if args.json:
         print_json({
             "status": result.status, "out": str(result.out), "recipe": result.recipe, "sparsity": result.sparsity,
@@ -137,6 +140,24 @@ def _prune(args: argparse.Namespace) -> int:
     if result.status == "done" and not args.quiet:
         for line in next_steps(args.model, result.out, result.report["job"]):
             print_stderr(f"prune: {line}")
+    return 0
+
+
+def _print_dry_run(args: argparse.Namespace, job: dict[str, Any], result: JobResult) -> int:
+    found = None
+    if result.status in ("would begin", "would resume"):
+        from streamprune.planning.plan import plan
+        from streamprune.tables import plan_table
+
+        with stdout_kept_clean():
+            found = plan(args.model, **job, save_stats=args.save_stats)
+        if not args.json and not args.quiet:
+            say(plan_table(found) + "\n")
+    if args.json:
+        print_json({"status": result.status, "out": str(result.out), "plan": found and found.to_json()})
+    elif not args.quiet:
+        sum_up(f"{result.out}: {result.status} (a dry run: nothing was written)")
+    _tell_notes(args, result.notes)
     return 0
 
 

@@ -78,7 +78,14 @@ def test_the_command_line_offers_all_of_it(name: str) -> None:
     given = {"prune": ["m", "o", "--sparsity", "0.5"], "eval": ["m", "--text", "t"], "plan": ["m"], "inspect": ["m"],
              "report": ["o", "-o", "p"]}  # fmt: skip
     args = vars(build_parser().parse_args([command, *given.get(command, ["m", "o"])]))
-    rename = {"amount": "sparsity", "recipe": "method", "on_linear": None, "progress": None, "revision": None}
+    rename = {
+        "amount": "sparsity",
+        "recipe": "method",
+        "on_linear": None,
+        "progress": None,
+        "revision": None,
+        "tell": None,
+    }
     rename |= {"speeds": None, "save_stats": "save_stats" if name == "prune" else None}
     for p in inspect_module.signature(getattr(streamprune, name)).parameters.values():
         if p.name in settings:

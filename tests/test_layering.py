@@ -66,6 +66,7 @@ HOUSE: dict[str, list[str]] = {
         "allocate finish memory paired tuned_shard",
         "prepare",
         "announce run",
+        "rehearse",
         "job",
     ],
     "planning": ["refit_cost", "cost refits", "speeds", "plan"],
