@@ -8,6 +8,7 @@ from typing import Any, NoReturn, TypeVar
 
 from streamprune.errors import UsageError
 from streamprune.methods.recipes import Recipe
+from streamprune.process.completion import SHELLS, PrintCompletion
 from streamprune.settings import Calibration, Resources, flags_of
 
 EXIT_CODES = """exit codes:
@@ -42,6 +43,8 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
         epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"streamprune {_version()}")
+    parser.add_argument("--print-completion", action=PrintCompletion, choices=SHELLS, metavar="SHELL",
+                        help="print a script that completes commands and options in bash or zsh")  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str, model: bool = True) -> argparse.ArgumentParser:

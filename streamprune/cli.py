@@ -46,12 +46,8 @@ def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
                 return _refused(args, e)
     except KeyboardInterrupt as e:
         resumes = args.command in ("prune", "calibrate", "pack", "unpack")
-        return _fail(
-            args,
-            e,
-            "interrupted" + ("; run the same command again to resume" if resumes else ""),
-            INTERRUPTED,
-        )
+        message = "interrupted" + ("; run the same command again to resume" if resumes else "")
+        return _fail(args, e, message, INTERRUPTED)
 
 
 def _refused(args: argparse.Namespace, error: Exception) -> int:

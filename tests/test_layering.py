@@ -17,7 +17,7 @@ FILES = {
 
 HOUSE: dict[str, list[str]] = {
     "errors": [],
-    "process": ["background console interrupts memory versions", "output"],
+    "process": ["background completion console interrupts memory versions", "output"],
     "progress": [],
     "settings": [],
     "disk": [
