@@ -21,7 +21,6 @@ from streamprune.settings import Calibration, Resources, flags_of
 
 if TYPE_CHECKING:
     from streamprune.packing.job import PackResult
-    from streamprune.progress import Display
     from streamprune.pruning.job import JobResult
 
 
@@ -192,12 +191,12 @@ def _eval(args: argparse.Namespace) -> int:
     from streamprune.tables import evaluation_lines
 
     with show_progress("eval", args.quiet) as progress:
-        _tell_models(args, progress)
         found = evaluate(
             args.model, args.text, reference=args.reference, seqlen=args.seqlen, windows=args.windows,
             text_field=args.text_field, bos=args.bos, resources=settings_of(Resources, args),
             trust_remote_code=args.trust_remote_code, progress=progress,
         )  # fmt: skip
+    _tell_models(args)
     if args.json:
         print_json(found.to_json(args.model, args.text, args.reference, by_window=args.by_window))
     else:
@@ -205,14 +204,14 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tell_models(args: argparse.Namespace, progress: Display) -> None:
-    """What was done to the models that are about to be evaluated."""
+def _tell_models(args: argparse.Namespace) -> None:
+    """What was done to the models that were evaluated."""
     if not args.quiet:
         from streamprune.disk.hub import resolve_model
         from streamprune.pruning.announce import what_is
 
         for name in filter(None, (args.model, args.reference)):
-            progress.say(f"{name}: {what_is(resolve_model(name))}")
+            print_stderr(f"eval: {name}: {what_is(resolve_model(name))}")
 
 
 def _eval_tasks(args: argparse.Namespace) -> int:
@@ -223,10 +222,10 @@ def _eval_tasks(args: argparse.Namespace) -> int:
     own = ("reference", "num_fewshot", "limit", "include_path", "seqlen", "bos")
     given = {k: getattr(args, k) for k in own} | {"resources": settings_of(Resources, args)}
     with show_progress("eval", args.quiet) as progress:
-        _tell_models(args, progress)
         found = evaluate_tasks(
             args.model, args.tasks, **given, trust_remote_code=args.trust_remote_code, progress=progress
         )
+    _tell_models(args)
     print_json(found.to_json(args.model, args.reference)) if args.json else say(task_table(found))
     return 0
 

@@ -118,8 +118,8 @@ def test_eval(models: Models, text: Path, tmp_path: Path, run: Callable[..., Run
     assert re.fullmatch(
         r"perplexity [\d.]+  \(2883 tokens in 93 windows of 32, [\d.]+ s, peak [\d.]+ [MG]iB\)\n", shown.out
     )
-    first, *stages = shown.err.splitlines()
-    assert first == f"eval: {models()}: dense (it has no streamprune.json)"
+    *stages, last = shown.err.splitlines()
+    assert last == f"eval: {models()}: dense (it has no streamprune.json)"
     assert [line.split()[0:2] for line in stages] == [["eval:", f"{i}/5"] for i in range(1, 6)]
     found = run(*args, "--json", "--quiet")
     assert found.err == ""
@@ -135,7 +135,7 @@ def test_eval_says_what_was_done_to_a_model(
     prune(models(), out, sparsity=0.25, method="magnitude")
     common = ["--text", text, "--seqlen", "32", "--windows", "1"]
     shown = run("eval", out, "--reference", models(), *common).err.splitlines()
-    assert shown[:2] == [
+    assert shown[-2:] == [
         f"eval: {out}: magnitude, 25 % of each row, 25.00 % of the weights in pruned linears",
         f"eval: {models()}: dense (it has no streamprune.json)",
     ]
@@ -143,7 +143,7 @@ def test_eval_says_what_was_done_to_a_model(
     for damaged, said in (("{", "cannot be read"), ('{"format": "streamprune-report", "version": 1}', "")):
         (out / "streamprune.json").write_text(damaged)
         found = run("eval", out, *common)
-        assert found.code == 0 and found.err.splitlines()[0].startswith(f"eval: {out}: its streamprune.json {said}")
+        assert found.code == 0 and found.err.splitlines()[-1].startswith(f"eval: {out}: its streamprune.json {said}")
 
 
 def test_resumed_work_is_told(
