@@ -8,6 +8,7 @@ from typing import Any, NoReturn, TypeVar
 
 from streamprune.errors import UsageError
 from streamprune.methods.recipes import Recipe
+from streamprune.process.completion import SHELLS, PrintCompletion
 from streamprune.settings import Calibration, Resources, flags_of
 
 EXIT_CODES = """exit codes:
@@ -42,6 +43,8 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
         epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"streamprune {_version()}")
+    parser.add_argument("--print-completion", action=PrintCompletion, choices=SHELLS, metavar="SHELL",
+                        help="print a script that completes commands and options in bash or zsh")  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str, model: bool = True) -> argparse.ArgumentParser:
@@ -113,6 +116,11 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
                              "written (default: %(default)s)")  # fmt: skip
     _link_option(output)
     _restart_option(output)
+    output.add_argument(
+        "--dry-run", action="store_true",
+        help="make all checks that come before the work and print what `plan` predicts, but write nothing; the exit "
+             "code is that of the job's start",
+    )  # fmt: skip
     _zeros_option(p)
 
 

@@ -21,6 +21,7 @@ from streamprune.settings import Calibration, Resources, flags_of
 
 if TYPE_CHECKING:
     from streamprune.packing.job import PackResult
+    from streamprune.pruning.job import JobResult
 
 
 def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
@@ -44,12 +45,8 @@ def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
                 return _refused(args, e)
     except KeyboardInterrupt as e:
         resumes = args.command in ("prune", "calibrate", "pack", "unpack")
-        return _fail(
-            args,
-            e,
-            "interrupted" + ("; run the same command again to resume" if resumes else ""),
-            INTERRUPTED,
-        )
+        message = "interrupted" + ("; run the same command again to resume" if resumes else "")
+        return _fail(args, e, message, INTERRUPTED)
 
 
 def _refused(args: argparse.Namespace, error: Exception) -> int:
@@ -110,6 +107,7 @@ def _job(args: argparse.Namespace) -> dict[str, Any]:
 def _prune(args: argparse.Namespace) -> int:
     from streamprune.process.memory import format_bytes
     from streamprune.progress import show_progress
+    from streamprune.pruning.announce import next_steps
     from streamprune.pruning.job import prune
 
     job = _job(args)
@@ -119,7 +117,10 @@ def _prune(args: argparse.Namespace) -> int:
         result = prune(
             args.model, args.out, **job, save_stats=args.save_stats, follow_links=args.follow_links,
             allow_zeros=args.allow_zeros, shard_size=args.shard_size, restart=args.restart, progress=progress,
+            dry_run=args.dry_run, tell=None if args.quiet else progress.say,
         )  # fmt: skip
+    if args.dry_run:
+        return _print_dry_run(args, job, result)
     if args.json:
         print_json({
             "status": result.status, "out": str(result.out), "recipe": result.recipe, "sparsity": result.sparsity,
@@ -130,6 +131,27 @@ def _prune(args: argparse.Namespace) -> int:
         if result.status == "done":
             share += f", {result.seconds:.1f} s, peak {format_bytes(result.peak_rss_bytes)}"
         sum_up(f"{result.out}: {result.status} ({share})")
+    _tell_notes(args, result.notes)
+    if result.status == "done" and not args.quiet:
+        for line in next_steps(args.model, result.out, result.report["job"]):
+            print_stderr(f"prune: {line}")
+    return 0
+
+
+def _print_dry_run(args: argparse.Namespace, job: dict[str, Any], result: JobResult) -> int:
+    found = None
+    if result.status in ("would begin", "would resume"):
+        from streamprune.planning.plan import plan
+        from streamprune.tables import plan_table
+
+        with stdout_kept_clean():
+            found = plan(args.model, **job, save_stats=args.save_stats)
+        if not args.json and not args.quiet:
+            say(plan_table(found) + "\n")
+    if args.json:
+        print_json({"status": result.status, "out": str(result.out), "plan": found and found.to_json()})
+    elif not args.quiet:
+        sum_up(f"{result.out}: {result.status} (a dry run: nothing was written)")
     _tell_notes(args, result.notes)
     return 0
 
@@ -174,11 +196,22 @@ def _eval(args: argparse.Namespace) -> int:
             text_field=args.text_field, bos=args.bos, resources=settings_of(Resources, args),
             trust_remote_code=args.trust_remote_code, progress=progress,
         )  # fmt: skip
+    _tell_models(args)
     if args.json:
         print_json(found.to_json(args.model, args.text, args.reference, by_window=args.by_window))
     else:
         say(evaluation_lines(found))
     return 0
+
+
+def _tell_models(args: argparse.Namespace) -> None:
+    """What was done to the models that were evaluated."""
+    if not args.quiet:
+        from streamprune.disk.hub import resolve_model
+        from streamprune.pruning.announce import what_is
+
+        for name in filter(None, (args.model, args.reference)):
+            print_stderr(f"eval: {name}: {what_is(resolve_model(name))}")
 
 
 def _eval_tasks(args: argparse.Namespace) -> int:
@@ -192,6 +225,7 @@ def _eval_tasks(args: argparse.Namespace) -> int:
         found = evaluate_tasks(
             args.model, args.tasks, **given, trust_remote_code=args.trust_remote_code, progress=progress
         )
+    _tell_models(args)
     print_json(found.to_json(args.model, args.reference)) if args.json else say(task_table(found))
     return 0
 

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from streamprune.process.memory import format_bytes
+from streamprune.progress import format_duration
 
 if TYPE_CHECKING:
     from streamprune.evaluation.evaluate import Evaluation
@@ -190,7 +191,7 @@ def plan_table(found: Plan) -> str:
         f"disk        {format_bytes(found.disk_bytes)} free: {format_bytes(found.output_bytes)} output, "
         f"{format_bytes(found.cache_bytes)} activations while running",
         f"arithmetic  {found.flops / 1e12:.2f} TFLOP",
-        f"time        about {_duration(found.seconds)}: {_parts(found.split)}",
+        f"time        about {format_duration(found.seconds)}: {_parts(found.split)}",
         textwrap.fill(f"({found.rests_on})", 118, initial_indent=" " * 12, subsequent_indent=" " * 12),
     ]
     return "\n".join(lines)
@@ -206,14 +207,7 @@ def _vram(found: Plan) -> list[str]:
 def _parts(split: Split) -> str:
     """An estimated time by kind of work, largest first."""
     parts = sorted(asdict(split).items(), key=lambda part: -part[1])
-    return ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts if seconds > 0)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    return ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts if seconds > 0)
 
 
 def demo_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -34,13 +34,12 @@ def how(text: Path) -> dict[str, Any]:
 
 
 def test_exports() -> None:
-    assert sorted(streamprune.__all__) == SETTINGS + VERBS
-    assert {*SETTINGS, *VERBS} <= set(dir(streamprune))
+    assert set(streamprune.__all__) == {*SETTINGS, *VERBS, "show_progress"} <= set(dir(streamprune))
     with pytest.raises(AttributeError, match="no attribute 'unheard_of'"):
         streamprune.unheard_of  # noqa: B018
     scope: dict[str, Any] = {}
     exec("from streamprune import *", scope)
-    assert {n for n in scope if not n.startswith("__")} == {*SETTINGS, *VERBS}
+    assert {n for n in scope if not n.startswith("__")} == set(streamprune.__all__)
 
 
 def test_importing_is_light() -> None:
@@ -79,7 +78,14 @@ def test_the_command_line_offers_all_of_it(name: str) -> None:
     given = {"prune": ["m", "o", "--sparsity", "0.5"], "eval": ["m", "--text", "t"], "plan": ["m"], "inspect": ["m"],
              "report": ["o", "-o", "p"]}  # fmt: skip
     args = vars(build_parser().parse_args([command, *given.get(command, ["m", "o"])]))
-    rename = {"amount": "sparsity", "recipe": "method", "on_linear": None, "progress": None, "revision": None}
+    rename = {
+        "amount": "sparsity",
+        "recipe": "method",
+        "on_linear": None,
+        "progress": None,
+        "revision": None,
+        "tell": None,
+    }
     rename |= {"speeds": None, "save_stats": "save_stats" if name == "prune" else None}
     for p in inspect_module.signature(getattr(streamprune, name)).parameters.values():
         if p.name in settings:

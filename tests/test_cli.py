@@ -62,7 +62,22 @@ def test_prune(models: Models, text: Path, tmp_path: Path, run: Callable[..., Ru
     )
     names = ["embed", "layer 0", "layer 1", "layer 2", "head"]
     lines = first.err.splitlines()
-    assert [re.sub(r" [\d.]+ s$", "", line) for line in lines] == [f"prune: {i}/5 {n}" for i, n in enumerate(names, 1)]
+    assert [re.sub(r" [\d.]+ s(, about .* left)?$", "", line) for line in lines[4:-3]] == [
+        f"prune: {i}/5 {n}" for i, n in enumerate(names, 1)
+    ]
+    assert re.fullmatch(
+        rf"prune: {models()}: llama, [\d.]+ k parameters, 21 linears to prune in 3 layers\n"
+        r"prune: swiftprune, 2:4\n"
+        rf"prune: calibrated on 3 windows of 16 tokens of {text.name}, with inputs of the dense model\n"
+        r"prune: bfloat16 on cpu, 3 windows at a time; about [\d.]+ MiB of memory; "
+        r"[\d.]+ KiB of disk for the output, 6 KiB for activations meanwhile",
+        "\n".join(lines[:4]),
+    ), lines[:4]  # fmt: skip
+    assert lines[-3:] == [
+        f"prune: measure it: python -m streamprune eval {tmp_path}/out --text FILE --reference {models()}",
+        f"prune: look into it: python -m streamprune inspect {tmp_path}/out --expect 2:4",
+        f"prune: load it: transformers.AutoModelForCausalLM.from_pretrained('{tmp_path}/out', dtype=\"auto\")",
+    ]
     second = run(*args)
     assert (second.code, second.err) == (0, "")
     assert second.out == f"{tmp_path}/out: up-to-date (swiftprune, 50.00 % of the weights in pruned linears)\n"
@@ -103,12 +118,42 @@ def test_eval(models: Models, text: Path, tmp_path: Path, run: Callable[..., Run
     assert re.fullmatch(
         r"perplexity [\d.]+  \(2883 tokens in 93 windows of 32, [\d.]+ s, peak [\d.]+ [MG]iB\)\n", shown.out
     )
-    assert [line.split()[0:2] for line in shown.err.splitlines()] == [["eval:", f"{i}/5"] for i in range(1, 6)]
+    *stages, last = shown.err.splitlines()
+    assert last == f"eval: {models()}: dense (it has no streamprune.json)"
+    assert [line.split()[0:2] for line in stages] == [["eval:", f"{i}/5"] for i in range(1, 6)]
     found = run(*args, "--json", "--quiet")
     assert found.err == ""
     assert {"perplexity", "tokens", "seconds", "peak_rss_bytes", "model", "text"} <= found.json.keys()
     assert found.json["tokens"] == 2883
     assert f"{found.json['perplexity']:.3f}" == shown.out.split()[1]
+
+
+def test_eval_says_what_was_done_to_a_model(
+    models: Models, text: Path, tmp_path: Path, run: Callable[..., Run]
+) -> None:
+    out = tmp_path / "out"
+    prune(models(), out, sparsity=0.25, method="magnitude")
+    common = ["--text", text, "--seqlen", "32", "--windows", "1"]
+    shown = run("eval", out, "--reference", models(), *common).err.splitlines()
+    assert shown[-2:] == [
+        f"eval: {out}: magnitude, 25 % of each row, 25.00 % of the weights in pruned linears",
+        f"eval: {models()}: dense (it has no streamprune.json)",
+    ]
+    assert run("eval", out, *common, "--quiet").err == ""
+    for damaged, said in (("{", "cannot be read"), ('{"format": "streamprune-report", "version": 1}', "")):
+        (out / "streamprune.json").write_text(damaged)
+        found = run("eval", out, *common)
+        assert found.code == 0 and found.err.splitlines()[-1].startswith(f"eval: {out}: its streamprune.json {said}")
+
+
+def test_resumed_work_is_told(
+    models: Models, text: Path, tmp_path: Path, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["prune", models(), tmp_path / "out", "--sparsity", "0.5", "--calib", text, *WINDOW]
+    with monkeypatch.context() as patch:
+        patch.setattr("streamprune.progress._Lines.__call__", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(*args).code == 130
+    assert re.search(r"^prune: [1-4] of 5 stages are done already$", run(*args).err, re.MULTILINE)
 
 
 def test_inspect(models: Models, text: Path, tmp_path: Path, run: Callable[..., Run]) -> None:

@@ -17,7 +17,7 @@ FILES = {
 
 HOUSE: dict[str, list[str]] = {
     "errors": [],
-    "process": ["background console interrupts memory versions", "output"],
+    "process": ["background completion console interrupts memory versions", "output"],
     "progress": [],
     "settings": [],
     "disk": [
@@ -65,7 +65,8 @@ HOUSE: dict[str, list[str]] = {
         "card forward output setup shard",
         "allocate finish memory paired tuned_shard",
         "prepare",
-        "run",
+        "announce run",
+        "rehearse",
         "job",
     ],
     "planning": ["refit_cost", "cost refits", "speeds", "plan"],

@@ -293,6 +293,16 @@ def make_folder(path: Path, mode: int = 0o777) -> None:
         sync_folder(path.parent)
 
 
+def check_folder(path: Path) -> None:
+    """Raises what make_folder would raise for want of a permission, or for a file in the way; changes nothing."""
+    with disk_errors(path):
+        there = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(there))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+
+
 def publish(source: Path, target: Path) -> None:
     """Renames a folder to its final name, durably. `target` must not exist, or be an empty folder."""
     with disk_errors(target):

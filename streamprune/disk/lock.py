@@ -32,11 +32,9 @@ class Lock:
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    holder = os.read(fd, 32).decode("ascii", "replace").strip()
+                    held = _held(fd, self.path)
                     os.close(fd)
-                    raise LockedError(
-                        f"another run (process {holder or 'unknown'}) holds {self.path}; wait for it or stop it"
-                    ) from None
+                    raise held from None
                 except BaseException:
                     os.close(fd)
                     raise
@@ -58,6 +56,26 @@ class Lock:
         interrupts.forget(self.path.unlink)
         os.close(self._fd)
         self._fd = -1
+
+
+def check_free(path: Path) -> None:
+    """Raises LockedError if another process holds the lock; creates no file."""
+    with disk_errors(path):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held(fd, path) from None
+        finally:
+            os.close(fd)
+
+
+def _held(fd: int, path: Path) -> LockedError:
+    holder = os.read(fd, 32).decode("ascii", "replace").strip()
+    return LockedError(f"another run (process {holder or 'unknown'}) holds {path}; wait for it or stop it")
 
 
 def _same_file(fd: int, path: Path) -> bool:

@@ -265,10 +265,10 @@ def _is_whole(folder: Path, file: Mapping[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == file["bytes"]
 
 
-def find_unfinished(spec: Job) -> tuple[JobState, Report] | None:
+def find_unfinished(spec: Job, *, clears: bool = True) -> tuple[JobState, Report] | None:
     """The state and `job.json` of this job if it has begun; None if there is nothing to resume.
 
-    Removes what is left of a job that died before its `job.json` was written, and with --restart all unfinished work.
+    If it `clears`, removes what is left of a job that died before its `job.json`, and with --restart all its work.
     Raises StateError if OUT.partial is another job's or not ours.
     """
     partial = partial_of(spec.out)
@@ -277,7 +277,8 @@ def find_unfinished(spec: Job) -> tuple[JobState, Report] | None:
     folder = partial / ".streamprune"
     begun = (folder / "job.json").is_file() and not partial.is_symlink()
     if begun and spec.restart:
-        JobState(spec.out, _recorded_cache(folder, partial)).discard()
+        if clears:
+            JobState(spec.out, _recorded_cache(folder, partial)).discard()
         return None
     if (partial / REPORT).is_file() and not partial.is_symlink():
         return _complete(spec, partial)
@@ -286,7 +287,8 @@ def find_unfinished(spec: Job) -> tuple[JobState, Report] | None:
             raise StateError(
                 f"{partial} exists and is not the state of a streamprune job; move it away or choose another OUT"
             )
-        durable.clear(partial)
+        if clears:
+            durable.clear(partial)
         return None
     job = journal.read_json(folder / "job.json", "job")
     if differences := differences_of(spec, job):
@@ -315,10 +317,8 @@ def _just_begun(partial: Path, folder: Path) -> bool:
 
 
 def _complete(spec: Job, partial: Path) -> tuple[JobState, Report] | None:
-    """The state and report of a partial output that is complete but for the final rename.
-
-    Without its `job.json` it is never deleted by --restart: it may be some other OUT that happens to have this name.
-    """
+    """The state and report of a partial output that only has to be renamed. Without its `job.json` it is never deleted
+    by --restart: it may be some other OUT that happens to have this name."""
     report = _read_report(partial) if not (partial / ".streamprune" / "job.json").is_file() else _sound_report(partial)
     if differences := differences_of(spec, report):
         raise StateError(f"{partial} is the work of another job: {differences}; choose another OUT or move it away")

@@ -22,15 +22,14 @@ from streamprune.calibration.tokens import has_bos
 from streamprune.disk.room import SLACK_BYTES
 from streamprune.methods.allocation import LOOKS
 from streamprune.methods.recipes import Recipe
-from streamprune.model.budget import Layout, estimate, memory_of
+from streamprune.model.budget import Layout
 from streamprune.model.device import cache_dtype
-from streamprune.model.extra_memory import least_extra
 from streamprune.model.skeleton import Skeleton
 from streamprune.planning.cost import PAIRED_FORWARDS, RunShape, Speeds, Split, StageWork, stage_seconds, work_of
 from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
 from streamprune.pruning.describe import HALF, describe_prune, open_model
-from streamprune.pruning.memory import layout_of, models_at_once, refit_needs, scratch_bytes, tune_needs
+from streamprune.pruning.memory import activation_bytes, layout_of, memory_bytes
 from streamprune.pruning.setup import Setup, open_given
 from streamprune.pruning.target import Target
 from streamprune.settings import Calibration, Resources
@@ -107,7 +106,8 @@ def plan(
     if spec.stats is not None:
         open_given(setup)
     run = _Run.of(setup)
-    peak, least, least_vram = _memory(setup, run)  # before measuring, which leaves this process larger than a job's
+    # Before measuring, which leaves this process larger than a job's.
+    peak, least, least_vram = memory_bytes(setup, run.layout, run.windows, run.length)
     refits = planned_refits(setup, run.layout.room, run.windows, run.length)
     works = [replace(w, refit=r) for w, r in zip(run.works, refits, strict=True)]
     source = "given" if speeds else "measured now"
@@ -124,8 +124,7 @@ def plan(
     split = sum(seconds, Split())
     target = run.target
     stages = _stages(setup.skeleton, target.selected, works, run.shape, seconds)
-    cache = 2 * models_at_once(setup.propagate) * run.shape.tokens * run.shape.state_bytes
-    cache += scratch_bytes(setup, run.layout, run.shape.tokens)
+    cache = activation_bytes(setup, run.layout, run.shape.tokens)
     return Plan(
         model=str(model), architecture=str(checkpoint.config.get("model_type")),
         parameters=sum(math.prod(t.shape) for t in checkpoint.tensors.values()), stages=stages,
@@ -179,27 +178,6 @@ class _Run:
             selection=self.looks * work.pruned / s.selection,
             disk=(1 + (not self.target.recipe.aims)) * work.pruned / s.reading,  # once more where the pass is its own
         )
-
-
-def _memory(setup: Setup, run: _Run) -> tuple[int, int, int]:
-    """(peak RAM, least RAM that is enough, least VRAM that is enough or 0 on the CPU), bytes."""
-    layout, on_device = run.layout, run.shape.on_device
-    length = models_at_once(setup.propagate) * run.length
-    budget = estimate(setup.skeleton, length, setup.dtype, on_device=on_device)
-    refit, tune = refit_needs(setup), tune_needs(setup, run.windows, run.length)
-    weights = (
-        memory_of(setup.skeleton, length, run.windows, setup.dtype, 1, False, min(run.windows, 1)) if on_device else 0
-    )
-    if not run.windows:
-        return budget.base + budget.reserve, budget.base + budget.reserve, weights
-    if on_device:
-        return budget.peak(layout.batch, layout.group), budget.peak(1), weights + least_extra(refit, tune)
-    least = refit.least if refit else 0
-    return (
-        budget.refitting(refit, layout.room).tuning(tune, layout.windows).peak(layout.batch, layout.group),
-        budget.refitting(refit, least).tuning(tune, 1).peak(1),
-        0,
-    )
 
 
 def shape_of(

@@ -199,10 +199,15 @@ def _again(spec: JobSpec, source: _Source, calibration: Mapping[str, Any]) -> st
     return f"Made with\n\n{fence}\n{made}\n{fence}"
 
 
-def _loading(spec: JobSpec, recipe: Recipe, config: Mapping[str, Any]) -> str:
+def loader_of(config: Mapping[str, Any]) -> str:
+    """The class of transformers that loads a model with this config.json."""
     kinds = config.get("architectures")
     sees = isinstance(kinds, list) and any(str(kind).endswith("ForConditionalGeneration") for kind in kinds)
-    kind = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    return "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+
+
+def _loading(spec: JobSpec, recipe: Recipe, config: Mapping[str, Any]) -> str:
+    kind = loader_of(config)
     remote = ", trust_remote_code=True" if "auto_map" in config else ""
     parts = ["## Loading", "```python\n"
              f"from transformers import AutoTokenizer, {kind}\n\n"

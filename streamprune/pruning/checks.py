@@ -1,10 +1,12 @@
-"""Checks that a job does not write over what it reads."""
+"""Checks before a job is prepared: that it does not write over what it reads, and whether it is done already."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from streamprune.disk.checkpoint import Checkpoint
-from streamprune.disk.state import check_out, partial_of
-from streamprune.errors import UsageError
+from streamprune.disk.state import check_out, differences_of, find_finished, partial_of
+from streamprune.errors import CorruptStateError, StateError, UsageError
 from streamprune.pruning.spec import JobSpec
 
 
@@ -29,3 +31,33 @@ def check_places(spec: JobSpec, checkpoint: Checkpoint) -> None:
         read = (spec.calibration.path if spec.calibration else None, spec.stats_path)
         if any(p is not None and p.resolve() == spec.save_stats.resolve() for p in read):
             raise UsageError(f"--save-stats {spec.save_stats} is also read by this job; choose another file")
+
+
+def find_done(spec: JobSpec) -> dict[str, Any] | None:
+    """The report of a job that is finished, or what stands for it with `calibrate`; None if there is no OUT.
+
+    Raises StateError if OUT is another job's or not ours, CorruptStateError if it is damaged.
+    """
+    if spec.verb == "prune":
+        return find_finished(spec)
+    if not spec.out.exists() and not spec.out.is_symlink():
+        return None
+    from streamprune.calibration.statistics_header import StatisticsHeader
+
+    try:
+        there = StatisticsHeader(spec.out).calibration
+    except (UsageError, CorruptStateError) as e:
+        raise StateError(f"{spec.out} exists and is not a statistics file; choose another name or move it away") from e
+    if there.get("job") is None:
+        raise StateError(f"{spec.out} was made by prune --save-stats; choose another name or remove it")
+    if differences := differences_of(spec, there):
+        raise StateError(f"{spec.out} holds statistics of another job: {differences}; choose another name or remove it")
+    return {"recipe": None, "sparsity": None, "seconds": 0.0, "peak_rss_bytes": 0}
+
+
+def check_saved(spec: JobSpec) -> None:
+    """Raises UsageError if a job is finished and the statistics that it was to save are gone."""
+    if spec.save_stats is not None and not spec.save_stats.is_file():
+        raise UsageError(
+            f"{spec.out} is finished, and its statistics are gone; make {spec.save_stats} with `calibrate`"
+        )

@@ -19,8 +19,6 @@ from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.lock import Lock
 from streamprune.disk.state import (
-    differences_of,
-    find_finished,
     find_unfinished,
     lock_of,
     report_fields,
@@ -30,7 +28,7 @@ from streamprune.methods.recipes import Recipe
 from streamprune.process import interrupts
 from streamprune.process.memory import peak_resident_bytes
 from streamprune.progress import ProgressCallback, no_progress
-from streamprune.pruning.checks import check_places
+from streamprune.pruning.checks import check_places, check_saved, find_done
 from streamprune.pruning.describe import SHARD_SIZE, describe_calibrate, describe_prune, open_model
 from streamprune.pruning.report import notes_of
 from streamprune.pruning.spec import JobSpec
@@ -38,6 +36,8 @@ from streamprune.settings import Calibration, Resources
 
 if TYPE_CHECKING:
     from streamprune.pruning.run import Run
+
+Tell = Callable[[str], None]
 
 _CALIBRATION, _RESOURCES = Calibration(), Resources()
 
@@ -51,7 +51,7 @@ class JobResult:
     """
 
     status: str
-    """"done" or "up-to-date"."""
+    """"done" or "up-to-date"; of a dry run "up-to-date", "would begin", "would resume" or "would finish"."""
     out: Path
     recipe: str | None
     sparsity: float | None
@@ -68,7 +68,8 @@ def prune(
     calibration: Calibration = _CALIBRATION, stats: str | Path | None = None, save_stats: str | Path | None = None,
     propagate: str | None = None, only: str | None = None, skip: str | None = None, resources: Resources = _RESOURCES,
     shard_size: int | str = SHARD_SIZE, follow_links: bool = False, allow_zeros: bool = False, restart: bool = False,
-    trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
+    dry_run: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
+    tell: Tell | None = None,
 ) -> JobResult:  # fmt: skip
     """Prunes the checkpoint `model` (a folder or a hub name) into the folder `out`.
 
@@ -80,8 +81,9 @@ def prune(
     regular expressions that choose linears by name. `follow_links` copies side files that are symlinks out of the
     checkpoint; `allow_zeros` accepts linears that are all zeros (model/zeros.py). Weights are written in shards of up
     to `shard_size` (bytes, or text such as "5GB"), or in a single file without an index if they all fit into it.
-    `restart` discards unfinished work. Running the same job again resumes it, or finds it done. Raises the errors of
-    streamprune.errors.
+    `restart` discards unfinished work. `dry_run` makes all checks that come before the first stage, and writes nothing.
+    `tell` receives lines for people about what is about to be done. Running the
+    same job again resumes it, or finds it done. Raises the errors of streamprune.errors.
     """
     checkpoint = open_model(model, follow_links)
     spec = describe_prune(
@@ -89,7 +91,13 @@ def prune(
         propagate=propagate, only=only, skip=skip, resources=resources, shard_size=shard_size, restart=restart,
         allow_zeros=allow_zeros, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    return _carry_out(spec, checkpoint, progress)
+    if dry_run:
+        from streamprune.pruning.rehearse import rehearse
+
+        found = rehearse(spec, checkpoint)
+        return JobResult(found.status, spec.out, spec.recipe.name if spec.recipe else None, None, 0.0,
+                         peak_resident_bytes(), {}, found.notes)  # fmt: skip
+    return _carry_out(spec, checkpoint, progress, tell)
 
 
 def calibrate(
@@ -109,32 +117,40 @@ def calibrate(
     return _carry_out(spec, checkpoint, progress)
 
 
-def _carry_out(spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback) -> JobResult:
+def _carry_out(
+    spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback, tell: Tell | None = None
+) -> JobResult:
     begun = time.perf_counter()
     check_places(spec, checkpoint)
     durable.make_folder(spec.out.absolute().parent)
     with Lock(lock_of(spec.out)):
-        finished = find_finished(spec) if spec.verb == "prune" else _find_statistics(spec)
+        finished = find_done(spec)
         if finished is not None:
             if spec.verb == "calibrate":
                 _discard_leftovers(spec)
-            _check_saved(spec)
+            check_saved(spec)
             _drop_own_statistics(spec)
             took = time.perf_counter() - begun
             return replace(_result(spec, finished, "up-to-date"), seconds=took, peak_rss_bytes=peak_resident_bytes())
         unfinished = find_unfinished(spec)
         if unfinished is not None and unfinished[0].is_complete:
-            _check_saved(spec)
+            check_saved(spec)
             unfinished[0].publish()
             _drop_own_statistics(spec)
             return _result(spec, unfinished[1], "done")
         before = 0.0
-        if _allocates(spec) and spec.stats is None and spec.stats_path is not None:
+        if spec.gathers and spec.stats_path is not None:
+            if tell is not None:
+                tell("calibrates first, as the sparsity is shared out by what the layers do")
             before = _gather(spec, spec.stats_path, checkpoint, progress)
+        from streamprune.pruning.announce import intentions
         from streamprune.pruning.prepare import prepare
         from streamprune.pruning.run import Run
 
         prepared = prepare(spec, checkpoint, unfinished, before)
+        if tell is not None:
+            for line in intentions(prepared):
+                tell(line)
         with interrupts.work(), Run(prepared, progress) as run:
             report = _discard_on_bad_input(run, lambda: run.work(time.perf_counter() - begun))
         _drop_own_statistics(spec)
@@ -148,24 +164,16 @@ def _gather(spec: JobSpec, path: Path, checkpoint: Checkpoint, progress: Progres
     """
     if spec.restart:
         durable.remove(path)
-    job = replace(
-        spec, verb="calibrate", recipe=None, sparsity=None, pattern=None, only=None, skip=None, propagate="dense",
-        stats_path=None, save_stats=None, out=path,
-    )  # fmt: skip
     try:
-        return _carry_out(job, checkpoint, progress).seconds
+        return _carry_out(spec.gathering(), checkpoint, progress).seconds
     except StateError as e:
         what = str(e).rpartition("; ")[0]
         raise StateError(f"{what}; discard them with --restart, or choose another OUT") from e
 
 
-def _allocates(spec: JobSpec) -> bool:
-    return spec.recipe is not None and spec.recipe.allocate is not None
-
-
 def _drop_own_statistics(spec: JobSpec) -> None:
     """Removes statistics that were gathered only for `allocate`."""
-    if _allocates(spec) and spec.stats is None and spec.stats_path is not None:
+    if spec.gathers and spec.stats_path is not None:
         durable.remove(spec.stats_path)
 
 
@@ -179,23 +187,6 @@ def _discard_leftovers(spec: JobSpec) -> None:
         leftovers[0].discard()
 
 
-def _find_statistics(spec: JobSpec) -> dict[str, Any] | None:
-    """Like find_finished, for the statistics file that `calibrate` writes."""
-    if not spec.out.exists() and not spec.out.is_symlink():
-        return None
-    from streamprune.calibration.statistics_header import StatisticsHeader
-
-    try:
-        there = StatisticsHeader(spec.out).calibration
-    except (UsageError, CorruptStateError) as e:
-        raise StateError(f"{spec.out} exists and is not a statistics file; choose another name or move it away") from e
-    if there.get("job") is None:
-        raise StateError(f"{spec.out} was made by prune --save-stats; choose another name or remove it")
-    if differences := differences_of(spec, there):
-        raise StateError(f"{spec.out} holds statistics of another job: {differences}; choose another name or remove it")
-    return {"recipe": None, "sparsity": None, "seconds": 0.0, "peak_rss_bytes": 0}
-
-
 def _discard_on_bad_input(run: Run, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Does `work`; discards unfinished work if the input is invalid, but keeps it if the input could not be read."""
     try:
@@ -204,13 +195,6 @@ def _discard_on_bad_input(run: Run, work: Callable[[], dict[str, Any]]) -> dict[
         if not isinstance(e.__cause__, OSError):
             run.discard()
         raise
-
-
-def _check_saved(spec: JobSpec) -> None:
-    if spec.save_stats is not None and not spec.save_stats.is_file():
-        raise UsageError(
-            f"{spec.out} is finished, and its statistics are gone; make {spec.save_stats} with `calibrate`"
-        )
 
 
 def _result(spec: JobSpec, report: Mapping[str, Any], status: str) -> JobResult:

@@ -10,10 +10,10 @@ from streamprune.calibration.gram_sums import MOST_HELD
 from streamprune.calibration.grams import gram_bytes, largest_at_once
 from streamprune.errors import ResourceError, UnsupportedError
 from streamprune.methods.tuning import state_bytes
-from streamprune.model.budget import Layout, estimate, layout_for, token_bytes, waiting_bytes
+from streamprune.model.budget import Layout, estimate, layout_for, memory_of, token_bytes, waiting_bytes
 from streamprune.model.device import cache_dtype
 from streamprune.model.differentiable import survey
-from streamprune.model.extra_memory import RefitNeeds, TuneNeeds
+from streamprune.model.extra_memory import RefitNeeds, TuneNeeds, least_extra
 from streamprune.model.shapes import linear_shape
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.pruning.records import Resolved
@@ -48,6 +48,34 @@ def layout_of(setup: Setup, resolved: Resolved | None, shape: tuple[int, int]) -
             f"{-(-budget.peak(recorded, group) >> 20) + 1}MiB to continue; or discard its work with --restart"
         )
     return replace(layout, batch=recorded)
+
+
+def memory_bytes(setup: Setup, layout: Layout, samples: int, length: int) -> tuple[int, int, int]:
+    """(peak RAM, least RAM that is enough, least VRAM that is enough or 0 on the CPU) of a job, bytes.
+
+    It calibrates on `samples` windows of `length` tokens, none if it has statistics already.
+    """
+    on_device = setup.device.type != "cpu"
+    seqlen = models_at_once(setup.propagate) * length
+    budget = estimate(setup.skeleton, seqlen, setup.dtype, on_device=on_device)
+    refit, tune = refit_needs(setup), tune_needs(setup, samples, length)
+    weights = memory_of(setup.skeleton, seqlen, samples, setup.dtype, 1, False, min(samples, 1)) if on_device else 0
+    if not samples:
+        return budget.base + budget.reserve, budget.base + budget.reserve, weights
+    if on_device:
+        return budget.peak(layout.batch, layout.group), budget.peak(1), weights + least_extra(refit, tune)
+    least = refit.least if refit else 0
+    return (
+        budget.refitting(refit, layout.room).tuning(tune, layout.windows).peak(layout.batch, layout.group),
+        budget.refitting(refit, least).tuning(tune, 1).peak(1),
+        0,
+    )
+
+
+def activation_bytes(setup: Setup, layout: Layout, tokens: int) -> int:
+    """Disk space of a job's activations: the caches before and after a layer, and scratch files."""
+    state = setup.skeleton.hidden_size * cache_dtype(setup.skeleton.dtype, setup.dtype).itemsize
+    return 2 * models_at_once(setup.propagate) * tokens * state + scratch_bytes(setup, layout, tokens)
 
 
 def models_at_once(propagate: str) -> int:

@@ -117,10 +117,9 @@ class Run:
     def work(self, startup: float) -> dict[str, Any]:
         """Does the remaining work; returns the report. `startup` is how many seconds this run has taken so far."""
         begun = time.perf_counter()
-        self._check_disk()
+        self._output = self.check()
         if not self._begun:
             self._begin()
-        self._output = self._open_output()
         self._writer = self._shard_writer()
         self._tuner = LayerTuning.of(self._layout.windows, self._target, self._forward)
         remove_leftovers(self._state, self._newest_cache())
@@ -146,7 +145,11 @@ class Run:
                 file.abandon()
         return self._finish(startup, time.perf_counter() if done < len(stages) else begun)
 
-    def _open_output(self) -> Output | None:
+    def check(self) -> Output | None:
+        """The checks before the first stage, which write nothing; returns the output, as far as it has been written."""
+        self._check_disk()
+        if not self._begun and not self._spec.allow_zeros:
+            refuse_empty(self._maps, [ref for stage in self._skeleton.stages for ref in stage.linears.values()])
         if self._target is None:
             return None
         output = Output(self._state.partial, self._target, self._resolved.shard_bytes)
@@ -170,10 +173,8 @@ class Run:
         check_disk(self._state, output, cache)
 
     def _begin(self) -> None:
-        """Checks the weights, allocates the sparsity if asked to, and creates the state of the job."""
+        """Allocates the sparsity if asked to, and creates the state of the job."""
         spec, windows = self._spec, self._job.windows
-        if not spec.allow_zeros:
-            refuse_empty(self._maps, [ref for stage in self._skeleton.stages for ref in stage.linears.values()])
         known, kind = self._job.given, self._target.recipe.allocate if self._target else None
         if self._target is not None and kind and spec.sparsity is not None and known is not None:
             shares = allocate(kind, self._target, self._loader, known, spec.sparsity, self._progress)

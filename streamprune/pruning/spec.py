@@ -12,7 +12,7 @@ The fixed fields are written to `job.json` while the job is unfinished, and to `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,20 @@ class JobSpec:
     def work(self) -> Path | None:
         """The folder given with --work."""
         return self.resources.work_folder
+
+    @property
+    def gathers(self) -> bool:
+        """Whether statistics are gathered by a job of its own first, for --allocate."""
+        allocates = self.recipe is not None and self.recipe.allocate is not None
+        return allocates and self.stats is None and self.stats_path is not None
+
+    def gathering(self) -> JobSpec:
+        """The calibrate job that gathers them."""
+        assert self.stats_path is not None
+        return replace(
+            self, verb="calibrate", recipe=None, sparsity=None, pattern=None, only=None, skip=None, propagate="dense",
+            stats_path=None, save_stats=None, out=self.stats_path,
+        )  # fmt: skip
 
     def fixed(self) -> dict[str, Any]:
         """The fixed fields as flat JSON values, under the names of the command line."""

@@ -57,7 +57,8 @@ def open_text(spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton) -> Open
 
 def windows_from(spec: JobSpec, opened: Opened) -> tuple[Tokens, dict[str, Any]]:
     """Calibration windows (samples, tokens) drawn from a text, and fields of Resolved. Raises as draw_windows."""
-    folder = spec.work if spec.work is not None and spec.work.is_dir() else spec.out.absolute().parent
+    parents = (spec.work, *spec.out.absolute().parents)
+    folder = next(place for place in parents if place is not None and place.is_dir())
     windows = draw_windows(opened, spec.calibration.seed if spec.calibration else 0, folder)
     text_fields: dict[str, Any] = {"bos": opened.bos is not None}
     tally = opened.source.text.tally
