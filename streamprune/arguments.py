@@ -43,8 +43,10 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
         epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"streamprune {_version()}")
-    parser.add_argument("--print-completion", action=PrintCompletion, choices=SHELLS, metavar="SHELL",
-                        help="print a script that completes commands and options in bash or zsh")  # fmt: skip
+    parser.add_argument(
+        "--print-completion", action=PrintCompletion, choices=SHELLS, metavar="SHELL", default=argparse.SUPPRESS,
+        help="print a script that completes commands and options in bash or zsh",
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str, model: bool = True) -> argparse.ArgumentParser:
@@ -218,6 +220,8 @@ def _report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--output", "-o", metavar="FILE", required=True, help="HTML file to write; an existing one is replaced"
     )
+    p.add_argument("--against", metavar="OUT", nargs="+", default=None,
+                   help="more such folders, shown side by side with the first OUT")  # fmt: skip
     p.add_argument("--eval", metavar="FILE", action="append",
                    help="also show the output of `eval --json` in this file; may be given several times")  # fmt: skip
 

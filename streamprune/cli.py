@@ -264,7 +264,7 @@ def _report(args: argparse.Namespace) -> int:
     from streamprune.process.memory import format_bytes
     from streamprune.reporting.page import report
 
-    made = report(args.outs, args.output, eval=args.eval)
+    made = report(args.outs, args.output, against=args.against, eval=args.eval)
     if args.json:
         print_json({"path": str(made.path), "models": made.models, "bytes": made.bytes})
     elif not args.quiet:

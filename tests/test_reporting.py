@@ -184,6 +184,26 @@ def test_several_side_by_side(write: Callable[..., Path], tmp_path: Path) -> Non
     assert "Error by layer" in page.text
 
 
+def test_what_differs_is_told(write: Callable[..., Path], tmp_path: Path) -> None:
+    other = made()
+    other |= {"recipe": "admm", "versions": {"python": "3.12.1", "torch": "2.8"}, "content": "f" * 32}
+    other["job"] |= {"score": "wanda", "only": "mlp"}
+    other["calibration"] = other["calibration"] | {"samples": 32}
+    for each in other["linears"]:
+        each["error"] *= 1 if "attn" in each["name"] else 3
+    outs = write(made(), "first"), write(other, "second")
+    page = page_of(tmp_path, outs[0], against=[outs[1]])
+    told = page.text[page.text.index("What differs") : page.text.index("Error by kind")]
+    for words in ("recipeobs-admmadmm", "scorelscorewanda", "only–mlp", "samples1632", "torch2.72.8", "ffff…"):
+        assert words in told, words
+    for same in ("refit", "seqlen", "python", "c4.txt"):
+        assert same not in told
+    assert "mlp.experts.*.down_proj0.02270.0681 (3 ×)" in page.text
+    assert "self_attn.q_proj0.050.05 (1 ×)" in page.text
+    same = page_of(tmp_path, outs[0], write(made(), "third"))
+    assert "All were made with the same settings" in same.text and "What differs" not in same.text
+
+
 def test_of_a_real_run(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     """From prune through pack to the page; nothing but the page changes."""
     out = prune(
@@ -191,7 +211,7 @@ def test_of_a_real_run(models: Callable[..., Path], text: Path, tmp_path: Path) 
     ).out
     packed = pack(out, tmp_path / "packed").out
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    assert main(["report", str(out), str(packed), "-o", str(tmp_path / "page.html"), "-q"]) == 0
+    assert main(["report", str(out), "--against", str(packed), "-o", str(tmp_path / "page.html"), "-q"]) == 0
     found = json.loads((out / "streamprune.json").read_text())
     page = Reader((tmp_path / "page.html").read_text())
     assert page.text.count(f"{found['linears'][0]['error']:.3g}") >= 2

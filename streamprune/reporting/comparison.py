@@ -9,8 +9,15 @@ from streamprune.process.memory import format_bytes
 from streamprune.reporting.evaluations import Measured
 from streamprune.reporting.facts import Facts, plain
 from streamprune.reporting.figures import Line, line_figure, short
-from streamprune.reporting.markup import Content, Html, element, figure, table
+from streamprune.reporting.markup import Content, Html, element, figure, joined, table
 from streamprune.reporting.sections import METRICS, axis, seconds, sentence, times
+
+_JOB = (
+    "score", "selector", "refit", "tune", "quantize", "allocate", "damping", "fp8_scale", "fp8_rounding", "tune_epochs",
+    "tune_lr", "only", "skip", "expert_stats", "expert_tokens", "bos", "backend",
+)  # fmt: skip
+_CALIBRATION = ("text", "digest", "samples", "seqlen", "seed", "propagate")
+"""Settings that may differ between models, in the report's `job` and in its `calibration`."""
 
 
 def summary(models: Sequence[Facts], places: Sequence[str]) -> Html:
@@ -32,6 +39,68 @@ def summary(models: Sequence[Facts], places: Sequence[str]) -> Html:
 def _mean(facts: Facts, metric: str) -> str:
     values = [value for value in facts.values(metric).values() if value > 0]
     return short(math.exp(sum(map(math.log, values)) / len(values))) if values else "–"
+
+
+def differences(models: Sequence[Facts]) -> Html:
+    """What differs: a line for each setting, source or version that is not the same of all models."""
+    found = [_settings(facts) for facts in models]
+    names = list(dict.fromkeys(name for settings in found for name in settings))
+    rows: list[list[Content]] = []
+    for name in names:
+        values = [settings.get(name, "–") for settings in found]
+        if len(set(values)) > 1:
+            rows.append([name, *values])
+    if not rows:
+        return element("p", "All were made with the same settings, from the same source.")
+    return table("What differs", ("setting", *(facts.name for facts in models)), rows)
+
+
+def _settings(facts: Facts) -> dict[str, str]:
+    """What a job was told and what it was made with, as text."""
+    report, job = facts.report, facts.job
+    found = {"recipe": facts.recipe, "asked for": facts.amount}
+    found |= {key.replace("_", " "): plain(job[key]) for key in _JOB if job.get(key) is not None}
+    for section, keys in (("calibration", _CALIBRATION), ("resolved", ("dtype", "device", "batch")), ("versions", ())):
+        values = report.get(section)
+        if isinstance(values, dict):
+            found |= {
+                key: plain(value)
+                for key, value in values.items()
+                if value is not None and (key in keys or section == "versions")
+            }
+    for key, name in (("base_model", "source"), ("content", "source's content")):
+        if report.get(key) is not None:
+            found[name] = plain(report[key], 16 if key == "content" else 200)
+    return found
+
+
+def by_kind(models: Sequence[Facts]) -> Html:
+    """The error that most models have, kind by kind: means over layers, and how they stand to the first model's."""
+    for metric in ("held_out_error", "error", "error_fp8"):
+        having = [facts for facts in models if facts.has(metric)]
+        if len(having) > 1:
+            break
+    else:
+        return joined(())
+    first = _kind_means(having[0], metric)
+    rows: list[list[Content]] = []
+    for kind in dict.fromkeys(kind for facts in having for kind in facts.kinds):
+        row: list[Content] = [kind]
+        for facts in having:
+            mean, against = _kind_means(facts, metric).get(kind), first.get(kind)
+            ratio = f" ({mean / against:.3g} ×)" if facts is not having[0] and mean and against else ""
+            row.append("–" if mean is None else short(mean) + ratio)
+        rows.append(row)
+    what = f"{sentence(METRICS[metric][0])[:-1]} by kind: geometric means over layers, and times {having[0].name}'s"
+    return table(what, ("kind", *(facts.name for facts in having)), rows)
+
+
+def _kind_means(facts: Facts, metric: str) -> dict[str, float]:
+    by: dict[str, list[float]] = {}
+    for (_, kind), value in facts.values(metric).items():
+        if value > 0:
+            by.setdefault(kind, []).append(math.log(value))
+    return {kind: math.exp(sum(logs) / len(logs)) for kind, logs in by.items()}
 
 
 def figures(models: Sequence[Facts]) -> Html:

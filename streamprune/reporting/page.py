@@ -10,7 +10,7 @@ from streamprune.disk import durable
 from streamprune.disk.header import show
 from streamprune.disk.state import REPORT
 from streamprune.errors import UsageError
-from streamprune.reporting.comparison import evaluations, figures, summary
+from streamprune.reporting.comparison import by_kind, differences, evaluations, figures, summary
 from streamprune.reporting.evaluations import Measured, read_measured
 from streamprune.reporting.facts import Facts, read_facts
 from streamprune.reporting.figures import drawing
@@ -29,14 +29,17 @@ class Page:
 
 
 def report(
-    outs: str | Path | Sequence[str | Path], output: str | Path, *, eval: Sequence[str | Path] | None = None
-) -> Page:
+    outs: str | Path | Sequence[str | Path], output: str | Path, *, against: Sequence[str | Path] | None = None,
+    eval: Sequence[str | Path] | None = None,
+) -> Page:  # fmt: skip
     """Writes the page `output` about the finished outputs `outs` of prune; a file that is there is replaced.
 
-    `eval` are files with what `eval --json` printed. Raises the errors of streamprune.errors: UsageError, too, where
-    matplotlib is missing, the extra `report`.
+    Several are shown side by side, and what differs stands to the first; `against` are more of them. `eval` are files
+    with what `eval --json` printed. Raises the errors of streamprune.errors: UsageError, too, where matplotlib is
+    missing, the extra `report`.
     """
     folders = [Path(outs)] if isinstance(outs, str | Path) else [Path(out) for out in outs]
+    folders += map(Path, against or ())
     target, evals = Path(output), eval or ()
     if not folders:
         raise UsageError("report needs an OUT of prune, or several")
@@ -60,7 +63,7 @@ def page_of(models: Sequence[Facts], measured: Sequence[Measured]) -> str:
     body: list[Html] = [element("h1", title), element("p", "What streamprune did, and what came of it.")]
     body.append(summary(models, places))
     if len(models) > 1:
-        body.append(figures(models))
+        body += (differences(models), by_kind(models), figures(models))
     if measured:
         body += evaluations(measured, models, places)
     body += (section(facts, place) for facts, place in zip(models, places, strict=True))
