@@ -7,7 +7,7 @@
     streamprune.evaluate("llama-2of4", "wiki.txt", seqlen=2048).perplexity
 
 The same verbs as on the command line: prune, calibrate, evaluate (on tasks: evaluate_tasks), plan, inspect, report,
-pack, unpack. Recipe, Calibration and Resources hold what the flags of the command line say.
+pack, unpack, upload. Recipe, Calibration and Resources hold what the flags of the command line say.
 `with show_progress("prune") as progress` shows a bar, in notebooks too: prune(…, progress=progress). Errors are those
 of streamprune.errors. Nothing heavy is imported before a verb is called.
 """
@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from streamprune.planning.plan import plan
     from streamprune.progress import show_progress
     from streamprune.pruning.job import calibrate, prune
+    from streamprune.publishing.upload import upload
     from streamprune.reporting.page import report
     from streamprune.settings import Calibration, Resources
 
 __all__ = [
     "Calibration", "Recipe", "Resources", "calibrate", "evaluate", "evaluate_tasks", "inspect", "pack", "plan", "prune",
     "report", "show_progress",
-    "unpack",
+    "unpack", "upload",
 ]  # fmt: skip
 
 _HOMES = {
@@ -45,6 +46,7 @@ _HOMES = {
     "report": "reporting.page",
     "pack": "packing.job",
     "unpack": "packing.job",
+    "upload": "publishing.upload",
     "show_progress": "progress",
     "Recipe": "methods.recipes",
     "Calibration": "settings",

@@ -20,6 +20,7 @@ EXIT_CODES = """exit codes:
   5    not enough RAM, VRAM or disk
   6    OUT belongs to another job, or was not made by streamprune
   7    a file that streamprune wrote is damaged
+  69   the Hugging Face hub cannot be reached, or refuses
   75   another run holds the lock on OUT: try later
   130  interrupted; the same command resumes
 """
@@ -84,6 +85,7 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     p = add("unpack", "unpack the packed checkpoint MODEL into OUT, exactly as it was before packing")
     _out_argument(p)
     _restart_option(p)
+    _upload_options(add("upload", "upload OUT, a finished output, to the Hugging Face hub as NAME", model=False))
     add(
         "demo",
         "prune the small model that is part of streamprune, and compare its perplexity before and after",
@@ -224,6 +226,13 @@ def _report_options(p: argparse.ArgumentParser) -> None:
                    help="more such folders, shown side by side with the first OUT")  # fmt: skip
     p.add_argument("--eval", metavar="FILE", action="append",
                    help="also show the output of `eval --json` in this file; may be given several times")  # fmt: skip
+
+
+def _upload_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("out", metavar="OUT", help="folder of a finished output of prune, pack or unpack")
+    p.add_argument("name", metavar="NAME", help="name on the hub: org/model, or model for one of your own")
+    p.add_argument("--private", action="store_true", help="make a new repository private")
+    p.add_argument("--dry-run", action="store_true", help="make all checks, but send nothing")
 
 
 def _filter_options(p: Group) -> None:

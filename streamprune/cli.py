@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from streamprune.arguments import Handler, check_eval, make_parser, settings_of
@@ -16,6 +17,7 @@ from streamprune.errors import INTERRUPTED, StreampruneError, UsageError
 from streamprune.methods.recipes import Recipe
 from streamprune.process import interrupts
 from streamprune.process.console import print_stderr, stdout_kept_clean
+from streamprune.process.environment import check_environment
 from streamprune.process.output import forget_output, output, print_json, say, sum_up
 from streamprune.settings import Calibration, Resources, flags_of
 
@@ -29,14 +31,15 @@ def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
     (interrupts.py)."""
     args = argparse.Namespace(command="", debug=False)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with interrupts.listening(program):
             try:
                 settle_hub_caches(os.environ)
                 args = _parsed(argv)
-                _check_environment()
+                check_environment()
+                if args.command != "upload" or args.quiet or sys.stderr is None or not sys.stderr.isatty():
+                    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
                 handler: Handler = args.handler
                 return handler(args)
             except Exception as e:
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
                     raise KeyboardInterrupt from e
                 return _refused(args, e)
     except KeyboardInterrupt as e:
-        resumes = args.command in ("prune", "calibrate", "pack", "unpack")
+        resumes = args.command in ("prune", "calibrate", "pack", "unpack", "upload")
         message = "interrupted" + ("; run the same command again to resume" if resumes else "")
         return _fail(args, e, message, INTERRUPTED)
 
@@ -57,20 +60,6 @@ def _refused(args: argparse.Namespace, error: Exception) -> int:
         return 1
     what = " ".join(str(error).split())[:300]
     return _fail(args, error, f"unexpected {type(error).__name__}: {what}; run again with --debug for a traceback", 1)
-
-
-def _check_environment() -> None:
-    """Raises UsageError for environments in which torch, transformers or numba fail with misleading errors."""
-    if sys.flags.optimize >= 2:
-        raise UsageError(
-            "Python runs without docstrings (-OO or PYTHONOPTIMIZE=2), which transformers needs; run it without"
-        )
-    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
-        raise UsageError("NUMBA_DISABLE_JIT is set, and the kernels must be compiled; unset it")
-    try:
-        os.getcwd()  # noqa: PTH109
-    except FileNotFoundError:
-        raise UsageError("the working directory has been removed; change to another one") from None
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -205,13 +194,10 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _tell_models(args: argparse.Namespace) -> None:
-    """What was done to the models that were evaluated."""
-    if not args.quiet:
-        from streamprune.disk.hub import resolve_model
-        from streamprune.pruning.announce import what_is
+    from streamprune.pruning.announce import what_is
 
-        for name in filter(None, (args.model, args.reference)):
-            print_stderr(f"eval: {name}: {what_is(resolve_model(name))}")
+    for name in () if args.quiet else filter(None, (args.model, args.reference)):
+        print_stderr(f"eval: {name}: {what_is(name)}")
 
 
 def _eval_tasks(args: argparse.Namespace) -> int:
@@ -314,6 +300,22 @@ def _print_packed(args: argparse.Namespace, result: PackResult) -> int:
     return 0
 
 
+def _upload(args: argparse.Namespace) -> int:
+    from streamprune.process.memory import format_bytes
+    from streamprune.publishing.upload import upload
+
+    with stdout_kept_clean():
+        done = upload(args.out, args.name, private=args.private, dry_run=args.dry_run)
+    if args.json:
+        print_json(asdict(done))
+    elif not args.quiet:
+        what = f"{len(done.files)} files, {format_bytes(done.bytes)}"
+        sum_up(f"{done.name}: {what} (a dry run: nothing was sent)" if args.dry_run else f"{done.url}: {what}")
+    left_out = ", ".join(done.left_out)
+    _tell_notes(args, [f"files not sent, as they are no part of the output: {left_out}"] if left_out else [])
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     from streamprune.demo import run_demo
     from streamprune.progress import show_progress
@@ -332,5 +334,5 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     return make_parser({
         "prune": _prune, "calibrate": _calibrate, "eval": _eval, "inspect": _inspect, "plan": _plan, "report": _report,
-        "pack": _pack, "unpack": _unpack, "demo": _demo,
+        "pack": _pack, "unpack": _unpack, "upload": _upload, "demo": _demo,
     })  # fmt: skip

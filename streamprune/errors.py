@@ -7,6 +7,7 @@
     ├── ResourceError       5   not enough RAM, VRAM or disk
     ├── StateError          6   OUT belongs to another job, or was not made by streamprune
     ├── CorruptStateError   7   our own journal, cache, statistics or report is damaged
+    ├── HubError           69   the Hugging Face hub cannot be reached, or refuses (EX_UNAVAILABLE)
     └── LockedError        75   another process is working on the same OUT (EX_TEMPFAIL: try later)
 
 Ctrl-C and SIGTERM exit with 130. A message is one line: what, where, why, and the flag or command that mends it.
@@ -55,6 +56,12 @@ class CorruptStateError(StreampruneError):
     """A file that streamprune wrote is damaged or of an unknown version."""
 
     exit_code = 7
+
+
+class HubError(StreampruneError):
+    """The hub cannot be reached, or refuses what is asked of it; unfinished work is kept."""
+
+    exit_code = 69
 
 
 class LockedError(StreampruneError):

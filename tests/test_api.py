@@ -22,7 +22,7 @@ from streamprune.errors import ResourceError, UsageError
 from streamprune.progress import Progress
 
 Models = Callable[..., Path]
-VERBS = ["calibrate", "evaluate", "evaluate_tasks", "inspect", "pack", "plan", "prune", "report", "unpack"]
+VERBS = ["calibrate", "evaluate", "evaluate_tasks", "inspect", "pack", "plan", "prune", "report", "unpack", "upload"]
 SETTINGS = ["Calibration", "Recipe", "Resources"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,9 +60,9 @@ def test_signatures(name: str) -> None:
     positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     others = {
         "evaluate": ["text"], "evaluate_tasks": ["tasks"], "report": ["output"],
-        "plan": ["amount", "recipe"], "inspect": [], "prune": ["out", "amount", "recipe"],
+        "plan": ["amount", "recipe"], "inspect": [], "prune": ["out", "amount", "recipe"], "upload": ["name"],
     }.get(name, ["out"])  # fmt: skip
-    assert positional == ["outs" if name == "report" else "model", *others]
+    assert positional == [{"report": "outs", "upload": "out"}.get(name, "model"), *others]
     may_be_left_out = {"recipe", "amount"} if name == "plan" else {"recipe"}
     for p in parameters.values():
         assert (p.default is p.empty) == (p.name in positional and p.name not in may_be_left_out)

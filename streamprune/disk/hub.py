@@ -56,6 +56,11 @@ def resolve_model(name: str | Path, *, revision: str | None = None, quiet: bool 
     return _download(text, revision, quiet)
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can be that of a model on the hub: `model` or `org/model`."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
 def hub_name(folder: Path) -> tuple[str, str] | None:
     """The name on the hub and the commit of a folder in the hub's cache; None for any other folder."""
     place = folder.resolve()
@@ -88,6 +93,22 @@ def _download(name: str, revision: str | None, quiet: bool) -> Path:
             enable_progress_bars()
     at = f" at revision {show(revision)}" if revision else ""
     raise CheckpointError(f"{show(name)}{at}: {why}")
+
+
+def explain(error: Exception) -> str:
+    """What the hub or the network refused, in a few words, and what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE forbids connections; unset it"
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return explain(error.__cause__)
+    response = getattr(error, "response", None)
+    code = getattr(response, "status_code", None)
+    if code in (401, 403):
+        return f"the hub does not allow this ({code}); log in with `hf auth login`, with a token that may do it"
+    first_line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return f"{type(error).__name__} {show(first_line)}; check the network"
 
 
 def _explain(error: Exception, offline: bool) -> str:

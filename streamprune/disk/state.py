@@ -160,7 +160,7 @@ def partial_of(out: Path) -> Path:
 
 
 def statistics_of(out: Path) -> Path:
-    """The file of statistics that --allocate gathers before the job itself begins; removed when the job is done."""
+    """The file of statistics that --allocate gathers before the job begins; removed when it is done."""
     return out.with_name(f".{out.name}.statistics")
 
 
@@ -195,16 +195,15 @@ def find_finished(spec: Job) -> Report | None:
     Raises StateError if OUT is another job's output or not ours, CorruptStateError if files of it are missing.
     """
     out = spec.out
-    if not out.exists() and not out.is_symlink():
-        return None
-    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
+    is_empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    if is_empty or not (out.exists() or out.is_symlink()):
         return None
     if not (out / REPORT).is_file():
         raise StateError(f"{out} exists and is not an output of streamprune; choose another OUT or move it away")
-    report = _read_report(out)
+    report = read_report(out)
     if differences := differences_of(spec, report):
         raise StateError(f"{out} is the finished output of another job: {differences}; choose another OUT or remove it")
-    _check_files(out, report)
+    check_files(out, report)
     return report
 
 
@@ -242,7 +241,8 @@ def _is_file(entry: object) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("bytes"), int)
 
 
-def _read_report(folder: Path) -> Report:
+def read_report(folder: Path) -> Report:
+    """The report of a finished output. Raises CorruptStateError."""
     try:
         return _sound_report(folder)
     except CorruptStateError as e:
@@ -250,7 +250,8 @@ def _read_report(folder: Path) -> Report:
         raise CorruptStateError(f"{what}; remove {folder} and run again") from e
 
 
-def _check_files(folder: Path, report: Report) -> None:
+def check_files(folder: Path, report: Report) -> None:
+    """Raises CorruptStateError if a file of a finished output is missing or has another size."""
     for file in report.get("files", []):
         if file["name"] != CARD and not _is_whole(folder, file):
             path = folder / file["name"]
@@ -319,10 +320,10 @@ def _just_begun(partial: Path, folder: Path) -> bool:
 def _complete(spec: Job, partial: Path) -> tuple[JobState, Report] | None:
     """The state and report of a partial output that only has to be renamed. Without its `job.json` it is never deleted
     by --restart: it may be some other OUT that happens to have this name."""
-    report = _read_report(partial) if not (partial / ".streamprune" / "job.json").is_file() else _sound_report(partial)
+    report = read_report(partial) if not (partial / ".streamprune" / "job.json").is_file() else _sound_report(partial)
     if differences := differences_of(spec, report):
         raise StateError(f"{partial} is the work of another job: {differences}; choose another OUT or move it away")
-    _check_files(partial, report)
+    check_files(partial, report)
     return JobState(spec.out, _recorded_cache(partial / ".streamprune", partial)), report
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamprune.disk import journal
+from streamprune.disk.hub import resolve_model
 from streamprune.disk.state import REPORT
 from streamprune.errors import CorruptStateError
 from streamprune.process.memory import format_bytes
@@ -94,9 +95,9 @@ def _loader(out: Path) -> str:
         return loader_of({})
 
 
-def what_is(model: Path) -> str:
-    """What was done to the model in a folder: `swiftprune, 2:4, 50.00 % of the weights in pruned linears`, or dense."""
-    path = model / REPORT
+def what_is(model: str) -> str:
+    """What was done to a model: `swiftprune, 2:4, 50.00 % of the weights in pruned linears`, or dense."""
+    path = resolve_model(model) / REPORT
     if not path.is_file():
         return f"dense (it has no {REPORT})"
     try:

@@ -1,0 +1,1 @@
+"""The finished output of a job, sent to the Hugging Face hub."""
