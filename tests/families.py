@@ -107,11 +107,23 @@ OTHERS: dict[str, Family] = {
 """For single tests."""
 
 _SCANS = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+_STATE = {"state_size": 8, "expand": 2, "conv_kernel": 4, "num_attention_heads": None}
+_NO_DT = "dt_proj stays dense"
 RECURRENT: dict[str, Family] = {
+    "mamba": Family("Mamba", _STATE, "backbone.layers", _NO_DT),
+    "falcon_mamba": Family("Falcon Mamba 7B", _STATE, "backbone.layers", _NO_DT),
+    "mamba2": Family(
+        "Mamba 2, Codestral Mamba", _STATE | {"num_heads": 8, "head_dim": 8, "n_groups": 1}, "backbone.layers"
+    ),
     "bamba": Family("Bamba", _GROUPED | _SCANS | {"attn_layer_indices": [1]}),
     "falcon_h1": Family(
         "Falcon-H1",
         _HEAD | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    ),
+    "recurrent_gemma": Family(
+        "RecurrentGemma",
+        _HEAD | {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
+        notes="gates of recurrent layers stay dense",
     ),
     "lfm2": Family("LFM2", _GROUPED | {"layer_types": ["conv", "full_attention"]}),
     "qwen3_5_text": Family(
@@ -123,8 +135,8 @@ RECURRENT: dict[str, Family] = {
         },
     ),
 }  # fmt: skip
-"""Layers that carry a state along the text, beside attention. It does not go from layer to layer, so each is streamed
-like any other; their short convolutions stay dense."""
+"""Layers that carry a state along the text, most of them beside attention. It does not go from layer to layer, so each
+is streamed like any other; their short convolutions stay dense."""
 
 _TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 _TOWER |= {"image_size": 16, "patch_size": 8}
@@ -201,7 +213,6 @@ SEEING: dict[str, Family] = {
 }  # fmt: skip
 """Models that see: their text model is pruned, on text alone, and everything else is carried over."""
 
-_STATE = {"state_size": 8, "expand": 2, "conv_kernel": 4, "num_attention_heads": None}
 _PER_LAYER = _HEAD | {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
 _PER_LAYER |= {"layer_types": ["sliding_attention", "full_attention"]}
 _ZAMBA = {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "mamba_d_state": 8}
@@ -239,37 +250,22 @@ REFUSED: dict[str, Family] = {
         },
         notes="the same weights in layers 1 and 3",
     ),
-    "mamba": Family("Mamba, Falcon Mamba", _STATE, notes="no attention"),
-    "mamba2": Family("Mamba 2", _STATE | {"num_heads": 8, "head_dim": 8, "n_groups": 1}, notes="no attention"),
     "rwkv": Family(
         "RWKV-4",
         {
             "num_attention_heads": None, "attention_hidden_size": 32, "intermediate_size": 64, "context_length": 64,
         },
-        notes="no attention",
-    ),
-    "jamba": Family(
-        "Jamba",
-        _GROUPED
-        | {
-            "mamba_d_state": 8, "mamba_dt_rank": 4, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
-            "expert_layer_period": 2, "expert_layer_offset": 1,
-        },
-        notes="do not call model.layers.0.mamba.dt_proj",
-    ),
-    "recurrent_gemma": Family(
-        "RecurrentGemma", _HEAD | {"lru_width": 32, "attention_window_size": 8}, notes="3 dimensions"
+        notes="between its decoder layers",
     ),
     "llama4_text": Family(
         "Llama 4", _HEAD | {"intermediate_size": 32, "intermediate_size_mlp": 64, "num_local_experts": 4},
-        notes="not of experts as transformers usually holds them",
+        notes="of kinds that cannot be pruned yet",
     ),
     "jetmoe": Family(
         "JetMoE", {"intermediate_size": 32, "num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 2},
-        notes="not of experts as transformers usually holds them",
+        notes="of kinds that cannot be pruned yet",
     ),
-    "inkling_text": Family("Inkling", _MIXED, notes="not of experts as transformers usually holds them"),
-    "zaya": Family("ZAYA1", _MIXED | {"num_experts_per_tok": 1}, notes="conv_qk_grouped.weight is a weight of 3"),
+    "zaya": Family("ZAYA1", _MIXED | {"num_experts_per_tok": 1}, notes="hands more than hidden states"),
     "dbrx": Family(
         "DBRX",
         {
@@ -277,11 +273,11 @@ REFUSED: dict[str, Family] = {
             "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
             "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         },
-        notes="in no linear layer",
+        notes="of kinds that cannot be pruned yet",
     ),
     "doge": Family(
         "Doge, its mixtures", _GROUPED | {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 2},
-        notes="in no linear layer",
+        notes="experts for all tokens of a batch at once",
     ),
     "kimi_linear": Family("Kimi Linear", _MIXED | _LATENT, notes="conv1d.weight is stored in pieces"),
     "bailing_hybrid": Family(

@@ -99,6 +99,15 @@ MIXTURES: dict[str, Mixture] = {
         FUSED,
         notes=f"{_SHARED}; stored (in, out)",
     ),
+    "jamba": Mixture(
+        "Jamba 1.5",
+        {
+            "intermediate_size": 32, "mamba_d_state": 8, "mamba_dt_rank": 4, "num_experts": 4,
+            "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+        },
+        notes="recurrent layers; dt_proj stays dense",
+    ),
     "nemotron_h": Mixture(
         "Nemotron 3 Nano",
         {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from calls import calibrate, evaluate, plan, prune
@@ -18,16 +19,18 @@ from families import DENSE, RECURRENT, REFUSED, SEEING, save_model
 from family_checks import CHECKS, MixtureTrial, Trial, check_fp8, check_refit, write_tokens
 from mixtures import EVERY
 from safetensors.torch import load_file, save_file
-from whole_model import in_memory, linears_of, stored
+from whole_model import in_memory, linears_of, perplexity, round_states, stored
 
 from streamprune.errors import UnsupportedError
+from streamprune.model.prunable import left_dense
+from streamprune.pruning.report import notes_of
 
 FITTING = [*DENSE, *RECURRENT, *SEEING]
 REFITTED = {"gpt2", "phi3", "mpt", "falcon_h1", "qwen3_vl"}
 """Each by another way of storing weights or of calling layers. Refits and FP8 of the others are marked slow."""
 ALIKE = {
     "ministral", "vaultgemma", "cwm", "seed_oss", "hunyuan_v1_dense", "ernie4_5", "helium", "arcee", "qwen2_5_vl",
-    "llava_onevision", "idefics3",
+    "llava_onevision", "idefics3", "falcon_mamba", "mamba2",
 }  # fmt: skip
 """Made of the parts that others are made of: marked slow throughout."""
 MIXED = {
@@ -127,6 +130,43 @@ def test_everything_but_the_text_model_is_carried_over(trials: Callable[[str], T
     assert len(changed) == len(linears_of(trial.whole, kind)) == 14
     towers = {name for name in before if "vision" in name or "visual" in name}
     assert towers and not towers & changed
+
+
+@pytest.mark.parametrize("kind", ["mamba", "recurrent_gemma"])
+def test_what_stays_dense_is_named(trials: Callable[[str], Trial], kind: str) -> None:
+    """In the report and in a note: dt_proj, which is not called, and gates that are no linears."""
+    trial = trials(kind)
+    report = json.loads((trial.half / "streamprune.json").read_text())
+    before, after = stored(trial.source), stored(trial.half)
+    leaf = {"mamba": "dt_proj.weight", "recurrent_gemma": "input_gate_weight"}[kind]
+    assert any(name.endswith(leaf) for name in report["left_dense"])
+    assert all(torch.equal(before[name], after[name]) for name in report["left_dense"])
+    assert any("stay dense" in note and next(iter(report["left_dense"])) in note for note in notes_of(report))
+    assert "left_dense" not in json.loads((trials("llama").half / "streamprune.json").read_text())
+
+
+def test_a_weight_that_is_not_called_is_converted(tokens: Path, tmp_path: Path) -> None:
+    """Of a bf16 model computed in float32, linears are converted while they are used; dt_proj before."""
+    source = save_model(tmp_path / "model", "mamba", 2, "bfloat16")
+    found = evaluate(source, tokens, seqlen=16, dtype="float32", work=tmp_path).perplexity
+    ids = torch.from_numpy(np.load(tokens))
+    model = in_memory(source, "mamba", torch.float32)
+    round_states(model, "mamba", torch.bfloat16)
+    wanted = perplexity(model, ids[: len(ids) // 16 * 16].view(-1, 16))
+    assert abs(found - wanted) <= 1e-3 * wanted
+
+
+def test_layers_that_would_stay_dense_are_refused() -> None:
+    """By name, where most of their weights are of kinds that cannot be pruned; a smaller part is named."""
+
+    def layers(size: int) -> torch.nn.ModuleList:
+        layer = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        layer.mixing = torch.nn.Parameter(torch.zeros(2, size, 8))
+        return torch.nn.ModuleList([layer])
+
+    assert list(left_dense("own", 8, "model.layers", layers(4), ())) == ["model.layers.0.mixing"]
+    with pytest.raises(UnsupportedError, match=r"^own: 64 % of its layers' weights .*model.layers.0.mixing, .* 3 dim"):
+        left_dense("own", 8, "model.layers", layers(8), ())
 
 
 @pytest.mark.slow

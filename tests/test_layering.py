@@ -47,7 +47,7 @@ HOUSE: dict[str, list[str]] = {
     ],
     "calibration": ["gram_sums statistics_header text_files", "grams records statistics", "texts", "tokens", "windows"],
     "model": [
-        "calls configuration copies decoded device experts extra_memory pairs",
+        "calls configuration copies decoded device experts extra_memory pairs prunable",
         "activations loader naming",
         "finite skeleton",
         "routed shapes zeros",

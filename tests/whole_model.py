@@ -7,6 +7,7 @@ the other side of a tie: at most one weight in a thousand may differ, each withi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,17 +28,19 @@ from streamprune.pruning.job import JobResult
 
 SAMPLES, SEQLEN, SEED, BATCH = 5, 24, 3, 2
 TIE = 1e-5
+DENSE = re.compile(r"(mixer|mamba)\.dt_proj$")
+"""Linears that stay dense, as their modules multiply with their weights and do not call them."""
 
 Stats = dict[str, tuple[int, torch.Tensor, torch.Tensor]]
 
 
 def linears_of(model: torch.nn.Module, kind: str) -> dict[str, torch.nn.Module]:
-    """The linears of the decoder layers, by module path."""
+    """The linears of the decoder layers that can be pruned, by module path."""
     prefix = FAMILIES[kind].layers
     return {
         f"{prefix}.{name}": module
         for name, module in model.get_submodule(prefix).named_modules()
-        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+        if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and not DENSE.search(name)
     }
 
 

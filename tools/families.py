@@ -33,7 +33,7 @@ from mixtures import EVERY, Mixture  # noqa: E402
 HEAD = "| model type | for example | pruned | statistics | `inspect` | loads | `eval` | refit | FP8 | |"
 Group = Mapping[str, Family] | Mapping[str, Mixture]
 TABLES: list[dict[str, Group]] = [
-    {"": DENSE, "attention and recurrent layers": RECURRENT, "text model of a vision-language model": SEEING},
+    {"": DENSE, "recurrent layers": RECURRENT, "text model of a vision-language model": SEEING},
     {"": EVERY},
 ]
 """Each is a table: note -> families with that note."""

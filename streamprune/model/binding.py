@@ -74,9 +74,11 @@ def bound(
                     continue
                 used.append(ref)
                 scale = refs.get(f"{full}.{leaf}{SCALE}")
+                called = f"{full}.{leaf}" not in skeleton.dense
                 if scale is not None:
                     used.append(scale)
-                    undo.append(_bind_codes(module, loader.tensor(ref), loader.tensor(scale), skeleton.scheme, dtype))
+                    codes, scales = loader.tensor(ref), loader.tensor(scale)
+                    undo.append(_bind_codes(module, codes, scales, skeleton.scheme, dtype, called))
                 elif (
                     module is embedding
                     and leaf == "weight"
@@ -84,7 +86,7 @@ def bound(
                 ):
                     undo.append(_bind_embedding(module, loader.maps.tensor(ref), dtype, loader.device))
                 else:
-                    undo.append(_bind(module, leaf, loader.tensor(ref), dtype))
+                    undo.append(_bind(module, leaf, loader.tensor(ref), dtype, called))
         yield used
     finally:
         for restore in reversed(undo):
@@ -126,14 +128,19 @@ def replaced_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterat
             restore()
 
 
-def _bind(module: nn.Module, leaf: str, value: Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    """Puts a stored tensor in place of a module's meta tensor; returns a function that restores that."""
+def _bind(
+    module: nn.Module, leaf: str, value: Tensor, dtype: torch.dtype, called: bool = True
+) -> Callable[[], None]:  # fmt: skip
+    """Puts a stored tensor in place of a module's meta tensor; returns a function that restores that.
+
+    A linear that is not `called` is multiplied with by another module, and so has to be there in `dtype`.
+    """
     if leaf in module._buffers:
         return _bind_buffer(module, leaf, value)
     before = module._parameters[leaf]
     held = value if value.dtype == dtype or not value.is_floating_point() else None
     release: Callable[[], object] = _nothing
-    if held is None and type(module) is nn.Linear and leaf == "weight":
+    if held is None and type(module) is nn.Linear and leaf == "weight" and called:
         held = value
         module.forward = functools.partial(_linear_in_panels, module)  # type: ignore[method-assign]
         release = functools.partial(module.__dict__.pop, "forward", None)
@@ -218,19 +225,19 @@ def _bind_experts(
 
 
 def _bind_codes(
-    module: nn.Module, codes: Tensor, scale: Tensor, scheme: Scheme | None, dtype: torch.dtype
+    module: nn.Module, codes: Tensor, scale: Tensor, scheme: Scheme | None, dtype: torch.dtype, called: bool
 ) -> Callable[[], None]:
     """Makes a linear compute with FP8 codes (out, in) and their scale, as the scheme says; returns an undo function."""
     before, forward = module._parameters["weight"], module.forward
     quantised = _rounded if scheme is None or scheme.rounds_inputs else _unchanged
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear and called:
         # Some callers read the weight's dtype (DeepSeek-V3.2's indexer). If one read its values, NaN would show it.
         placeholder = codes.new_full((), torch.nan, dtype=dtype).expand(codes.shape)
         module._parameters["weight"] = nn.Parameter(placeholder, requires_grad=False)
         module.__dict__["forward"] = lambda x: _in_panels(
             quantised(x), len(codes), module.bias, lambda b, e: _dequantised(codes, scale, b, e, x.dtype)
         )
-    else:  # a subclass with a forward of its own
+    else:  # a subclass with a forward of its own, or see _bind
         exact = dequantise(codes, scale, dtype)
         module._parameters["weight"] = nn.Parameter(exact, requires_grad=False)
         module.__dict__["forward"] = lambda x: forward(quantised(x))

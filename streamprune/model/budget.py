@@ -123,7 +123,9 @@ def token_bytes(skeleton: Skeleton, seqlen: int, dtype: torch.dtype) -> int:
     per_token += waiting_bytes(skeleton, dtype)
     config = skeleton.model.config.get_text_config()  # type: ignore[union-attr, operator]
     if getattr(config, "_attn_implementation", "sdpa") == "eager":
-        per_token += 3 * seqlen * int(getattr(config, "num_attention_heads", 1)) * 4  # scores, mask and softmax in full
+        per_token += (
+            3 * seqlen * int(getattr(config, "num_attention_heads", None) or 0) * 4
+        )  # scores, mask and softmax in full
     return per_token
 
 

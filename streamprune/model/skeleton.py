@@ -29,6 +29,7 @@ from streamprune.errors import CheckpointError, UnsupportedError
 from streamprune.model.configuration import load_config, one_line
 from streamprune.model.experts import Experts
 from streamprune.model.naming import TORCH_DTYPES, layer_numbers, match_tensors
+from streamprune.model.prunable import is_linear, left_dense
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Skeleton:
     """Module path of each module of experts -> its experts' linears."""
     scheme: Scheme | None
     """How linears compute with FP8 weights; None where the checkpoint is not quantised."""
+    dense: Mapping[str, str]
+    """Matrices of layers that cannot be pruned, by parameter name -> why (model/prunable.py)."""
     hidden_size: int
     vocab_size: int
 
@@ -160,8 +163,9 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
     model = _build_model(checkpoint, config, compute_dtype, trust_remote_code)
     prefix, layers = _find_layers(model, config)
     sources, experts = match_tensors(checkpoint, model, scheme is not None)
-    _refuse_other_weights(config, prefix, layers, experts.keys())
-    stages = _cut_stages(checkpoint, model, prefix, layers, sources, experts)
+    text = config.get_text_config()
+    dense = left_dense(config.model_type, int(text.hidden_size), prefix, layers, experts.keys())
+    stages = _cut_stages(checkpoint, model, prefix, layers, sources, experts, dense.keys())
     transposed = [f"{prefix}.{n}" for n, m in layers.named_modules() if type(m).__name__ == "Conv1D"]
     transposed += [name for e in experts.values() for name in e.transposed]
     return Skeleton(
@@ -173,8 +177,9 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
         dtype=stored_dtype(checkpoint),
         experts=experts,
         scheme=scheme,
-        hidden_size=int(config.get_text_config().hidden_size),
-        vocab_size=int(config.get_text_config().vocab_size),
+        dense=dense,
+        hidden_size=int(text.hidden_size),
+        vocab_size=int(text.vocab_size),
     )
 
 
@@ -244,8 +249,6 @@ _STREAMS = ("hc_mult", "hc_count")
 def _refuse_dependent_layers(config: Any, layers: nn.ModuleList) -> None:
     """Refuses layers that need more than the previous layer's hidden states, or share weights with other layers."""
     kind, text = config.model_type, config.get_text_config()
-    if getattr(text, "num_attention_heads", None) is None:
-        raise UnsupportedError(f"{kind} has no attention; models that are recurrent throughout cannot be pruned yet")
     if getattr(text, "num_kv_shared_layers", 0):
         raise UnsupportedError(f"{kind} shares keys and values across layers; layers cannot be streamed alone")
     if getattr(text, "hidden_size_per_layer_input", 0):
@@ -264,38 +267,6 @@ def _refuse_dependent_layers(config: Any, layers: nn.ModuleList) -> None:
                 )
 
 
-def _refuse_other_weights(config: Any, prefix: str, layers: nn.ModuleList, experts: Collection[str]) -> None:
-    """Refuses layers with large weights outside linears and known experts: they would silently stay dense.
-
-    Small ones may stay dense: depthwise convolutions, with which recurrent layers begin, and matrices with one side
-    shorter than the hidden size, such as those of routers and recurrent states. Also refuses Mamba 1, which multiplies
-    with a linear's weight without calling the linear, so its input cannot be seen.
-    """
-    kind, width = config.model_type, config.get_text_config().hidden_size
-    for path, module in layers.named_modules():
-        states = getattr(module, "A_log", None)
-        if isinstance(getattr(module, "dt_proj", None), nn.Linear) and states is not None and states.dim() == 2:
-            raise UnsupportedError(
-                f"{kind} has Mamba layers of the first version, which do not call {prefix}.{path}.dt_proj but multiply "
-                "with its weight; what it is fed cannot be watched"
-            )
-    for name, parameter in layers.named_parameters():
-        owner = layers.get_submodule(name.rpartition(".")[0])
-        depthwise = isinstance(owner, nn.Conv1d) and owner.groups == owner.in_channels
-        if parameter.dim() > 2 and not depthwise and f"{prefix}.{name}".rpartition(".")[0] not in experts:
-            raise UnsupportedError(
-                f"{kind}: {prefix}.{name} is a weight of {parameter.dim()} dimensions, and not of experts as "
-                "transformers usually holds them; such weights cannot be pruned yet"
-            )
-        if parameter.dim() == 2 and min(parameter.shape) >= width and not is_linear(owner):
-            raise UnsupportedError(f"{kind}: {prefix}.{name} is a weight in no linear layer; such cannot be pruned yet")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map whose weight can be pruned."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def _cut_stages(
     checkpoint: Checkpoint,
     model: nn.Module,
@@ -303,6 +274,7 @@ def _cut_stages(
     layers: nn.ModuleList,
     sources: Mapping[str, TensorRef],
     experts: Mapping[str, Experts],
+    dense: Collection[str],
 ) -> tuple[Stage, ...]:
     """Assigns every tensor of the checkpoint to exactly one stage."""
     names = [n for n, _ in model.named_parameters(remove_duplicate=False) if n in sources]
@@ -316,7 +288,8 @@ def _cut_stages(
     stages = [Stage("embed", -1, "", tuple(kinds["embed"]), {})]
     for i, layer in enumerate(layers):
         path = f"{prefix}.{i}"
-        linears = {f"{path}.{n}": sources[f"{path}.{n}.weight"] for n, m in layer.named_modules() if is_linear(m)}
+        names = [f"{path}.{name}" for name, module in layer.named_modules() if is_linear(module)]
+        linears = {name: sources[f"{name}.weight"] for name in names if f"{name}.weight" not in dense}
         mixtures = tuple(e for at, e in experts.items() if at.startswith(path + "."))
         linears |= {name: sources[f"{name}.weight"] for e in mixtures for name in e.linears}
         stages.append(Stage("layer", i, path, tuple(inside[i]), linears, mixtures))

@@ -25,8 +25,9 @@ from streamprune.model.calls import Call, RecordedCalls, same
 from streamprune.model.copies import is_of_device, is_out_of_memory
 from streamprune.model.device import cache_dtype
 from streamprune.model.loader import WeightLoader
+from streamprune.model.prunable import is_linear
 from streamprune.model.routed import Enough, InputHook, ReachedExperts, Routed
-from streamprune.model.skeleton import Skeleton, Stage, is_linear
+from streamprune.model.skeleton import Skeleton, Stage
 
 _SECOND_OUTPUT = object()
 """Second element of the tuple that recorders return to models that expect one. No layer may get it as an argument."""

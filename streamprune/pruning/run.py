@@ -325,6 +325,7 @@ class Run:
             source_of(checkpoint, self._job.content, target is not None),
             seconds=self._job.spent + sum(r.seconds for r in self._records) + time.perf_counter() - since,
             startup=startup, peak=max(peak_resident_bytes(), *(r.peak for r in self._records)),
+            dense=self._skeleton.dense if target else {},
         )  # fmt: skip
         if target is None:
             state.discard()

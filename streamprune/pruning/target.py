@@ -22,8 +22,9 @@ from streamprune.methods.scores import SCORES
 from streamprune.methods.selection import Amount, parse_pattern, select
 from streamprune.methods.stats import InputStats
 from streamprune.model.naming import TORCH_DTYPES
+from streamprune.model.prunable import is_linear
 from streamprune.model.shapes import linear_shape
-from streamprune.model.skeleton import Skeleton, Stage, is_linear
+from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.pruning.linears import check_widths, selected_linears
 from streamprune.pruning.quantise import Quantisation, check_codable, coded
 from streamprune.pruning.spec import JobSpec
