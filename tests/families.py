@@ -101,6 +101,9 @@ DENSE: dict[str, Family] = {
 }  # fmt: skip
 
 OTHERS: dict[str, Family] = {
+    "llama4": Family(
+        "Llama 4 Scout, Maverick", layers="language_model.model.layers", auto="AutoModelForImageTextToText"
+    ),
     "mixtral": Family("Mixtral", _GROUPED | {"num_local_experts": 4}),
     "bert": Family("BERT as a decoder", _INNER | {"is_decoder": True}, "bert.encoder.layer"),
 }
@@ -257,24 +260,11 @@ REFUSED: dict[str, Family] = {
         },
         notes="between its decoder layers",
     ),
-    "llama4_text": Family(
-        "Llama 4", _HEAD | {"intermediate_size": 32, "intermediate_size_mlp": 64, "num_local_experts": 4},
-        notes="of kinds that cannot be pruned yet",
-    ),
     "jetmoe": Family(
         "JetMoE", {"intermediate_size": 32, "num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 2},
         notes="of kinds that cannot be pruned yet",
     ),
     "zaya": Family("ZAYA1", _MIXED | {"num_experts_per_tok": 1}, notes="hands more than hidden states"),
-    "dbrx": Family(
-        "DBRX",
-        {
-            "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
-            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
-            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        },
-        notes="of kinds that cannot be pruned yet",
-    ),
     "doge": Family(
         "Doge, its mixtures", _GROUPED | {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 2},
         notes="experts for all tokens of a batch at once",
@@ -300,15 +290,6 @@ REFUSED: dict[str, Family] = {
             "layer_types": ["linear_attention", "indexed_attention"],
         },
         notes="several streams",
-    ),
-    "longcat_flash": Family(
-        "LongCat-Flash",
-        _LATENT
-        | {
-            "ffn_hidden_size": 64, "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "moe_topk": 2,
-            "zero_expert_num": 2, "num_layers": 2, "num_key_value_heads": 4,
-        },
-        notes="several layer lists",
     ),
     "xlm": Family("XLM", {"emb_dim": 32}, notes="several layer lists"),
     "mllama": Family(

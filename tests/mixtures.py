@@ -47,6 +47,8 @@ class Mixture:
     settings: Mapping[str, Any] = field(default_factory=dict)
     up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
+    whole: bool = False
+    """Whether a tensor holds these matrices of all experts."""
     notes: str = ""
     like: str = LIKE
     """A family without experts whose layers have the same path, and which the same class loads."""
@@ -56,7 +58,7 @@ class Mixture:
     @property
     def apart(self) -> bool:
         """Whether a checkpoint has a matrix for each expert; or one tensor for all."""
-        return self.up != FUSED
+        return self.up != FUSED and not self.whole
 
 
 UP = {True: "gate_up_proj", False: "up_proj"}
@@ -98,6 +100,42 @@ MIXTURES: dict[str, Mixture] = {
         {"intermediate_size": 32, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
         FUSED,
         notes=f"{_SHARED}; stored (in, out)",
+    ),
+    "llama4_text": Mixture(
+        "Llama 4 Scout, Maverick, the text model",
+        {"intermediate_size": 32, "intermediate_size_mlp": 64, "num_local_experts": 4, "head_dim": 8},
+        FUSED,
+        notes=f"{_SHARED}; stored (in, out)",
+    ),
+    "dbrx": Mixture(
+        "DBRX",
+        {
+            "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        },
+        ("w1", "v1"), "w2", whole=True, notes="the last stored (in, out)", like="mpt",
+    ),
+    "longcat_flash": Mixture(
+        "LongCat-Flash",
+        _LATENT
+        | {
+            "ffn_hidden_size": 64, "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "moe_topk": 2,
+            "zero_expert_num": 2, "num_layers": 2, "num_key_value_heads": 4, "num_hidden_layers": 4,
+            "head_dim": 8,
+        },
+        notes="experts that give back their input",
+    ),
+    "inkling_text": Mixture(
+        "Inkling, its text model",
+        _EIGHT
+        | {
+            "n_routed_experts": 8, "mlp_layer_types": ["dense", "sparse"], "head_dim": 8, "swa_head_dim": 8,
+            "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "d_rel": 4, "rel_extent": 64,
+            "logits_mup_width_multiplier": 1.0,
+        },
+        FUSED,
+        notes=f"{_SHARED}; short convolutions",
     ),
     "jamba": Mixture(
         "Jamba 1.5",
@@ -215,6 +253,20 @@ MORE: dict[str, Mixture] = {
         "GLM-4.5V, 4.6V", _ROUTED | {"rope_parameters": {**_SEEN, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
         notes=f"{_SHARED}; {_SEES}", like="qwen3_vl", vision=SEEING["qwen2_5_vl"].vision,
     ),
+    "llama4": Mixture(
+        "Llama 4 Scout, Maverick",
+        MIXTURES["llama4_text"].settings,
+        FUSED,
+        notes=f"{_SHARED}; stored (in, out); {_SEES}",
+        like="llama4",
+        vision={
+            "vision_config": {
+                **_TOWER, "image_size": 16, "patch_size": 8, "vision_output_dim": 32, "projector_input_dim": 32,
+                "projector_output_dim": 32, "num_hidden_layers": 1,
+            },
+            "image_token_index": 5,
+        },
+    ),
     "aria": Mixture(
         "Aria",
         {**MIXTURES["aria_text"].settings, "model_type": "aria_text"}, FUSED,
@@ -249,6 +301,8 @@ def save_mixture(
     from transformers import AutoConfig
 
     mixture = EVERY[kind]
+    if kind == "llama4":
+        _mend()
     settings = {**_COMMON, **mixture.settings, **settings}
     if mixture.vision is not None:
         settings = {"text_config": settings, **mixture.vision}
@@ -266,19 +320,144 @@ def save_mixture(
     model.save_pretrained(folder)
     if fused:
         tensors = {name: t for name, t in stored(folder).items() if not re.search(r"experts\.\d+\.", name)}
-        for path, module in experts_of(model):
-            tensors |= {f"{path}.{leaf}": t.detach() for leaf, t in module.named_parameters()}
+        for path, held in experts_of(model):
+            tensors |= {f"{path}.{leaf}": t.detach() for leaf, t in held.module.named_parameters()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     save_tokenizer(folder)
     return folder
 
 
-def experts_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+class Held:
+    """A module of transformers that holds experts: their matrices, and what it does with what it is given."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.count = len(module.down_proj)
+
+    def up(self, expert: int) -> list[torch.Tensor]:
+        """The matrices (out, in) that see the states; their outputs stand side by side."""
+        return [matrix(self.module, UP[self.module.has_gate], expert)]
+
+    def down(self, expert: int) -> torch.Tensor:
+        return matrix(self.module, "down_proj", expert)
+
+    def middle(self, both: torch.Tensor, expert: int) -> torch.Tensor:
+        """What the down projection sees, of the outputs of the other matrices."""
+        module = self.module
+        both = both + module.gate_up_proj_bias[expert] if module.has_bias else both
+        found: torch.Tensor = module._apply_gate(both) if module.has_gate else module.act_fn(both)
+        return found
+
+    def last(self, middle: torch.Tensor, expert: int) -> torch.Tensor:
+        out = middle @ self.down(expert).t()
+        return out + self.module.down_proj_bias[expert] if getattr(self.module, "has_bias", False) else out
+
+    def given(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """States (tokens, hidden), chosen experts (tokens, k), their weights (tokens, k), of the module's arguments."""
+        hidden, chosen, shares = args
+        return hidden.flatten(0, -2), chosen, shares
+
+    def beside(self, args: tuple[Any, ...]) -> torch.Tensor | float:
+        """What is added to the outputs of experts."""
+        return 0.0
+
+
+class _Gated(Held):
+    def middle(self, both: torch.Tensor, expert: int) -> torch.Tensor:
+        gate, up = both.chunk(2, -1)
+        found: torch.Tensor = self.module.act_fn(gate) * up
+        return found
+
+
+class _Llama4(_Gated):
+    """Given a copy of the tokens for each expert, of which those that it is not meant for are zero."""
+
+    def up(self, expert: int) -> list[torch.Tensor]:
+        return [self.module.gate_up_proj.detach()[expert].t()]
+
+    def down(self, expert: int) -> torch.Tensor:
+        weight: torch.Tensor = self.module.down_proj.detach()[expert].t()
+        return weight
+
+    def given(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        (rows,) = args
+        number = torch.arange(len(rows)) // (len(rows) // self.count)
+        return rows, torch.where(rows.any(1), number, -1)[:, None], torch.ones(len(rows), 1)
+
+
+class _Dbrx(_Gated):
+    def __init__(self, module: Any) -> None:
+        self.module, self.count = module, module.num_experts
+
+    def _part(self, leaf: str, expert: int) -> torch.Tensor:
+        found: torch.Tensor = getattr(self.module.mlp, leaf).detach().unflatten(0, (self.count, -1))[expert]
+        return found
+
+    def up(self, expert: int) -> list[torch.Tensor]:
+        return [self._part("w1", expert), self._part("v1", expert)]
+
+    def down(self, expert: int) -> torch.Tensor:
+        return self._part("w2", expert).t()
+
+    def middle(self, both: torch.Tensor, expert: int) -> torch.Tensor:
+        gate, up = both.chunk(2, -1)
+        found: torch.Tensor = self.module.mlp.activation_fn(gate) * up
+        return found
+
+
+class _Longcat(_Gated):
+    """Experts of higher numbers than have weights give back what they are given."""
+
+    def up(self, expert: int) -> list[torch.Tensor]:
+        return [self.module.gate_up_proj.detach()[expert]]
+
+    def down(self, expert: int) -> torch.Tensor:
+        weight: torch.Tensor = self.module.down_proj.detach()[expert]
+        return weight
+
+    def beside(self, args: tuple[Any, ...]) -> torch.Tensor | float:
+        hidden, chosen, shares = self.given(args)
+        return hidden * (shares * (chosen >= self.count)).sum(1, keepdim=True)
+
+
+class _Shared(_Gated):
+    """Experts that all tokens go through."""
+
+    def up(self, expert: int) -> list[torch.Tensor]:
+        return [self.module.gate_proj.detach()[expert], self.module.up_proj.detach()[expert]]
+
+    def down(self, expert: int) -> torch.Tensor:
+        weight: torch.Tensor = self.module.down_proj.detach()[expert]
+        return weight
+
+    def given(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden, gammas = args
+        tokens = hidden.flatten(0, -2)
+        return tokens, torch.arange(self.count).expand(len(tokens), -1), gammas.reshape(len(tokens), -1)
+
+
+_HELD: dict[str, type[Held]] = {
+    "Llama4TextExperts": _Llama4, "DbrxExperts": _Dbrx, "LongcatFlashExperts": _Longcat,
+    "InklingSharedExperts": _Shared,
+}  # fmt: skip
+
+
+def _mend() -> None:
+    """Llama4ForConditionalGeneration reads a field that its text model's output lacks in some versions."""
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+    if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+        MoeCausalLMOutputWithPast.image_outputs = None  # type: ignore[attr-defined]
+
+
+def experts_of(model: torch.nn.Module) -> Iterator[tuple[str, Held]]:
     """The modules that hold experts, by path."""
     for path, module in model.named_modules():
         down = module._parameters.get("down_proj")
-        if down is not None and down.dim() == 3:
-            yield path, module
+        if type(module).__name__ in _HELD:
+            yield path, _HELD[type(module).__name__](module)
+        elif down is not None and down.dim() == 3:
+            yield path, Held(module)
 
 
 def matrix(module: Any, leaf: str, expert: int) -> torch.Tensor:
@@ -290,18 +469,20 @@ def matrix(module: Any, leaf: str, expert: int) -> torch.Tensor:
 def names_of(path: str, expert: int, mixture: Mixture, fused: bool = False) -> tuple[list[str], str]:
     """What the linears of an expert are called: those that see the hidden states, and the one after them."""
     up, down = (mixture.up if len(mixture.up) == 1 else FUSED, "down_proj") if fused else (mixture.up, mixture.down)
+    if path.endswith("shared_experts"):
+        up = ("gate_proj", "up_proj")
     return [f"{path}.{expert}.{leaf}" for leaf in up], f"{path}.{expert}.{down}"
 
 
 def weights_of_experts(model: torch.nn.Module, mixture: Mixture, fused: bool = False) -> dict[str, torch.Tensor]:
     """Each expert's matrices (out, in) by name; what stands side by side in one tensor is cut apart."""
     found: dict[str, torch.Tensor] = {}
-    for path, module in experts_of(model):
-        for expert in range(len(module.down_proj)):  # type: ignore[arg-type]
+    for path, held in experts_of(model):
+        for expert in range(held.count):
             up, down = names_of(path, expert, mixture, fused)
-            both = matrix(module, UP[module.has_gate], expert)  # type: ignore[index]
-            found |= dict(zip(up, both.chunk(len(up)), strict=True))
-            found[down] = matrix(module, "down_proj", expert)
+            both = held.up(expert)
+            found |= dict(zip(up, both if len(both) == len(up) else both[0].chunk(len(up)), strict=True))
+            found[down] = held.down(expert)
     return found
 
 
@@ -315,25 +496,25 @@ def watch_experts(model: Any, mixture: Mixture, windows: torch.Tensor, see: See,
     in), and the routing's weights (tokens, 1).
     """
 
-    def hook(path: str, module: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        hidden, chosen, shares = args
-        total = torch.zeros_like(hidden)
-        for expert in range(len(module.down_proj)):
+    def hook(path: str, held: Held, _: Any, args: tuple[Any, ...], more: dict[str, Any], out: torch.Tensor) -> None:
+        args = (*args, *more.values())
+        hidden, chosen, shares = held.given(args)
+        total = torch.zeros_like(hidden) + held.beside(args)
+        for expert in range(held.count):
             token, place = (chosen == expert).nonzero(as_tuple=True)
             x, share = hidden[token], shares[token, place][:, None]
-            both = x @ matrix(module, UP[module.has_gate], expert).t()
-            both = both + module.gate_up_proj_bias[expert] if module.has_bias else both
-            middle = module._apply_gate(both) if module.has_gate else module.act_fn(both)
-            result = middle @ matrix(module, "down_proj", expert).t()
-            result = result + module.down_proj_bias[expert] if module.has_bias else result
-            total.index_add_(0, token, (result * share).to(total.dtype))
+            middle = held.middle(torch.cat([x @ weight.t() for weight in held.up(expert)], -1), expert)
+            total.index_add_(0, token, (held.last(middle, expert) * share).to(total.dtype))
             up, down = names_of(path, expert, mixture, fused)
             for name in up:
                 see(name, x, share)
             see(down, middle, share)
-        torch.testing.assert_close(total, out.view_as(total), rtol=1e-4, atol=1e-5)  # or it is no reference
+        torch.testing.assert_close(total.view_as(out), out, rtol=1e-4, atol=1e-5)  # or it is no reference
 
-    hooks = [module.register_forward_hook(partial(hook, path)) for path, module in experts_of(model)]
+    hooks = [
+        held.module.register_forward_hook(partial(hook, path, held), with_kwargs=True)
+        for path, held in experts_of(model)
+    ]
     with torch.no_grad():
         for batch in windows.split(BATCH):
             model(input_ids=batch, use_cache=False)
@@ -352,8 +533,8 @@ class Seen:
         self.roles: list[list[str]] = []
         """Linears that have the same place in the experts of one layer."""
         self._weighted = weighted
-        for path, module in experts_of(model):
-            names = [names_of(path, e, mixture, fused) for e in range(len(module.down_proj))]  # type: ignore[arg-type]
+        for path, held in experts_of(model):
+            names = [names_of(path, e, mixture, fused) for e in range(held.count)]
             self.roles += [list(role) for role in zip(*([*up, down] for up, down in names), strict=True)]
 
     def add(self, name: str, x: torch.Tensor, share: torch.Tensor) -> None:

@@ -35,7 +35,7 @@ ALIKE = {
 """Made of the parts that others are made of: marked slow throughout."""
 MIXED = {
     "mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v32", "hunyuan_v1_moe", "granitemoe", "gpt_oss", "nemotron_h",
-    "flint", "gemma4",
+    "flint", "gemma4", "llama4_text", "dbrx",
 }  # fmt: skip
 """Mixtures by ways of their own; the others are marked slow, and so are refits of all."""
 CALIBRATION = {"samples": 4, "seqlen": 16, "dtype": "float32"}

@@ -44,7 +44,7 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, StateError, UnsupportedError, UsageError
 from streamprune.model.binding import _ExpertWeights
 from streamprune.model.budget import EXPERT_TOKENS, GROUP_BYTES, Budget, Layout, estimate, group_of, waiting_bytes
-from streamprune.model.experts import check_experts, is_experts
+from streamprune.model.expert_forms import Form, is_experts
 from streamprune.model.loader import WeightLoader
 from streamprune.model.routed import Routed, padded_rows
 from streamprune.model.skeleton import build_skeleton
@@ -569,7 +569,8 @@ def test_one_expert_at_a_time(
         forward = forward_of(routed, module, *args)
 
         def look_first(*inputs: Any) -> Any:
-            bound.extend(n for n, p in module.named_parameters() if p.dim() == 3 and p.device.type != "meta")
+            parameters = module.module.named_parameters()
+            bound.extend(n for n, p in parameters if p.dim() == 3 and p.device.type != "meta")
             return forward(*inputs)
 
         return look_first
@@ -779,12 +780,12 @@ def test_experts_with_more_than_two_projections() -> None:
 
     plain, normed = Module("up_proj", "down_proj"), Module("gate_up_proj", "down_proj")
     assert is_experts(plain) and not is_experts(Module("up_proj")) and not is_experts(torch.nn.Linear(4, 4))
-    check_experts("at", plain)
+    Form(plain, None).check("at")
     with pytest.raises(UnsupportedError, match="at has experts with gate_scale besides"):
-        check_experts("at", Module("up_proj", "down_proj", "gate_scale"))
+        Form(Module("up_proj", "down_proj", "gate_scale"), None).check("at")
     normed.has_post_expert_norm = True  # type: ignore[assignment]
     with pytest.raises(UnsupportedError, match="at has experts with a norm"):
-        check_experts("at", normed)
+        Form(normed, None).check("at")
 
 
 def test_names(make: Make) -> None:

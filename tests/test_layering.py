@@ -47,9 +47,10 @@ HOUSE: dict[str, list[str]] = {
     ],
     "calibration": ["gram_sums statistics_header text_files", "grams records statistics", "texts", "tokens", "windows"],
     "model": [
-        "calls configuration copies decoded device experts extra_memory pairs prunable",
-        "activations loader naming",
-        "finite skeleton",
+        "calls configuration copies decoded device expert_forms extra_memory pairs prunable",
+        "activations experts loader",
+        "finite naming",
+        "skeleton",
         "routed shapes zeros",
         "binding budget",
         "streamed",

@@ -2,8 +2,8 @@
 
 A *linear* here is a 2-D tensor `NAME.weight` of a floating dtype whose name is within a numbered list of layers
 (`layers.7.`, `h.7.`, `blocks.7.`), except norms, embeddings, routers of experts, `dt_proj` of Mamba layers, which stays
-dense, and the layers of vision and audio towers. Fused experts, a 3-D tensor (experts, rows, columns), are not linears
-here; `expert_names` lists their matrices.
+dense, and the layers of vision and audio towers. Fused experts, a 3-D tensor (experts, rows, columns) or DBRX's 2-D one
+(experts · rows, columns), are not linears here; `expert_names` lists their matrices.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ _NO_LINEAR = re.compile(
     r"(^|[._])(norm|layernorm|ln|emb|embed|embedding|embeddings|embed_tokens|relative_attention_bias)(_?\d+)?$"
 )
 _NUMBER = re.compile(r"[0-9]{1,18}")
+_EXPERT = re.compile(r"\.experts\.([0-9]{1,18})\.")
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 _FUSED = re.compile(
     r"(?:^|\.)(gate_up_proj|gate_proj|up_proj|down_proj|input_linear|output_linear|w1|w2|w3|v1|fc1|fc2)$"
 )
+_STACKED, _STACKED_DOWN = ".experts.mlp", re.compile(r"\.experts\.\d+\.w2$")
+"""DBRX's experts; the matrices of the last projection are stored (in, out)."""
 _TRANSPOSED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text", "llama4", "llama4_text"})
 
 
@@ -44,7 +47,15 @@ def find_linears(checkpoint: Checkpoint) -> dict[str, TensorRef]:
         for name, ref in checkpoint.tensors.items()
         if len(ref.shape) == 2 and ref.nbytes > 0 and ref.dtype in FLOATING and is_linear_weight(name)
     }
+    if checkpoint.config.get("zero_expert_num"):
+        found = {name: ref for name, ref in found.items() if not _gives_back(checkpoint, name)}
     return dict(sorted(found.items(), key=lambda item: by_number(item[0])))
+
+
+def _gives_back(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a linear is of an expert that gives back its input, and so is not used; transformers stores some."""
+    number, routed = _EXPERT.search(name), checkpoint.config.get("n_routed_experts")
+    return number is not None and isinstance(routed, int) and int(number[1]) >= routed
 
 
 def by_number(name: str) -> tuple[tuple[bool, int, str], ...]:
@@ -54,21 +65,32 @@ def by_number(name: str) -> tuple[tuple[bool, int, str], ...]:
     )
 
 
-def expert_names(ref: TensorRef) -> list[str]:
-    """The names of the experts' matrices in a 3-D tensor, `….experts.3.down_proj.weight`; empty for other tensors."""
+def expert_names(checkpoint: Checkpoint, ref: TensorRef) -> list[str]:
+    """The names of the experts' matrices in a tensor, `….experts.3.down_proj.weight`; empty for other tensors."""
     module = ref.name.removesuffix(".weight")
     parent, _, leaf = module.rpartition(".")
-    if len(ref.shape) != 3 or ref.dtype not in FLOATING or not _LAYER.search(ref.name) or not _FUSED.search(module):
+    if ref.dtype not in FLOATING or not _LAYER.search(ref.name) or not _FUSED.search(module):
+        return []
+    if len(ref.shape) == 3:
+        count = ref.shape[0]
+    elif len(ref.shape) == 2 and parent.endswith(_STACKED):
+        settings = checkpoint.config.get("ffn_config")
+        count = settings.get("moe_num_experts", 0) if isinstance(settings, dict) else 0
+        if not isinstance(count, int) or count < 1 or ref.shape[0] % count:
+            return []
+        parent = parent.removesuffix(".mlp")
+    else:
         return []
     within = parent if parent.endswith("experts") else f"{parent}.experts"
-    return [f"{within}.{expert}.{leaf}.weight" for expert in range(ref.shape[0])]
+    return [f"{within}.{expert}.{leaf}.weight" for expert in range(count)]
 
 
 def is_transposed(checkpoint: Checkpoint, name: str) -> bool:
     """Whether the linear `name` is stored as (in, out), as in transformers' Conv1D and the experts of some models."""
     kind, leaf = checkpoint.config.get("model_type"), name.rpartition(".")[2]
     conv1d = kind in _CONV1D_MODELS and leaf in _CONV1D_NAMES
-    return conv1d or (kind in _TRANSPOSED_EXPERTS and ".experts." in name and bool(_FUSED.search(leaf)))
+    stacked = kind == "dbrx" and bool(_STACKED_DOWN.search(name))
+    return conv1d or stacked or (kind in _TRANSPOSED_EXPERTS and ".experts." in name and bool(_FUSED.search(leaf)))
 
 
 def compile_filter(flag: str, pattern: str | None) -> re.Pattern[str] | None:

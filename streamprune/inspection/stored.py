@@ -1,7 +1,7 @@
 """The tensors of the dense model, whether a checkpoint stores them dense, in FP8 or packed, and their bits as a stream.
 
 The parts of a packed tensor (disk/packed.py) count as one tensor, and the scales of an FP8 tensor (`P.weight_scale`
-beside `P.weight` F8_E4M3) as part of it. A 3-D tensor of fused experts counts as one matrix per expert. Bits are read
+beside `P.weight` F8_E4M3) as part of it. A tensor of fused experts counts as one matrix per expert. Bits are read
 in pieces of at most 16 MiB, whose pages are given back afterwards.
 """
 
@@ -83,7 +83,7 @@ def find_tensors(checkpoint: Checkpoint, maps: ShardMaps) -> dict[str, StoredTen
     found: dict[str, StoredTensor] = {}
     both: dict[str, TensorRef | PackedTensor] = {**rest, **packed}
     for name, stored in both.items():
-        if isinstance(stored, TensorRef) and (experts := _experts_of(stored)):
+        if isinstance(stored, TensorRef) and (experts := _experts_of(checkpoint, stored)):
             found |= experts
             continue
         scale = rest.get(f"{name}_scale") if stored.dtype == "F8_E4M3" and name.endswith(".weight") else None
@@ -92,12 +92,13 @@ def find_tensors(checkpoint: Checkpoint, maps: ShardMaps) -> dict[str, StoredTen
     return {name: tensor for name, tensor in found.items() if name not in scales}
 
 
-def _experts_of(ref: TensorRef) -> dict[str, StoredTensor]:
-    """The experts' matrices of a 3-D tensor; empty for other tensors."""
-    names, found = expert_names(ref), {}
+def _experts_of(checkpoint: Checkpoint, ref: TensorRef) -> dict[str, StoredTensor]:
+    """The experts' matrices of a tensor that holds all; empty for other tensors."""
+    names, found = expert_names(checkpoint, ref), {}
     for number, name in enumerate(names):
         begin = ref.begin + number * ref.nbytes // len(names)
-        part = replace(ref, shape=ref.shape[1:], begin=begin, end=begin + ref.nbytes // len(names))
+        shape = ref.shape[1:] if len(ref.shape) == 3 else (ref.shape[0] // len(names), ref.shape[1])
+        part = replace(ref, shape=shape, begin=begin, end=begin + ref.nbytes // len(names))
         found[name] = StoredTensor(name, part.dtype, part.shape, part, is_part=True)
     return found
 

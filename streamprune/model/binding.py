@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from streamprune.disk.float_quantized import SCALE, Scheme
 from streamprune.disk.header import TensorRef
 from streamprune.methods.fp8 import dequantise
+from streamprune.model.expert_forms import form_of
 from streamprune.model.loader import WeightLoader
 from streamprune.model.routed import InputHook, Routed, immediate_forward
 from streamprune.model.skeleton import Skeleton
@@ -212,13 +213,16 @@ def _bind_experts(
 ) -> Callable[[], None]:  # fmt: skip
     """Makes a module of experts compute one expert at a time; returns a function that undoes it."""
     weights, experts = _ExpertWeights(skeleton, loader, refs), skeleton.experts[path]
+    form = form_of(skeleton.model, path, module)
+    assert form is not None
     if routed is None:
-        module.__dict__["forward"] = immediate_forward(module, experts, weights, watch, weighted)
+        forward = immediate_forward(form, experts, weights, watch, weighted)
     else:
-        module.__dict__["forward"] = routed.forward_of(module, experts, weights)
+        forward = routed.forward_of(form, experts, weights)
+    form.caller.__dict__["forward"] = form.replaced(forward)
 
     def restore() -> None:
-        module.__dict__.pop("forward", None)
+        form.caller.__dict__.pop("forward", None)
         weights.release_all()
 
     return restore

@@ -1,8 +1,8 @@
 """Mixtures of experts: where each expert's weights are stored, and pooling of statistics over experts.
 
 transformers keeps the experts of a layer in one module with weights of three dimensions, `gate_up_proj` (experts, 2 ·
-intermediate, hidden) and `down_proj` (experts, hidden, intermediate); some have no gate, only `up_proj`, and some are
-transposed.
+intermediate, hidden) and `down_proj` (experts, hidden, intermediate); some have no gate, only `up_proj`, some are
+transposed, and some have another form (expert_forms.py).
 A checkpoint holds the same, or one matrix per expert and projection. Either way each matrix of an expert is a linear
 here, called `….experts.3.gate_proj`, or `….experts.3.gate_up_proj` where both are one matrix.
 
@@ -16,11 +16,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError, UnsupportedError
 from streamprune.methods.stats import InputStats
+from streamprune.model.expert_forms import Form
 
 Pieces = list[tuple[str, int, TensorRef]]
 """The parts that transformers assembles a weight from: (stored name, position among the concatenated matrices, tensor).
@@ -28,7 +27,6 @@ Instead of a position, TRANSPOSED, or OTHER for an operation that is not support
 
 TRANSPOSED, OTHER = -1, -2
 
-UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 _NUMBER = re.compile(r"\.(\d+)\.")
 _POOLED = "pooled"
 
@@ -53,28 +51,8 @@ class Experts:
         return [name for e in numbers for name in (*self.up[e], self.down[e])]
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds experts in transformers' common form (use_experts_implementation)."""
-    weights = module._parameters
-    return DOWN in weights and any(up in weights for up in UP) and hasattr(module, "is_transposed")
-
-
-def check_experts(path: str, module: nn.Module) -> None:
-    """Raises UnsupportedError for experts that compute anything beyond up, gate and down projections."""
-    known = {*UP, DOWN, *(f"{name}_bias" for name in (*UP, DOWN))}
-    extra = sorted({name for name, _ in module.named_parameters()} - known)
-    if extra or getattr(module, "has_post_expert_norm", False):
-        raise UnsupportedError(
-            f"{path} has experts with {extra[0] if extra else 'a norm'} besides their two projections, which cannot be "
-            "pruned yet"
-        )
-
-
 def find_experts(
-    path: str,
-    module: nn.Module,
-    stored: Mapping[str, TensorRef],
-    pieces: Mapping[str, Pieces],
+    path: str, form: Form, stored: Mapping[str, TensorRef], pieces: Mapping[str, Pieces]
 ) -> tuple[Experts, dict[str, TensorRef]]:
     """The experts of the module called `path`, and parameter name -> tensor of each of their linears' matrices.
 
@@ -82,48 +60,57 @@ def find_experts(
     name. Raises CheckpointError when matrices are missing or of another shape than config.json says, UnsupportedError
     when they are stored in an unsupported form.
     """
-    check_experts(path, module)
+    form.check(path)
     transposed: list[str] = []
     names: dict[str, list[tuple[str, ...]]] = {}
     refs: dict[str, TensorRef] = {}
-    for leaf in (name for name in (*UP, DOWN) if name in module._parameters):
-        whole, shape = f"{path}.{leaf}", tuple(module._parameters[leaf].shape)  # type: ignore[union-attr]
-        turned = bool(module.is_transposed)
+    for leaf in form.leaves:
+        whole, shape, turned = f"{path}.{leaf}", form.stored_shape(leaf), form.is_transposed(leaf)
         if whole in stored:
-            found = _sliced(path, leaf, stored[whole], shape)
+            found = _sliced(path, leaf, stored[whole], shape, form.shape(leaf))
         elif whole not in pieces:
             raise CheckpointError(f"tensor {whole} is missing; is the download complete?")
         elif all(place == TRANSPOSED for _, place, _ in pieces[whole]):
             ref = pieces[whole][0][2]
             if ref.shape != shape:  # transformers transposes only if the shapes differ
                 shape, turned = (shape[0], shape[2], shape[1]), not turned
-            found = _sliced(path, leaf, ref, shape)
+            found = _sliced(path, leaf, ref, shape, shape)
         else:
-            found = _pieced(path, pieces[whole], shape, turned)
-        names[leaf] = [tuple(matrices) for matrices in found]
-        transposed += [name for matrices in found for name in matrices if turned]
-        for matrices in found:
+            found = _pieced(path, pieces[whole], shape, turned, form.count)
+        names[leaf] = [tuple(matrices) for matrices in found[: form.count]]
+        for matrices in found[: form.count]:
             refs |= {f"{name}.weight": ref for name, ref in matrices.items()}
-    up = next(names[name] for name in UP if name in names)
-    down = tuple(matrices[0] for matrices in names[DOWN])
-    return Experts(path, tuple(up), down, frozenset(transposed)), refs
+            transposed += matrices if turned else ()
+    up = tuple(tuple(name for leaf in form.up for name in names[leaf][e]) for e in range(form.count))
+    down = tuple(matrices[0] for matrices in names[form.down])
+    return Experts(path, up, down, frozenset(transposed)), refs
 
 
-def _sliced(path: str, leaf: str, ref: TensorRef, shape: tuple[int, ...]) -> list[dict[str, TensorRef]]:
-    """Each expert's matrix as a slice of one tensor of three dimensions: linear -> slice."""
-    if ref.shape != shape:
+def _sliced(
+    path: str, leaf: str, ref: TensorRef, stored: tuple[int, ...], shape: tuple[int, ...]
+) -> list[dict[str, TensorRef]]:
+    """Each expert's matrix as a slice of one tensor: linear -> slice.
+
+    The tensor has the shape `stored`, which is read as `shape` (experts, rows, columns).
+    """
+    if ref.shape != stored:
         raise CheckpointError(
-            f"{ref.shard}: tensor {ref.name} has shape {list(ref.shape)}, config.json says {list(shape)}"
+            f"{ref.shard}: tensor {ref.name} has shape {list(ref.shape)}, config.json says {list(stored)}"
         )
-    size = ref.nbytes // shape[0]
+    size, leaf = ref.nbytes // shape[0], leaf.rpartition(".")[2]
     return [
         {f"{path}.{e}.{leaf}": replace(ref, shape=shape[1:], begin=begin, end=begin + size)}
         for e, begin in enumerate(range(ref.begin, ref.begin + shape[0] * size, size))
     ]
 
 
-def _pieced(path: str, pieces: Pieces, shape: tuple[int, ...], turned: bool) -> list[dict[str, TensorRef]]:
-    """Each expert's matrices where these are separate tensors, in the order of concatenation: linear -> tensor."""
+def _pieced(
+    path: str, pieces: Pieces, shape: tuple[int, ...], turned: bool, count: int
+) -> list[dict[str, TensorRef]]:  # fmt: skip
+    """Each expert's matrices where these are separate tensors, in the order of concatenation: linear -> tensor.
+
+    Only the first `count` experts compute with theirs.
+    """
     found: list[dict[int, tuple[str, TensorRef]]] = [{} for _ in range(shape[0])]
     for name, place, ref in pieces:
         numbers = _NUMBER.findall(name.rpartition("experts")[2])
@@ -138,6 +125,7 @@ def _pieced(path: str, pieces: Pieces, shape: tuple[int, ...], turned: bool) -> 
         leaf = ref.name.removesuffix(".weight").rpartition(".")[2]
         found[expert][place] = (f"{path}.{expert}.{leaf}", ref)
     leaves = {place: name.rpartition(".")[2] for matrices in found for place, (name, _) in matrices.items()}
+    del found[count:]
     for expert, matrices in enumerate(found):
         if missing := [leaf for place, leaf in leaves.items() if place not in matrices]:
             raise CheckpointError(f"the weight of {path}.{expert}.{missing[0]} is missing; is the download complete?")

@@ -17,7 +17,8 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.float_quantized import SCALE
 from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError, UnsupportedError
-from streamprune.model.experts import DOWN, OTHER, TRANSPOSED, UP, Experts, Pieces, find_experts, is_experts
+from streamprune.model.expert_forms import form_of
+from streamprune.model.experts import OTHER, TRANSPOSED, Experts, Pieces, find_experts
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -36,9 +37,11 @@ def match_tensors(
     found: dict[str, TensorRef] = {}
     missing: list[tuple[str, nn.Parameter]] = []
     experts: dict[str, Experts] = {}
+    of_experts: set[str] = set()
     for path, module in model.named_modules():
-        if is_experts(module):
-            experts[path], refs = find_experts(path, module, stored, converted)
+        if (form := form_of(model, path, module)) is not None:
+            experts[path], refs = find_experts(path, form, stored, converted)
+            of_experts |= {f"{path}.{leaf}" for leaf in form.leaves}
             found |= refs
             for weight, matrix in refs.items():
                 if quantised and matrix.dtype == "F8_E4M3":
@@ -46,7 +49,6 @@ def match_tensors(
                     found[weight + SCALE] = _scale_of(checkpoint, matrix, scale)
                 else:
                     _check_dtype(matrix)
-    of_experts = {f"{path}.{leaf}" for path in experts for leaf in (*UP, DOWN)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in of_experts:
             continue

@@ -52,7 +52,7 @@ def _left_dense(width: int, prefix: str, layers: nn.ModuleList, experts: Collect
         path = name.rpartition(".")[0]
         owner, shape = layers.get_submodule(path), [size for size in parameter.shape if size > 1]
         depthwise = isinstance(owner, nn.Conv1d) and owner.groups == owner.in_channels
-        if f"{prefix}.{path}" in experts or depthwise:
+        if depthwise or any(whole in experts for whole in _ancestors(f"{prefix}.{name}")):
             continue
         if name in uncalled:
             yield f"{prefix}.{name}", "whose inputs cannot be watched, as its module is not called"
@@ -60,6 +60,11 @@ def _left_dense(width: int, prefix: str, layers: nn.ModuleList, experts: Collect
             yield f"{prefix}.{name}", f"which has {len(shape)} dimensions and is not of experts in a known form"
         elif len(shape) == 2 and min(shape) >= width and not is_linear(owner):
             yield f"{prefix}.{name}", "which is in no linear layer"
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def _uncalled(path: str, module: nn.Module) -> Iterator[str]:

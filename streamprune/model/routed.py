@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,17 +22,13 @@ from torch.nn import functional as F
 from streamprune.disk.header import TensorRef
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import UnsupportedError
-from streamprune.model.experts import DOWN, UP, Experts
+from streamprune.model.expert_forms import Form, Forward
+from streamprune.model.experts import Experts
 from streamprune.model.finite import refuse_nonfinite
 from streamprune.process.memory import give_back_free_memory
 
 InputHook = Callable[[str, Tensor], None]
 """Called with a linear and its input (tokens, in)."""
-
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""An experts module's forward: states (tokens, hidden), numbers of the chosen experts (tokens, k), their routing
-weights
-(tokens, k) -> (tokens, hidden)."""
 
 _GATHERED_ROWS = 256
 """Rows that are read from a file at once: if they are far apart, each maps 64 KiB."""
@@ -75,7 +71,7 @@ class Weights(Protocol):
 class _Mixture:
     """A module of experts with bound weights, and its inputs and outputs for the current group of batches."""
 
-    module: Any
+    form: Form
     experts: Experts
     weights: Weights
     given: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
@@ -95,18 +91,18 @@ class _Mixture:
     def intermediate(self, expert: int, x: Tensor) -> Tensor:
         """(n, intermediate), the input of an expert's down projection, of x (n, hidden)."""
         up = torch.cat([self.product(name, x) for name in self.experts.up[expert]], dim=-1)
-        bias = next((b for leaf in UP if (b := self.module._parameters.get(f"{leaf}_bias")) is not None), None)
-        if bias is not None:
-            up = up + bias[expert]
-        gated = getattr(self.module, "has_gate", True)
-        found: Tensor = self.module._apply_gate(up) if gated else self.module.act_fn(up)
-        return found
+        bias = self.form.bias(self.form.up[0])
+        return self.form.activate(up if bias is None else up + bias[expert])
 
     def output(self, expert: int, intermediate: Tensor) -> Tensor:
         """(n, hidden), an expert's output, of (n, intermediate)."""
         result = self.product(self.experts.down[expert], intermediate)
-        bias = self.module._parameters.get(f"{DOWN}_bias")
+        bias = self.form.bias(self.form.down)
         return result if bias is None else result + bias[expert]
+
+    def given_to(self, x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """What an expert is given of states x (n, hidden), and the weights of its outputs (n, 1)."""
+        return (x * share, torch.ones_like(share)) if self.form.scales_inputs else (x, share)
 
     def compute(
         self, hidden: Tensor, chosen: Tensor, shares: Tensor, watch: InputHook | None, weighted: bool, rows: int,
@@ -123,12 +119,15 @@ class _Mixture:
                     check(name)
             tokens, places = torch.where(chosen == e)
             for token, place in zip(torch.split(tokens, rows), torch.split(places, rows), strict=True):
-                x, share = hidden[token], shares[token, place, None]
+                x, share = self.given_to(hidden[token], shares[token, place, None])
                 _show(watch, self.experts.up[e], x, share, weighted)
                 intermediate = self.intermediate(e, x)
                 _show(watch, (self.experts.down[e],), intermediate, share, weighted)
                 out.index_add_(0, token, (self.output(e, intermediate) * share).to(out.dtype))
             self.weights.release(self.experts.of([e]))
+        if self.form.identities:
+            beyond = (shares * (chosen >= len(self.experts.down))).sum(1, keepdim=True)
+            out += (hidden * beyond).to(out.dtype)
         return out
 
 
@@ -146,13 +145,13 @@ def _show(watch: InputHook | None, names: Sequence[str], x: Tensor, share: Tenso
 
 
 def immediate_forward(
-    module: Any, experts: Experts, weights: Weights, watch: InputHook | None, weighted: bool
+    form: Form, experts: Experts, weights: Weights, watch: InputHook | None, weighted: bool
 ) -> Forward:
-    """A replacement for an experts module's forward that computes each batch at once.
+    """A forward of experts that computes each batch at once.
 
     `watch` sees the linears' inputs, multiplied by the routing weights if `weighted`.
     """
-    mixture = _Mixture(module, experts, weights)
+    mixture = _Mixture(form, experts, weights)
     return lambda hidden, chosen, shares: mixture.compute(hidden, chosen, shares, watch, weighted, max(1, len(hidden)))
 
 
@@ -172,9 +171,9 @@ class Routed:
         self.collecting = False
         """Whether passes stop at the experts."""
 
-    def forward_of(self, module: Any, experts: Experts, weights: Weights) -> Forward:
-        """A replacement for an experts module's forward, while `weights` are bound."""
-        mixture = self._mixtures[experts.path] = _Mixture(module, experts, weights)
+    def forward_of(self, form: Form, experts: Experts, weights: Weights) -> Forward:
+        """A forward of experts for the whole group, while `weights` are bound."""
+        mixture = self._mixtures[experts.path] = _Mixture(form, experts, weights)
 
         def forward(hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
             if mixture.outputs is None:
@@ -231,7 +230,7 @@ class Routed:
                     continue
                 device = mixture.weights.device
                 for x, share in self._kept.inputs(mixture.experts.path, e, rows):
-                    x, share = x.to(device), share.to(device)
+                    x, share = mixture.given_to(x.to(device), share.to(device))
                     _show(watch, wanted, x, share, self._weighted)
                     if down in names:
                         _show(watch, (down,), mixture.intermediate(e, x), share, self._weighted)

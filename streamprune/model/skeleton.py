@@ -114,6 +114,16 @@ class Skeleton:
     def layer_stages(self) -> tuple[Stage, ...]:
         return self.stages[1:-1]
 
+    @functools.cached_property
+    def causal(self) -> nn.Module:
+        """The smallest part of the model that has both the layers and the LM head."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        path = paths.get(id(head), "")
+        while not paths[id(self.layers)].startswith(f"{path}." if path else ""):
+            path = path.rpartition(".")[0]
+        return self.model.get_submodule(path)
+
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
@@ -226,11 +236,15 @@ def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
 
     In a multimodal model, the one within its text model.
     """
-    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    text = config.get_text_config()
+    counts = {getattr(text, name, None) for name in ("num_hidden_layers", "num_layers")}  # may count them as halves
+    count = getattr(text, "num_hidden_layers", None)
     root = model.get_decoder() if _wraps(config) else model  # type: ignore[operator]
     inside = {id(m) for m in root.modules()}
     found = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count and id(m) in inside
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) in counts and id(m) in inside
     ]
     if not found or not count:
         raise UnsupportedError(f"{config.model_type} has no list of {count} decoder layers that could be streamed")

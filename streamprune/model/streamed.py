@@ -151,7 +151,8 @@ class StreamedModel:
             compare = self._calls.of(ids.shape[0], ids.shape[1]) is None  # once for each shape of a batch
             with _recorders(self.skeleton, as_tuple, compare) as recorders:
                 model = self.skeleton.model
-                base = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
+                base = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
+                base = model.get_decoder() if base is None else base  # type: ignore[operator]
                 try:
                     final = base(input_ids=ids, use_cache=False)[0]
                 except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as e:
@@ -264,7 +265,7 @@ class StreamedModel:
             def run(states: Tensor) -> Tensor:
                 recorders[-1].replace = states.to(self.device, self.dtype).unsqueeze(0)
                 ids = torch.zeros(1, states.shape[0], dtype=torch.long, device=self.device)
-                logits: Tensor = self.skeleton.model(input_ids=ids, use_cache=False)[0]
+                logits: Tensor = self.skeleton.causal(input_ids=ids, use_cache=False)[0]
                 return logits[0]
 
             yield run

@@ -97,8 +97,11 @@ class _StageShard:
         elif ref.name in self._scales:
             yield _bytes(torch.cat(self._scales[ref.name]))
         elif ref.name in self._parts:
+            part, whole = None, self._stored[ref.name]
             for name, part in self._parts[ref.name]:
                 yield from self._pruned(part, name) if name in self._target.selected else self._checked(part)
+            if part is not None and part.end < whole.end:  # of experts that give back their input
+                yield from _pieces(self._loader.maps.raw(replace(whole, begin=part.end)))
         elif ref.name in self._known:
             yield from self._checked(self._stored[ref.name])
         else:
