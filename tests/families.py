@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class Family:
     """Of a model that sees: its configuration beside that of the text model, which has the other settings."""
     auto: str = "AutoModelForCausalLM"
     """The class of transformers that makes and loads the whole model."""
+    config: Any = None
+    """The whole configuration, of a family that was found in transformers' tables (shrunk.py)."""
 
 
 DENSE: dict[str, Family] = {
@@ -310,11 +313,25 @@ REFUSED: dict[str, Family] = {
 FAMILIES = {**DENSE, **OTHERS, **RECURRENT, **SEEING, **REFUSED}
 
 
+def family_of(kind: str) -> Family:
+    """The family of a model type: one of these tables, or found in transformers' (KeyError if it is not)."""
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    from shrunk import found
+
+    family = found(kind)
+    if family is None:
+        raise KeyError(kind)
+    return family
+
+
 def tiny_config(kind: str, layers: int = 3) -> Any:
-    """A configuration of a few thousand parameters."""
+    """A configuration of a few thousand parameters; `layers` counts for the families of these tables."""
     from transformers import AutoConfig
 
-    family = FAMILIES[kind]
+    family = family_of(kind)
+    if family.config is not None:
+        return deepcopy(family.config)
     settings = {**_COMMON, "num_hidden_layers": layers, **family.settings}
     if family.vision is not None:
         return AutoConfig.for_model(kind, text_config=settings, **family.vision)
@@ -325,7 +342,7 @@ def whole_class(kind: str) -> Any:
     """The transformers class that makes and loads the whole model."""
     import transformers
 
-    return getattr(transformers, FAMILIES[kind].auto)
+    return getattr(transformers, family_of(kind).auto)
 
 
 def save_model(folder: Path, kind: str = "llama", layers: int = 3, dtype: str = "bfloat16", seed: int = 0) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 import references
 import torch
 from calls import prune
-from families import FAMILIES, VOCAB, whole_class
+from families import VOCAB, family_of, whole_class
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from windows import drawn
@@ -36,7 +36,7 @@ Stats = dict[str, tuple[int, torch.Tensor, torch.Tensor]]
 
 def linears_of(model: torch.nn.Module, kind: str) -> dict[str, torch.nn.Module]:
     """The linears of the decoder layers that can be pruned, by module path."""
-    prefix = FAMILIES[kind].layers
+    prefix = family_of(kind).layers
     return {
         f"{prefix}.{name}": module
         for name, module in model.get_submodule(prefix).named_modules()
@@ -70,7 +70,7 @@ def round_states(model: torch.nn.Module, kind: str, dtype: torch.dtype) -> None:
             return args, {**kwargs, "hidden_states": kwargs["hidden_states"].to(dtype).float()}
         return (args[0].to(dtype).float(), *args[1:]), kwargs
 
-    for layer in model.get_submodule(FAMILIES[kind].layers):
+    for layer in model.get_submodule(family_of(kind).layers):
         layer.register_forward_pre_hook(before, with_kwargs=True)
 
 

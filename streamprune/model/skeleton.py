@@ -218,11 +218,11 @@ def _is_too_large(error: Exception) -> bool:
 
 def _model_class(config: Any) -> Any:
     """The class that loads the whole checkpoint, other modalities included."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-    classes = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    classes = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]
     if _wraps(config):
-        classes.reverse()  # for some, the causal class is the text model alone
+        classes = [*classes[1:], classes[0]]  # for some, the causal class is the text model alone
     return next((c for c in classes if type(config) in c._model_mapping), AutoModelForCausalLM)
 
 
