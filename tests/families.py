@@ -28,7 +28,7 @@ class Family:
     """A model type of transformers."""
 
     examples: str
-    """Models of it that people know."""
+    """Models of it that people know, or its class in transformers."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of its configuration, beside vocabulary, width, layers and heads."""
     layers: str = "model.layers"

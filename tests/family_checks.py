@@ -268,7 +268,8 @@ def check_use(trial: Trial) -> str:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tied = trial.whole.get_input_embeddings().weight is trial.whole.get_output_embeddings().weight
     assert (embedding is head) == tied
-    assert sum(tensor.shape == embedding.shape for tensor in stored(trial.half).values()) == (1 if tied else 2)
+    alike = 1 if tied or head.shape != embedding.shape else 2
+    assert sum(tensor.shape == embedding.shape for tensor in stored(trial.half).values()) == alike
     start = trial.windows[:1, :4]
     made = model.generate(start, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
     assert made.shape == (1, 7)
@@ -279,7 +280,7 @@ def check_eval(trial: Trial) -> str:
     """`evaluate` of the pruned model gives the whole model's perplexity; it is not that of the dense one."""
     found = evaluate(trial.half, trial.tokens, seqlen=SEQLEN, dtype="float32", work=trial.folder).perplexity
     wanted, dense = (perplexity(model, trial.held) for model in (trial.load(trial.half), trial.whole))
-    assert abs(found - wanted) <= 1e-5 * wanted < 1e-1 * abs(found - dense), (found, wanted, dense)
+    assert abs(found - wanted) <= 1e-5 * wanted < 2e-1 * abs(found - dense), (found, wanted, dense)
     return "yes"
 
 

@@ -1,7 +1,7 @@
 """A tiny configuration of any family of transformers, made from its default one without knowing the family.
 
-Sizes are replaced by small ones, by the names that configurations use for them; everything else stays as it is. Where no
-valid model comes of it, the family needs a configuration of its own (families.py, mixtures.py).
+Sizes are replaced by small ones, by the names that configurations use for them; everything else stays as it is. Where
+no valid model comes of it, the family needs a configuration of its own (families.py, mixtures.py).
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ def found(kind: str) -> Family | None:
                 return None
             model = loader.from_config(config).eval()
             with torch.no_grad():
-                model(input_ids=torch.arange(10, 26)[None])
+                model.generate(torch.arange(10, 26)[None], max_new_tokens=2, pad_token_id=0)
             inside = {*(model.get_decoder() if config.get_text_config() is not config else model).modules()}
             paths = [path for path, m in model.named_modules() if m in inside and _are_layers(m, config)]
             layers = min(paths, key=len)
-            if any(p.dim() == 3 and path.startswith(layers) for path, p in parameters.items()):
+            if any(p.dim() == 3 and "conv" not in name and name.startswith(layers) for name, p in parameters.items()):
                 return None  # experts in one tensor need a family in mixtures.py
-            return Family("", layers=layers, auto=loader.__name__, config=config)
+            return Family(type(model).__name__, layers=layers, auto=loader.__name__, config=config)
         except Exception:  # noqa: BLE001 - whatever a model that does not fit together raises
             continue
     return None

@@ -38,6 +38,8 @@ MIXED = {
     "flint", "gemma4", "llama4_text", "dbrx",
 }  # fmt: skip
 """Mixtures by ways of their own; the others are marked slow, and so are refits of all."""
+FOUND = "voxtral"
+"""A model that hears, of those with no configuration of their own (shrunk.py); tools/families.py tries the others."""
 CALIBRATION = {"samples": 4, "seqlen": 16, "dtype": "float32"}
 
 
@@ -81,6 +83,8 @@ def _cells() -> Iterator[Any]:
         for name, check in CHECKS.items():
             slow = kind in ALIKE or (check in (check_refit, check_fp8) and kind not in REFITTED)
             yield pytest.param(kind, name, id=f"{kind}-{name}", marks=[pytest.mark.slow] if slow else [])
+    for name in ("masks", "inspect", "eval"):
+        yield pytest.param(FOUND, name, id=f"{FOUND}-{name}")
     for kind in EVERY:
         for name, check in CHECKS.items():
             slow = kind not in MIXED or check is check_refit

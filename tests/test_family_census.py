@@ -23,9 +23,12 @@ def test_every_family_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = family_census.census(["llama", "bart", "t5"])
     assert found.every == ("bart", "copied", "llama", "marian", "new", "t5")
     assert found.alike == {"copied": "llama"} and found.refused == ("marian",) and found.unknown == ("new",)
-    text = "\n".join(family_census.lines(found, ["llama"], ["bart", "t5"]))
-    assert "Of the 6 model types" in text and "1 work, 1 more have" in text and "3 are refused, and 1 were" in text
-    assert "`copied` (llama)" in text and "is known: `new`" in text
+    text = "\n".join(family_census.lines(found, ["llama", "bart", "t5"]))
+    assert (
+        "Of the 6 model types" in text and "3 were tried, 1 more have" in text and "1 more are encoder-decoder" in text
+    )
+    assert "and 1 were not tried" in text and "`copied` (llama)" in text and "is known: `new`" in text
+    assert "and 0 were not tried" in "\n".join(family_census.lines(found, ["llama", "bart", "t5", "new"]))
 
 
 def test_what_is_tried_is_known_to_transformers() -> None:

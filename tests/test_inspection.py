@@ -251,7 +251,6 @@ LINEARS = [
     "transformer.h.11.attn.c_attn",
     "gpt_neox.layers.2.attention.query_key_value",
     "transformer.blocks.0.ffn.up_proj",
-    "model.language_model.layers.0.self_attn.o_proj",
     "layers.0.q_a_proj",
 ]
 OTHERS = [
@@ -275,6 +274,9 @@ OTHERS = [
 def test_which_tensors_are_linears(tmp_path: Path) -> None:
     folder = model(tmp_path / "m", {name: dense(2, 4) for name in LINEARS + OTHERS})
     assert sorted(find_linears(open_checkpoint(folder))) == sorted(LINEARS)
+    towers = ["model.encoder.layers.0.fc1", "model.perceiver.layers.2.mlp.up_proj", "model.vision_tower.layers.1.fc1"]
+    folder = model(tmp_path / "sees", {name: dense(2, 4) for name in [*towers, "language_model.model.layers.0.fc1"]})
+    assert list(find_linears(open_checkpoint(folder))) == ["language_model.model.layers.0.fc1"]
     make(tmp_path / "n")
     odd = {
         "layers.0.conv.weight": torch.ones(2, 2, 2),

@@ -6,8 +6,9 @@
 
 Each family is a random model of a few thousand parameters (tests/families.py; tests/mixtures.py has those of experts),
 pruned layer by layer and compared with the whole model in memory (tests/family_checks.py): masks, all statistics,
-`inspect`, loading and generating with transformers, perplexity, new values by obs-admm, FP8. After the tables of all
-families comes what else transformers has (family_census.py). Exit code 1 when something does not do what it should.
+`inspect`, loading and generating with transformers, perplexity, new values by obs-admm, FP8. What transformers has
+beside these (family_census.py) is tried with its default configuration made tiny (tests/shrunk.py) where that gives a
+model that runs, and the others are listed. Exit code 1 when something does not do what it should.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ sys.path[:0] = [str(_ROOT), str(_ROOT / "tests")]
 os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
 
 import family_census  # noqa: E402
+import shrunk  # noqa: E402
 from families import DENSE, RECURRENT, REFUSED, SEEING, Family, save_model  # noqa: E402
 from mixtures import EVERY, Mixture  # noqa: E402
 
@@ -63,26 +65,28 @@ def row(kind: str, family: Family | Mixture, group: str, folder: Path) -> str:
 
 
 def refusal(kind: str, folder: Path) -> str:
-    """The program's error for a family that it refuses."""
+    """The program's error for a family that it refuses; "" for one that it does not."""
     from family_checks import HALF, write_tokens
 
     from streamprune.errors import UnsupportedError
     from streamprune.pruning.job import prune
     from streamprune.settings import Calibration
 
+    folder.mkdir(exist_ok=True)
     save_model(folder / "model", kind, 2, "float32")
     try:
         calibration = Calibration(write_tokens(folder / "tokens.npy"))
         prune(folder / "model", folder / "out", HALF["sparsity"], calibration=calibration)
     except UnsupportedError as e:
         return str(e)
-    say(f"{kind} was not refused")
-    return "**not refused**"
+    return ""
 
 
 def tables(kinds: list[str]) -> Iterator[str]:
     """The lines of all tables, an empty one between two."""
-    for groups in TABLES:
+    found = {kind: family for kind in kinds if kind not in KINDS and (family := shrunk.found(kind))}
+    refused = {kind: REFUSED[kind] for kind in REFUSED if kind in kinds}
+    for groups in [*TABLES, {"": found}]:
         wanted = [(kind, group) for group, families in groups.items() for kind in families if kind in kinds]
         if wanted:
             yield HEAD
@@ -90,29 +94,31 @@ def tables(kinds: list[str]) -> Iterator[str]:
         for kind, group in wanted:
             say(kind)
             with tempfile.TemporaryDirectory() as folder:
-                yield row(kind, groups[group][kind], group, Path(folder))
+                if kind in found and refusal(kind, Path(folder) / "tried"):
+                    refused[kind] = found[kind]
+                else:
+                    yield row(kind, groups[group][kind], group, Path(folder))
         if wanted:
             yield ""
-    refused = [kind for kind in REFUSED if kind in kinds]
     if refused:
         yield "| refused | for example | because |\n|---|---|---|"
-    for kind in refused:
+    for kind, family in refused.items():
         say(kind)
         with tempfile.TemporaryDirectory() as folder:
-            yield f"| `{kind}` | {REFUSED[kind].examples} | {refusal(kind, Path(folder))} |"
+            yield f"| `{kind}` | {family.examples} | {refusal(kind, Path(folder)) or '**not refused**'} |"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", metavar="MODEL_TYPE", help="families to try (default: all)")
-    parser.add_argument("--list", action="store_true", help="only list what else transformers has")
+    parser.add_argument("--list", action="store_true", help="only list what transformers has and who is tried")
     given = parser.parse_args()
-    kinds = given.kinds or KINDS
-    if unknown := [k for k in kinds if k not in KINDS]:
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(KINDS)}")
-    beside = family_census.lines(family_census.census(KINDS), [k for k in KINDS if k not in REFUSED], REFUSED)
+    census = family_census.census(KINDS)
+    kinds = given.kinds or [*KINDS, *census.unknown]
+    if unknown := [k for k in kinds if k not in KINDS and k not in census.unknown]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join([*KINDS, *census.unknown])}")
     if given.list:
-        print("\n".join(beside))
+        print("\n".join(beside(census)))
         return 0
     if find_spec("compressed_tensors") is None:  # or FP8 would look as if it did not work
         parser.error("transformers needs compressed-tensors to load FP8: pip install -e '.[fp8]', or tools/test")
@@ -125,11 +131,16 @@ def main() -> int:
     with mock.patch("os.fsync"), warnings.catch_warnings():  # no power loss is survived here, so none is waited for
         warnings.simplefilter("ignore")
         for line in tables(kinds):
-            failed |= "**no" in line
+            failed |= "**no" in line  # or **not refused**
             print(line, flush=True)
     if not given.kinds:
-        print("\n".join(["", *beside]))
+        print("\n".join(["", *beside(census)]))
     return int(failed)
+
+
+def beside(census: family_census.Census) -> list[str]:
+    """What transformers has, beside the families with a configuration of their own and those found by themselves."""
+    return family_census.lines(census, [*KINDS, *(kind for kind in census.unknown if shrunk.found(kind))])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Every family that transformers knows, from its own tables: tried, refused by what it is, or not tried.
 
 The tables are those of causal language models and of models with several modalities, whose text model would be pruned.
-What is added to transformers thus shows up here as not tried, until tests/families.py or tests/mixtures.py has a tiny
-configuration of it.
+What is added to transformers thus shows up here: tried with its default configuration made tiny (tests/shrunk.py), or
+as not tried, until tests/families.py or tests/mixtures.py has a tiny configuration of it.
 """
 
 from __future__ import annotations
@@ -56,19 +56,18 @@ def _encodes(kind: str) -> bool:
         return False
 
 
-def lines(found: Census, works: Collection[str], refused: Collection[str]) -> list[str]:
-    """The census as Markdown; of the families that were tried, `works` do and the others are `refused`."""
+def lines(found: Census, tried: Collection[str]) -> list[str]:
+    """The census as Markdown, where the families `tried` have a row in a table."""
     from transformers import __version__
 
-    counts = [
-        f"{len(works)} work", f"{len(found.alike)} more have the model class of one of the families that were tried",
-        f"{len(refused) + len(found.refused)} are refused", f"{len(found.unknown)} were not tried",
-    ]  # fmt: skip
+    unknown = [kind for kind in found.unknown if kind not in tried]
     return [
-        f"Of the {len(found.every)} model types that transformers {__version__} has for causal language models, "
-        f"alone or within several modalities, {', '.join(counts[:-1])}, and {counts[-1]}.",
+        f"Of the {len(found.every)} model types that transformers {__version__} has for causal language models, alone "
+        f"or within several modalities, {len(tried)} were tried, {len(found.alike)} more have the model class of one "
+        f"of these, {len(found.refused)} more are encoder-decoder models, which are refused, and {len(unknown)} were not "
+        "tried.",
         "",
         f"- the class of another: {', '.join(f'`{kind}` ({other})' for kind, other in found.alike.items())}",
-        f"- refused, as encoder-decoder models are: {', '.join(f'`{kind}`' for kind in found.refused)}",
-        f"- not tried, no tiny configuration is known: {', '.join(f'`{kind}`' for kind in found.unknown)}",
+        f"- encoder-decoder: {', '.join(f'`{kind}`' for kind in found.refused)}",
+        f"- not tried, no tiny configuration is known: {', '.join(f'`{kind}`' for kind in unknown)}",
     ]

@@ -2,8 +2,9 @@
 
 A *linear* here is a 2-D tensor `NAME.weight` of a floating dtype whose name is within a numbered list of layers
 (`layers.7.`, `h.7.`, `blocks.7.`), except norms, embeddings, routers of experts, `dt_proj` of Mamba layers, which stays
-dense, and the layers of vision and audio towers. Fused experts, a 3-D tensor (experts, rows, columns) or DBRX's 2-D one
-(experts · rows, columns), are not linears here; `expert_names` lists their matrices.
+dense, and the layers of vision and audio towers: where there is a `language_model` or a `text_model`, all that is not
+within it. Fused experts, a 3-D tensor (experts, rows, columns) or DBRX's 2-D one (experts · rows, columns), are not
+linears here; `expert_names` lists their matrices.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _NO_LINEAR = re.compile(
     r"(^|\.)(vision|visual|audio)[^.]*\.|router|(^|\.)(gate|wg|shared_expert_gate)(_?\d+)?$|\.(mixer|mamba)\.dt_proj$|"
     r"(^|[._])(norm|layernorm|ln|emb|embed|embedding|embeddings|embed_tokens|relative_attention_bias)(_?\d+)?$"
 )
+_TEXT_MODEL = re.compile(r"(^|\.)(language_model|text_model)\.")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _EXPERT = re.compile(r"\.experts\.([0-9]{1,18})\.")
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -47,6 +49,8 @@ def find_linears(checkpoint: Checkpoint) -> dict[str, TensorRef]:
         for name, ref in checkpoint.tensors.items()
         if len(ref.shape) == 2 and ref.nbytes > 0 and ref.dtype in FLOATING and is_linear_weight(name)
     }
+    within = {name: ref for name, ref in found.items() if _TEXT_MODEL.search(name)}
+    found = within or found
     if checkpoint.config.get("zero_expert_num"):
         found = {name: ref for name, ref in found.items() if not _gives_back(checkpoint, name)}
     return dict(sorted(found.items(), key=lambda item: by_number(item[0])))
