@@ -64,8 +64,8 @@ def lines(found: Census, tried: Collection[str]) -> list[str]:
     return [
         f"Of the {len(found.every)} model types that transformers {__version__} has for causal language models, alone "
         f"or within several modalities, {len(tried)} were tried, {len(found.alike)} more have the model class of one "
-        f"of these, {len(found.refused)} more are encoder-decoder models, which are refused, and {len(unknown)} were not "
-        "tried.",
+        f"of these, {len(found.refused)} more are encoder-decoder models, which are refused, and {len(unknown)} were "
+        "not tried.",
         "",
         f"- the class of another: {', '.join(f'`{kind}` ({other})' for kind, other in found.alike.items())}",
         f"- encoder-decoder: {', '.join(f'`{kind}`' for kind in found.refused)}",
