@@ -169,6 +169,7 @@ _BESIDE = _FOUR | {"shared_intermediate_size": 32}
 _GATED = _EIGHT | _LINEAR | {"head_dim": 8, "shared_expert_intermediate_size": 32}
 _MIXED_SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 
+_HALVES = {"layer_types": ["linear_attention", "full_attention"]}
 MORE: dict[str, Mixture] = {
     "deepseek_v2": Mixture("DeepSeek-V2", _ROUTED | _LATENT | {"num_key_value_heads": 4}, notes=_SHARED),
     "deepseek_v32": Mixture("DeepSeek-V3.2", _ONE | _INDEXED, notes=f"{_SHARED}; sparse attention"),
@@ -183,6 +184,14 @@ MORE: dict[str, Mixture] = {
     ),
     "solar_open": Mixture("Solar Open 100B", _ROUTED, notes=_SHARED),
     "mimo_v2_flash": Mixture("MiMo-V2-Flash", _ROUTED | _SLIDING | {"v_head_dim": 8}),
+    "kimi_linear": Mixture(
+        "Kimi Linear 48B-A3B",
+        _ONE | {"num_experts": 8, "num_local_experts": 8, "linear_num_heads": 4, "linear_head_dim": 8} | _HALVES,
+        ("w1", "w3"), "w2", notes=f"{_SHARED}; recurrent layers",
+    ),
+    "bailing_hybrid": Mixture(
+        "Ling 3", _ONE | {"num_experts": 8, "layer_group_size": 2}, notes=f"{_SHARED}; recurrent layers",
+    ),
     "qwen3_next": Mixture("Qwen3-Next 80B-A3B", _GATED, notes=f"{_SHARED}; recurrent layers"),
     "qwen3_5_moe_text": Mixture("Qwen3.5 35B-A3B, its text model", _GATED, notes=f"{_SHARED}; recurrent layers"),
     "minimax": Mixture("MiniMax-Text-01", _FOUR | {"head_dim": 8}, ("w1", "w3"), "w2", notes="recurrent layers"),
