@@ -260,10 +260,6 @@ REFUSED: dict[str, Family] = {
         },
         notes="between its decoder layers",
     ),
-    "jetmoe": Family(
-        "JetMoE", {"intermediate_size": 32, "num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 2},
-        notes="of kinds that cannot be pruned yet",
-    ),
     "zaya": Family("ZAYA1", _MIXED | {"num_experts_per_tok": 1}, notes="hands more than hidden states"),
     "doge": Family(
         "Doge, its mixtures", _GROUPED | {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 2},

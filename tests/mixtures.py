@@ -116,6 +116,10 @@ MIXTURES: dict[str, Mixture] = {
         },
         ("w1", "v1"), "w2", whole=True, notes="the last stored (in, out)", like="mpt",
     ),
+    "jetmoe": Mixture(
+        "JetMoE 8B", {"intermediate_size": 32, "num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 2},
+        ("input_linear",), "output_linear", whole=True, notes="experts of attention stay dense",
+    ),
     "longcat_flash": Mixture(
         "LongCat-Flash",
         _LATENT
@@ -445,9 +449,36 @@ class _Shared(_Gated):
         return tokens, torch.arange(self.count).expand(len(tokens), -1), gammas.reshape(len(tokens), -1)
 
 
+class _JetMoe(_Gated):
+    def __init__(self, module: Any) -> None:
+        self.module, self.count = module, len(module.input_linear.weight)
+
+    def up(self, expert: int) -> list[torch.Tensor]:
+        return [self.module.input_linear.weight.detach()[expert]]
+
+    def down(self, expert: int) -> torch.Tensor:
+        weight: torch.Tensor = self.module.output_linear.weight.detach()[expert]
+        return weight
+
+    def middle(self, both: torch.Tensor, expert: int) -> torch.Tensor:
+        gate, up = both.chunk(2, -1)
+        found: torch.Tensor = self.module.activation(gate) * up
+        return found
+
+    def given(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens = args[0].flatten(0, -2)
+        router = self.module.router
+        logits, chosen = router.layer(tokens).float().topk(router.top_k, dim=1)
+        return tokens, chosen, logits.softmax(1).type_as(tokens)
+
+    def beside(self, args: tuple[Any, ...]) -> torch.Tensor | float:
+        bias: torch.Tensor = self.module.bias.detach()
+        return bias
+
+
 _HELD: dict[str, type[Held]] = {
     "Llama4TextExperts": _Llama4, "DbrxExperts": _Dbrx, "LongcatFlashExperts": _Longcat,
-    "InklingSharedExperts": _Shared,
+    "InklingSharedExperts": _Shared, "JetMoeMoE": _JetMoe,
 }  # fmt: skip
 
 
