@@ -263,19 +263,10 @@ REFUSED: dict[str, Family] = {
         },
         notes="between its decoder layers",
     ),
-    "jetmoe": Family(
-        "JetMoE", {"intermediate_size": 32, "num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 2},
-        notes="of kinds that cannot be pruned yet",
-    ),
     "zaya": Family("ZAYA1", _MIXED | {"num_experts_per_tok": 1}, notes="hands more than hidden states"),
     "doge": Family(
         "Doge, its mixtures", _GROUPED | {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 2},
         notes="experts for all tokens of a batch at once",
-    ),
-    "kimi_linear": Family("Kimi Linear", _MIXED | _LATENT, notes="conv1d.weight is stored in pieces"),
-    "bailing_hybrid": Family(
-        "Ling 3", _MIXED | _LATENT | {"layer_group_size": 2, "first_k_dense_replace": 1},
-        notes="conv1d.weight is stored in pieces",
     ),
     "glm_moe_dsa": Family("GLM-5", _INDEXED, notes="hands more than hidden states from layer to layer"),
     "deepseek_v4": Family(

@@ -116,6 +116,10 @@ MIXTURES: dict[str, Mixture] = {
         },
         ("w1", "v1"), "w2", whole=True, notes="the last stored (in, out)", like="mpt",
     ),
+    "jetmoe": Mixture(
+        "JetMoE 8B", {"intermediate_size": 32, "num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 2},
+        ("input_linear",), "output_linear", whole=True, notes="experts of attention stay dense",
+    ),
     "longcat_flash": Mixture(
         "LongCat-Flash",
         _LATENT
@@ -169,6 +173,7 @@ _BESIDE = _FOUR | {"shared_intermediate_size": 32}
 _GATED = _EIGHT | _LINEAR | {"head_dim": 8, "shared_expert_intermediate_size": 32}
 _MIXED_SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 
+_HALVES = {"layer_types": ["linear_attention", "full_attention"]}
 MORE: dict[str, Mixture] = {
     "deepseek_v2": Mixture("DeepSeek-V2", _ROUTED | _LATENT | {"num_key_value_heads": 4}, notes=_SHARED),
     "deepseek_v32": Mixture("DeepSeek-V3.2", _ONE | _INDEXED, notes=f"{_SHARED}; sparse attention"),
@@ -183,6 +188,14 @@ MORE: dict[str, Mixture] = {
     ),
     "solar_open": Mixture("Solar Open 100B", _ROUTED, notes=_SHARED),
     "mimo_v2_flash": Mixture("MiMo-V2-Flash", _ROUTED | _SLIDING | {"v_head_dim": 8}),
+    "kimi_linear": Mixture(
+        "Kimi Linear 48B-A3B",
+        _ONE | {"num_experts": 8, "num_local_experts": 8, "linear_num_heads": 4, "linear_head_dim": 8} | _HALVES,
+        ("w1", "w3"), "w2", notes=f"{_SHARED}; recurrent layers",
+    ),
+    "bailing_hybrid": Mixture(
+        "Ling 3", _ONE | {"num_experts": 8, "layer_group_size": 2}, notes=f"{_SHARED}; recurrent layers",
+    ),
     "qwen3_next": Mixture("Qwen3-Next 80B-A3B", _GATED, notes=f"{_SHARED}; recurrent layers"),
     "qwen3_5_moe_text": Mixture("Qwen3.5 35B-A3B, its text model", _GATED, notes=f"{_SHARED}; recurrent layers"),
     "minimax": Mixture("MiniMax-Text-01", _FOUR | {"head_dim": 8}, ("w1", "w3"), "w2", notes="recurrent layers"),
@@ -436,9 +449,36 @@ class _Shared(_Gated):
         return tokens, torch.arange(self.count).expand(len(tokens), -1), gammas.reshape(len(tokens), -1)
 
 
+class _JetMoe(_Gated):
+    def __init__(self, module: Any) -> None:
+        self.module, self.count = module, len(module.input_linear.weight)
+
+    def up(self, expert: int) -> list[torch.Tensor]:
+        return [self.module.input_linear.weight.detach()[expert]]
+
+    def down(self, expert: int) -> torch.Tensor:
+        weight: torch.Tensor = self.module.output_linear.weight.detach()[expert]
+        return weight
+
+    def middle(self, both: torch.Tensor, expert: int) -> torch.Tensor:
+        gate, up = both.chunk(2, -1)
+        found: torch.Tensor = self.module.activation(gate) * up
+        return found
+
+    def given(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens = args[0].flatten(0, -2)
+        router = self.module.router
+        logits, chosen = router.layer(tokens).float().topk(router.top_k, dim=1)
+        return tokens, chosen, logits.softmax(1).type_as(tokens)
+
+    def beside(self, args: tuple[Any, ...]) -> torch.Tensor | float:
+        bias: torch.Tensor = self.module.bias.detach()
+        return bias
+
+
 _HELD: dict[str, type[Held]] = {
     "Llama4TextExperts": _Llama4, "DbrxExperts": _Dbrx, "LongcatFlashExperts": _Longcat,
-    "InklingSharedExperts": _Shared,
+    "InklingSharedExperts": _Shared, "JetMoeMoE": _JetMoe,
 }  # fmt: skip
 
 

@@ -298,17 +298,17 @@ def test_dtypes_that_are_not_pruned(model: Path, prune_args: list[object], refus
 
 
 def test_experts_of_another_form(model: Path, text: Path, tmp_path: Path, refuse: Refuse) -> None:
-    """JetMoE holds them its own way."""
+    """Doge's outputs depend on the other texts of a batch."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        "jetmoe", vocab_size=199, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, kv_channels=8, num_local_experts=4,
+        "doge", vocab_size=199, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, is_moe=True, num_experts=64, num_experts_per_tok=2,
     )  # fmt: skip
     (model / "model.safetensors").unlink()
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     for args in every_verb(model, text, tmp_path).values():
-        refuse(4, "jetmoe", "model.layers.0.mlp.input_linear.weight", args=args)
+        refuse(4, "doge", "model.layers.0.mlp chooses experts", args=args)
 
 
 def test_encoder_decoder(model: Path, prune_args: list[object], refuse: Refuse) -> None:

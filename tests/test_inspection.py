@@ -575,7 +575,7 @@ def test_experts_of_one_tensor(tmp_path: Path, kind: str, transposed: bool) -> N
     assert [n.name for n in found.linears] == [name.replace("gate", f"{e}.gate") for e in range(3)]
     assert all((n.pattern, n.transposed, n.shape) == ("2:4", transposed, (8, 16)) for n in found.linears)
     assert found.ok and {n.difference.kept_changed for n in found.linears if n.difference} == {64, 63}
-    assert found.totals.layout is None, "pack leaves such tensors as they are"
+    assert found.totals.layout == ("sparse-bitmask" if transposed else "sparse-24-bitmask")
     assert name.replace("gate", "*.gate") + " (3)" in inspection_table(found)
     wrong = inspect(tmp_path / "pruned", expect="2:4")
     assert not wrong.ok and all("q_proj" in failure for failure in wrong.failures)

@@ -35,6 +35,7 @@ from streamprune.errors import (
     UnsupportedError,
     UsageError,
 )
+from streamprune.inspection.inspect import inspect
 from streamprune.packing.job import pack, unpack
 
 LEGACY = Path(__file__).parent / "data" / "legacy_packed"
@@ -114,6 +115,40 @@ def model(tmp_path: Path) -> Path:
     folder = save(tmp_path / "model", first, layer(1, half, "BF16", (9, 131), (131, 9)), metadata={"format": "pt"})
     (folder / "streamprune.json").write_text('{"format": "streamprune-report", "version": 1, "job": {"x": 1}}')
     return folder
+
+
+def experts(make: Callable[..., Any]) -> Tensors:
+    """A tensor of all experts as most checkpoints call it, another with `.weight`, and one that is not theirs."""
+    three = {
+        "model.layers.0.mlp.experts.down_proj": make(24, 16, np.uint16, 5).reshape(3, 8, 16),
+        "model.layers.0.block_sparse_moe.input_linear.weight": make(24, 16, np.uint16, 6).reshape(3, 8, 16),
+        "model.layers.0.mixer.conv1d.weight": make(24, 16, np.uint16, 7).reshape(24, 1, 16),
+    }
+    return {name: ("BF16", array) for name, array in three.items()}
+
+
+@pytest.mark.parametrize("make", [two_four, half])
+def test_experts_of_one_tensor(tmp_path: Path, make: Callable[..., Any]) -> None:
+    """Packed as a whole; `inspect` finds each expert's matrix in what is packed, with the same zeros."""
+    source = save(tmp_path / "model", experts(make) | layer(0, make, "BF16", (24, 40)))
+    packed = there_and_back(source, tmp_path)
+    assert packed["layout"] == (TWO_FOUR if make is two_four else BITMASK) and packed["tensors"] == 3
+    dense, there = inspect(source), inspect(tmp_path / "packed", against=source)
+    assert [(n.name, n.shape, n.zeros, n.pattern) for n in dense.linears] == [
+        (n.name, n.shape, n.zeros, n.pattern) for n in there.linears
+    ]
+    assert len(dense.linears) == 7 and dense.totals.zeros == there.totals.zeros > 0
+    assert there.against is not None and set(there.against.tensors.values()) == {"equal"}
+    assert sum(n.packed is not None for n in there.linears) == 7
+    if make is half:
+        file = next((tmp_path / "packed").glob("*.safetensors"))
+        data = bytearray(file.read_bytes())
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        begin, _ = header["model.layers.0.mlp.experts.down_proj.row_offsets"]["data_offsets"]
+        at = 8 + int.from_bytes(data[:8], "little")
+        data[at + begin + 64 : at + begin + 72] = (10**6).to_bytes(8, "little")  # of the second expert's first row
+        file.write_bytes(data)
+        refused(CheckpointError, lambda: inspect(tmp_path / "packed"), "down_proj.row_offsets", "does not count")
 
 
 @pytest.mark.parametrize("make", [two_four, half])

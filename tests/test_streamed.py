@@ -117,18 +117,6 @@ def test_no_layers_at_all(models: Models, tmp_path: Path) -> None:
     refused(UnsupportedError, lambda: skeleton_of(source), "decoder layers")
 
 
-def test_experts_of_another_form_are_refused(tmp_path: Path) -> None:
-    """Most of the model would stay dense."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(
-        "jetmoe", vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, kv_channels=8, num_local_experts=4,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    refused(UnsupportedError, lambda: skeleton_of(tmp_path / "model"), "of kinds that cannot be pruned")
-
-
 # ---- binding
 
 

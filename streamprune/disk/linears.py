@@ -70,10 +70,15 @@ def by_number(name: str) -> tuple[tuple[bool, int, str], ...]:
 
 
 def expert_names(checkpoint: Checkpoint, ref: TensorRef) -> list[str]:
-    """The names of the experts' matrices in a tensor, `….experts.3.down_proj.weight`; empty for other tensors."""
+    """The names of the experts' matrices in a tensor, `….experts.3.down_proj.weight`; empty for other tensors.
+
+    JetMoE's attention has experts, too; they stay dense.
+    """
     module = ref.name.removesuffix(".weight")
     parent, _, leaf = module.rpartition(".")
     if ref.dtype not in FLOATING or not _LAYER.search(ref.name) or not _FUSED.search(module):
+        return []
+    if ".self_attention." in module:
         return []
     if len(ref.shape) == 3:
         count = ref.shape[0]

@@ -1,21 +1,23 @@
 """Tensors stored by their nonzeros, in the two layouts of compressed-tensors up to 0.14.
 
-A dense tensor `P.weight` of shape (..., in) is stored as parts, P being the name of its module:
+A dense tensor `P.weight` of shape (..., in) is stored as parts, P being the name of its module. A tensor of all
+experts, such as `….experts.down_proj`, may have no `.weight` in its name, and be called P itself:
 
     P.compressed    the kept values, in the dtype of the weight, row after row: (out, in / 2) for sparse-24-bitmask,
                     (nnz,) for sparse-bitmask
     P.bitmask       U8 (..., ceil(in / 8)): bit j % 8 (counted from the lowest) of byte j // 8 is set if column j is
     kept P.shape         I64, the dense shape: written as (rank, 1) for sparse-24-bitmask, as (rank,) for sparse-bitmask
-    P.row_offsets   I64 (out,), for sparse-bitmask only: number of kept values before each row
+    P.row_offsets   I64 (rows,), for sparse-bitmask only: number of kept values before each row
 
 The reader accepts shapes of any rank and integer dtype, weights of any rank (old releases packed norms too), and parts
 in different shards. Row offsets follow from the bitmask, and old files have wrong ones for tensors of rank 3, so they
-are not read. Imports neither torch nor numpy.
+are only read to find an expert's values. Imports neither torch nor numpy.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,11 +35,12 @@ _NEEDED = ("compressed", "bitmask", "shape")
 _PARTS = (*_NEEDED, "row_offsets")
 _INTEGERS = {"I8": 1, "U8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
 _MAX_RANK = 8
+_BARE = re.compile(r"experts\.(gate_up_proj|gate_proj|up_proj|down_proj)$")
 
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """One packed tensor: `name`, `dtype` and `shape` are those of the dense one, "P.weight"."""
+    """One packed tensor: `name`, `dtype` and `shape` are those of the dense one."""
 
     name: str
     layout: str
@@ -74,6 +77,11 @@ class PackedTensor:
     def rows(self) -> int:
         """Rows of the tensor as a matrix (rows, in_features); 1 for a vector."""
         return math.prod(self.shape[:-1])
+
+
+def dense_name(module: str, shape: tuple[int, ...]) -> str:
+    """The name of the dense tensor of this shape whose parts are called `module.compressed` and so on."""
+    return module if len(shape) == 3 and _BARE.search(module) else f"{module}.weight"
 
 
 def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, TensorRef]]:
@@ -128,7 +136,7 @@ def _packed(checkpoint: Checkpoint, maps: ShardMaps, module: str, parts: dict[st
         most = f"{size // 2}" if layout == TWO_FOUR else f"at most {size}"
         raise _bad(checkpoint, values, f"holds {kept} values; {layout} of shape {list(shape)} has {most}")
     return PackedTensor(
-        f"{module}.weight", layout, values.dtype, shape, values, mask, shape_ref, parts.get("row_offsets")
+        dense_name(module, shape), layout, values.dtype, shape, values, mask, shape_ref, parts.get("row_offsets")
     )
 
 
@@ -151,21 +159,22 @@ def _bad(checkpoint: Checkpoint, ref: TensorRef, why: str) -> CheckpointError:
 
 
 def packed_refs(ref: TensorRef, layout: str, kept: int) -> list[TensorRef]:
-    """The parts into which the dense matrix `ref` (out, in) with `kept` nonzeros is packed, with begin 0.
+    """The parts into which the dense tensor `ref` (…, in) with `kept` nonzeros is packed, with begin 0.
 
     In the order compressed, bitmask, shape, row_offsets; the last for sparse-bitmask only. `layout` is one of LAYOUTS;
     for sparse-24-bitmask, `kept` is not used.
     """
     module = ref.name.removesuffix(".weight")
-    rows, width = ref.shape
+    *before, width = ref.shape
+    rank = len(ref.shape)
 
     def part(name: str, dtype: str, shape: tuple[int, ...]) -> TensorRef:
         return TensorRef(f"{module}.{name}", ref.shard, dtype, shape, 0, math.prod(shape) * DTYPE_BITS[dtype] // 8)
 
     two_four = layout == TWO_FOUR
     parts = [
-        part("compressed", ref.dtype, (rows, width // 2) if two_four else (kept,)),
-        part("bitmask", "U8", (rows, -(-width // 8))),
-        part("shape", "I64", (2, 1) if two_four else (2,)),
+        part("compressed", ref.dtype, (*before, width // 2) if two_four else (kept,)),
+        part("bitmask", "U8", (*before, -(-width // 8))),
+        part("shape", "I64", (rank, 1) if two_four else (rank,)),
     ]
-    return parts if two_four else [*parts, part("row_offsets", "I64", (rows,))]
+    return parts if two_four else [*parts, part("row_offsets", "I64", (math.prod(before),))]

@@ -7,6 +7,7 @@ in pieces of at most 16 MiB, whose pages are given back afterwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.encoded import EncodedRef
-from streamprune.disk.header import DTYPE_BITS, TensorRef
+from streamprune.disk.header import DTYPE_BITS, TensorRef, show
 from streamprune.disk.linears import expert_names, find_linears
 from streamprune.disk.mapping import ShardMaps
-from streamprune.disk.packed import PackedTensor, find_packed
+from streamprune.disk.packed import PackedTensor, dense_name, find_packed
+from streamprune.errors import CheckpointError
 
 _CHUNK_BYTES = 16 * 2**20
 _UNPACKED_BYTES = 4 * 2**20  # two pieces are held at a time
@@ -39,7 +41,7 @@ class StoredTensor:
     stored: TensorRef | PackedTensor
     scale: TensorRef | None = None
     is_part: bool = False
-    """Whether it is part of a larger tensor (fused experts), which `pack` does not pack."""
+    """Whether it is part of a larger tensor (fused experts) that `pack` does not pack."""
 
     @property
     def parts(self) -> tuple[TensorRef, ...]:
@@ -83,7 +85,11 @@ def find_tensors(checkpoint: Checkpoint, maps: ShardMaps) -> dict[str, StoredTen
     found: dict[str, StoredTensor] = {}
     both: dict[str, TensorRef | PackedTensor] = {**rest, **packed}
     for name, stored in both.items():
-        if isinstance(stored, TensorRef) and (experts := _experts_of(checkpoint, stored)):
+        if isinstance(stored, TensorRef):
+            experts = _experts_of(checkpoint, stored)
+        else:
+            experts = _packed_experts(checkpoint, maps, stored)
+        if experts:
             found |= experts
             continue
         scale = rest.get(f"{name}_scale") if stored.dtype == "F8_E4M3" and name.endswith(".weight") else None
@@ -95,11 +101,49 @@ def find_tensors(checkpoint: Checkpoint, maps: ShardMaps) -> dict[str, StoredTen
 def _experts_of(checkpoint: Checkpoint, ref: TensorRef) -> dict[str, StoredTensor]:
     """The experts' matrices of a tensor that holds all; empty for other tensors."""
     names, found = expert_names(checkpoint, ref), {}
+    packable = len(ref.shape) == 3 and dense_name(ref.name.removesuffix(".weight"), ref.shape) == ref.name
     for number, name in enumerate(names):
         begin = ref.begin + number * ref.nbytes // len(names)
         shape = ref.shape[1:] if len(ref.shape) == 3 else (ref.shape[0] // len(names), ref.shape[1])
         part = replace(ref, shape=shape, begin=begin, end=begin + ref.nbytes // len(names))
-        found[name] = StoredTensor(name, part.dtype, part.shape, part, is_part=True)
+        found[name] = StoredTensor(name, part.dtype, part.shape, part, is_part=not packable)
+    return found
+
+
+def _packed_experts(checkpoint: Checkpoint, maps: ShardMaps, packed: PackedTensor) -> dict[str, StoredTensor]:
+    """The experts' matrices of a packed tensor that holds all; empty for other tensors."""
+    whole = TensorRef(packed.name, packed.compressed.shard, packed.dtype, packed.shape, 0, packed.dense_nbytes)
+    names = expert_names(checkpoint, whole)
+    if not names or len(packed.shape) != 3:
+        return {}
+    count, rows, width = packed.shape
+    kept = math.prod(packed.compressed.shape)
+    if packed.row_offsets is None:
+        starts = [expert * kept // count for expert in range(count)]
+    else:
+        offsets = np.frombuffer(maps.raw(packed.row_offsets), "<i8")
+        if packed.row_offsets.dtype != "I64" or len(offsets) != count * rows:
+            return {}  # old releases have others for tensors of rank 3
+        starts = [int(offsets[expert * rows]) for expert in range(count)]
+        maps.release([packed.row_offsets])
+        if starts != sorted(starts) or starts[0] != 0 or starts[-1] > kept:
+            raise CheckpointError(
+                f"{packed.row_offsets.shard}: tensor {show(packed.row_offsets.name)} does not count the {kept} values; "
+                "download the checkpoint again"
+            )
+    found, item, mask = {}, DTYPE_BITS[packed.dtype] // 8, rows * -(-width // 8)
+    for expert, (name, start, stop) in enumerate(zip(names, starts, [*starts[1:], kept], strict=True)):
+        values, bits = packed.compressed, packed.bitmask
+        part = replace(
+            packed, name=name, shape=packed.shape[1:], row_offsets=None,
+            compressed=replace(
+                values, shape=(stop - start,), begin=values.begin + start * item, end=values.begin + stop * item
+            ),
+            bitmask=replace(
+                bits, shape=(rows, mask // rows), begin=bits.begin + expert * mask, end=bits.begin + (expert + 1) * mask
+            ),
+        )  # fmt: skip
+        found[name] = StoredTensor(name, part.dtype, part.shape, part)
     return found
 
 

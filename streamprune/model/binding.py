@@ -26,6 +26,7 @@ from streamprune.disk.header import TensorRef
 from streamprune.methods.fp8 import dequantise
 from streamprune.model.expert_forms import form_of
 from streamprune.model.loader import WeightLoader
+from streamprune.model.naming import pieces_of
 from streamprune.model.routed import InputHook, Routed, immediate_forward
 from streamprune.model.skeleton import Skeleton
 
@@ -70,12 +71,16 @@ def bound(
                 undo.append(_bind_experts(skeleton, module, full, loader, refs, watch, weighted, routed))
             names = [*module._parameters, *module._buffers]
             for leaf in names:
-                ref = refs.get(f"{full}.{leaf}" if full else leaf)
+                name = f"{full}.{leaf}" if full else leaf
+                ref = refs.get(name)
+                if ref is None and (pieces := pieces_of(refs, name)):
+                    used += pieces
+                    joined = torch.cat([loader.tensor(piece) for piece in pieces])
+                    undo.append(_bind(module, leaf, joined, dtype))
                 if ref is None:
                     continue
                 used.append(ref)
-                scale = refs.get(f"{full}.{leaf}{SCALE}")
-                called = f"{full}.{leaf}" not in skeleton.dense
+                scale, called = refs.get(f"{name}{SCALE}"), name not in skeleton.dense
                 if scale is not None:
                     used.append(scale)
                     codes, scales = loader.tensor(ref), loader.tensor(scale)

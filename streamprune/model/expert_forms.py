@@ -29,6 +29,8 @@ class Form:
     """Whether routing weights multiply the inputs of experts instead of their outputs."""
     identities = False
     """Whether experts of higher numbers than have weights give back what they are given."""
+    beside: tuple[str, ...] = ()
+    """Parameters of the module that are not experts'."""
 
     def __init__(self, module: Any, parent: Any) -> None:
         self.module, self.parent = module, parent
@@ -80,9 +82,13 @@ class Form:
         """A forward for `caller` that lets `forward` compute the experts."""
         return forward
 
+    def name(self, leaf: str) -> str:
+        """What an expert's linear is called whose matrix is in this parameter."""
+        return leaf.removesuffix(".weight").rpartition(".")[2]
+
     def check(self, path: str) -> None:
         """Raises UnsupportedError for experts that compute anything beyond up, gate and down projections."""
-        known = {*self.leaves, *(f"{leaf}_bias" for leaf in self.leaves)}
+        known = {*self.leaves, *(f"{leaf}_bias" for leaf in self.leaves), *self.beside}
         extra = sorted({name for name, _ in self.module.named_parameters()} - known)
         if extra or getattr(self.module, "has_post_expert_norm", False):
             raise UnsupportedError(
@@ -176,11 +182,44 @@ class _Shared(_Gated):
         return call
 
 
+class _JetMoe(_Gated):
+    """JetMoE, whose router sorts tokens by their experts. The whole block counts as the module of experts."""
+
+    beside = ("bias", "router.layer.weight")
+
+    def __init__(self, module: Any, parent: Any) -> None:
+        super().__init__(module, parent)
+        self.up, self.down = ("input_linear.weight",), "output_linear.weight"
+
+    def activate(self, up: Tensor) -> Tensor:
+        gate, linear = up.chunk(2, dim=-1)
+        found: Tensor = self.module.activation(gate) * linear
+        return found
+
+    def replaced(self, forward: Forward) -> Callable[..., Any]:
+        block = self.module
+
+        def call(states: Tensor) -> Tensor:
+            tokens = states.reshape(-1, states.shape[-1])
+            order, _, gates, sizes, _ = block.router(tokens)
+            numbers = torch.arange(len(sizes), device=tokens.device)
+            chosen = torch.empty_like(order)
+            chosen[order] = numbers.repeat_interleave(torch.tensor(sizes, device=tokens.device))
+            shares = torch.empty_like(gates)
+            shares[order] = gates
+            out = forward(tokens, chosen.view(len(tokens), -1), shares.view(len(tokens), -1))
+            found: Tensor = out.view(states.shape) + block.bias
+            return found
+
+        return call
+
+
 _BY_CLASS: dict[str, type[Form]] = {
     "Llama4TextExperts": _Llama4,
     "DbrxExperts": _Dbrx,
     "LongcatFlashExperts": _Longcat,
     "InklingSharedExperts": _Shared,
+    "JetMoeMoE": _JetMoe,
 }
 """Names of classes of transformers."""
 

@@ -67,14 +67,14 @@ def find_experts(
     for leaf in form.leaves:
         whole, shape, turned = f"{path}.{leaf}", form.stored_shape(leaf), form.is_transposed(leaf)
         if whole in stored:
-            found = _sliced(path, leaf, stored[whole], shape, form.shape(leaf))
+            found = _sliced(path, form.name(leaf), stored[whole], shape, form.shape(leaf))
         elif whole not in pieces:
             raise CheckpointError(f"tensor {whole} is missing; is the download complete?")
         elif all(place == TRANSPOSED for _, place, _ in pieces[whole]):
             ref = pieces[whole][0][2]
             if ref.shape != shape:  # transformers transposes only if the shapes differ
                 shape, turned = (shape[0], shape[2], shape[1]), not turned
-            found = _sliced(path, leaf, ref, shape, shape)
+            found = _sliced(path, form.name(leaf), ref, shape, shape)
         else:
             found = _pieced(path, pieces[whole], shape, turned, form.count)
         names[leaf] = [tuple(matrices) for matrices in found[: form.count]]
@@ -87,7 +87,7 @@ def find_experts(
 
 
 def _sliced(
-    path: str, leaf: str, ref: TensorRef, stored: tuple[int, ...], shape: tuple[int, ...]
+    path: str, name: str, ref: TensorRef, stored: tuple[int, ...], shape: tuple[int, ...]
 ) -> list[dict[str, TensorRef]]:
     """Each expert's matrix as a slice of one tensor: linear -> slice.
 
@@ -97,9 +97,9 @@ def _sliced(
         raise CheckpointError(
             f"{ref.shard}: tensor {ref.name} has shape {list(ref.shape)}, config.json says {list(stored)}"
         )
-    size, leaf = ref.nbytes // shape[0], leaf.rpartition(".")[2]
+    size = ref.nbytes // shape[0]
     return [
-        {f"{path}.{e}.{leaf}": replace(ref, shape=shape[1:], begin=begin, end=begin + size)}
+        {f"{path}.{e}.{name}": replace(ref, shape=shape[1:], begin=begin, end=begin + size)}
         for e, begin in enumerate(range(ref.begin, ref.begin + shape[0] * size, size))
     ]
 

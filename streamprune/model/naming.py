@@ -6,6 +6,7 @@ stored once, FP8 weights come with a scale, and experts' weights are mapped matr
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,7 @@ def match_tensors(
 ) -> tuple[dict[str, TensorRef], dict[str, Experts]]:
     """(name of parameter or persistent buffer -> stored tensor, path of a module of experts -> its experts).
 
+    Of a parameter whose rows are stored apart, the pieces are called `name[0]`, `name[1]` and so on (pieces_of).
     In a `quantised` checkpoint linears may be FP8; their scales are included as `….weight_scale`. Raises
     CheckpointError for tensors that are missing or of a wrong shape, UnsupportedError for dtypes and forms that cannot
     be pruned.
@@ -70,11 +72,7 @@ def match_tensors(
         if id(parameter) in owners:
             found[name] = owners[id(parameter)]
         elif name in converted:
-            config: Any = model.config
-            raise UnsupportedError(
-                f"{config.model_type}: {name} is stored in pieces ({converted[name][0][2].name}, …) that would have to "
-                "be put together; such weights cannot be pruned yet"
-            )
+            found |= _joined(model, name, parameter, converted[name])
         else:
             raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing; {_why_missing(checkpoint, name)}")
     persistent = set(model.state_dict())
@@ -83,6 +81,33 @@ def match_tensors(
         if ref is not None and ref.shape == tuple(buffer.shape) and ref.dtype in TORCH_DTYPES:
             found[name] = ref
     return found, experts
+
+
+def _joined(model: nn.Module, name: str, parameter: nn.Parameter, pieces: Pieces) -> dict[str, TensorRef]:
+    """The pieces of a parameter that is no linear's, whose rows are stored apart.
+
+    Raises UnsupportedError where more would have to be done than to put rows below one another.
+    """
+    refs = [ref for _, _, ref in sorted(pieces, key=lambda piece: piece[1])]
+    rows, shape = sum(ref.shape[0] for ref in refs if ref.shape), tuple(parameter.shape)
+    plain = [place for _, place, _ in sorted(pieces, key=lambda piece: piece[1])] == list(range(len(pieces)))
+    if not plain or (rows, *refs[0].shape[1:]) != shape or any(ref.shape[1:] != shape[1:] for ref in refs) or (
+        _is_linear_weight(model, name)
+    ):  # fmt: skip
+        config: Any = model.config
+        raise UnsupportedError(
+            f"{config.model_type}: {name} is stored in pieces ({pieces[0][2].name}, …) that would have to be put "
+            "together; such weights cannot be pruned yet"
+        )
+    for ref in refs:
+        _check_dtype(ref)
+    return {f"{name}[{i}]": ref for i, ref in enumerate(refs)}
+
+
+def pieces_of(sources: Mapping[str, TensorRef], name: str) -> list[TensorRef]:
+    """The tensors that a parameter is stored as, if its rows are stored apart, else none."""
+    names = itertools.takewhile(sources.__contains__, (f"{name}[{i}]" for i in itertools.count()))
+    return [sources[piece] for piece in names]
 
 
 _WRAPPERS = {

@@ -38,9 +38,9 @@ def pieces(maps: ShardMaps, ref: TensorRef, row_bytes: int = 1, *, release: bool
 
 
 def rows_of(maps: ShardMaps, ref: TensorRef) -> Iterator[NDArray[Any]]:
-    """The rows of a dense matrix as bits (n, in), some CHUNK_BYTES at a time."""
-    width, dtype = ref.shape[1], UNSIGNED[DTYPE_BITS[ref.dtype] // 8]
-    for piece in pieces(maps, ref, ref.nbytes // ref.shape[0]):
+    """The rows of a dense tensor as bits (n, in), some CHUNK_BYTES at a time."""
+    width, dtype = ref.shape[-1], UNSIGNED[DTYPE_BITS[ref.dtype] // 8]
+    for piece in pieces(maps, ref, ref.nbytes // math.prod(ref.shape[:-1])):
         yield np.frombuffer(piece, dtype).reshape(-1, width)
 
 

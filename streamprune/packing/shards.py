@@ -4,6 +4,7 @@ recorded."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +110,7 @@ class Packer:
         if kind == "bitmask" and made_of == ref.name:
             yield from masks
             return
-        keep = kind == "compressed" and ref.shape[0] * -(-ref.shape[1] // 8) <= MASK_BYTES
+        keep = kind == "compressed" and math.prod(ref.shape[:-1]) * -(-ref.shape[-1] // 8) <= MASK_BYTES
         masks = []
         written = 0
         for bits in rows_of(self._maps, ref):
@@ -130,10 +131,10 @@ class Packer:
             self._masks = ref.name, masks
 
     def _offsets(self, ref: TensorRef) -> Iterator[Buffer]:
-        """The row offsets: nonzeros in all rows before each row, (out,) int64."""
+        """The row offsets: nonzeros in all rows before each row, (rows,) int64."""
         with self._counts.open("rb") as f:
             f.seek(self._survey.rows_before[ref.name] * COUNT.itemsize)
-            counts = np.frombuffer(f.read(ref.shape[0] * COUNT.itemsize), COUNT).astype(np.int64)
+            counts = np.frombuffer(f.read(math.prod(ref.shape[:-1]) * COUNT.itemsize), COUNT).astype(np.int64)
         yield (np.cumsum(counts) - counts).astype("<i8").tobytes()
 
 

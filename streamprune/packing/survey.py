@@ -1,7 +1,7 @@
 """The survey before packing: one pass over the bytes of a checkpoint, in file order.
 
-It counts the nonzeros of each row of the layers' linears, checks whether they satisfy 2:4, and hashes the shards, so
-that `unpack` can verify what it restores. From the counts follows which linears are packed, and in which layout.
+It counts the nonzeros of each row of the layers' linears and fused experts, checks whether they satisfy 2:4, and hashes
+the shards, so that `unpack` can verify what it restores. From the counts follows what is packed, and in which layout.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import xxhash
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.durable import AtomicFile
 from streamprune.disk.header import TensorRef, header_prefix, read_header
-from streamprune.disk.linears import find_linears
+from streamprune.disk.linears import expert_names, find_linears
 from streamprune.disk.mapping import ShardMaps
-from streamprune.disk.packed import BITMASK, TWO_FOUR, packed_refs
+from streamprune.disk.packed import BITMASK, TWO_FOUR, dense_name, packed_refs
 from streamprune.errors import CheckpointError, UnsupportedError
 from streamprune.methods.bitmask import count_kept, holds_24
 from streamprune.packing.rows import pieces, rows_of
@@ -76,6 +76,7 @@ def survey(checkpoint: Checkpoint, maps: ShardMaps, counts: Path, layout: str) -
     linears: list[_Linear] = []
     shards = {}
     chosen = {ref.name for ref in find_linears(checkpoint).values()}
+    chosen |= {name for name, ref in checkpoint.tensors.items() if can_be_packed(checkpoint, ref)}
     with AtomicFile(counts, reread=True) as file:
         for shard in checkpoint.shards:
             digest = xxhash.xxh3_128(source_header(checkpoint, shard))
@@ -89,6 +90,12 @@ def survey(checkpoint: Checkpoint, maps: ShardMaps, counts: Path, layout: str) -
                         digest.update(piece)
             shards[shard] = {"bytes": checkpoint.shard_stats[shard][0], "xxh3_128": digest.hexdigest()}
     return _decide(checkpoint, linears, shards, layout, file.digest)
+
+
+def can_be_packed(checkpoint: Checkpoint, ref: TensorRef) -> bool:
+    """Whether a tensor of fused experts can be packed: `unpack` must find its name again."""
+    fused = len(ref.shape) == 3 and bool(expert_names(checkpoint, ref))
+    return fused and dense_name(ref.name.removesuffix(".weight"), ref.shape) == ref.name
 
 
 def source_header(checkpoint: Checkpoint, shard: str) -> bytes:
