@@ -69,7 +69,7 @@ def test_prune(models: Models, text: Path, tmp_path: Path, run: Callable[..., Ru
         rf"prune: {models()}: llama, [\d.]+ k parameters, 21 linears to prune in 3 layers\n"
         r"prune: swiftprune, 2:4\n"
         rf"prune: calibrated on 3 windows of 16 tokens of {text.name}, with inputs of the dense model\n"
-        r"prune: bfloat16 on cpu, 3 windows at a time; about [\d.]+ MiB of memory; "
+        r"prune: bfloat16 on cpu, 3 windows at a time; about [\d.]+ [MG]iB of memory; "
         r"[\d.]+ KiB of disk for the output, 6 KiB for activations meanwhile",
         "\n".join(lines[:4]),
     ), lines[:4]  # fmt: skip
