@@ -159,7 +159,7 @@ def _job_options(p: argparse.ArgumentParser, saves: bool = False) -> None:
              "value), of the pruned layer (default for sparsegpt), or asymmetric: both, so that new values also "
              "compensate for errors of earlier layers (default for other refits and --tune)",
     )  # fmt: skip
-    _resource_options(p)
+    _fetch_option(_resource_options(p))
 
 
 def _calibrate_options(p: argparse.ArgumentParser) -> None:
@@ -167,7 +167,7 @@ def _calibrate_options(p: argparse.ArgumentParser) -> None:
     _restart_option(p, "STATS")
     _calibration_options(p)
     _zeros_option(p)
-    _resource_options(p)
+    _fetch_option(_resource_options(p))
 
 
 def _eval_options(p: argparse.ArgumentParser) -> None:
@@ -248,6 +248,14 @@ def _calibration_options(p: argparse.ArgumentParser) -> Group:
     return group
 
 
+def _fetch_option(p: Group) -> None:
+    p.add_argument(
+        "--fetch", default="whole", choices=("whole", "stream"),
+        help="for a MODEL on the hub: download it first (default), or stream: fetch each shard when it is needed and "
+             "drop it afterwards, so that the disk needs room for the output and two shards",
+    )  # fmt: skip
+
+
 def _zeros_option(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--allow-zeros", action="store_true",
@@ -256,12 +264,13 @@ def _zeros_option(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _resource_options(p: argparse.ArgumentParser, *only: str) -> None:
+def _resource_options(p: argparse.ArgumentParser, *only: str) -> Group:
     group = p.add_argument_group("resources")
     add_settings(group, Resources, only=only)
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run the Python code that comes with the checkpoint"
     )
+    return group
 
 
 def add_settings(p: Group, settings: type, *, only: Collection[str] = (), with_defaults: bool = True) -> None:

@@ -89,7 +89,7 @@ def _job(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **({} if amount is None else {"amount": amount}), "recipe": Recipe.named(args.method, **changes),
         "calibration": settings_of(Calibration, args), "resources": settings_of(Resources, args),
-        **{k: getattr(args, k) for k in ("stats", "propagate", "only", "skip", "trust_remote_code")},
+        **{k: getattr(args, k) for k in ("stats", "propagate", "only", "skip", "fetch", "trust_remote_code")},
     }  # fmt: skip
 
 
@@ -153,8 +153,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     with show_progress("calibrate", args.quiet) as progress:
         result = calibrate(
             args.model, args.out, calibration=settings_of(Calibration, args), resources=settings_of(Resources, args),
-            allow_zeros=args.allow_zeros, restart=args.restart, trust_remote_code=args.trust_remote_code,
-            progress=progress,
+            allow_zeros=args.allow_zeros, restart=args.restart, fetch=args.fetch,
+            trust_remote_code=args.trust_remote_code, progress=progress,
         )  # fmt: skip
     if args.json:
         print_json({

@@ -189,7 +189,8 @@ def plan_table(found: Plan) -> str:
         f"peak RAM    {format_bytes(found.peak_ram_bytes)}; least --max-ram {format_bytes(found.least_ram_bytes)}",
         *_vram(found),
         f"disk        {format_bytes(found.disk_bytes)} free: {format_bytes(found.output_bytes)} output, "
-        f"{format_bytes(found.cache_bytes)} activations while running",
+        f"{format_bytes(found.cache_bytes)} activations while running"
+        + (f", {format_bytes(found.spool_bytes)} shards from the hub at once" if found.spool_bytes else ""),
         f"arithmetic  {found.flops / 1e12:.2f} TFLOP",
         f"time        about {format_duration(found.seconds)}: {_parts(found.split)}",
         textwrap.fill(f"({found.rests_on})", 118, initial_indent=" " * 12, subsequent_indent=" " * 12),

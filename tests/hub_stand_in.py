@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.utils import close_session
+from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -60,6 +60,7 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        enable_progress_bars()
         self._server.shutdown()
         self._server.server_close()
 
@@ -72,7 +73,7 @@ class Hub:
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
         patch.setenv("HF_TOKEN", "hf_of_nobody")
-        patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        disable_progress_bars()
         close_session()
 
     def asked(self, pattern: str) -> list[str]:

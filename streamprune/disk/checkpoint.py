@@ -8,7 +8,8 @@ are mapped in mapping.py. Imports neither torch nor numpy, so that a run that fi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import xxhash
 
 from streamprune.disk.folder import SideFiles, choose_weights, find_side_files, is_tokenizers, list_folder
-from streamprune.disk.header import TensorRef, open_file, parse_object, read_bytes, read_shard, show
+from streamprune.disk.header import Shard, TensorRef, open_file, parse_object, read_bytes, read_shard, show
 from streamprune.errors import CheckpointError
 
 _SAMPLES_PER_SHARD, _SAMPLE_BYTES = 16, 4096
@@ -43,6 +44,23 @@ class Checkpoint:
     """Tensors that the index does not assign to the shard they are in, as "NAME in SHARD"; not part of the model."""
     follow_links: bool = False
     """Whether side files are copied that are links to places outside the checkpoint."""
+
+    @property
+    def streamed(self) -> bool:
+        """Whether its shards are fetched from the hub when they are needed (disk/remote.py)."""
+        return False
+
+    @contextmanager
+    def reading(self, shard: str) -> Iterator[Callable[[int, int], bytes]]:
+        """A function that reads bytes of a shard: (first, number). Raises CheckpointError."""
+        path = self.path / shard
+        with open_file(path) as f:
+
+            def read(begin: int, size: int) -> bytes:
+                f.seek(begin)
+                return read_bytes(f, path, size)
+
+            yield read
 
     @property
     def nbytes(self) -> int:
@@ -83,11 +101,11 @@ class Checkpoint:
         for shard in self.shards:
             digest.update(json.dumps([shard, self.shard_stats[shard][0], self.shard_headers[shard]]).encode())
         for shard in self.shards:
-            with open_file(self.path / shard) as f:
+            with self.reading(shard) as read:
                 for ref in self.tensors.values():
                     if ref.shard == shard:
-                        f.seek(ref.begin + max(0, ref.nbytes - _SAMPLE_BYTES) // 2)
-                        digest.update(read_bytes(f, self.path / shard, min(_SAMPLE_BYTES, ref.nbytes)))
+                        middle = ref.begin + max(0, ref.nbytes - _SAMPLE_BYTES) // 2
+                        digest.update(read(middle, min(_SAMPLE_BYTES, ref.nbytes)))
         return digest.hexdigest()
 
     def identity(self) -> dict[str, str]:
@@ -103,11 +121,11 @@ class Checkpoint:
         for shard in self.shards:
             size = self.shard_stats[shard][0]
             headers.update(json.dumps([shard, size, self.shard_headers[shard]]).encode())
-            with open_file(self.path / shard) as f:
-                start = 8 + int.from_bytes(read_bytes(f, self.path / shard, 8), "little")
+            with self.reading(shard) as read:
+                start = 8 + int.from_bytes(read(0, 8), "little")
                 for i in range(_SAMPLES_PER_SHARD):
-                    f.seek(start + (size - start) * i // _SAMPLES_PER_SHARD)
-                    sample.update(read_bytes(f, self.path / shard, _SAMPLE_BYTES))
+                    begin = start + (size - start) * i // _SAMPLES_PER_SHARD
+                    sample.update(read(begin, min(_SAMPLE_BYTES, size - begin)))
         return {
             "config": _hash_files(self.path, ["config.json"]),
             "headers": headers.hexdigest(),
@@ -115,15 +133,21 @@ class Checkpoint:
         }
 
 
-def open_checkpoint(path: Path, *, follow_links: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, follow_links: bool = False, names: Sequence[str] | None = None,
+    read: Callable[[str], Shard] | None = None,
+) -> Checkpoint:  # fmt: skip
     """Read and check the headers of the checkpoint in folder `path`.
+
+    `names` are the files that count as being in the folder (default: those that are), and `read` reads the header of a
+    shard (default: from the folder).
 
     Raises:
         CheckpointError: missing, unreadable, truncated or malformed; the message names the file.
         UnsupportedError: the folder holds weights of another format only.
     """
     path = Path(path)
-    names = list_folder(path)
+    names = list_folder(path) if names is None else names
     index, single = choose_weights(path, names)
     config = _read_json_object(path / "config.json")
     weight_map: dict[str, str] | None = None
@@ -138,7 +162,7 @@ def open_checkpoint(path: Path, *, follow_links: bool = False) -> Checkpoint:
     stats: dict[str, tuple[int, int]] = {}
     beside: list[str] = []
     for shard in shards:
-        found = read_shard(path / shard)
+        found = read(shard) if read is not None else read_shard(path / shard)
         headers[shard], stats[shard] = found.header, (found.size, found.mtime_ns)
         for ref in found.refs:
             if weight_map is None or weight_map.get(ref.name) == shard:

@@ -23,7 +23,7 @@ from streamprune.disk.encoded import (
     missing_tensor,
     wrong_scales,
 )
-from streamprune.disk.header import TensorRef, open_file, read_bytes, show
+from streamprune.disk.header import TensorRef, show
 from streamprune.errors import CheckpointError, UnsupportedError
 
 _FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
@@ -187,13 +187,11 @@ def _shapes_in(checkpoint: Checkpoint, shard: str) -> Iterator[tuple[str, tuple[
     refs = [r for r in checkpoint.tensors.values() if r.shard == shard and r.name.endswith(".weight_shape")]
     if not refs:
         return
-    path = checkpoint.path / shard
-    with open_file(path) as f:
+    with checkpoint.reading(shard) as read:
         for ref in refs:
             if ref.dtype not in ("I64", "I32") or math.prod(ref.shape) != 2:
                 raise damaged_tensor(checkpoint, ref, f"is {ref.dtype} {list(ref.shape)}, which is no shape")
-            f.seek(ref.begin)
-            data, width = read_bytes(f, path, ref.nbytes), ref.nbytes // 2
+            data, width = read(ref.begin, ref.nbytes), ref.nbytes // 2
             shape = tuple(int.from_bytes(data[i : i + width], "little", signed=True) for i in (0, width))
             if min(shape) < 1:
                 raise damaged_tensor(checkpoint, ref, f"says {list(shape)}, which is no shape")

@@ -67,10 +67,15 @@ def read_shard(path: Path) -> Shard:
     """
     with open_file(path) as f:
         info = os.fstat(f.fileno())
-        header = _read_header(f, path, info.st_size)
-    refs, _ = check_header(path, header, info.st_size)
+        return shard_in(f, path, info.st_size, info.st_mtime_ns)
+
+
+def shard_in(f: BinaryIO, path: Path, size: int, mtime_ns: int) -> Shard:
+    """As read_shard, of a file that is open, or of its beginning."""
+    header = _read_header(f, path, size)
+    refs, _ = check_header(path, header, size)
     digest = xxhash.xxh3_128_hexdigest(header_prefix(header) + header)
-    return Shard(tuple(refs), digest, info.st_size, info.st_mtime_ns)
+    return Shard(tuple(refs), digest, size, mtime_ns)
 
 
 def read_header(path: Path) -> bytes:

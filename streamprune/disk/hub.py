@@ -16,7 +16,7 @@ from streamprune.disk.header import show
 from streamprune.errors import CheckpointError, ResourceError, UsageError
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
-_OTHER_WEIGHTS = [p for p in WEIGHT_PATTERNS if "safetensors" not in p] + ["original/*", "onnx/*"]
+OTHER_WEIGHTS = [p for p in WEIGHT_PATTERNS if "safetensors" not in p] + ["original/*", "onnx/*"]
 
 
 def resolve_model(name: str | Path, *, revision: str | None = None, quiet: bool = False) -> Path:
@@ -32,6 +32,16 @@ def resolve_model(name: str | Path, *, revision: str | None = None, quiet: bool 
             the hub has no such model or revision, or does not let this user read it.
         ResourceError: the disk is full.
     """
+    path = as_folder(name)
+    if path is None:
+        return _download(str(name), revision, quiet)
+    if revision is not None:
+        raise UsageError(f"--revision belongs to a hub model, but {path} is a folder; leave it out")
+    return path
+
+
+def as_folder(name: str | Path) -> Path | None:
+    """The folder that `name` means; None for a name on the hub. Raises CheckpointError if it can be neither."""
     text = str(name)
     path = Path(text)
     with contextlib.suppress(RuntimeError):  # the home of an unknown user
@@ -41,8 +51,6 @@ def resolve_model(name: str | Path, *, revision: str | None = None, quiet: bool 
     except OSError as error:
         raise CheckpointError(f"{show(path)}: cannot be read: {error.strerror}") from None
     if is_folder:
-        if revision is not None:
-            raise UsageError(f"--revision belongs to a hub model, but {path} is a folder; leave it out")
         return path
     if exists:
         raise CheckpointError(f"{path} is not a folder; pass the folder that holds the checkpoint")
@@ -53,7 +61,7 @@ def resolve_model(name: str | Path, *, revision: str | None = None, quiet: bool 
             f"no such folder: {path}; the folder {path.parts[0]} exists, so this is no hub name; "
             "mend the name, or run from another folder"
         )
-    return _download(text, revision, quiet)
+    return None
 
 
 def is_hub_name(name: str) -> bool:
@@ -80,7 +88,7 @@ def _download(name: str, revision: str | None, quiet: bool) -> Path:
     if hide:
         disable_progress_bars()
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=_OTHER_WEIGHTS))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=OTHER_WEIGHTS))
     except HFValidationError:
         why = "neither a folder nor a name that the hub allows; pass a folder with safetensors weights"
     except (OSError, HTTPError, RuntimeError) as error:  # RuntimeError: its own download client
@@ -95,6 +103,13 @@ def _download(name: str, revision: str | None, quiet: bool) -> Path:
     raise CheckpointError(f"{show(name)}{at}: {why}")
 
 
+def is_refused(error: Exception) -> bool:
+    """Whether the hub has no such model, or does not let this user read it."""
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    return isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | HFValidationError)
+
+
 def explain(error: Exception) -> str:
     """What the hub or the network refused, in a few words, and what to do."""
     from huggingface_hub import errors
@@ -103,6 +118,8 @@ def explain(error: Exception) -> str:
         return "HF_HUB_OFFLINE forbids connections; unset it"
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         return explain(error.__cause__)
+    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
+        return "no such model on the hub (a private one needs `hf auth login`)"
     response = getattr(error, "response", None)
     code = getattr(response, "status_code", None)
     if code in (401, 403):

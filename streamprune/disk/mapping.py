@@ -16,7 +16,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
@@ -24,6 +24,7 @@ import torch
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.header import DTYPE_BITS, TensorRef, open_file, show
+from streamprune.disk.spool import Spool, shards_of
 from streamprune.errors import CheckpointError, ResourceError, UnsupportedError
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -49,15 +50,20 @@ class _Mapped(NamedTuple):
 
 
 class ShardMaps:
-    """The shards of a checkpoint, mapped as needed. A context manager; methods may run in threads."""
+    """The shards of a checkpoint, mapped as needed. A context manager; methods may run in threads.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    With a `spool`, they are fetched from the hub and dropped again.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, spool: Spool | None = None) -> None:
+        self._checkpoint, self._spool = checkpoint, spool
         self._open: dict[str, _Mapped] = {}
         self._lock = threading.Lock()
         self._closed = False
 
     def __enter__(self) -> Self:
+        if self._spool is not None:
+            self._spool.__enter__()
         return self
 
     def __exit__(
@@ -102,6 +108,8 @@ class ShardMaps:
     def prefetch(self, refs: Iterable[TensorRef]) -> None:
         """Ask the system to start reading `refs`; returns at once. Raises as `raw`."""
         for shard, begin, end in _spans(refs):
+            if self._spool is not None and not self._spool.has(shard):
+                continue
             mapped = self._map(shard)
             start = begin - begin % _PAGE
             if hasattr(mmap, "MADV_WILLNEED"):
@@ -125,8 +133,30 @@ class ShardMaps:
             if drop_cache and start < stop and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(mapped.file.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
 
+    @property
+    def fetches(self) -> bool:
+        """Whether shards are fetched from the hub."""
+        return self._spool is not None
+
+    def upcoming(self, stages: Sequence[Iterable[TensorRef]], at_work: int = 1) -> None:
+        """Says which tensors will be needed from now on, stage by stage: a spool fetches and drops shards by it.
+
+        Those of the first `at_work` stages are needed at once.
+        """
+        if self._spool is not None:
+            for shard in self._spool.upcoming([shards_of(refs) for refs in stages], at_work):
+                with self._lock:
+                    self._open.pop(shard, None)
+
+    def cancel(self) -> None:
+        """Ends downloads; whoever waits for one gets an error."""
+        if self._spool is not None:
+            self._spool.cancel()
+
     def close(self) -> None:
         """Closes the files. Views stay valid; each mapping ends with its last view."""
+        if self._spool is not None:
+            self._spool.close()
         with self._lock:
             self._closed = True
             for mapped in self._open.values():
@@ -139,6 +169,8 @@ class ShardMaps:
         count = math.prod(shape)
         if count == 0:
             return torch.empty(shape, dtype=dtype)
+        if self._spool is not None and (few := self._spool.aside(ref.shard, begin, count * dtype.itemsize)):
+            return torch.frombuffer(bytearray(few), dtype=dtype).reshape(shape)
         data = self._map(ref.shard).data
         if begin % dtype.itemsize:
             flat = torch.frombuffer(bytearray(data[begin : begin + count * dtype.itemsize]), dtype=dtype)
@@ -148,6 +180,8 @@ class ShardMaps:
 
     def _map(self, shard: str) -> _Mapped:
         path = self._checkpoint.path / shard
+        if self._spool is not None:
+            self._spool.file(shard)  # waits without the lock
         with self._lock:
             if self._closed:
                 raise ValueError("the maps are closed")
@@ -164,9 +198,9 @@ class ShardMaps:
 
     def _map_file(self, shard: str) -> _Mapped:
         path = self._checkpoint.path / shard
-        file = open_file(path)
+        file = open_file(path) if self._spool is None else self._spool.file(shard)
         info = os.fstat(file.fileno())
-        if (info.st_size, info.st_mtime_ns) != self._checkpoint.shard_stats[shard]:
+        if self._spool is None and (info.st_size, info.st_mtime_ns) != self._checkpoint.shard_stats[shard]:
             file.close()
             raise CheckpointError(
                 f"{path}: has changed since its header was read; start again when nothing else writes to it"

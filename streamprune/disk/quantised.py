@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from streamprune.disk.checkpoint import Checkpoint, quantisation_of
@@ -54,9 +54,21 @@ class PlainView(Checkpoint):
     method: str = field(kw_only=True)
     """What config.json calls the quantisation."""
 
+    @property
+    def streamed(self) -> bool:
+        return self.stored.streamed
+
     def content(self) -> str:
         """As Checkpoint.content, of what is stored."""
         return self.stored.content()
+
+    def fingerprint(self) -> dict[str, str]:
+        """As Checkpoint.fingerprint, of what is stored."""
+        return self.stored.fingerprint()
+
+    def identity(self) -> dict[str, str]:
+        """As Checkpoint.identity, of what is stored."""
+        return self.stored.identity()
 
     def configuration(self) -> bytes:
         """The text of config.json for dense weights."""
@@ -153,7 +165,7 @@ def _view(checkpoint: Checkpoint, encodings: Mapping[str, Encoding], method: str
             tensors[name] = EncodedRef.whole(name, dtype, encodings[name])
         elif stored.name not in parts:
             tensors[stored.name] = stored
-    own = {f.name: getattr(checkpoint, f.name) for f in checkpoint.__dataclass_fields__.values()}
+    own = {f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}
     own |= {"tensors": tensors, "config": _without(checkpoint.config)}
     return PlainView(**own, stored=checkpoint, method=method)
 

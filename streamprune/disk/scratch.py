@@ -11,7 +11,7 @@ import os
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 import torch
@@ -46,6 +46,27 @@ class ScratchMatrix:
             stop = len(self._map)
         if start < stop and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+class ScratchFile:
+    """Bytes, appended one after the other to an unnamed file in `folder`; `size` is their number."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.size = folder, 0
+        with disk_errors(folder):
+            self.file: BinaryIO = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (see close)
+
+    def append(self, data: bytes) -> None:
+        """Raises ResourceError when the disk is full."""
+        rest = memoryview(data)
+        with disk_errors(self._folder):
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        self.size += len(data)
+
+    def close(self) -> None:
+        """The file is gone with the last mapping of it."""
+        self.file.close()
 
 
 class ScratchTokens:

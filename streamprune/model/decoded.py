@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from streamprune.disk.encoded import FLOAT, PACKED, EncodedRef, Encoding
 from streamprune.disk.header import TensorRef, show
 from streamprune.disk.mapping import SAFETENSORS_DTYPES, ShardMaps
 from streamprune.disk.quantised import PlainView
+from streamprune.disk.remote import RemoteCheckpoint
+from streamprune.disk.spool import Spool
 from streamprune.errors import CheckpointError
 from streamprune.methods.decoding import decode_floats, decode_integers, decode_pairs, unpack_words
 
@@ -27,9 +30,11 @@ _NAN = 255
 """The exponent that says NaN where scales are exponents."""
 
 
-def maps_of(checkpoint: Checkpoint) -> ShardMaps:
-    """The maps of a checkpoint, dense or quantised."""
-    return DecodedMaps(checkpoint) if isinstance(checkpoint, PlainView) else ShardMaps(checkpoint)
+def maps_of(checkpoint: Checkpoint, folder: Path | None = None) -> ShardMaps:
+    """The maps of a checkpoint, dense or quantised; `folder` is where shards from the hub are while they are needed."""
+    stored = checkpoint.stored if isinstance(checkpoint, PlainView) else checkpoint
+    spool = Spool(stored, folder) if isinstance(stored, RemoteCheckpoint) and folder is not None else None
+    return DecodedMaps(checkpoint, spool) if isinstance(checkpoint, PlainView) else ShardMaps(checkpoint, spool)
 
 
 class DecodedMaps(ShardMaps):

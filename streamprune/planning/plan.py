@@ -29,7 +29,7 @@ from streamprune.planning.cost import PAIRED_FORWARDS, RunShape, Speeds, Split, 
 from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
 from streamprune.pruning.describe import HALF, describe_prune, open_model
-from streamprune.pruning.memory import activation_bytes, layout_of, memory_bytes
+from streamprune.pruning.memory import activation_bytes, layout_of, memory_bytes, spool_bytes
 from streamprune.pruning.setup import Setup, open_given
 from streamprune.pruning.target import Target
 from streamprune.settings import Calibration, Resources
@@ -70,7 +70,7 @@ class Plan:
     output_bytes: int
     cache_bytes: int
     disk_bytes: int
-    """Free disk space that is required to start: output + cache + 64 MiB."""
+    """Free disk space that is required to start: output + cache + spool + 64 MiB."""
     flops: int
     seconds: float
     """Estimated seconds of work, without starting the program."""
@@ -81,6 +81,8 @@ class Plan:
     device: str
     rests_on: str
     """The speeds that the estimate is based on, as text."""
+    spool_bytes: int = 0
+    """Of the shards that are there at once with `fetch` "stream", else 0."""
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -91,13 +93,13 @@ def plan(
     model: str | Path, amount: float | str = HALF, recipe: str | Recipe = "swiftprune", *,
     calibration: Calibration = _CALIBRATION, stats: str | Path | None = None, save_stats: str | Path | None = None,
     propagate: str | None = None, only: str | None = None, skip: str | None = None, resources: Resources = _RESOURCES,
-    trust_remote_code: bool = False, speeds: Speeds | None = None,
+    fetch: str = "whole", trust_remote_code: bool = False, speeds: Speeds | None = None,
 ) -> Plan:  # fmt: skip
     """Plans the job that `prune` would do with the same arguments, and refuses what `prune` would refuse.
 
     Without `speeds`, they are measured; this reads up to 64 MiB of weights. Raises the errors of streamprune.errors.
     """
-    checkpoint = open_model(model)
+    checkpoint = open_model(model, fetch=fetch)
     spec = describe_prune(
         checkpoint, _NOWHERE, amount, recipe, calibration=calibration, stats=stats, save_stats=save_stats,
         propagate=propagate, only=only, skip=skip, resources=resources, trust_remote_code=trust_remote_code,
@@ -124,13 +126,14 @@ def plan(
     split = sum(seconds, Split())
     target = run.target
     stages = _stages(setup.skeleton, target.selected, works, run.shape, seconds)
-    cache = activation_bytes(setup, run.layout, run.shape.tokens)
+    cache, spool = activation_bytes(setup, run.layout, run.shape.tokens), spool_bytes(setup, run.layout)
     return Plan(
         model=str(model), architecture=str(checkpoint.config.get("model_type")),
         parameters=sum(math.prod(t.shape) for t in checkpoint.tensors.values()), stages=stages,
         peak_ram_bytes=peak, least_ram_bytes=least, vram_bytes=run.layout.nbytes, least_vram_bytes=least_vram,
         layout=_layout_in_words(run.layout, run.windows) if run.shape.on_device else "",
-        output_bytes=target.output_bytes, cache_bytes=cache, disk_bytes=target.output_bytes + cache + SLACK_BYTES,
+        output_bytes=target.output_bytes, cache_bytes=cache, spool_bytes=spool,
+        disk_bytes=target.output_bytes + cache + spool + SLACK_BYTES,
         flops=sum(s.flops for s in stages), seconds=split.total, split=split, batch=run.layout.batch,
         dtype=str(setup.dtype).removeprefix("torch."), device=str(setup.device),
         rests_on=f"{source}: {_in_words(speeds, run.shape, target.recipe)}",

@@ -33,6 +33,7 @@ from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.planning.cost import RunShape, Speeds, StageWork, embedding_bytes
 
 READ_BYTES = 64 << 20
+_FETCHED_BYTES = 8 << 20
 _SECONDS = 0.08
 """How long a measurement is repeated: at least twice, after one run that does not count."""
 _OPERATIONS = {"cpu": 8e9, "cuda": 6e11}
@@ -107,10 +108,11 @@ def measure(
             speeds = replace(speeds, float32=single)
     elif device.type == "cuda":
         speeds = replace(speeds, elementwise=_copying(clock))
-    reading, scanning = _read(checkpoint, clock)
+    reading, scanning = _fetch(checkpoint, clock) if checkpoint.streamed else _read(checkpoint, clock)
     return replace(
         speeds, selection=_selection(stage, skeleton, clock), scanning=scanning, hashing=_hashing(clock),
-        reading=reading, writing=reading, link=_link(clock), loading=min(clock.loading, _LOADING),
+        reading=reading, writing=inf if checkpoint.streamed else reading, link=_link(clock),
+        loading=min(clock.loading, _LOADING),
     )  # fmt: skip
 
 
@@ -263,6 +265,16 @@ def _read(checkpoint: Checkpoint, clock: Clock) -> tuple[float, float]:
             times.append(clock.once(look))
         maps.release([piece], drop_cache=True)
     return piece.nbytes / read, piece.nbytes / median(times)
+
+
+def _fetch(checkpoint: Checkpoint, clock: Clock) -> tuple[float, float]:
+    """As _read, of a checkpoint on the hub: bytes per second that come from there, and that are checked in memory."""
+    shard = checkpoint.shards[0]
+    size = min(_FETCHED_BYTES, checkpoint.shard_stats[shard][0])
+    with checkpoint.reading(shard) as read:
+        seconds = clock.once(lambda: read(0, size))
+    weights = torch.zeros(READ_BYTES // 2, dtype=torch.bfloat16)
+    return size / seconds, READ_BYTES / clock.typical(lambda: cpu.first_nonfinite(weights), loads=True)
 
 
 def _hashing(clock: Clock) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamprune.disk import journal
-from streamprune.disk.hub import resolve_model
+from streamprune.disk.hub import hub_name, resolve_model
 from streamprune.disk.state import REPORT
 from streamprune.errors import CorruptStateError
 from streamprune.process.memory import format_bytes
@@ -33,7 +33,7 @@ def intentions(job: Prepared) -> list[str]:
     if target is not None:
         chosen, layers = len(target.selected), len(skeleton.layer_stages)
         lines += [
-            f"{spec.source}: {setup.checkpoint.config.get('model_type')}, "
+            f"{_named(spec.source)}: {setup.checkpoint.config.get('model_type')}, "
             f"{_many(sum(math.prod(t.shape) for t in tensors))} parameters, "
             f"{chosen} linear{'s' if chosen != 1 else ''} to prune in {layers} layer{'s' if layers != 1 else ''}",
             f"{target.recipe.name}, {amount_of(spec.fixed())}",
@@ -51,6 +51,11 @@ def intentions(job: Prepared) -> list[str]:
     if job.records:
         lines.append(f"{len(job.records)} of {len(skeleton.stages)} stages are done already")
     return lines
+
+
+def _named(source: Path) -> str:
+    hub = hub_name(source)
+    return hub[0] if hub else str(source)
 
 
 def _many(count: int) -> str:

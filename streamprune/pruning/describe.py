@@ -26,12 +26,21 @@ HALF = 0.5
 """Sparsity that `plan` assumes if neither --sparsity nor --pattern is given."""
 
 
-def open_model(model: str | Path, follow_links: bool = False) -> Checkpoint:
+def open_model(model: str | Path, follow_links: bool = False, fetch: str = "whole") -> Checkpoint:
     """The checkpoint of a folder or a hub name, a quantised one as a plain one.
 
-    Raises CheckpointError or UnsupportedError if it cannot be pruned.
+    With `fetch` "stream", its shards stay on the hub until they are needed (disk/remote.py). Raises CheckpointError or
+    UnsupportedError if it cannot be pruned, UsageError for any other `fetch` than "stream" and "whole".
     """
-    checkpoint = plain(open_checkpoint(resolve_model(str(model)), follow_links=follow_links))
+    if fetch not in ("whole", "stream"):
+        raise UsageError(f"--fetch {fetch}: choose whole or stream")
+    if fetch == "stream":
+        from streamprune.disk.remote import open_remote
+
+        opened: Checkpoint = open_remote(str(model), follow_links=follow_links)
+    else:
+        opened = open_checkpoint(resolve_model(str(model)), follow_links=follow_links)
+    checkpoint = plain(opened)
     check_claims(checkpoint)
     if is_packed(checkpoint):
         raise UnsupportedError(f"{checkpoint.path}: the weights are packed; run `unpack` first")
@@ -53,6 +62,11 @@ def describe_prune(
         raise UsageError(
             f"--allocate {recipe.allocate} distributes a --sparsity among layers, and --pattern {pattern} fixes it for "
             "each; leave one of them out"
+        )
+    if recipe.allocate is not None and checkpoint.streamed:
+        raise UsageError(
+            f"--allocate {recipe.allocate} reads all weights several times, and --fetch stream would fetch them each "
+            "time; leave one of them out"
         )
     propagation = check_propagate(recipe, propagate)
     if stats is not None:

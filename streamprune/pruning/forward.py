@@ -97,7 +97,10 @@ class CalibrationPass:
             self.embed(persist)
         else:
             self.streamed.learn_calls(self._batches)
-        for stage in self.streamed.skeleton.stages[max(newest, 0) + 1 : done]:
+        stages = self.streamed.skeleton.stages
+        for position in range(max(newest, 0) + 1, done):
+            stage = stages[position]
+            self.streamed.loader.maps.upcoming([s.tensors for s in stages[position:]])
             if shards is None:
                 self._layer(stage, persist)
             else:
@@ -115,7 +118,8 @@ class CalibrationPass:
     def check_outside(self) -> None:
         """Raises CheckpointError for NaN and Inf in the weights outside the layers."""
         stages = self.streamed.skeleton.stages
-        for stage in (stages[0], stages[-1]):
+        ends = stages[:1] if self.streamed.loader.maps.fetches else (stages[0], stages[-1])  # the head comes later
+        for stage in ends:
             check_weights(self.streamed.loader, self.streamed.skeleton, stage)
 
     def layer(self, stage: Stage, write: bool, persist: bool, grams: LayerGrams | None = None) -> Collector:

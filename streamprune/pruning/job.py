@@ -68,8 +68,8 @@ def prune(
     calibration: Calibration = _CALIBRATION, stats: str | Path | None = None, save_stats: str | Path | None = None,
     propagate: str | None = None, only: str | None = None, skip: str | None = None, resources: Resources = _RESOURCES,
     shard_size: int | str = SHARD_SIZE, follow_links: bool = False, allow_zeros: bool = False, restart: bool = False,
-    dry_run: bool = False, trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
-    tell: Tell | None = None,
+    fetch: str = "whole", dry_run: bool = False, trust_remote_code: bool = False,
+    progress: ProgressCallback = no_progress, tell: Tell | None = None,
 ) -> JobResult:  # fmt: skip
     """Prunes the checkpoint `model` (a folder or a hub name) into the folder `out`.
 
@@ -81,11 +81,12 @@ def prune(
     regular expressions that choose linears by name. `follow_links` copies side files that are symlinks out of the
     checkpoint; `allow_zeros` accepts linears that are all zeros (model/zeros.py). Weights are written in shards of up
     to `shard_size` (bytes, or text such as "5GB"), or in a single file without an index if they all fit into it.
-    `restart` discards unfinished work. `dry_run` makes all checks that come before the first stage, and writes nothing.
-    `tell` receives lines for people about what is about to be done. Running the
-    same job again resumes it, or finds it done. Raises the errors of streamprune.errors.
+    `fetch` is for hub names: "whole" downloads the model first, "stream" each shard when it is needed. `restart`
+    discards unfinished work. `dry_run` makes all checks that come before the first stage, and writes nothing. `tell`
+    receives lines for people about what is about to be done. Running the same job again resumes it, or finds it done.
+    Raises the errors of streamprune.errors.
     """
-    checkpoint = open_model(model, follow_links)
+    checkpoint = open_model(model, follow_links, fetch)
     spec = describe_prune(
         checkpoint, Path(out), amount, recipe, calibration=calibration, stats=stats, save_stats=save_stats,
         propagate=propagate, only=only, skip=skip, resources=resources, shard_size=shard_size, restart=restart,
@@ -102,14 +103,14 @@ def prune(
 
 def calibrate(
     model: str | Path, out: str | Path, *, calibration: Calibration = _CALIBRATION,
-    resources: Resources = _RESOURCES, allow_zeros: bool = False, restart: bool = False,
+    resources: Resources = _RESOURCES, allow_zeros: bool = False, restart: bool = False, fetch: str = "whole",
     trust_remote_code: bool = False, progress: ProgressCallback = no_progress,
 ) -> JobResult:  # fmt: skip
     """Gathers statistics of every linear's input into the file `out`, for `prune(..., stats=out)`.
 
     Arguments and errors as for `prune`.
     """
-    checkpoint = open_model(model)
+    checkpoint = open_model(model, fetch=fetch)
     spec = describe_calibrate(
         checkpoint, Path(out), calibration, resources, restart=restart, allow_zeros=allow_zeros,
         trust_remote_code=trust_remote_code,

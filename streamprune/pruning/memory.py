@@ -8,6 +8,9 @@ from dataclasses import replace
 
 from streamprune.calibration.gram_sums import MOST_HELD
 from streamprune.calibration.grams import gram_bytes, largest_at_once
+from streamprune.disk.quantised import PlainView
+from streamprune.disk.remote import RemoteCheckpoint
+from streamprune.disk.spool import shards_of, spooled_bytes
 from streamprune.errors import ResourceError, UnsupportedError
 from streamprune.methods.tuning import state_bytes
 from streamprune.model.budget import Layout, estimate, layout_for, memory_of, token_bytes, waiting_bytes
@@ -76,6 +79,25 @@ def activation_bytes(setup: Setup, layout: Layout, tokens: int) -> int:
     """Disk space of a job's activations: the caches before and after a layer, and scratch files."""
     state = setup.skeleton.hidden_size * cache_dtype(setup.skeleton.dtype, setup.dtype).itemsize
     return 2 * models_at_once(setup.propagate) * tokens * state + scratch_bytes(setup, layout, tokens)
+
+
+def stages_at_work(setup: Setup, layout: Layout) -> tuple[int, int]:
+    """How many stages need their weights at once, and how many of them are before the one that computes.
+
+    On a device the next one is on its way, and the one before may still be written.
+    """
+    late = int(layout.layers > 2)
+    return 1 + late + (setup.device.type != "cpu"), late
+
+
+def spool_bytes(setup: Setup, layout: Layout, done: Sequence[object] = ()) -> int:
+    """Disk space of the shards that are fetched from the hub and not yet dropped, after the stages that are `done`."""
+    checkpoint = setup.checkpoint
+    stored = checkpoint.stored if isinstance(checkpoint, PlainView) else checkpoint
+    if not isinstance(stored, RemoteCheckpoint):
+        return 0
+    stages = [shards_of(stage.tensors) for stage in setup.skeleton.stages[len(done) :]]
+    return spooled_bytes(stored, stages, stages_at_work(setup, layout)[0])
 
 
 def models_at_once(propagate: str) -> int:

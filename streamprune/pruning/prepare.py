@@ -95,12 +95,16 @@ def begin(state: JobState, job: Mapping[str, Any], windows: Tokens | None) -> No
     state.create({**job, "started": started}, tokens.getbuffer() if windows is not None else None)
 
 
-def check_disk(state: JobState, output: int, cache: int) -> None:
-    """Raises ResourceError unless the disks have room for `output` + SLACK_BYTES and for `cache` bytes."""
+def check_disk(state: JobState, output: int, cache: int, spool: int = 0) -> None:
+    """Raises ResourceError unless the disks have room for `output` + SLACK_BYTES and for `cache` bytes.
+
+    `spool` bytes are for shards that are fetched from the hub, beside the output.
+    """
     check_room(
-        [(state.partial, output + SLACK_BYTES), (state.cache, cache)],
+        [(state.partial, output + spool + SLACK_BYTES), (state.cache, cache)],
         "free some space, choose another OUT, or put the activations elsewhere with --work DIR",
-        detail=f" ({format_bytes(output)} for the output, {format_bytes(cache)} for activations)",
+        detail=f" ({format_bytes(output)} for the output, {format_bytes(cache)} for activations"
+        + (f", {format_bytes(spool)} for shards from the hub)" if spool else ")"),
     )
 
 

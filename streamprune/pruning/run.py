@@ -51,7 +51,7 @@ from streamprune.pruning.allocate import allocate
 from streamprune.pruning.card import card_of
 from streamprune.pruning.finish import calibration_of, save_statistics, write_files
 from streamprune.pruning.forward import CalibrationPass
-from streamprune.pruning.memory import scratch_bytes
+from streamprune.pruning.memory import scratch_bytes, spool_bytes, stages_at_work
 from streamprune.pruning.output import Output
 from streamprune.pruning.paired import PairedPass
 from streamprune.pruning.prepare import Prepared, begin, check_disk, remove_leftovers
@@ -80,7 +80,7 @@ class Run:
         self._stack = ExitStack()
 
     def __enter__(self) -> Run:
-        self._maps = self._stack.enter_context(maps_of(self._setup.checkpoint))
+        self._maps = self._stack.enter_context(maps_of(self._setup.checkpoint, self._spec.out.absolute().parent))
         drop_cache = self._spec.verb == "prune"
         loader = WeightLoader(self._maps, self._setup.device, drop_cache=drop_cache)
         self._loader = self._stack.enter_context(loader)
@@ -90,6 +90,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._maps.cancel()
         self._stack.__exit__(kind, error, trace)
 
     def _pass(self) -> CalibrationPass | None:
@@ -148,7 +149,7 @@ class Run:
     def check(self) -> Output | None:
         """The checks before the first stage, which write nothing; returns the output, as far as it has been written."""
         self._check_disk()
-        if not self._begun and not self._spec.allow_zeros:
+        if not self._begun and not self._spec.allow_zeros and not self._setup.checkpoint.streamed:
             refuse_empty(self._maps, [ref for stage in self._skeleton.stages for ref in stage.linears.values()])
         if self._target is None:
             return None
@@ -170,7 +171,7 @@ class Run:
             behind = -1 < self._newest_cache() < len(self._records) - 1
             cache = (3 if behind and not self._layout.resident else 2) * self._forward.cache_bytes
             cache += scratch_bytes(self._setup, self._layout, self._forward.windows.size)
-        check_disk(self._state, output, cache)
+        check_disk(self._state, output, cache, spool_bytes(self._setup, self._layout, self._records))
 
     def _begin(self) -> None:
         """Allocates the sparsity if asked to, and creates the state of the job."""
@@ -192,6 +193,8 @@ class Run:
         """Steps 1 to 3 of a stage. What can run in the background (see above) is queued, at most one stage late."""
         stage, forward = stages[position], self._forward
         give_back_free_memory()
+        at_work, late = stages_at_work(self._setup, self._layout)
+        self._maps.upcoming([s.tensors for s in stages[max(0, position - late) :]], at_work)
         self._expect(stages[position : position + 2])
         record = StageRecord(stage.name)
         stats: dict[str, InputStats] = {}
