@@ -2,7 +2,6 @@
 
     loss      mean over tokens t of ‖f(x_t) − y_t‖² / ‖y_t‖²
               x what the pruned layer is given, f(x) what it makes of it, y what the dense layer makes of its own input
-    shuffled  every other window: x_π(t) instead of x_t, and y what the dense layer makes of its own input in that order
     gradient  of the weights that the mask keeps, of norms and of biases; nothing else moves
               (a step sums what it means over: Adam does not mind, and small gradients stay within float16)
     step      Adam: m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  w_ij ← w_ij − rate · s(t) · c_j · m̂ / √v̂
@@ -10,14 +9,13 @@
               a vector, column j is its element j
     schedule  s rises over the first tenth of the steps, and falls to 0 along a half cosine
 
-After EBFT (arXiv 2402.12419): one block at a time, the mask fixed. Ours differs in four things. The error of a token
+After EBFT (arXiv 2402.12419): one block at a time, the mask fixed. Ours differs in three things. The error of a token
 counts relative to its state: a few tokens have massive activations, and would own a plain mean; and relative to what
 the dense layer adds to them, those would own it that it adds little to, whose errors nothing can mend any more. Where
 both models' states are there, x is what the pruned layers before really give, and y is the dense model's own, so that a
-layer also makes up for those before it. Shuffled windows put each token into another context, which the dense layer can
-judge as well as a real one; without them more of a short calibration is learnt by heart. The rate goes with a
-column's mean magnitude, as the scales of a model's tensors differ by orders of magnitude, and so do those of its
-features: where inputs are large, weights are small, and the steps of other weights would be too long for them.
+layer also makes up for those before it. The rate goes with a column's mean magnitude (with an output's for GPT-2's
+Conv1D), as the scales of a model's tensors differ by orders of magnitude, and so do those of its features: where inputs
+are large, weights are small, and the steps of other weights would be too long for them.
 
 Master weights are float32, and only those that stay have one, with two moments. The layer always computes with what
 would be stored: the masters rounded to the stored dtype. So a loss is that of the weights that are written.
