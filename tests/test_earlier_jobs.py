@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from calls import calibrate, prune
 
+from streamprune.errors import StateError
 from streamprune.inspection.inspect import inspect
 from streamprune.progress import Progress
 
@@ -47,6 +48,19 @@ def test_an_unfinished_prune_goes_on(name: str) -> None:
         assert sum(n["pruned"] for n in linears) == pytest.approx(
             0.5 * sum(n["rows"] * n["in_features"] for n in linears), rel=0.05
         )
+
+
+def test_only_defaults_of_before_are_taken_over() -> None:
+    """Not what was asked for then, and not where work begins again."""
+    tuned = JOBS["tuned"]
+    with pytest.raises(StateError, match=r"tune_epochs is 2 there and 12 here"):
+        prune("model", "tuned", **{**tuned, "tune_epochs": None}, **GIVEN)
+    with pytest.raises(StateError, match=r"tune_lr is 0\.02 there and 0\.015 here"):
+        prune("model", "tuned", **tuned, tune_lr=0.015, **GIVEN)
+    again = prune("model", "tuned", **tuned, restart=True, **GIVEN)
+    assert again.report["job"]["tune_lr"] == 0.015
+    known = prune("model", "tuned", **tuned, **GIVEN)
+    assert known.status == "up-to-date" and known.report["job"]["tune_lr"] == 0.015
 
 
 def test_an_unfinished_calibration_goes_on() -> None:

@@ -10,8 +10,8 @@
     admm        wanda      exact     admm        Boža, arXiv 2401.02938 (admm.py)
     sparsegpt   wanda      exact     sparsegpt   Frantar and Alistarh, arXiv 2301.00774 (sparsegpt.py)
 
-`swiftprune-tuned` is swiftprune followed by tuning every layer as a whole (tuning.py). `tune`, and `quantize` (fp8.py),
-can be combined with any recipe.
+`swiftprune-tuned` and `obs-admm-tuned` are swiftprune and obs-admm followed by tuning every layer as a whole
+(tuning.py). `tune`, and `quantize` (fp8.py), can be combined with any recipe.
 
 With a pattern N:M the selector is not used: the N highest scores of every M inputs are kept. `gradual-cg` selects with
 the recipe's score and selector, applied to the current weights at each step. The other refits select by criteria of
@@ -21,6 +21,7 @@ score and selector.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,8 +35,10 @@ ALLOCATIONS = ("uniform", "owl", "error")
 REFITS = ("none", "cg", "obs-admm", "gradual-cg", "admm", "sparsegpt")
 QUANTIZE = ("none", "fp8")
 TUNE = ("none", "block")
-TUNE_EPOCHS = 6
-TUNE_LR = 0.02
+TUNE_EPOCHS = 12
+TUNE_LR = 0.015
+EARLIER_DEFAULTS = {"tune_epochs": (6,), "tune_lr": (0.02,)}
+"""Of earlier versions, whose unfinished jobs go on with them."""
 FP8_SCALES = ("amax", "mse")
 FP8_ROUNDINGS = ("compensate", "nearest")
 
@@ -144,16 +147,21 @@ class Recipe:
         if rate is not None and not 0 <= rate < 1:
             raise UsageError(f"--tune-lr {rate} is not in [0, 1); it is relative to the weights' mean magnitude")
 
-    def filled(self) -> Recipe:
-        """The recipe with defaults for all options that apply to it; options that do not apply are None."""
+    def filled(self, recorded: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe with defaults for all options that apply to it; options that do not apply are None.
+
+        A default of an earlier version is used where `recorded`, the options of a job that has begun, has it.
+        """
         fp8, tuned, refitted = self.quantize is not None, self.tune is not None, self.needs_gram
-        rate = TUNE_LR if self.tune_lr is None else float(self.tune_lr)
+        earlier = {n: v for n, v in (recorded or {}).items() if v in EARLIER_DEFAULTS.get(n, ())}
+        rate = earlier.get("tune_lr", TUNE_LR) if self.tune_lr is None else float(self.tune_lr)
         return replace(
             self,
             damping=_damping("auto" if self.damping is None else self.damping) if refitted else None,
             fp8_scale=(self.fp8_scale or "amax") if fp8 else None,
             fp8_rounding=(self.fp8_rounding or ("compensate" if refitted else "nearest")) if fp8 else None,
-            tune_epochs=(self.tune_epochs or TUNE_EPOCHS) if tuned else None, tune_lr=rate if tuned else None,
+            tune_epochs=(self.tune_epochs or earlier.get("tune_epochs", TUNE_EPOCHS)) if tuned else None,
+            tune_lr=rate if tuned else None,
         )  # fmt: skip
 
     @property
@@ -193,6 +201,7 @@ RECIPES = {
     "magnitude": Recipe("magnitude", "exact"),
     "gradual-cg": Recipe("lscore", "exact", "gradual-cg"),
     "obs-admm": Recipe("lscore", "exact", "obs-admm"),
+    "obs-admm-tuned": Recipe("lscore", "exact", "obs-admm", tune="block"),
     "admm": Recipe("wanda", "exact", "admm"),
     "sparsegpt": Recipe("wanda", "exact", "sparsegpt"),
 }

@@ -4,15 +4,18 @@
               x what the pruned layer is given, f(x) what it makes of it, y what the dense layer makes of its own input
     gradient  of the weights that the mask keeps, of norms and of biases; nothing else moves
               (a step sums what it means over: Adam does not mind, and small gradients stay within float16)
-    step      Adam: m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  w ← w − rate · s(t) · mean|w| · m̂ / √v̂
+    step      Adam: m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  w_ij ← w_ij − rate · s(t) · c_j · m̂ / √v̂
+    column    c_j = (mean_i |w_ij| + a tenth of the tensor's mean |w|) / 1.1, over what is kept, when tuning begins; of
+              a vector, column j is its element j
     schedule  s rises over the first tenth of the steps, and falls to 0 along a half cosine
 
 After EBFT (arXiv 2402.12419): one block at a time, the mask fixed. Ours differs in three things. The error of a token
 counts relative to its state: a few tokens have massive activations, and would own a plain mean; and relative to what
 the dense layer adds to them, those would own it that it adds little to, whose errors nothing can mend any more. Where
 both models' states are there, x is what the pruned layers before really give, and y is the dense model's own, so that a
-layer also makes up for those before it. The rate goes with a tensor's mean magnitude, as the scales of a model's
-tensors differ by orders of magnitude.
+layer also makes up for those before it. The rate goes with a column's mean magnitude (with an output's for GPT-2's
+Conv1D), as the scales of a model's tensors differ by orders of magnitude, and so do those of its features: where inputs
+are large, weights are small, and the steps of other weights would be too long for them.
 
 Master weights are float32, and only those that stay have one, with two moments. The layer always computes with what
 would be stored: the masters rounded to the stored dtype. So a loss is that of the weights that are written.
@@ -30,8 +33,9 @@ BETAS = (0.9, 0.95)
 WARM = 0.1
 """Of the steps, the part in which the rate rises."""
 
+_LEAST_REACH = 0.1
 _EPSILON = 1e-12
-_PIECE = 1 << 22
+_PIECE = 1 << 21
 
 
 def token_weights(wanted: Tensor) -> Tensor:
@@ -73,34 +77,40 @@ class Tuned:
     values: Tensor
     first: Tensor
     second: Tensor
-    scale: float
-    """Mean magnitude of the values when it began."""
+    reach: Tensor
+    """c_j, (columns,) in the dtype of the values: how far a step goes in each column, relative to the rate."""
 
     @classmethod
     def of(cls, parameter: Tensor, stored: Tensor, *, masked: bool) -> Tuned:
         """Begins with the values of `stored`, which has the parameter's shape; `masked`: with those that are not 0."""
         where = places(stored != 0) if masked else None
         values = _taken(stored, where).to(torch.promote_types(stored.dtype, torch.float32))
-        scale = float(values.abs().mean(dtype=torch.float64)) if values.numel() else 0.0
         zeros = torch.zeros_like(values)
-        return cls(parameter, where, stored.dtype, values, zeros, zeros.clone(), scale)
+        return cls(parameter, where, stored.dtype, values, zeros, zeros.clone(), reach_of(stored).to(values))
 
     def step(self, rate: float, number: int) -> None:
-        """Step `number`, from 1, along `parameter.grad`, which is used up; `rate` is relative to `scale`."""
+        """Step `number`, from 1, along `parameter.grad`, which is used up; `rate` is relative to `reach`."""
         gradient = self.parameter.grad
         self.parameter.grad = None
         if gradient is None or not self.values.numel():
             return
         given = _taken(gradient, self.where)
-        size = rate * self.scale / (1 - BETAS[0] ** number)
+        size = rate / (1 - BETAS[0] ** number)
         spread = (1 - BETAS[1] ** number) ** -0.5
         for begin in range(0, len(given), _PIECE):
             part = slice(begin, begin + _PIECE)
             g, m, v = given[part].to(self.values.dtype), self.first[part], self.second[part]
             m.lerp_(g, 1 - BETAS[0])
             v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
-            self.values[part].addcdiv_(m, v.sqrt().mul_(spread).add_(_EPSILON), value=-size)
+            reach = self.reach[self._columns(begin, begin + len(g))]
+            self.values[part].addcdiv_(reach.mul_(m), v.sqrt().mul_(spread).add_(_EPSILON), value=-size)
         self.show(self.rounded())
+
+    def _columns(self, begin: int, end: int) -> Tensor:
+        """Which column each of these values is in."""
+        if self.where is None:
+            return torch.arange(begin, end, device=self.values.device) % len(self.reach)
+        return self.where[begin:end] % len(self.reach)
 
     def rounded(self) -> Tensor:
         """The values (kept,) as they would be stored; never −0.0."""
@@ -117,6 +127,14 @@ class Tuned:
         self.first.zero_()
         self.second.zero_()
         self.show(kept)
+
+
+def reach_of(stored: Tensor) -> Tensor:
+    """c_j of a tensor (…, columns): (columns,) float64. What is 0 is not kept."""
+    size = stored.reshape(-1, stored.shape[-1]).abs()
+    total, count = size.sum(0, dtype=torch.float64), (size != 0).sum(0)
+    mean = total.sum() / count.sum().clamp_min(1)
+    return (total / count.clamp_min(1) + _LEAST_REACH * mean) / (1 + _LEAST_REACH)
 
 
 def _taken(tensor: Tensor, where: Tensor | None) -> Tensor:

@@ -6,15 +6,18 @@ and calibration texts are read, so that a finished job is recognised without loa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.claims import check_claims
 from streamprune.disk.hub import resolve_model
+from streamprune.disk.journal import read_json
 from streamprune.disk.packed import is_packed
 from streamprune.disk.quantised import plain
-from streamprune.disk.state import file_digest, statistics_of
-from streamprune.errors import UnsupportedError, UsageError
+from streamprune.disk.state import REPORT, JobState, file_digest, statistics_of
+from streamprune.errors import CorruptStateError, UnsupportedError, UsageError
 from streamprune.methods.recipes import Recipe, check_propagate
 from streamprune.process.memory import parse_bytes
 from streamprune.pruning.spec import DrawnText, JobSpec
@@ -55,7 +58,7 @@ def describe_prune(
     trust_remote_code: bool = False,
 ) -> JobSpec:  # fmt: skip
     """A prune job; arguments as for job.prune. Raises UsageError for invalid or contradictory arguments."""
-    recipe = (Recipe.named(recipe) if isinstance(recipe, str) else recipe).filled()
+    recipe = (Recipe.named(recipe) if isinstance(recipe, str) else recipe).filled({} if restart else _recorded(out))
     sparsity, pattern = _amount(amount)
     _check_new_values(recipe, stats, calibration.samples)
     if recipe.allocate is not None and pattern is not None:
@@ -105,6 +108,18 @@ def describe_calibrate(
         source=checkpoint.path, out=out, restart=restart, trust_remote_code=trust_remote_code,
         content=checkpoint.content, allow_zeros=allow_zeros,
     )  # fmt: skip
+
+
+def _recorded(out: Path) -> Mapping[str, Any]:
+    """The fixed fields of the job at OUT, unfinished or finished; empty if there is none, or it cannot be read."""
+    for path, kind in ((JobState(out, out).folder / "job.json", "job"), (out / REPORT, "report")):
+        try:
+            job = read_json(path, kind).get("job")
+        except CorruptStateError:
+            continue
+        if isinstance(job, dict):
+            return job
+    return {}
 
 
 def _amount(amount: float | str) -> tuple[float | None, str | None]:

@@ -28,7 +28,7 @@ from streamprune.model.pairs import Pairs
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.streamed import StreamedModel
 
-STEP_TOKENS = 1024
+STEP_TOKENS = 512
 """Tokens of a step."""
 
 RATES = (1.0, 1 / 4, 1 / 16)
