@@ -344,8 +344,8 @@ def test_nothing_is_written(models: Models, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_refusals(models: Models) -> None:
-    with pytest.raises(UnsupportedError, match="attention"):
-        plan(models("mamba"))
+    with pytest.raises(UnsupportedError, match="encoder"):
+        plan(models("bart"))
     with pytest.raises(UsageError, match="--samples"):
         plan(models(), samples=0)
     with pytest.raises(UsageError, match="--seqlen"):
