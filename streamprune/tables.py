@@ -188,7 +188,7 @@ def plan_table(found: Plan) -> str:
         "",
         f"peak RAM    {format_bytes(found.peak_ram_bytes)}; least --max-ram {format_bytes(found.least_ram_bytes)}",
         *_vram(found),
-        f"disk        {format_bytes(found.disk_bytes)} free: {format_bytes(found.output_bytes)} output, "
+        f"disk        {format_bytes(found.disk_bytes)} must be free: {format_bytes(found.output_bytes)} output, "
         f"{format_bytes(found.cache_bytes)} activations while running"
         + (f", {format_bytes(found.spool_bytes)} shards from the hub at once" if found.spool_bytes else ""),
         f"arithmetic  {found.flops / 1e12:.2f} TFLOP",
