@@ -269,7 +269,7 @@ def check_use(trial: Trial) -> str:
     tied = trial.whole.get_input_embeddings().weight is trial.whole.get_output_embeddings().weight
     assert (embedding is head) == tied
     alike = 1 if tied or head.shape != embedding.shape else 2
-    assert sum(tensor.shape == embedding.shape for tensor in stored(trial.half).values()) == alike
+    assert sum(tensor.shape == embedding.shape for tensor in stored(trial.half).values()) >= alike
     start = trial.windows[:1, :4]
     made = model.generate(start, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
     assert made.shape == (1, 7)

@@ -85,6 +85,7 @@ def found(kind: str) -> Family | None:
             config = shrunk(kind)
             if adapt is not None:
                 adapt(config)
+            config = type(config).from_dict(config.to_dict())  # as it is read from a file
             loader = loader_of(config)
             with torch.device("meta"):
                 parameters = dict(loader.from_config(config).named_parameters())
