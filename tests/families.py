@@ -219,8 +219,31 @@ SEEING: dict[str, Family] = {
 }  # fmt: skip
 """Models that see: their text model is pruned, on text alone, and everything else is carried over."""
 
-_PER_LAYER = _HEAD | {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
-_PER_LAYER |= {"layer_types": ["sliding_attention", "full_attention"]}
+_PER_LAYER = _HEAD | {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 12, "sliding_window": 8}
+_BY_TOKENS = "each layer looks something up by the tokens"
+_LAYERS_OF_EACH = ["sliding_attention", "full_attention"]
+LINKED: dict[str, Family] = {
+    "gemma4_text": Family(
+        "Gemma 4 E2B, E4B, their text model",
+        _PER_LAYER
+        | {
+            "num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": _LAYERS_OF_EACH * 2,
+            "global_head_dim": 8,
+        },
+        notes=f"{_BY_TOKENS}; later layers use keys and values of earlier ones",
+    ),
+    "gemma3n_text": Family(
+        "Gemma 3n, its text model",
+        _PER_LAYER
+        | {
+            "num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": _LAYERS_OF_EACH * 2,
+            "laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4,
+        },
+        notes=f"{_BY_TOKENS}; later layers use keys and values of earlier ones; several streams",
+    ),
+}  # fmt: skip
+"""Layers that take more than hidden states."""
+
 _ZAMBA = {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "mamba_d_state": 8}
 _ENCODER = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 _ENCODER |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
@@ -233,19 +256,6 @@ _INDEXED = _MIXED | _LATENT | {"index_topk": 16, "index_head_dim": 8, "index_n_h
 REFUSED: dict[str, Family] = {
     "t5": Family("T5, Flan-T5", {"d_kv": 8, "d_ff": 64}, notes="encoder-decoder", auto=_ENCODES),
     "bart": Family("BART", _ENCODER, notes="encoder-decoder", auto=_ENCODES),
-    "gemma3n_text": Family(
-        "Gemma 3n",
-        _PER_LAYER
-        | {
-            "num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": _PER_LAYER["layer_types"] * 2,
-            "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4,
-        },
-        notes="shares keys and values across layers",
-    ),
-    "gemma4_text": Family(
-        "Gemma 4, small ones", _PER_LAYER | {"num_kv_shared_layers": 0},
-        notes="a second input of each layer by the tokens",
-    ),
     "zamba2": Family(
         "Zamba2",
         _GROUPED
@@ -268,23 +278,6 @@ REFUSED: dict[str, Family] = {
         "Doge, its mixtures", _GROUPED | {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 2},
         notes="experts for all tokens of a batch at once",
     ),
-    "glm_moe_dsa": Family("GLM-5", _INDEXED, notes="hands more than hidden states from layer to layer"),
-    "deepseek_v4": Family(
-        "DeepSeek-V4", _INDEXED | {"o_groups": 2, "o_lora_rank": 8, "mlp_layer_types": ["moe"] * 2},
-        notes="several streams",
-    ),
-    "hy_v4": Family("Hy4", _MIXED | {"num_shared_experts": 1}, notes="several streams"),
-    "qwen4_exp_text": Family(
-        "Qwen4-Exp",
-        _MIXED
-        | {
-            "shared_expert_intermediate_size": 32, "hc_lowrank": 8, "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "indexer_n_heads": 2,
-            "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 4,
-            "layer_types": ["linear_attention", "indexed_attention"],
-        },
-        notes="several streams",
-    ),
     "xlm": Family("XLM", {"emb_dim": 32}, notes="several layer lists"),
     "mllama": Family(
         "Llama 3.2 Vision", _GROUPED | {"cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}},
@@ -301,7 +294,7 @@ REFUSED: dict[str, Family] = {
 }  # fmt: skip
 """Sound models that cannot be streamed layer by layer; `notes` is what the error says."""
 
-FAMILIES = {**DENSE, **OTHERS, **RECURRENT, **SEEING, **REFUSED}
+FAMILIES = {**DENSE, **OTHERS, **RECURRENT, **SEEING, **LINKED, **REFUSED}
 
 
 def family_of(kind: str) -> Family:
@@ -348,6 +341,8 @@ def save_model(folder: Path, kind: str = "llama", layers: int = 3, dtype: str = 
                 parameter.mul_(4.0)  # far from the initial near-identity, so that layers matter
             elif "norm" in name and name.endswith("weight"):
                 parameter.mul_(torch.exp(torch.randn(parameter.shape)).to(parameter.dtype))
+            elif name.endswith("correct_output_scale"):  # zeros, which would let nothing through
+                parameter.normal_()
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder

@@ -42,6 +42,10 @@ from streamprune.pruning.job import JobResult
 LAYERS = 2
 ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate)(\.\w+)?$")
 """Linears of mixtures that say which expert is used, and how much."""
+MIXERS = re.compile(r"\.altup\.\w+$|\.block_inject_weight$")
+"""Linears that say how several streams of hidden states are mixed."""
+DENSE = re.compile(f"{ROUTERS.pattern}|{MIXERS.pattern}")
+"""What stays dense in a mixture."""
 HALF: dict[str, Any] = {"method": "swiftprune", "sparsity": 0.5, "score": "lscore", "selector": "ewma"}
 TWO_FOUR: dict[str, Any] = {"method": "swiftprune", "pattern": "2:4", "score": "lscore", "selector": "ewma"}
 REFIT: dict[str, Any] = {"method": "obs-admm", "pattern": "2:4"}
@@ -91,7 +95,8 @@ class Trial:
     @cached_property
     def statistics(self) -> Stats:
         """Of all linears that are pruned, as a job uses them."""
-        return gather(self.whole, self.like, self.windows)
+        found = gather(self.whole, self.like, self.windows)
+        return {name: sums for name, sums in found.items() if not MIXERS.search(name)}
 
     @property
     def few(self) -> set[str]:
@@ -100,11 +105,12 @@ class Trial:
 
     def weights(self, model: Any) -> dict[str, torch.Tensor]:
         """The matrices (out, in) of all linears that are pruned."""
-        return {name: weight_of(module) for name, module in linears_of(model, self.like).items()}
+        linears = linears_of(model, self.like).items()
+        return {name: weight_of(module) for name, module in linears if not MIXERS.search(name)}
 
     def watch(self, see: Callable[[str, torch.Tensor], None]) -> None:
         """Shows `see(linear, x)` each linear's inputs (tokens, in), float64, as they count in what it is judged by."""
-        watch(self.whole, self.like, self.windows, see)
+        watch(self.whole, self.like, self.windows, lambda name, x: None if MIXERS.search(name) else see(name, x))
 
     @property
     def codable(self) -> str:
@@ -166,18 +172,18 @@ class MixtureTrial(Trial):
     @cached_property
     def statistics(self) -> Stats:
         dense = gather(self.whole, self.like, self.windows)
-        return {**{name: s for name, s in dense.items() if not ROUTERS.search(name)}, **self._pooled[0]}
+        return {**{name: s for name, s in dense.items() if not DENSE.search(name)}, **self._pooled[0]}
 
     @property
     def few(self) -> set[str]:
         return self._pooled[1]
 
     def weights(self, model: Any) -> dict[str, torch.Tensor]:
-        plain = {name: weight for name, weight in super().weights(model).items() if not ROUTERS.search(name)}
+        plain = {name: weight for name, weight in super().weights(model).items() if not DENSE.search(name)}
         return plain | weights_of_experts(model, self.mixture, self.fused)
 
     def watch(self, see: Callable[[str, torch.Tensor], None]) -> None:
-        watch(self.whole, self.like, self.windows, lambda name, x: None if ROUTERS.search(name) else see(name, x))
+        watch(self.whole, self.like, self.windows, lambda name, x: None if DENSE.search(name) else see(name, x))
 
         def weighted(name: str, x: torch.Tensor, share: torch.Tensor) -> None:
             see(name, (x * share).double())
@@ -232,7 +238,7 @@ def check_sums(trial: Trial) -> str:
         assert way.half.is_dir()
         file = StatisticsFile(way.folder / "statistics")
         beside = file.groups.keys() ^ way.statistics.keys()
-        assert all(name in file.groups and ROUTERS.search(name) for name in beside), beside
+        assert all(name in file.groups and DENSE.search(name) for name in beside), beside
         assert {name for name, leader in file.groups.items() if ".pooled." in leader} == way.few
         assert len(way.few) < len(way.statistics)
         same_sums(file, way.statistics)

@@ -171,6 +171,7 @@ _SLIDING = {"head_dim": 8, "sliding_window": 8}
 _ONE = _ROUTED | _LATENT | _SECOND | {"num_key_value_heads": 4}
 _BESIDE = _FOUR | {"shared_intermediate_size": 32}
 _GATED = _EIGHT | _LINEAR | {"head_dim": 8, "shared_expert_intermediate_size": 32}
+_STREAMS = "several streams"
 _MIXED_SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 
 _HALVES = {"layer_types": ["linear_attention", "full_attention"]}
@@ -301,6 +302,37 @@ MORE: dict[str, Mixture] = {
         FUSED, notes=f"a dense MLP beside; {_SEES}", like="gemma3",
         vision={"vision_config": {**_TOWER, "num_key_value_heads": 4, "head_dim": 8}, "image_token_id": 5},
     ),
+    "glm_moe_dsa": Mixture(
+        "GLM-5", _ONE | _INDEXED | {"indexer_types": ["full", "shared"]},
+        notes=f"{_SHARED}; sparse attention; indices of earlier layers",
+    ),
+    "hy_v4": Mixture(
+        "Hy4", _ONE | _INDEXED | {"index_n_heads": 8, "hc_mult": 2, "indexer_types": ["full", "shared"]}, FUSED,
+        notes=f"{_SHARED}; sparse attention; indices of earlier layers; {_STREAMS}",
+    ),
+    "deepseek_v4": Mixture(
+        "DeepSeek-V4",
+        _ROUTED
+        | {
+            "num_key_value_heads": 1, "head_dim": 8, "q_lora_rank": 16, "qk_rope_head_dim": 4, "o_groups": 2,
+            "o_lora_rank": 8, "index_topk": 16, "index_head_dim": 8, "index_n_heads": 8, "hc_mult": 2,
+            "mlp_layer_types": ["hash_moe", "moe"], "sliding_window": 8,
+            "layer_types": ["sliding_attention", "compressed_sparse_attention"],
+        },
+        ("w1", "w3"), "w2", notes=f"{_SHARED}; sparse attention; experts by the tokens; {_STREAMS}",
+    ),
+    "qwen4_exp_text": Mixture(
+        "Qwen4-Exp",
+        _EIGHT
+        | _LINEAR
+        | {
+            "head_dim": 8, "shared_expert_intermediate_size": 32, "hc_lowrank": 8, "hc_count": 2, "indexer_n_heads": 8,
+            "linear_num_value_heads": 8, "linear_num_key_heads": 4,
+            "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 4,
+            "layer_types": ["linear_attention", "indexed_attention"],
+        },
+        notes=f"{_SHARED}; recurrent layers; sparse attention; {_STREAMS}",
+    ),
 }  # fmt: skip
 """Made of the parts that others are made of."""
 
@@ -330,6 +362,9 @@ def save_mixture(
                 parameter.mul_(torch.exp(torch.randn(parameter.shape)).to(parameter.dtype))
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("tid2eid"):  # zeros: all tokens to one expert
+                buffer.copy_(torch.rand(len(buffer), 8).argsort(1)[:, : buffer.shape[1]])
     model.save_pretrained(folder)
     if fused:
         tensors = {name: t for name, t in stored(folder).items() if not re.search(r"experts\.\d+\.", name)}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from calls import calibrate, evaluate, plan, prune
-from families import DENSE, RECURRENT, REFUSED, SEEING, save_model
+from families import DENSE, LINKED, RECURRENT, REFUSED, SEEING, save_model
 from family_checks import CHECKS, MixtureTrial, Trial, check_fp8, check_refit, write_tokens
 from mixtures import EVERY
 from safetensors.torch import load_file, save_file
@@ -25,12 +25,12 @@ from streamprune.errors import UnsupportedError
 from streamprune.model.prunable import left_dense
 from streamprune.pruning.report import notes_of
 
-FITTING = [*DENSE, *RECURRENT, *SEEING]
+FITTING = [*DENSE, *RECURRENT, *SEEING, *LINKED]
 REFITTED = {"gpt2", "phi3", "mpt", "falcon_h1", "qwen3_vl"}
 """Each by another way of storing weights or of calling layers. Refits and FP8 of the others are marked slow."""
 ALIKE = {
     "ministral", "vaultgemma", "cwm", "seed_oss", "hunyuan_v1_dense", "ernie4_5", "helium", "arcee", "qwen2_5_vl",
-    "llava_onevision", "idefics3", "falcon_mamba", "mamba2",
+    "llava_onevision", "idefics3", "falcon_mamba", "mamba2", "gemma4_text",
 }  # fmt: skip
 """Made of the parts that others are made of: marked slow throughout."""
 MIXED = {
@@ -249,15 +249,6 @@ def test_refused_by_name(tokens: Path, tmp_path: Path, kind: str) -> None:
         assert kind in message and REFUSED[kind].notes in message and len(message.splitlines()) == 1, message
         assert caught.value.exit_code == 4
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_states_of_another_shape(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several streams of states are noticed in a run of the model, whatever its configuration calls them."""
-    monkeypatch.setattr("streamprune.model.skeleton._STREAMS", ())
-    source = save_model(tmp_path / "model", "qwen4_exp_text", 2, "float32")
-    with pytest.raises(UnsupportedError, match=r"gives its layers states \[4, 16, 128\] instead of"):
-        prune(source, tmp_path / "out", sparsity=0.5, calib=tokens, **CALIBRATION)
-    assert not (tmp_path / "out").exists()
 
 
 # ---- code that comes with a checkpoint

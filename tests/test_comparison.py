@@ -419,7 +419,7 @@ def test_every_layout_fits(models: Models, tmp_path: Path, logits: int) -> None:
     """From the least memory on, what is laid out stays within the limit: either model's layers, and both heads."""
     pair = (subject(models("llama", dtype="float32")), subject(small_model(tmp_path / "m", hidden_size=64)))
     samples, seqlen = 20000, 64
-    whole = [s.state_bytes(samples * seqlen) for s in pair]
+    whole = [s.state_bytes(samples, seqlen) for s in pair]
     with pytest.raises(ResourceError, match=r"needs --max-vram \d+MiB") as caught:
         fit_two(*pair, seqlen, samples, CUDA, 1 << 20, logits)
     least = int(re.findall(r"needs --max-vram (\d+)MiB", str(caught.value))[0]) << 20
@@ -433,7 +433,7 @@ def test_every_layout_fits(models: Models, tmp_path: Path, logits: int) -> None:
         for s, one, beside in zip(pair, layouts, (0, stays[0]), strict=True):
             peak = memory_of(s.skeleton, seqlen, samples, s.dtype, one.layers, one.resident, one.batch)
             assert peak + beside <= limit
-        in_flight = sum(4 * s.state_bytes(layouts[0].batch * seqlen) for s in pair)
+        in_flight = sum(4 * s.state_bytes(layouts[0].batch, seqlen) for s in pair)
         assert CONTEXT + logits + sum(s.head_bytes for s in pair) + in_flight + sum(stays) <= limit
         seen.add((layouts[0].resident, layouts[1].resident, keep))
     if logits == 1 << 20:  # layers are what counts

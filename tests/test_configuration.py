@@ -17,7 +17,7 @@ from refusals import refused
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.claims import check_claims
 from streamprune.disk.header import TensorRef
-from streamprune.errors import CheckpointError
+from streamprune.errors import CheckpointError, UnsupportedError
 from streamprune.model.skeleton import build_skeleton
 
 Models = Callable[..., Path]
@@ -111,3 +111,15 @@ def test_what_every_architecture_claims_is_true(kind: str) -> None:
         model = whole_class(kind).from_config(config)
     refs = {n: TensorRef(n, "s", "F32", tuple(p.shape), 0, 4 * p.numel()) for n, p in model.named_parameters()}
     check_claims(Checkpoint(Path(), refs, ("s",), config.to_dict(), {}, {}, {}))
+
+
+def test_a_package_that_is_not_there_is_named(models: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a vision tower comes from another package: nothing is wrong with the checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    def needing(*args: Any, **kwargs: Any) -> Any:
+        raise ImportError("TimmWrapperModel requires the timm library but it was not found")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", needing)
+    with pytest.raises(UnsupportedError, match=r"llama needs a package that is not installed: .*timm"):
+        build_skeleton(open_checkpoint(models("llama")), torch.float32)

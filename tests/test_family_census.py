@@ -10,10 +10,10 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
 import family_census
-from families import DENSE, RECURRENT, REFUSED, SEEING
+from families import DENSE, LINKED, RECURRENT, REFUSED, SEEING
 from mixtures import EVERY
 
-TRIED = [*DENSE, *RECURRENT, *SEEING, *EVERY, *REFUSED]
+TRIED = [*DENSE, *RECURRENT, *SEEING, *LINKED, *EVERY, *REFUSED]
 
 
 def test_every_family_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:

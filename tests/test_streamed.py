@@ -383,15 +383,6 @@ def test_further_architectures(tmp_path: Path, ids: torch.Tensor, kind: str) -> 
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
-def test_layers_that_share_state_are_refused(models: Models, tmp_path: Path) -> None:
-    import json
-
-    source = Path(shutil.copytree(models(), tmp_path / "model"))
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"num_kv_shared_layers": 1}))
-    refused(UnsupportedError, lambda: skeleton_of(source), "shares keys and values")
-
-
 def test_a_tensor_that_is_missing_or_of_another_shape(models: Models, tmp_path: Path) -> None:
     source = Path(shutil.copytree(models(), tmp_path / "model"))
     tensors = load_file(source / "model.safetensors")

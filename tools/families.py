@@ -29,13 +29,17 @@ os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", TQDM_DISAB
 
 import family_census  # noqa: E402
 import shrunk  # noqa: E402
-from families import DENSE, RECURRENT, REFUSED, SEEING, Family, save_model  # noqa: E402
+from families import DENSE, LINKED, RECURRENT, REFUSED, SEEING, Family, save_model  # noqa: E402
 from mixtures import EVERY, Mixture  # noqa: E402
 
 HEAD = "| model type | for example | pruned | statistics | `inspect` | loads | `eval` | refit | FP8 | |"
 Group = Mapping[str, Family] | Mapping[str, Mixture]
 TABLES: list[dict[str, Group]] = [
-    {"": DENSE, "recurrent layers": RECURRENT, "text model of a vision-language model": SEEING},
+    {
+        "": {**DENSE, **LINKED},
+        "recurrent layers": RECURRENT,
+        "text model of a vision-language model": SEEING,
+    },
     {"": EVERY},
 ]
 """Each is a table: note -> families with that note."""

@@ -1,10 +1,10 @@
 """Which tensors of a checkpoint are linears of its layers, by name, dtype and shape alone: no model is built.
 
 A *linear* here is a 2-D tensor `NAME.weight` of a floating dtype whose name is within a numbered list of layers
-(`layers.7.`, `h.7.`, `blocks.7.`), except norms, embeddings, routers of experts, `dt_proj` of Mamba layers, which stays
-dense, and the layers of vision and audio towers: where there is a `language_model` or a `text_model`, all that is not
-within it. Fused experts, a 3-D tensor (experts, rows, columns) or DBRX's 2-D one (experts · rows, columns), are not
-linears here; `expert_names` lists their matrices.
+(`layers.7.`, `h.7.`, `blocks.7.`), except norms, embeddings, routers of experts, coefficients that mix streams of
+hidden states, `dt_proj` of Mamba layers, which stays dense, and the layers of vision and audio towers: where there is a
+`language_model` or a `text_model`, all that is not within it. Fused experts, a 3-D tensor (experts, rows, columns) or
+DBRX's 2-D one (experts · rows, columns), are not linears here; `expert_names` lists their matrices.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
 _LAYER = re.compile(r"(^|\.)(layers|h|blocks|block|layer)\.\d+\.")
 _NO_LINEAR = re.compile(
     r"(^|\.)(vision|visual|audio)[^.]*\.|router|(^|\.)(gate|wg|shared_expert_gate)(_?\d+)?$|\.(mixer|mamba)\.dt_proj$|"
+    r"_coefs$|block_inject_weight$|"
     r"(^|[._])(norm|layernorm|ln|emb|embed|embedding|embeddings|embed_tokens|relative_attention_bias)(_?\d+)?$"
 )
 _TEXT_MODEL = re.compile(r"(^|\.)(language_model|text_model)\.")

@@ -52,6 +52,7 @@ from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import Batches, out_of_memory_named
 from streamprune.model.skeleton import build_skeleton, stored_dtype
 from streamprune.model.streamed import StreamedModel
+from streamprune.model.tracing import traced
 from streamprune.process import interrupts
 from streamprune.process.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.progress import Progress, ProgressCallback, no_progress
@@ -148,7 +149,7 @@ def evaluate(
             place = folder / "reference" if c is dense else folder
             durable.make_folder(place)
             runs.append(Run(subject, loader, place, layout, keep=keep, is_reference=c is dense))
-        if states := disk_bytes(runs, cut.size):
+        if states := disk_bytes(runs, *cut.shape):
             check_disk(folder.parent, states)
         nats, apart = _stream(runs, Batches(cut, layouts[0].batch), progress)
     tokens = len(cut) * (cut.shape[1] - 1)
@@ -163,7 +164,8 @@ def evaluate(
 def subject_of(checkpoint: Checkpoint, dtype: str, target: torch.device, trust_remote_code: bool) -> Subject:
     """The model, and what it is computed in on `target`. Raises UsageError for a `dtype` that is none."""
     compute = compute_dtype(dtype, stored_dtype(checkpoint), target)
-    return Subject(build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code), compute)
+    skeleton = build_skeleton(checkpoint, compute, trust_remote_code=trust_remote_code)
+    return Subject(traced(checkpoint, skeleton, compute), compute)
 
 
 def _lay_out(
@@ -246,7 +248,7 @@ def _loss(streamed: StreamedModel, batches: Sequence[Tensor], chunks: Iterator[T
     windows = []
     with streamed.head() as head:
         for states, ids in zip(chunks, batches, strict=True):
-            flat = states[:, :-1].reshape(-1, streamed.skeleton.hidden_size)
+            flat = states[:, :-1].reshape(-1, states.shape[-1])
             wanted = ids[:, 1:].reshape(-1)
             parts = zip(torch.split(flat, step), torch.split(wanted, step), strict=True)
             found = [_nll(head(some), ids_of_some) for some, ids_of_some in parts]

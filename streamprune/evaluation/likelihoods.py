@@ -113,7 +113,7 @@ def likelihoods(
         folder = resources.work_folder or cache_folder()
         with interrupts.work(), ExitStack() as stack, out_of_memory_named(target):
             durable.make_folder(folder)
-            hidden = subject.skeleton.hidden_size
+            hidden = subject.skeleton.between.most(longest)
             # in what is computed in where the disk takes them, so that nothing is rounded on the way
             kept = subject.dtype if target.type == "cpu" else cache_dtype(subject.skeleton.dtype, subject.dtype)
             if not layout.resident:

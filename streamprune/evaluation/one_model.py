@@ -92,14 +92,14 @@ class Run:
         return self._activations.read(len(self.subject.skeleton.layers))
 
 
-def disk_bytes(runs: Sequence[Run], tokens: int) -> int:
+def disk_bytes(runs: Sequence[Run], windows: int, length: int) -> int:
     """Peak bytes of hidden states on disk: those before and after a layer, plus the final ones of earlier models.
 
-    `tokens` is the number of tokens in all windows.
+    There are `windows` windows of `length` tokens.
     """
     most = kept = 0
     for run in runs:
-        size, stays = run.subject.state_bytes(tokens), run.layout.resident and run.keep
+        size, stays = run.subject.state_bytes(windows, length), run.layout.resident and run.keep
         most = max(most, kept + (0 if stays else size if run.layout.resident else 2 * size))
         kept += 0 if stays else size
     return most

@@ -58,9 +58,14 @@ class Subject:
     skeleton: Skeleton
     dtype: torch.dtype
 
-    def state_bytes(self, tokens: int) -> int:
-        """Bytes of the hidden states of `tokens` tokens, in the dtype they have between stages."""
-        return tokens * self.skeleton.hidden_size * cache_dtype(self.skeleton.dtype, self.dtype).itemsize
+    def state_bytes(self, windows: int, length: int) -> int:
+        """Bytes of what is kept between stages of `windows` windows of `length` tokens, at the most."""
+        return (
+            windows
+            * length
+            * self.skeleton.between.most(length)
+            * cache_dtype(self.skeleton.dtype, self.dtype).itemsize
+        )
 
     @property
     def head_bytes(self) -> int:
@@ -168,11 +173,11 @@ def fit_two(
     shrink.
     """
     two = (reference, model)
-    whole = [s.state_bytes(samples * seqlen) for s in two]
+    whole = [s.state_bytes(samples, seqlen) for s in two]
 
     def heads(batch: int, kept: int) -> int:
         """Bytes on the device while both heads are applied."""
-        return CONTEXT + logits + kept + sum(s.head_bytes + 4 * s.state_bytes(batch * seqlen) for s in two)
+        return CONTEXT + logits + kept + sum(s.head_bytes + 4 * s.state_bytes(batch, seqlen) for s in two)
 
     def layouts(kept: int) -> list[Layout]:
         """The layout of each model on its own; the second one has `kept` bytes less."""

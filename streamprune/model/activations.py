@@ -21,7 +21,7 @@ from streamprune.process.background import BackgroundWorker, read_ahead
 
 
 class Activations:
-    """The hidden states before each layer, cached in `folder`, in chunks (batch, seqlen, hidden) of `dtype`.
+    """The states before each layer (between.py), cached in `folder`, in chunks (batch, seqlen, width) of `dtype`.
 
     With `resident`, they are kept on `device` as well.
     """
@@ -77,16 +77,17 @@ class Activations:
 
 
 class RaggedActivations(Activations):
-    """Chunks that differ in both dimensions, `tokens` in all, in two unnamed files in `folder` that take turns.
+    """Chunks that differ in all dimensions, of `tokens` in all and of `width` at the most, in two unnamed files in
+    `folder` that take turns.
 
     Nothing of it can be resumed, or is left behind. Raises ResourceError when the disk has no room.
     """
 
     def __init__(
-        self, folder: Path, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device, *, resident: bool
+        self, folder: Path, tokens: int, width: int, dtype: torch.dtype, device: torch.device, *, resident: bool
     ) -> None:
         super().__init__(folder, dtype, device, resident=resident)
-        self._files = () if resident else tuple(ScratchMatrix(folder, tokens, hidden, dtype) for _ in range(2))
+        self._files = () if resident else tuple(ScratchMatrix(folder, tokens, width, dtype) for _ in range(2))
         self._shapes: list[torch.Size] = []
 
     def read(self, stage: int) -> Iterator[Tensor]:
@@ -97,7 +98,7 @@ class RaggedActivations(Activations):
         file, begin = self._files[stage % 2], 0
         for shape in self._shapes:
             end = begin + shape[0] * shape[1]
-            states = file.tensor[begin:end].view(shape).to(self.device, copy=True)
+            states = file.tensor[begin:end, : shape[2]].reshape(shape).to(self.device, copy=True)
             file.forget(begin, end)
             begin = end
             yield states
@@ -115,7 +116,7 @@ class RaggedActivations(Activations):
         def store(states: Tensor) -> None:
             nonlocal at
             begin, at = at, at + states.shape[0] * states.shape[1]
-            file.tensor[begin:at] = states.detach().to("cpu", self.dtype).flatten(0, 1)
+            file.tensor[begin:at, : states.shape[2]] = states.detach().to("cpu", self.dtype).flatten(0, 1)
             file.forget(begin, at)
             shapes.append(states.shape)
 
@@ -127,13 +128,14 @@ class RaggedActivations(Activations):
 
 
 class StateBuffer:
-    """Hidden states kept for a second pass through the same layer: all are put, then taken in the same order.
+    """States kept for a second pass through the same layer: all are put, then taken in the same order.
 
-    They are in an unnamed temporary file in `folder` with room for `tokens` rows or, if `resident`, on the device.
+    They are in an unnamed temporary file in `folder` with room for `tokens` rows of `width` numbers or, if `resident`,
+    on the device.
     """
 
-    def __init__(self, folder: Path, tokens: int, hidden: int, dtype: torch.dtype, *, resident: bool) -> None:
-        self._file = None if resident else ScratchMatrix(folder, tokens, hidden, dtype)
+    def __init__(self, folder: Path, tokens: int, width: int, dtype: torch.dtype, *, resident: bool) -> None:
+        self._file = None if resident else ScratchMatrix(folder, tokens, width, dtype)
         self._held: list[Tensor] = []
         self._dtype = dtype
         self.rewind()
@@ -143,7 +145,7 @@ class StateBuffer:
         self._at = 0
 
     def put(self, states: Tensor) -> None:
-        """Stores states (batch, seqlen, hidden)."""
+        """Stores states (batch, seqlen, width)."""
         states = states.detach().to(self._dtype)
         if self._file is None:
             self._held.append(states)
@@ -154,12 +156,12 @@ class StateBuffer:
         self._at = end
 
     def take(self, like: Tensor) -> Tensor:
-        """The next states, in the shape of `like` and on its device."""
+        """The next states, of as many windows and tokens as `like` and on its device."""
         if self._file is None:
             self._at += 1
             return self._held[self._at - 1]
         begin, end = self._at, self._at + like.shape[0] * like.shape[1]
-        found = self._file.tensor[begin:end].view(like.shape).to(like.device, copy=True)
+        found = self._file.tensor[begin:end].view(*like.shape[:2], -1).to(like.device, copy=True)
         self._file.forget(begin, end)
         self._at = end
         return found

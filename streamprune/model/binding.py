@@ -5,10 +5,11 @@ weights on a processor without bf16 arithmetic) large matrices stay mapped and a
 they are used, so there is never a converted copy of a whole stage:
 
     linears            out[:, rows] = x · W[rows]ᵀ, rows converted panel by panel
-    input embedding    only the rows that the batch looks up are converted; on a device, only these are copied to it
+    embeddings         only the rows that the batch looks up are converted; on a device, only these are copied to it
     everything else    converted when it is bound (norms, biases, small tables)
 
-Linears stored in FP8 are dequantised in the same panels.
+Linears stored in FP8 are dequantised in the same panels. In models that keep more than hidden states between layers,
+what transformers holds in float32 whatever their dtype (weights that mix streams, routers) is float32 here, too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from streamprune.model.expert_forms import form_of
 from streamprune.model.loader import WeightLoader
 from streamprune.model.naming import pieces_of
 from streamprune.model.routed import InputHook, Routed, immediate_forward
-from streamprune.model.skeleton import Skeleton
+from streamprune.model.skeleton import Skeleton, is_table
 
 _PANEL_BYTES = 32 << 20
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -86,13 +87,16 @@ def bound(
                     codes, scales = loader.tensor(ref), loader.tensor(scale)
                     undo.append(_bind_codes(module, codes, scales, skeleton.scheme, dtype, called))
                 elif (
-                    module is embedding
-                    and leaf == "weight"
+                    leaf == "weight"
+                    and (module is embedding or (prefix is None and is_table(skeleton.model, module)))
                     and (loader.copies or loader.maps.tensor(ref).dtype != dtype)
                 ):
                     undo.append(_bind_embedding(module, loader.maps.tensor(ref), dtype, loader.device))
                 else:
-                    undo.append(_bind(module, leaf, loader.tensor(ref), dtype, called))
+                    own = module._parameters.get(leaf)
+                    # others are bound in `dtype` throughout, as they were in jobs that may still be resumed
+                    exact = own is not None and own.dtype == torch.float32 and not skeleton.ordinary
+                    undo.append(_bind(module, leaf, loader.tensor(ref), torch.float32 if exact else dtype, called))
         yield used
     finally:
         for restore in reversed(undo):

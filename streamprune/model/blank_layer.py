@@ -29,7 +29,7 @@ LAYER_BYTES = {"cpu": 160 << 20, "cuda": 1 << 30}
 """Memory for the layer's activations: more than fits into the processor's caches, as in a job."""
 
 
-class _Blank(ShardMaps):
+class Blank(ShardMaps):
     """Zero tensors in place of a checkpoint's, on the device and in the compute dtype; they take no memory."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
@@ -123,7 +123,7 @@ class BlankLayer:
         self, checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, device: torch.device,
         windows: int, length: int,
     ) -> None:  # fmt: skip
-        loader = WeightLoader(_Blank(checkpoint, dtype, device), device, copies=False)
+        loader = WeightLoader(Blank(checkpoint, dtype, device), device, copies=False)
         self.streamed, self._stage = StreamedModel(skeleton, loader, dtype), skeleton.layer_stages[0]
         self._ids = torch.zeros(windows, length, dtype=torch.long)
         self._without_products, self._inputs = _NoProducts(), _Inputs()

@@ -5,8 +5,9 @@ peak = base + reserve + grams + max(stage + batch · seqlen · (per_token + (gro
 base       resident memory of this process once everything is imported and the skeleton is built
 reserve    compiling kernels, row chunks of weights, workspaces of the matrix library
 stage      bytes of the largest stage: its weights are mapped, and resident while it computes
-per_token  peak activations of a layer's forward pass: nine states of the hidden size, of which three are being read or
-           written in the background, and four activations of the widest linear, in the compute dtype
+per_token  peak activations of a layer's forward pass: nine states as they are kept between layers, of which three are
+           being read or written in the background, and four activations of the widest linear, in the compute dtype;
+           for models with more than hidden states also what is looked up by the tokens, and streams in float32
 group      batches whose tokens a layer's experts process together (model/routed.py)
 waiting    for a token of a waiting batch: two states of the hidden size and the routing; 0 without experts
 grams      for a refit: the Gram matrices that are held at once, and the inputs held out of them
@@ -93,7 +94,7 @@ def estimate(
     chunks of hidden states.
     """
     if on_device:
-        states = 3 * seqlen * skeleton.hidden_size * dtype.itemsize
+        states = 3 * seqlen * skeleton.between.most(seqlen) * dtype.itemsize
         return Budget(base if base is not None else resident_bytes(), RESERVE + DRIVER_RAM, 0, states)
     largest = max(s.resident for s in skeleton.stages)
     return Budget(
@@ -119,7 +120,10 @@ def waiting_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
 def token_bytes(skeleton: Skeleton, seqlen: int, dtype: torch.dtype) -> int:
     """Peak bytes of activations per token in a layer's forward pass."""
     widths = [max(ref.shape) for s in skeleton.layer_stages for ref in s.linears.values()]
-    per_token = (9 * skeleton.hidden_size + 4 * max(widths, default=skeleton.hidden_size)) * dtype.itemsize
+    between = skeleton.between
+    per_token = (9 * between.most(seqlen) + 4 * max(widths, default=skeleton.hidden_size)) * dtype.itemsize
+    if not skeleton.ordinary:
+        per_token += 3 * between.hidden * 4 + 4 * between.aside * dtype.itemsize  # streams are mixed in float32
     per_token += waiting_bytes(skeleton, dtype)
     config = skeleton.model.config.get_text_config()  # type: ignore[union-attr, operator]
     if getattr(config, "_attn_implementation", "sdpa") == "eager":
@@ -305,7 +309,7 @@ def memory_of(
         weights = max(
             weights, *(t.nbytes for s in (skeleton.stages[0], skeleton.stages[-1]) for t in s.resident_tensors)
         )
-    state = seqlen * skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize
+    state = seqlen * skeleton.between.most(seqlen) * cache_dtype(skeleton.dtype, dtype).itemsize
     states = 2 * samples * state if resident else 0
     in_flight = 4 * batch * state
     return CONTEXT + KERNELS + weights + states + in_flight + batch * seqlen * token_bytes(skeleton, seqlen, dtype)

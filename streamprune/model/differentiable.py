@@ -7,19 +7,18 @@ keeps per token until the backward pass.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError
 from streamprune.model.binding import replaced_tensors
 from streamprune.model.blank_layer import BlankLayer
-from streamprune.model.calls import Call
+from streamprune.model.calls import Call, mapped
 from streamprune.model.skeleton import Skeleton, Stage
 from streamprune.model.streamed import StreamedModel
 
@@ -31,19 +30,21 @@ _LENGTH = 16
 
 @contextmanager
 def trainable(streamed: StreamedModel, stage: Stage, tensors: Mapping[str, Tensor]) -> Iterator[Run]:
-    """Yields the layer's forward, from states to states, with `tensors` (named within the layer) as its parameters.
+    """Yields the layer's forward, with `tensors` (named within the layer) as its parameters.
 
-    States are (batch, seqlen, hidden) in the compute dtype, on the device. Call it outside of inference mode.
+    It takes what is kept before the layer, (batch, seqlen, width) in the compute dtype, on the device, and gives hidden
+    states (batch, seqlen, of all streams). Call it outside of inference mode.
     """
-    layer, known = streamed.skeleton.layers[stage.index], dict[int, Call]()
+    layer, between, known = streamed.skeleton.layers[stage.index], streamed.skeleton.between, dict[int, Call]()
 
     def run(states: Tensor) -> Tensor:
-        samples = states.shape[0]
-        if samples not in known:
-            known[samples] = _copied(streamed.calls_of(samples)[stage.index], torch.clone)
-        return _forward(layer, known[samples], states)
+        samples, given = states.shape[0], between.unpack(stage.index, states)
+        call = None if between.ids else known.get(samples)
+        if call is None:
+            call = known[samples] = mapped(call_for(stage.index, given), torch.clone)
+        return between.rows(call.run(layer, given.hidden, given.values)[0])
 
-    with replaced_tensors(layer, tensors):
+    with streamed.replaying() as call_for, replaced_tensors(layer, tensors):
         yield run
 
 
@@ -85,14 +86,17 @@ def _kept_bytes(
             kept[storage._cdata] = (tensor, storage.nbytes())
         return tensor
 
-    call = _copied(streamed.calls_of(1)[stage.index], lambda t: torch.empty_like(t, device="meta"))
-    states = torch.empty(1, _LENGTH, skeleton.hidden_size, dtype=dtype, device="meta")
+    call = mapped(streamed.calls_of(1)[stage.index], lambda t: torch.empty_like(t, device="meta"))
+    width = skeleton.between.width(stage.index, _LENGTH)
+    given = skeleton.between.unpack(stage.index, torch.empty(1, _LENGTH, width, dtype=dtype, device="meta"))
     reason = ""
     try:
         with replaced_tensors(layer, blank):
-            _backward(_forward(layer, call, states))  # without hooks: they hide errors about in-place changes
+            _backward(
+                call.run(layer, given.hidden, given.values)[0]
+            )  # without hooks: they hide errors about in-place changes
             with torch.autograd.graph.saved_tensors_hooks(pack, _same):
-                _backward(_forward(layer, call, states))
+                _backward(call.run(layer, given.hidden, given.values)[0])
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())[:160]
     missing = [name for name in own if own[name].grad is None]
@@ -106,31 +110,8 @@ def _kept_bytes(
     return sum(nbytes for _, nbytes in kept.values()) // _LENGTH
 
 
-def _forward(layer: nn.Module, call: Call, states: Tensor) -> Tensor:
-    if call.by_keyword:
-        out = layer(*call.args, hidden_states=states, **call.kwargs)
-    else:
-        out = layer(states, *call.args, **call.kwargs)
-    result: Tensor = out[0] if isinstance(out, tuple | list) else out
-    return result
-
-
 def _backward(made: Tensor) -> None:
     made.float().square().sum().backward()  # type: ignore[no-untyped-call]
-
-
-def _copied(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
-    """A layer's arguments with every tensor copied, recursively: recorded tensors are from inference mode."""
-    if isinstance(value, Call):
-        return dataclasses.replace(value, args=_copied(value.args, copy), kwargs=_copied(value.kwargs, copy))
-    if isinstance(value, Tensor):
-        return copy(value)
-    if isinstance(value, tuple | list):
-        copies = [_copied(v, copy) for v in value]
-        return type(value)(*copies) if hasattr(value, "_fields") else type(value)(copies)
-    if isinstance(value, dict):
-        return {k: _copied(v, copy) for k, v in value.items()}
-    return value
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ def refuse_nonfinite(ref: TensorRef, begin: int, rows: Tensor, whole: TensorRef 
 
     If `ref` is a slice of the tensor `whole` along its first axis (an expert's), the index is one of `whole`.
     """
+    if not rows.dtype.is_floating_point:  # a table of integers
+        return
     if rows.dtype == torch.float8_e4m3fn:
         found = ((rows.reshape(-1).view(torch.uint8) & 0x7F) == 0x7F).nonzero()
         flat = int(found[0]) if len(found) else None

@@ -21,6 +21,7 @@ from streamprune.errors import CheckpointError, UnsupportedError
 from streamprune.model.expert_forms import form_of
 from streamprune.model.experts import OTHER, TRANSPOSED, Experts, Pieces, find_experts
 
+_INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U8", "BOOL"})
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -78,7 +79,8 @@ def match_tensors(
     persistent = set(model.state_dict())
     for name, buffer in model.named_buffers():
         ref = stored.get(name) if name in persistent else None
-        if ref is not None and ref.shape == tuple(buffer.shape) and ref.dtype in TORCH_DTYPES:
+        usable = TORCH_DTYPES if buffer.is_floating_point() else _INTEGERS
+        if ref is not None and ref.shape == tuple(buffer.shape) and ref.dtype in usable:
             found[name] = ref
     return found, experts
 
@@ -179,6 +181,8 @@ def _module_names(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, T
     places = {p: _place(t, i) for t in converters for i, p in enumerate(t.source_patterns)}
     for name in sorted(checkpoint.tensors):
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if renamed not in state and name in state:  # it is called as in the model already
+            renamed, pattern = rename_source_key(name, [], [], prefix, state)
         if pattern is None:
             stored[renamed] = checkpoint.tensors[name]
         elif name.removesuffix(SCALE) not in checkpoint.tensors or not name.endswith(SCALE):

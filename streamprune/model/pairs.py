@@ -6,6 +6,7 @@ or, where hidden states are resident, on the device.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -16,25 +17,28 @@ from streamprune.methods.tuning import token_weights
 
 
 class Pairs:
-    """Inputs and targets (samples, seqlen, hidden) in `dtype`. Windows are put in order and read in any."""
+    """Inputs (samples, seqlen, width) and targets (samples, seqlen, hidden) in `dtype`, of windows in `shape` (samples,
+    seqlen). Windows are put in order and read in any.
+    """
 
     def __init__(
-        self, folder: Path, samples: int, seqlen: int, hidden: int, dtype: torch.dtype, device: torch.device,
+        self, folder: Path, shape: tuple[int, int], width: int, hidden: int, dtype: torch.dtype, device: torch.device,
         *, resident: bool,
     ) -> None:  # fmt: skip
-        self.samples, self.seqlen, self._device = samples, seqlen, device
+        self.samples, self.seqlen = shape
+        self._device = device
         self._files: list[ScratchMatrix] = []
         if resident:
-            shape = (samples, seqlen, hidden)
-            self._given, self._wanted = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+            made = [torch.empty(*shape, size, dtype=dtype, device=device) for size in (width, hidden)]
         else:
-            self._files = [ScratchMatrix(folder, samples * seqlen, hidden, dtype) for _ in range(2)]
-            self._given, self._wanted = (file.tensor.view(samples, seqlen, hidden) for file in self._files)
-        self._weights = torch.zeros(samples, seqlen, device=device)
+            self._files = [ScratchMatrix(folder, math.prod(shape), size, dtype) for size in (width, hidden)]
+            made = [file.tensor.view(*shape, -1) for file in self._files]
+        self._given, self._wanted = made
+        self._weights = torch.zeros(shape, device=device)
         self._at = 0
 
     def put(self, given: Tensor, wanted: Tensor) -> None:
-        """Stores the next windows: the layer's input `given` and its target `wanted`, both (batch, seqlen, hidden)."""
+        """Stores the next windows: the layer's input `given` and its target `wanted`."""
         begin, end = self._at, self._at + len(given)
         self._given[begin:end].copy_(given)
         self._wanted[begin:end].copy_(wanted)
@@ -43,7 +47,7 @@ class Pairs:
         self._at = end
 
     def of(self, windows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Of windows (n,) int64: inputs (n, seqlen, hidden) in `dtype`, targets, and weights of tokens (n, seqlen).
+        """Of windows (n,) int64: inputs (n, seqlen, width) in `dtype`, targets, and weights of tokens (n, seqlen).
 
         All on the device.
         """

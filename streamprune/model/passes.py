@@ -94,7 +94,7 @@ def layer_pass(
 ) -> None:
     """Runs layer i on all states before it; with `write`, stores the results as the states before layer i + 1.
 
-    `watchers` see the inputs of its linears, `flow` the states before and after it. `persist` is as for
+    `watchers` see the inputs of its linears, `flow` the hidden states before and after it. `persist` is as for
     Activations.write, `loader` and `sources` as for StreamedModel.layer. `routed` collects the inputs of the layer's
     experts; by default it is a new one.
     """
@@ -113,7 +113,8 @@ def layer_pass(
         for states in _with_experts(streamed, stage, activations, run, routed, hook):
             after = run(states)
             if flow is not None:
-                flow(states, after)
+                between = streamed.skeleton.between
+                flow(between.states(states), between.states(after))
             put(after)
             for watcher in watchers:
                 watcher.end_batch()

@@ -14,6 +14,7 @@ tensors of the checkpoint while their stage computes, and unbound afterwards.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.float_quantized import SCALE, Scheme, read_scheme
 from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError, UnsupportedError
+from streamprune.model.between import Between
 from streamprune.model.configuration import load_config, one_line
 from streamprune.model.experts import Experts
 from streamprune.model.naming import TORCH_DTYPES, layer_numbers, match_tensors
@@ -51,6 +53,8 @@ class Stage:
     """The layer's experts, whose weights are loaded one expert at a time."""
     unclaimed: frozenset[str] = frozenset()
     """Names of tensors that the model does not use; they are copied to the output."""
+    tables: frozenset[str] = frozenset()
+    """Names of embeddings beside the input embedding, of which only the rows that are looked up are loaded."""
 
     @property
     def name(self) -> str:
@@ -62,8 +66,12 @@ class Stage:
 
     @property
     def resident_tensors(self) -> list[TensorRef]:
-        """The tensors that are loaded together: all but experts' and unclaimed ones."""
-        excluded = self.unclaimed | {self.linears[name].name for experts in self.experts for name in experts.linears}
+        """The tensors that are loaded together: all but experts', tables and unclaimed ones."""
+        excluded = (
+            self.unclaimed
+            | self.tables
+            | {self.linears[name].name for experts in self.experts for name in experts.linears}
+        )
         return [t for t in self.tensors if t.name not in excluded]
 
     @functools.cached_property
@@ -109,6 +117,13 @@ class Skeleton:
     """Matrices of layers that cannot be pruned, by parameter name -> why (model/prunable.py)."""
     hidden_size: int
     vocab_size: int
+    between: Between
+    """What is kept between two layers; build_skeleton does not know of more than hidden states (tracing.py)."""
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether layers take and give hidden states of the configured size, and nothing else."""
+        return self.between.plain and self.between.hidden == self.hidden_size
 
     @property
     def layer_stages(self) -> tuple[Stage, ...]:
@@ -190,6 +205,7 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
         dense=dense,
         hidden_size=int(text.hidden_size),
         vocab_size=int(text.vocab_size),
+        between=Between(len(layers), (int(text.hidden_size),)),
     )
 
 
@@ -203,6 +219,8 @@ def _build_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype, trust_
         if "Unrecognized configuration class" in str(e):
             raise UnsupportedError(f"{kind} has no causal language model in transformers") from e
         raise CheckpointError(f"{checkpoint.path}/config.json: {one_line(e)}") from e
+    except ImportError as e:
+        raise UnsupportedError(f"{kind} needs a package that is not installed: {one_line(e)}") from e
     except Exception as e:
         why = "its weights would exceed all memory" if _is_too_large(e) else one_line(e)
         raise CheckpointError(f"{checkpoint.path}/config.json does not describe a {kind} model: {why}") from e
@@ -256,29 +274,27 @@ def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     return outermost[0]
 
 
-_STREAMS = ("hc_mult", "hc_count")
-"""Configuration keys for the number of streams of hidden states (hyper-connections)."""
-
-
 def _refuse_dependent_layers(config: Any, layers: nn.ModuleList) -> None:
-    """Refuses layers that need more than the previous layer's hidden states, or share weights with other layers."""
-    kind, text = config.model_type, config.get_text_config()
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise UnsupportedError(f"{kind} shares keys and values across layers; layers cannot be streamed alone")
-    if getattr(text, "hidden_size_per_layer_input", 0):
-        raise UnsupportedError(
-            f"{kind} looks up a second input of each layer by the tokens; its layers cannot be replayed from hidden "
-            "states alone"
-        )
-    if any((getattr(text, name, None) or 1) > 1 for name in _STREAMS):
-        raise UnsupportedError(f"{kind} has several streams of hidden states (hyper-connections); only one can be kept")
+    """Refuses layers that share weights with other layers."""
     users: dict[int, int] = {}
     for i, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
             if (first := users.setdefault(id(parameter), i)) != i:
                 raise UnsupportedError(
-                    f"{kind} uses the same weights in layers {first} and {i} ({name}); layers cannot be pruned alone"
+                    f"{config.model_type} uses the same weights in layers {first} and {i} ({name}); layers cannot be "
+                    "pruned alone"
                 )
+
+
+def is_table(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module is an embedding that is looked up by the tokens, beside the model's input embedding."""
+    main = model.get_input_embeddings()  # type: ignore[operator]
+    return (
+        isinstance(module, nn.Embedding)
+        and module is not main
+        and 2 * module.num_embeddings >= getattr(main, "num_embeddings", 1 << 62)  # not of positions or kinds of tokens
+        and len(inspect.signature(module.forward).parameters) == 1
+    )
 
 
 def _cut_stages(
@@ -299,7 +315,9 @@ def _cut_stages(
     for ref in checkpoint.tensors.values():
         at = numbers.get(ref.name)
         (kinds["embed" if ref.name in before else "head"] if at is None else inside[at]).append(ref)
-    stages = [Stage("embed", -1, "", tuple(kinds["embed"]), {})]
+    outside = [n for n, m in model.named_modules() if is_table(model, m) and not n.startswith(prefix + ".")]
+    tables = frozenset(sources[f"{name}.weight"].name for name in outside)
+    stages = [Stage("embed", -1, "", tuple(kinds["embed"]), {}, tables=tables)]
     for i, layer in enumerate(layers):
         path = f"{prefix}.{i}"
         names = [f"{path}.{name}" for name, module in layer.named_modules() if is_linear(module)]
@@ -309,4 +327,4 @@ def _cut_stages(
         stages.append(Stage("layer", i, path, tuple(inside[i]), linears, mixtures))
     known = {ref.name for ref in sources.values()}
     unclaimed = frozenset(ref.name for ref in kinds["head"] if ref.name not in known)
-    return (*stages, Stage("head", -1, "", tuple(kinds["head"]), {}, unclaimed=unclaimed))
+    return (*stages, Stage("head", -1, "", tuple(kinds["head"]), {}, unclaimed=unclaimed, tables=tables))

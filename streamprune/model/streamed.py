@@ -1,72 +1,39 @@
 """Runs a model stage by stage: embed, one layer after the other, head.
 
-To learn how the model calls its layers, every decoder layer is replaced by a recorder, which passes its input on
-unchanged and keeps its arguments. One run of the model's own forward then yields exactly the arguments that the
-architecture gives each layer: masks of each kind, rotary embeddings, alibi. The real layers are called with these, one
-at a time, on states from the disk cache. For the head, the last recorder returns the cached states, so that the final
-norm, softcaps and lm_head are the model's own code.
+The arguments of layers are recorded (recorders.py). The real layers are called with these, one at a time, on states
+from the disk cache. For the head, the last recorder returns the cached states, so that the final norm, softcaps and
+lm_head are the model's own code.
 
-No batch has a mask of its own, so the arguments depend on its shape only, and are recorded once for each shape. An
-architecture whose arguments depend on the tokens is detected and refused.
+No batch has a mask of its own, so most models' arguments depend on its shape only, and are recorded once for each
+shape. Where they depend on the tokens, the tokens' ids are kept with the states (between.py), and what comes before the
+layers is computed again for each layer and each batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamprune.errors import ResourceError, UnsupportedError
+from streamprune.model.between import Given
 from streamprune.model.binding import bound
 from streamprune.model.calls import Call, RecordedCalls, same
-from streamprune.model.copies import is_of_device, is_out_of_memory
 from streamprune.model.device import cache_dtype
 from streamprune.model.loader import WeightLoader
 from streamprune.model.prunable import is_linear
+from streamprune.model.recorders import Recorded, kind_of, record, recorders
 from streamprune.model.routed import Enough, InputHook, ReachedExperts, Routed
 from streamprune.model.skeleton import Skeleton, Stage
 
-_SECOND_OUTPUT = object()
-"""Second element of the tuple that recorders return to models that expect one. No layer may get it as an argument."""
-
-
-class _Recorder(nn.Module):
-    """Takes the place of a decoder layer: keeps its arguments and returns its input, or `replace` if that is set.
-
-    With `compare`, `handed_on` tells whether its input is what the `first` recorder passed on.
-    """
-
-    def __init__(self, as_tuple: bool, first: _Recorder | None, compare: bool) -> None:
-        super().__init__()
-        self.compare = compare
-        self.as_tuple = as_tuple
-        self.first = [first] if first else []  # in a list, so that it does not become a submodule
-        self.received: Tensor | None = None
-        self.handed_on = False
-        self.call: Call | None = None
-        self.replace: Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        by_keyword = "hidden_states" in kwargs
-        states = kwargs.pop("hidden_states") if by_keyword else args[0]
-        if not self.first:
-            self.received = states.clone()  # the model may change the states in place later
-            self.handed_on = True
-        elif self.compare:
-            given = self.first[0].received
-            self.handed_on = given is not None and states.shape == given.shape and bool(torch.equal(states, given))
-        else:
-            self.handed_on = True
-        self.call = Call(args if by_keyword else args[1:], kwargs, by_keyword)
-        out = states if self.replace is None else self.replace
-        return (out, _SECOND_OUTPUT) if self.as_tuple else out
-
 
 class StreamedModel:
-    """Runs a skeleton's stages on batches of token ids (batch, seqlen) or hidden states (batch, seqlen, hidden).
+    """Runs a skeleton's stages on batches of token ids (batch, seqlen) or of states (batch, seqlen, width), which are
+    what the model keeps between layers: see between.py.
 
     Computes in `dtype` on the device of `loader`. Batches may differ in both dimensions. Batches of more than
     `max_samples` are computed in parts. With `weighted`, `watch` sees experts' inputs multiplied by their routing
@@ -80,8 +47,8 @@ class StreamedModel:
         self.skeleton, self.loader, self.dtype, self.device = skeleton, loader, dtype, loader.device
         self.cache_dtype = cache_dtype(skeleton.dtype, dtype)
         self.max_samples, self.weighted, self.group = max_samples, weighted, group
-        self._calls = RecordedCalls()
-        self._as_tuple: bool | None = None
+        self._between, self._calls = skeleton.between, RecordedCalls()
+        self._known: Recorded | None = None
         for buffer_owner in skeleton.model.modules():
             for name, buffer in buffer_owner._buffers.items():
                 if buffer is not None:
@@ -100,14 +67,15 @@ class StreamedModel:
 
     def _embed(self, ids: Tensor) -> Tensor:
         self._calls.see(ids)
-        states, calls = self._record(ids)
-        known = self._calls.remember(ids.shape[0], ids.shape[1], calls)
-        if known is not calls and not all(same(a, b) for a, b in zip(known, calls, strict=True)):
-            raise UnsupportedError(
-                f"{_kind(self.skeleton)} gives its layers arguments that depend on the tokens; "
-                "its layers cannot be replayed from hidden states alone"
-            )
-        return states
+        found = self._record(ids)
+        if not self._between.ids:
+            known = self._calls.remember(ids.shape[0], ids.shape[1], found.calls)
+            if known is not found.calls and not all(same(a, b) for a, b in zip(known, found.calls, strict=True)):
+                raise UnsupportedError(
+                    f"{kind_of(self.skeleton)} gives its layers arguments that depend on the tokens, which did not "
+                    "show in a trial; its layers cannot be replayed from hidden states alone"
+                )
+        return self._between.pack(0, Given(found.states, ids))
 
     def learn_calls(self, batches: Sequence[Tensor]) -> None:
         """Records the layers' arguments for each shape in `batches`, for a job that resumes at a layer."""
@@ -144,28 +112,31 @@ class StreamedModel:
             finally:
                 self.loader.release(used)
 
-    @torch.inference_mode()
-    def _record(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
-        objection, failure = "", None
-        for as_tuple in (False, True) if self._as_tuple is None else (self._as_tuple,):
-            compare = self._calls.of(ids.shape[0], ids.shape[1]) is None  # once for each shape of a batch
-            with _recorders(self.skeleton, as_tuple, compare) as recorders:
-                model = self.skeleton.model
-                base = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
-                base = model.get_decoder() if base is None else base  # type: ignore[operator]
-                try:
-                    final = base(input_ids=ids, use_cache=False)[0]
-                except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as e:
-                    if is_out_of_memory(e) or is_of_device(e):
-                        raise  # says nothing about the model; as an UnsupportedError it would discard unfinished work
-                    failure = e.with_traceback(None)  # its frames hold tensors
-                    final = None  # probably it expects a tuple from its layers, or none
-                objection = _objection(recorders, final, self.skeleton.hidden_size)
-                first = recorders[0].received
-                if first is not None and not objection:
-                    self._as_tuple = as_tuple
-                    return first, [r.call for r in recorders if r.call is not None]
-        raise UnsupportedError(f"{_kind(self.skeleton)} {objection}") from failure
+    def _record(self, ids: Tensor) -> Recorded:
+        found = record(self.skeleton, ids, self._known, compare=self._calls.is_new(*ids.shape))
+        between = self._between
+        sizes = [n for at, n in enumerate(found.states.shape) if at not in between.order]
+        if sizes != [*between.streams]:
+            raise UnsupportedError(
+                f"{kind_of(self.skeleton)} gives its layers states {list(found.states.shape)} instead of (batch, "
+                f"tokens, {', '.join(map(str, between.streams))}), which cannot be kept"
+            )
+        if between.parcels is None and any(call.outputs for call in found.calls):
+            raise UnsupportedError(
+                f"{kind_of(self.skeleton)} hands more than hidden states from layer to layer; its layers cannot be "
+                "streamed one by one"
+            )
+        self._known = self._known or replace(found, calls=[])
+        return found
+
+    @contextmanager
+    def replaying(self) -> Iterator[Callable[[int, Given], Call]]:
+        """Yields what gives a layer's arguments for an input of it."""
+        if not self._between.ids:
+            yield lambda layer, given: self.calls_of(*self._between.rows(given.hidden).shape[:2])[layer]
+            return
+        with self._outside(head=False):
+            yield lambda layer, given: self._record(_present(given.ids)).calls[layer]
 
     @contextmanager
     def layer(
@@ -193,19 +164,17 @@ class StreamedModel:
 
         @torch.inference_mode()
         def part(states: Tensor) -> Tensor:
-            call = self.calls_of(states.shape[0], states.shape[1])[stage.index]
             states = states.to(self.device, self.dtype)
+            given = self._between.unpack(stage.index, states)
+            call = call_for(stage.index, given)
             if routed is not None:
                 routed.call()
             try:
-                if call.by_keyword:
-                    out = layer(*call.args, hidden_states=states, **call.kwargs)
-                else:
-                    out = layer(states, *call.args, **call.kwargs)
+                hidden, handed = call.run(layer, given.hidden, given.values)
             except (ReachedExperts, Enough):
                 return states
-            result: Tensor = out[0] if isinstance(out, tuple | list) else out
-            return result
+            after = Given(hidden, given.ids, {**given.values, **handed})
+            return self._between.pack(stage.index + 1, after)
 
         def run(states: Tensor) -> Tensor:
             parts = [part(chunk) for chunk in torch.split(states, self.max_samples or len(states))]
@@ -213,7 +182,7 @@ class StreamedModel:
 
         source = loader or self.loader
         try:
-            with bound(
+            with self.replaying() as call_for, bound(
                 self.skeleton, stage.prefix, source, self.dtype, sources, watch=watch, weighted=self.weighted,
                 routed=routed,
             ) as used:  # fmt: skip
@@ -245,25 +214,22 @@ class StreamedModel:
         found = self._calls.of(samples, length)
         if found is None:
             with self._outside(head=False):
-                recorded = self._record(self._calls.example(samples, length))[1]
+                recorded = self._record(self._calls.example(samples, length)).calls
             found = self._calls.remember(samples, length, recorded)
         return found
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yields the head with bound weights: states (tokens, hidden) -> logits (tokens, vocab).
+        """Yields the head with bound weights: states (tokens, hidden, of all streams) -> logits (tokens, vocab).
 
         The final norm and lm_head treat each position separately, so a call may mix positions of any windows.
         """
-        assert self._as_tuple is not None, "embed or learn_calls comes first"
-        with (
-            self._outside(head=True),
-            _recorders(self.skeleton, self._as_tuple, compare=False) as recorders,
-        ):
+        assert self._known is not None, "embed or learn_calls comes first"
+        with self._outside(head=True), recorders(self.skeleton, self._known.outputs, compare=False) as made:
 
             @torch.inference_mode()
             def run(states: Tensor) -> Tensor:
-                recorders[-1].replace = states.to(self.device, self.dtype).unsqueeze(0)
+                made[-1].replace = self._between.shaped(states.to(self.device, self.dtype).unsqueeze(0))
                 ids = torch.zeros(1, states.shape[0], dtype=torch.long, device=self.device)
                 logits: Tensor = self.skeleton.causal(input_ids=ids, use_cache=False)[0]
                 return logits[0]
@@ -281,39 +247,6 @@ def _watching(watch: InputHook, name: str, routed: Routed | None) -> Callable[..
     return hook
 
 
-@contextmanager
-def _recorders(skeleton: Skeleton, as_tuple: bool, compare: bool = True) -> Iterator[list[_Recorder]]:
-    """Replaces every decoder layer by a recorder, see _Recorder for `compare`."""
-    layers = skeleton.layers
-    real = list(layers)
-    recorders = [_Recorder(as_tuple, None, compare)]
-    recorders += [_Recorder(as_tuple, recorders[0], compare) for _ in real[1:]]
-    for i, (recorder, layer) in enumerate(zip(recorders, real, strict=True)):
-        for attribute in ("attention_type", "layer_type", "is_sliding", "block_type"):  # some models read these
-            if hasattr(layer, attribute):
-                setattr(recorder, attribute, getattr(layer, attribute))
-        layers[i] = recorder
-    try:
-        yield recorders
-    finally:
-        for i, layer in enumerate(real):
-            layers[i] = layer
-
-
-def _objection(recorders: list[_Recorder], final: Tensor | None, width: int) -> str:
-    """Why layers cannot be streamed, after a recorded run with output `final` (None: it failed); "" if they can be."""
-    first, calls = recorders[0].received, [r.call for r in recorders if r.call is not None]
-    if any(value is _SECOND_OUTPUT for call in calls for value in (*call.args, *call.kwargs.values())):
-        return "hands more than hidden states from layer to layer; its layers cannot be streamed one by one"
-    if first is not None and (first.dim() != 3 or first.shape[-1] != width):
-        return f"gives its layers states {list(first.shape)} instead of (batch, tokens, {width}), which cannot be kept"
-    if first is None or final is None or not all(r.handed_on for r in recorders) or final.shape[:2] != first.shape[:2]:
-        return (
-            "does something between its decoder layers (or does not call them all in order); its layers cannot be "
-            "streamed one by one"
-        )
-    return ""
-
-
-def _kind(skeleton: Skeleton) -> str:
-    return str(getattr(skeleton.model.config, "model_type", type(skeleton.model).__name__))
+def _present(ids: Tensor | None) -> Tensor:
+    assert ids is not None, "a model whose layers' arguments depend on the tokens keeps their ids"
+    return ids

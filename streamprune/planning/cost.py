@@ -165,7 +165,7 @@ def work_of(skeleton: Skeleton, stage: Stage, chosen: Collection[str], seqlen: i
     routed = {name for experts in stage.experts for name in experts.linears}
     shapes = [(name in routed, *linear_shape(skeleton, name, stage)) for name in stage.linears]
     computed = [(share if apart else times, rows, width) for apart, rows, width in shapes]
-    states = 32 * times * skeleton.hidden_size
+    states = 32 * times * skeleton.between.hidden
     return StageWork(
         kind=stage.kind, nbytes=stage.nbytes, pruned=pruned,
         products=int(2 * sum(part * rows * width for part, rows, width in computed)),

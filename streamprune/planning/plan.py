@@ -126,7 +126,8 @@ def plan(
     split = sum(seconds, Split())
     target = run.target
     stages = _stages(setup.skeleton, target.selected, works, run.shape, seconds)
-    cache, spool = activation_bytes(setup, run.layout, run.shape.tokens), spool_bytes(setup, run.layout)
+    cache = activation_bytes(setup, run.layout, run.windows, run.length)
+    spool = spool_bytes(setup, run.layout)
     return Plan(
         model=str(model), architecture=str(checkpoint.config.get("model_type")),
         parameters=sum(math.prod(t.shape) for t in checkpoint.tensors.values()), stages=stages,
@@ -196,7 +197,7 @@ def shape_of(
     return RunShape(
         tokens=samples * seqlen, batches=batches, groups=-(-batches // layout.group),
         forwards={"dense": 1, "pruned": 2, "asymmetric": PAIRED_FORWARDS}[propagate] + 3 * epochs + gathers,
-        state_bytes=skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize,
+        state_bytes=skeleton.between.most(seqlen) * cache_dtype(skeleton.dtype, dtype).itemsize,
         threads=torch.get_num_threads(), on_device=on_device, layers=layout.layers, resident=layout.resident,
     )  # fmt: skip
 

@@ -45,7 +45,7 @@ def intentions(job: Prepared) -> list[str]:
         memory += f" and {format_bytes(job.layout.nbytes)} on the GPU"
     output = target.output_bytes if target is not None else 0
     disk = f"{format_bytes(output)} of disk for the output, "
-    disk += f"{format_bytes(activation_bytes(setup, job.layout, samples * length))} for activations meanwhile"
+    disk += f"{format_bytes(activation_bytes(setup, job.layout, samples, length))} for activations meanwhile"
     windows = f", {job.layout.batch} windows at a time" if samples else ""
     lines.append(f"{str(setup.dtype).removeprefix('torch.')} on {setup.device}{windows}; {memory}; {disk}")
     if job.records:

@@ -61,7 +61,8 @@ class CalibrationPass:
     @property
     def cache_bytes(self) -> int:
         """Size on disk of one stage's cache."""
-        return self.windows.size * self.streamed.skeleton.hidden_size * self.streamed.cache_dtype.itemsize
+        width = self.streamed.skeleton.between.most(self.windows.shape[1])
+        return self.windows.size * width * self.streamed.cache_dtype.itemsize
 
     def persists(self) -> bool:
         """Whether to make the next cache durable: always, or once a minute if activations stay on the device."""
@@ -179,10 +180,10 @@ class CalibrationPass:
         self.streamed.loader.release(stage.tensors)
 
     def pairs(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and target outputs of a finished layer, in chunks of (n, seqlen, hidden)."""
+        """What a finished layer is given and the hidden states wanted of it, in chunks of (n, seqlen, width)."""
         with self.streamed.layer(stage) as run:
             for states in self.activations.read(stage.index):
-                yield states, run(states)
+                yield states, self.streamed.skeleton.between.states(run(states))
 
     def again(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
         """Recomputes the outputs of a layer that is already pruned, from its `shard`."""

@@ -15,16 +15,18 @@ from streamprune.model.skeleton import Skeleton, Stage
 _ROUTER = re.compile(r"\.(gate|router)(\.|$)|shared_expert_gate$")
 
 
-def selected_linears(stages: Sequence[Stage], only: Any, skip: Any) -> dict[str, TensorRef]:
+def selected_linears(stages: Sequence[Stage], only: Any, skip: Any, streams: int = 1) -> dict[str, TensorRef]:
     """The linears to prune, by module path: those that the compiled patterns `only` and `skip` leave.
 
-    In mixtures of experts, routers and the gates of shared experts are left out unless a match of `only` includes the
-    end of their names. Raises UsageError if no linear is left, or one has a dtype that cannot be pruned.
+    Left out unless a match of `only` includes the end of their names: in mixtures of experts, routers and the gates of
+    shared experts; in models with several `streams` of hidden states, linears that say how streams are mixed. Raises
+    UsageError if no linear is left, or one has a dtype that cannot be pruned.
     """
     names = {n: ref for s in stages for n, ref in s.linears.items()}
-    if any(stage.experts for stage in stages):
-        named = {n for n in names if only and any(m.end() == len(n) for m in only.finditer(n))}
-        names = {n: ref for n, ref in names.items() if n in named or not _ROUTER.search(n)}
+    routers = {n for n in names if _ROUTER.search(n)} if any(stage.experts for stage in stages) else set()
+    mixing = {n for n, ref in names.items() if streams > 1 and min(ref.shape) <= streams**2}
+    named = {n for n in names if only and any(m.end() == len(n) for m in only.finditer(n))}
+    names = {n: ref for n, ref in names.items() if n in named or n not in routers | mixing}
     chosen = {n: r for n, r in names.items() if (not only or only.search(n)) and not (skip and skip.search(n))}
     if not chosen:
         example = next(iter(names), "none")

@@ -75,10 +75,11 @@ def memory_bytes(setup: Setup, layout: Layout, samples: int, length: int) -> tup
     )
 
 
-def activation_bytes(setup: Setup, layout: Layout, tokens: int) -> int:
+def activation_bytes(setup: Setup, layout: Layout, windows: int, length: int) -> int:
     """Disk space of a job's activations: the caches before and after a layer, and scratch files."""
-    state = setup.skeleton.hidden_size * cache_dtype(setup.skeleton.dtype, setup.dtype).itemsize
-    return 2 * models_at_once(setup.propagate) * tokens * state + scratch_bytes(setup, layout, tokens)
+    state = setup.skeleton.between.most(length) * cache_dtype(setup.skeleton.dtype, setup.dtype).itemsize
+    caches = 2 * models_at_once(setup.propagate) * windows * length * state
+    return caches + scratch_bytes(setup, layout, windows, length)
 
 
 def stages_at_work(setup: Setup, layout: Layout) -> tuple[int, int]:
@@ -143,7 +144,7 @@ def tune_needs(setup: Setup, samples: int, seqlen: int) -> TuneNeeds | None:
             stays = math.ceil(sizes[name] * (1 - pruned))
             fixed += state_bytes(sizes[name], stays, dtype.itemsize, skeleton.dtype.itemsize)
         largest = max(largest, fixed)
-    states = skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize
+    states = skeleton.between.most(seqlen) * cache_dtype(skeleton.dtype, dtype).itemsize
     per_window = seqlen * (kept + token_bytes(skeleton, seqlen, dtype) + 2 * states)
     return TuneNeeds(largest, per_window, windows_a_step(seqlen, samples), 2 * samples * seqlen * states)
 
@@ -161,14 +162,15 @@ def beside_grams(skeleton: Skeleton, chosen: Collection[str]) -> int:
     return largest_refitted(skeleton.layer_stages, chosen) + debt
 
 
-def scratch_bytes(setup: Setup, layout: Layout, tokens: int) -> int:
-    """Upper bound on the disk space of scratch files, beside the activation caches; `tokens` are for calibration.
+def scratch_bytes(setup: Setup, layout: Layout, windows: int, length: int) -> int:
+    """Upper bound on the disk space of scratch files, beside the activation caches, with calibration on `windows`
+    windows of `length` tokens.
 
     Scratch files hold a Gram that is larger than the room in memory (one at a time); the inputs routed to experts that
     are refitted; with asymmetric calibration the dense model's outputs of a layer and the layer's new weights; and for
     tuning a layer's inputs and targets, and the shard part that is replaced.
     """
-    skeleton, dtype = setup.skeleton, setup.dtype
+    skeleton, dtype, tokens = setup.skeleton, setup.dtype, windows * length
     refitted = setup.target.refitted if setup.target else frozenset[str]()
     sizes = [0]
     kept = 0
@@ -177,7 +179,8 @@ def scratch_bytes(setup: Setup, layout: Layout, tokens: int) -> int:
         sizes += [gram_bytes([linear_shape(skeleton, name, stage)[1]]) for name in names]
         kept = max(kept, sum(not names.isdisjoint(experts.linears) for experts in stage.experts))
     found = max(size if size > layout.room else 0 for size in sizes) + kept * tokens * waiting_bytes(skeleton, dtype)
-    states = 0 if layout.resident else tokens * skeleton.hidden_size * cache_dtype(skeleton.dtype, dtype).itemsize
+    kept_dtype = cache_dtype(skeleton.dtype, dtype)
+    states = 0 if layout.resident else tokens * skeleton.between.most(length) * kept_dtype.itemsize
     if setup.propagate == "asymmetric":
         found += largest_refitted(skeleton.layer_stages, refitted) + states
     if layout.windows:

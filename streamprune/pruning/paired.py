@@ -79,7 +79,7 @@ class PairedPass(CalibrationPass):
         check_weights(self.streamed.loader, self.streamed.skeleton, stage)
 
         def attempt() -> Collector:
-            self.placed, self.dense = {}, self._aside()
+            self.placed, self.dense = {}, self._aside(stage)
             collector, pruned_half = Collector(self._accumulate), False
 
             def watch(name: str, x: Tensor) -> None:
@@ -94,11 +94,11 @@ class PairedPass(CalibrationPass):
                     if not chunk:
                         self._writers = self._writers_among(candidates, run, dense[:1])
                     pruned_half = True
-                    collector.flow(states, run(states))
+                    collector.flow(between.states(states), between.states(run(states)))
                     collector.end_batch()
             return collector
 
-        hidden = self.streamed.skeleton.hidden_size
+        hidden, between = self.streamed.skeleton.hidden_size, self.streamed.skeleton.between
         candidates = [name for name, ref in stage.linears.items() if hidden in ref.shape]
         collector = retry_smaller(self.streamed, attempt)
         if grams is not None:
@@ -113,6 +113,7 @@ class PairedPass(CalibrationPass):
         """Those of the linears `names` that write to the residual stream, judged by the dense layer on `states`."""
         with outputs_of(self.streamed.skeleton, names) as made:
             after = run(states)
+        after, states = (self.streamed.skeleton.between.states(each) for each in (after, states))
         added = after.float() - states.to(after.device).float()
         return writers_of(added, {name: y for name, y in made.items() if y.shape == added.shape})
 
@@ -145,7 +146,8 @@ class PairedPass(CalibrationPass):
                 seen.clear()
                 with outputs_of(streamed.skeleton, before) as made:
                     run(states)
-                return list(seen), sum((made[writer] for writer in before), states.to(streamed.device).float())
+                begun = streamed.skeleton.between.states(states).to(streamed.device).float()
+                return list(seen), sum((made[writer] for writer in before), begun)
 
             with streamed.layer(stage, watch=watch) as run:
                 for chunk in self.activations.read(stage.index):
@@ -168,7 +170,7 @@ class PairedPass(CalibrationPass):
         self.dense.rewind()
         for chunk in self.activations.read(stage.index):
             given = chunk.chunk(2)[1]
-            yield given, self.dense.take(given)
+            yield given, self.streamed.skeleton.between.states(self.dense.take(given))
 
     def pruned_layer(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
         """Step 3."""
@@ -192,7 +194,7 @@ class PairedPass(CalibrationPass):
         """Steps 1 and 3 for a layer that is already pruned."""
 
         def attempt() -> None:
-            self.dense = self._aside()
+            self.dense = self._aside(stage)
             with self.streamed.layer(stage) as run:
                 for states in self.activations.read(stage.index):
                     self.dense.put(run(states.chunk(2)[0]))
@@ -200,11 +202,10 @@ class PairedPass(CalibrationPass):
         retry_smaller(self.streamed, attempt)
         self.pruned_layer(stage, shard, persist)
 
-    def _aside(self) -> StateBuffer:
-        states, hidden = self.activations, self.streamed.skeleton.hidden_size
-        return StateBuffer(
-            states.folder, self.windows.size, hidden, self.streamed.cache_dtype, resident=states.resident
-        )
+    def _aside(self, stage: Stage) -> StateBuffer:
+        states, length = self.activations, self.windows.shape[1]
+        width = self.streamed.skeleton.between.width(stage.index + 1, length)
+        return StateBuffer(states.folder, self.windows.size, width, self.streamed.cache_dtype, resident=states.resident)
 
 
 @contextmanager

@@ -170,7 +170,7 @@ class Run:
             # An older durable cache may have to be kept beside the two in use.
             behind = -1 < self._newest_cache() < len(self._records) - 1
             cache = (3 if behind and not self._layout.resident else 2) * self._forward.cache_bytes
-            cache += scratch_bytes(self._setup, self._layout, self._forward.windows.size)
+            cache += scratch_bytes(self._setup, self._layout, *self._forward.windows.shape)
         check_disk(self._state, output, cache, spool_bytes(self._setup, self._layout, self._records))
 
     def _begin(self) -> None:

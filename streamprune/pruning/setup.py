@@ -15,6 +15,7 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError, UsageError
 from streamprune.model.device import compute_dtype, resolve_device
 from streamprune.model.skeleton import Skeleton, build_skeleton, stored_dtype
+from streamprune.model.tracing import traced
 from streamprune.pruning.records import Resolved
 from streamprune.pruning.spec import JobSpec
 from streamprune.pruning.target import Target
@@ -49,6 +50,11 @@ class Setup:
             raise UsageError(f"--backend numba runs on the CPU only, not on {device}; leave it out or use torch")
         dtype = compute_dtype(resolved.dtype if resolved else spec.resources.dtype, stored_dtype(checkpoint), device)
         skeleton = build_skeleton(checkpoint, dtype, trust_remote_code=spec.trust_remote_code)
+        try:
+            skeleton = traced(checkpoint, skeleton, dtype)
+        except UnsupportedError:
+            if spec.calibration is not None:  # or there is no forward pass, and nothing that could not be streamed
+                raise
         target = Target.of_job(spec, skeleton, backend)
         if target is not None and resolved and resolved.allocation:
             target = target.sharing(resolved.allocation)

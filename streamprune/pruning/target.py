@@ -64,7 +64,7 @@ class Target:
             compensates = spec.recipe.fp8_rounding == "compensate"
             quantisation = Quantisation(spec.recipe.fp8_scale or "amax", compensates, backend)
         only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
-        chosen = selected_linears(skeleton.stages, only, skip)
+        chosen = selected_linears(skeleton.stages, only, skip, skeleton.between.hidden // skeleton.hidden_size)
         if quantisation is not None:
             check_codable(chosen, skeleton)
         check_widths(amount.pattern, chosen, skeleton)

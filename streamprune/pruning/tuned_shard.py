@@ -98,9 +98,10 @@ class LayerTuning:
     def _pairs(self, stage: Stage) -> Pairs:
         streamed, states = self._forward.streamed, self._forward.activations
         samples, seqlen = self._forward.windows.shape
+        between = streamed.skeleton.between
         pairs = Pairs(
-            states.folder, samples, seqlen, streamed.skeleton.hidden_size, streamed.cache_dtype, streamed.device,
-            resident=states.resident,
+            states.folder, (samples, seqlen), between.width(stage.index, seqlen), between.hidden, streamed.cache_dtype,
+            streamed.device, resident=states.resident,
         )  # fmt: skip
         for given, wanted in self._forward.pairs(stage):
             pairs.put(given, wanted)
