@@ -273,7 +273,6 @@ REFUSED: dict[str, Family] = {
         },
         notes="between its decoder layers",
     ),
-    "zaya": Family("ZAYA1", _MIXED | {"num_experts_per_tok": 1}, notes="hands more than hidden states"),
     "doge": Family(
         "Doge, its mixtures", _GROUPED | {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 2},
         notes="experts for all tokens of a batch at once",

@@ -40,7 +40,7 @@ from streamprune.inspection.inspect import inspect
 from streamprune.pruning.job import JobResult
 
 LAYERS = 2
-ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate)(\.\w+)?$")
+ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate)(\.\w+)*$")
 """Linears of mixtures that say which expert is used, and how much."""
 MIXERS = re.compile(r"\.altup\.\w+$|\.block_inject_weight$")
 """Linears that say how several streams of hidden states are mixed."""

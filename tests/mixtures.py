@@ -302,6 +302,10 @@ MORE: dict[str, Mixture] = {
         FUSED, notes=f"a dense MLP beside; {_SEES}", like="gemma3",
         vision={"vision_config": {**_TOWER, "num_key_value_heads": 4, "head_dim": 8}, "image_token_id": 5},
     ),
+    "zaya": Mixture(
+        "ZAYA1", _EIGHT | {"num_experts_per_tok": 1, "num_key_value_heads": 4, "head_dim": 8}, FUSED,
+        notes="what routers of earlier layers say",
+    ),
     "glm_moe_dsa": Mixture(
         "GLM-5", _ONE | _INDEXED | {"indexer_types": ["full", "shared"]},
         notes=f"{_SHARED}; sparse attention; indices of earlier layers",

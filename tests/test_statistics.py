@@ -362,3 +362,25 @@ def test_linears_that_are_not_used(models: Models, how: dict[str, Any], tmp_path
     assert prune(models("llama"), tmp_path / "out", only=r"0\.mlp\.up", **only).status == "done"  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no statistics of"):
         prune(models("llama"), tmp_path / "out2", only=r"0\.mlp", **only)  # type: ignore[arg-type]
+
+
+def test_a_linear_that_is_called_again_with_an_input_of_its_own() -> None:
+    """Its first input is that of the linear before, the second is not: both count, for it alone, in every batch."""
+    collector = Collector(_sum_rows)
+    wanted = torch.zeros(3, dtype=torch.float64)
+    for seed in range(3):
+        x, other = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)), torch.full((2, 3), 7.0)
+        for name, given in (("q", x), ("k", x), ("v", x), ("v", other)):
+            collector.watch(name, given)
+        collector.end_batch()
+        wanted += (x.double() ** 2).sum(0) + 98
+    found = collector.finish()
+    assert collector.groups == {"q": "q", "k": "q", "v": "v"}
+    assert (found["q"].tokens, found["v"].tokens) == (15, 21)
+    torch.testing.assert_close(found["v"].sumsq, wanted)
+    torch.testing.assert_close(found["q"].sumsq, wanted - 3 * 98)
+
+
+def _sum_rows(rows: torch.Tensor, total: torch.Tensor, squares: torch.Tensor) -> None:
+    total += rows.double().sum(0)
+    squares += (rows.double() ** 2).sum(0)

@@ -93,7 +93,12 @@ class LayerGrams:
             if name in self._linears:
                 self._groups[name] = leaders.setdefault(first, name)
                 self._tokens[name] = tokens(name)
-        if collector is not None:
+        if (
+            collector is not None
+        ):  # one that was called with several inputs, the first of them another's, lacks that one
+            lacking = [name for name, made in collector.sums.items() if made.seen < self._tokens.get(name, 0)]
+            for name in lacking:
+                del collector.sums[name]
             self._keep(collector)
 
     @property

@@ -49,12 +49,21 @@ class Collector:
         self._updated_tokens = 0
 
     def watch(self, name: str, x: Tensor) -> None:
-        """Adds x (…, in), unless it is the same tensor as for the linear before."""
+        """Adds x (…, in), unless it is the same tensor as for the linear before.
+
+        A linear that is called once more with an input of its own has sums of its own from then on.
+        """
+        leader = self.groups.get(name)
         if self._last is not None and x is self._last[0]:
-            self.groups[name] = self._last[1]
-            return
-        self._last = (x, name)
+            if name not in self._sums:
+                self.groups[name] = self._last[1]
+                return
+        else:
+            self._last = (x, name)
         self.groups[name] = name
+        if name not in self._sums and leader is not None:
+            tokens, total, squares = self._sums[leader]
+            self._sums[name] = (tokens, total.clone(), squares.clone())
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
         if name not in self._sums:
             zeros = [torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device) for _ in range(2)]

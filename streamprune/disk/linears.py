@@ -21,7 +21,7 @@ FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
 _LAYER = re.compile(r"(^|\.)(layers|h|blocks|block|layer)\.\d+\.")
 _NO_LINEAR = re.compile(
     r"(^|\.)(vision|visual|audio)[^.]*\.|router|(^|\.)(gate|wg|shared_expert_gate)(_?\d+)?$|\.(mixer|mamba)\.dt_proj$|"
-    r"_coefs$|block_inject_weight$|"
+    r"_coefs$|block_inject_weight$|\.gate\.|"
     r"(^|[._])(norm|layernorm|ln|emb|embed|embedding|embeddings|embed_tokens|relative_attention_bias)(_?\d+)?$"
 )
 _TEXT_MODEL = re.compile(r"(^|\.)(language_model|text_model)\.")
