@@ -23,6 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from streamprune import cli
+from streamprune.disk.checkpoint import open_checkpoint
+from streamprune.disk.quantised import computable
 from streamprune.inspection.inspect import inspect
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -460,6 +462,20 @@ def test_mixtures(tool: ModuleType, tmp_path: Path) -> None:
     assert model.config.num_local_experts == 3 and model.config.num_experts_per_tok == 2
     found = inspect(tmp_path / "model").linears
     assert sum("experts" in linear.name for linear in found) == 2 * 3 * 3 and len(found) == 2 * (4 + 9)
+
+
+def test_fp8(tool: ModuleType, tmp_path: Path) -> None:
+    """Linears of layers, but no routers, in FP8 with block scales, of the values that bf16 would have had."""
+    maker = importlib.import_module("make_checkpoint")
+    shape = maker.Shape(128, 256, 1, 4, 2, 2048, experts=2, routed=1)
+    made = {fp8: maker.write_checkpoint(tmp_path / str(fp8), 0, shape, fp8=fp8) for fp8 in (False, True)}
+    assert made[False] > 1.15 * made[True]
+    plain, quantised = (open_checkpoint(tmp_path / name) for name in ("False", "True"))
+    coded = {ref.name for ref in quantised.tensors.values() if ref.dtype == "F8_E4M3"}
+    assert len(coded) == 4 + 2 * 3 and not any("gate" in name or "embed" in name for name in coded)
+    assert computable(quantised).tensors.keys() == plain.tensors.keys()
+    found = [inspect(tmp_path / str(fp8)).linears for fp8 in (False, True)]
+    assert [linear.shape for linear in found[0]] == [linear.shape for linear in found[1]]
 
 
 def test_shapes_that_do_not_fit(

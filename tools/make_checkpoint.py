@@ -3,9 +3,10 @@
     python tools/make_checkpoint.py OUT --preset 7b --layers 4
     python tools/make_checkpoint.py OUT --preset 70b-layer
     python tools/make_checkpoint.py OUT --hidden 2048 --intermediate 5632 --layers 12
-    python tools/make_checkpoint.py OUT --preset 256-experts
+    python tools/make_checkpoint.py OUT --preset 256-experts --fp8
 
-Weights are bf16, Gaussian with standard deviation 0.02, cut from one random block at places chosen by the seed; norms
+Weights are bf16, or with --fp8 the layers' linears in FP8 with a scale for each block of 128 × 128, as in DeepSeek-V3;
+Gaussian with standard deviation 0.02, cut from one random block at places chosen by the seed; norms
 are ones. One shard a layer; the tokenizer is that of the demo model, the vocabulary at least as large.
 """
 
@@ -20,14 +21,22 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if TYPE_CHECKING:
+    from streamprune.disk.header import TensorRef
+
 BLOCK = 1 << 25
 LEAST_VOCAB = 2048
 """Tokens of the demo model's tokenizer."""
+_SIDE = 128
+"""Of a block of weights with one scale."""
+_CODED = 2048.0
+"""What weights are multiplied with to become FP8 codes: five standard deviations are 205, and 448 is the largest."""
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -68,7 +77,7 @@ class Shape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors in bf16."""
         return sum(2 * math.prod(s) for tensors in self.stages() for s in tensors.values())
 
     def stages(self) -> list[Shapes]:
@@ -133,6 +142,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
     add_shape_options(parser)
+    parser.add_argument("--fp8", action="store_true", help="layers' linears in FP8, with block scales")
     arguments = parser.parse_args()
     from streamprune.errors import StreampruneError
 
@@ -142,7 +152,7 @@ def main() -> int:
         there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
         if (free := shutil.disk_usage(there).free) < shape.nbytes:
             raise ValueError(f"{there} has {free / 1e9:.3g} GB free, {out} needs {shape.nbytes / 1e9:.3g} GB")
-        total = write_checkpoint(out, arguments.seed, shape)
+        total = write_checkpoint(out, arguments.seed, shape, fp8=arguments.fp8)
     except (ValueError, OSError, StreampruneError) as e:
         print(f"make_checkpoint: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
@@ -150,7 +160,7 @@ def main() -> int:
     return 0
 
 
-def write_checkpoint(out: Path, seed: int, shape: Shape) -> int:
+def write_checkpoint(out: Path, seed: int, shape: Shape, *, fp8: bool = False) -> int:
     """Writes a Llama or Mixtral checkpoint; returns the bytes of its tensors."""
     from streamprune.disk import durable
     from streamprune.disk.header import TensorRef
@@ -169,6 +179,10 @@ def write_checkpoint(out: Path, seed: int, shape: Shape) -> int:
             "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": shape.experts,
             "num_experts_per_tok": shape.routed, "sliding_window": None,
         }  # fmt: skip
+    if fp8:
+        config["quantization_config"] = {
+            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [_SIDE, _SIDE],
+        }  # fmt: skip
     durable.replace_file(out / "config.json", json.dumps(config, indent=2).encode())
     with importlib.resources.as_file(importlib.resources.files("streamprune") / "demo_model") as demo:
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -177,27 +191,50 @@ def write_checkpoint(out: Path, seed: int, shape: Shape) -> int:
     largest = max(math.prod(s) for tensors in stages for s in tensors.values())
     generator = np.random.Generator(np.random.PCG64(seed))
     block = _bf16(generator.standard_normal(min(BLOCK, 2 * largest), dtype=np.float32) * np.float32(0.02))
+    blocks = {"BF16": block} | ({"F8_E4M3": _codes(block)} if fp8 else {})
     where: dict[str, str] = {}
+    total = 0
     for number, tensors in enumerate(stages, 1):
         name = shard_name(number, len(stages))
-        refs = [TensorRef(t, name, "BF16", s, 0, 2 * math.prod(s)) for t, s in tensors.items()]
-        write_shard(out / name, refs, lambda ref: _content(ref.shape, block, generator))
-        where |= dict.fromkeys(tensors, name)
-    write_index(out / "model.safetensors.index.json", {}, shape.nbytes, where)
-    return shape.nbytes
+        refs = []
+        for tensor, size in tensors.items():
+            coded = fp8 and len(size) == 2 and ".layers." in tensor and not tensor.endswith(".gate.weight")
+            refs.append(TensorRef(tensor, name, "F8_E4M3", size, 0, math.prod(size)) if coded else
+                        TensorRef(tensor, name, "BF16", size, 0, 2 * math.prod(size)))  # fmt: skip
+            if coded:
+                scales = (-(-size[0] // _SIDE), -(-size[1] // _SIDE))
+                refs.append(TensorRef(f"{tensor}_scale_inv", name, "F32", scales, 0, 4 * math.prod(scales)))
+        write_shard(out / name, refs, lambda ref: _content(ref, blocks, generator))
+        where |= {ref.name: name for ref in refs}
+        total += sum(ref.nbytes for ref in refs)
+    write_index(out / "model.safetensors.index.json", {}, total, where)
+    return total
 
 
-def _content(shape: tuple[int, ...], block: np.ndarray, generator: np.random.Generator) -> Iterator[memoryview]:
-    """A tensor's bytes: ones for a norm, pieces of the random block for a matrix."""
-    left = math.prod(shape)
-    if len(shape) == 1:
+def _content(ref: TensorRef, blocks: dict[str, np.ndarray], generator: np.random.Generator) -> Iterator[memoryview]:
+    """A tensor's bytes: ones for a norm, one scale for all blocks, pieces of the random block for a matrix."""
+    left = math.prod(ref.shape)
+    if ref.dtype == "F32":
+        yield np.full(left, 1 / _CODED, np.float32).data.cast("B")
+        return
+    if len(ref.shape) == 1:
         yield _bf16(np.ones(left, np.float32)).data.cast("B")
         return
+    block = blocks[ref.dtype]
     while left:
         count = min(left, len(block) // 2)
         begin = int(generator.integers(0, len(block) - count + 1))
         yield block[begin : begin + count].data.cast("B")
         left -= count
+
+
+def _codes(block: np.ndarray) -> np.ndarray:
+    """bf16 bits to FP8 codes (E4M3) of the same values times _CODED."""
+    import torch
+
+    values = torch.from_numpy(block).view(torch.bfloat16).float() * _CODED
+    codes: np.ndarray = values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return codes
 
 
 def _bf16(values: np.ndarray) -> np.ndarray:
