@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from streamprune.errors import UnsupportedError
 from streamprune.model.calls import Call, Output
+from streamprune.model.configuration import one_line
 from streamprune.model.copies import is_of_device, is_out_of_memory
 from streamprune.model.skeleton import Skeleton
 
@@ -106,7 +107,8 @@ def record(skeleton: Skeleton, ids: Tensor, known: Recorded | None, compare: boo
             objection, first = _objection(made, final, ids), made[0].received
             if first is not None and not objection:
                 return Recorded(first, _marked([r.call for r in made if r.call is not None]), outputs)
-    raise UnsupportedError(f"{kind_of(skeleton)} {objection}") from failure
+    reason = f" ({one_line(failure)})" if failure is not None else ""
+    raise UnsupportedError(f"{kind_of(skeleton)} {objection}{reason}") from failure
 
 
 def _marked(calls: list[Call]) -> list[Call]:
