@@ -112,6 +112,8 @@ def describe_calibrate(
 
 def _recorded(out: Path) -> Mapping[str, Any]:
     """The fixed fields of the job at OUT, unfinished or finished; empty if there is none, or it cannot be read."""
+    if out.name in ("", ".."):
+        return {}  # which is refused later
     for path, kind in ((JobState(out, out).folder / "job.json", "job"), (out / REPORT, "report")):
         try:
             job = read_json(path, kind).get("job")
