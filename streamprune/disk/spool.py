@@ -154,7 +154,8 @@ class Spool:
         checkpoint, shard = self._checkpoint, fetch.shard
         size, hasher = checkpoint.shard_stats[shard][0], checkpoint.hasher(shard)
         attempt = 0
-        while file.size < size or not size:
+        while file.size < size:
+            _check(fetch)
             before = file.size
             try:
                 for piece in checkpoint.pieces(shard, file.size):
@@ -166,8 +167,9 @@ class Spool:
                 if attempt >= len(remote.WAITS) or not remote.is_passing(e):
                     raise
                 _wait(fetch, remote.WAITS[attempt])
-            if not size:
-                break
+            else:
+                if file.size == before:
+                    break  # the hub has no more of it
         if file.size != size or not hasher.fits:
             raise HubError(
                 f"{checkpoint.repository}: {shard} is not what the hub says it holds (its hash differs); run the same "
