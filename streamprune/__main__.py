@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from streamprune.errors import INTERRUPTED
 from streamprune.process import interrupts
+from streamprune.process.imports import own_process
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -24,6 +25,7 @@ def run() -> NoReturn:
     from streamprune.process.console import steady_streams
 
     _steady_heap()
+    own_process()
     steady_streams()
     try:
         code = main(program=True)

@@ -18,6 +18,7 @@ from streamprune.methods.recipes import Recipe
 from streamprune.process import interrupts
 from streamprune.process.console import print_stderr, stdout_kept_clean
 from streamprune.process.environment import check_environment
+from streamprune.process.imports import many_imports
 from streamprune.process.output import forget_output, output, print_json, say, sum_up
 from streamprune.settings import Calibration, Resources, flags_of
 
@@ -175,7 +176,8 @@ def _eval(args: argparse.Namespace) -> int:
     check_eval(args)
     if args.tasks is not None:
         return _eval_tasks(args)
-    from streamprune.evaluation.evaluate import evaluate
+    with many_imports():
+        from streamprune.evaluation.evaluate import evaluate
     from streamprune.progress import show_progress
     from streamprune.tables import evaluation_lines
 

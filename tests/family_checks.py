@@ -253,9 +253,9 @@ def same_sums(file: StatisticsFile, wanted: Stats) -> None:
     for name, (tokens, total, squares) in wanted.items():
         found = file.load(name, len(total))
         assert found.tokens == tokens > 0, name
-        torch.testing.assert_close(found.sumsq, squares, rtol=1e-5, atol=1e-6 * float(squares.max()))
+        torch.testing.assert_close(torch.from_numpy(found.sumsq), squares, rtol=1e-5, atol=1e-6 * float(squares.max()))
         spread = (squares * tokens).sqrt()
-        assert bool(((found.sum - total).abs() <= 1e-5 * spread + 1e-6 * spread.max()).all()), name
+        assert bool(((torch.from_numpy(found.sum) - total).abs() <= 1e-5 * spread + 1e-6 * spread.max()).all()), name
 
 
 def check_inspect(trial: Trial) -> str:

@@ -14,7 +14,8 @@ import torch
 from calls import calibrate, prune
 from safetensors import safe_open
 
-from streamprune.calibration.statistics import Collector, StatisticsFile
+from streamprune.calibration.collector import Collector
+from streamprune.calibration.statistics import StatisticsFile
 from streamprune.cli import main
 from streamprune.errors import StateError, UsageError
 from streamprune.progress import Progress

@@ -55,6 +55,8 @@ def children(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
         with redirect_stdout(out), redirect_stderr(errors), monkeypatch.context() as patch:
             if command[:2] == ("-m", "streamprune"):
                 code = cli.main(command[2:])
+            elif command[0] == "-c":
+                code = 0
             else:
                 assert command[0] == str(TOOLS / "bench_child.py")
                 patch.setattr(sys, "argv", list(command))
@@ -148,6 +150,15 @@ def test_stats(
     prunes = [c for c in children if c[2] == "prune"]
     assert len(prunes) == 3 and all("--stats" in c and more[1] in c for c in prunes)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_startup(
+    tool: ModuleType, children: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cases = by_case(rows_of(tool, capsys, "startup", "--repeat", "1", "--work", str(tmp_path)))
+    assert next(iter(cases)) == "import torch, numba" and len(cases) == 5
+    assert all(row["value"] > 0 and row["baseline"] == "import torch, numba" for row in cases.values())
+    assert {c[2] for c in children if c[0] == "-m"} == {"calibrate", "eval", "prune"} and list(tmp_path.iterdir()) == []
 
 
 def test_stats_of_a_given_checkpoint(
@@ -344,7 +355,9 @@ def test_all_runs_the_five(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
         assert [row["benchmark"] for row in rows] == [row["case"] for row in rows] == alone
         if "--repeat" in words:
             assert {(a.repeat, a.work, a.device) for a in seen.values()} == {(4, "/w", "cpu")}
-    assert list(tool.COMMANDS) == ["kernels", "refits", "stats", "calibration", "memory", "end-to-end", "peers"]
+    assert list(tool.COMMANDS) == [
+        "kernels", "refits", "stats", "startup", "calibration", "memory", "end-to-end", "peers",
+    ]  # fmt: skip
 
 
 def test_tables(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streamprune.kernels import cpu
+from streamprune.kernels import cpu_arrays
 from streamprune.methods.conjugate import Metric, descend
 from streamprune.methods.fp8 import compensate, quantise
 from streamprune.methods.gram import Gram, Mapped
@@ -215,7 +215,7 @@ def test_a_gram_in_a_file() -> None:
 
 
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_PART", 5000)
+    monkeypatch.setattr(cpu_arrays, "PART", 5000)
     found, threads = case(n=300, width=140), torch.get_num_threads()
     one = found.codes()
     torch.set_num_threads(2)

@@ -22,7 +22,7 @@ from streamprune.disk.cache import CacheReader
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, ResourceError, UsageError
-from streamprune.model import budget, passes
+from streamprune.model import budget, device, passes
 from streamprune.model.activations import Activations
 from streamprune.model.budget import Layout, device_layout, memory_of
 from streamprune.model.loader import WeightLoader
@@ -45,9 +45,9 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
 
     def set_layout(layers: int, resident: bool, batch: int = 2) -> None:
         layout = Layout(batch, layers, resident, 0)
-        monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: layout)
+        monkeypatch.setattr("streamprune.pruning.memory.layout_of", lambda *args: layout)
         monkeypatch.setattr("streamprune.evaluation.evaluate.layout_for", lambda *args, **more: layout)
-        for place in ("pruning.run", "pruning.forward", "evaluation.evaluate"):
+        for place in ("model.loader", "pruning.forward", "evaluation.evaluate"):
             monkeypatch.setattr(f"streamprune.{place}.WeightLoader", functools.partial(WeightLoader, copies=True))
 
     yield set_layout
@@ -466,9 +466,9 @@ def test_the_allocator_is_told_the_limit_by_number(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (6 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, index: told.append((share, index)))
-    budget.limit_memory((4 << 30) + budget.CONTEXT, torch.device("cuda"))
-    budget.limit_memory(None, torch.device("cuda", 2))
-    budget.limit_memory(1 << 20, CPU)
+    device.limit_memory((4 << 30) + budget.CONTEXT, torch.device("cuda"))
+    device.limit_memory(None, torch.device("cuda", 2))
+    device.limit_memory(1 << 20, CPU)
     assert told == [(0.5, 1), (1.0, 2)]
 
 

@@ -321,7 +321,7 @@ def test_room_for_grams(make: Make, text: Path, tmp_path: Path, monkeypatch: pyt
     one = 4 * 32 * 32
     for room in (99 * one, 4 * one, one, one // 3):
         monkeypatch.setattr(
-            "streamprune.pruning.prepare.layout_of", lambda *a, room=room: replace(layout_of(*a), room=room)
+            "streamprune.pruning.memory.layout_of", lambda *a, room=room: replace(layout_of(*a), room=room)
         )
         out[room] = run(source, tmp_path / f"{room}", text, job).out
     wanted = weights_of(out[99 * one])
@@ -463,7 +463,7 @@ def test_on_a_device(
     more = {"backend": "torch", "expert_tokens": LEAST, **how}
     run(source, tmp_path / "plain", text, **more)
     layout = Layout(BATCH, layers, resident, 0)
-    monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: layout)
+    monkeypatch.setattr("streamprune.pruning.memory.layout_of", lambda *args: layout)
     monkeypatch.setattr("streamprune.evaluation.evaluate.layout_for", lambda *args, **more: layout)
     monkeypatch.setattr("streamprune.model.loader._PIECE_BYTES", 3000)
     with plugged_in(Card()):
@@ -478,7 +478,7 @@ def test_few_experts_on_a_device(
     make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Job
 ) -> None:
     """At most two experts are loaded at once, one in use and one prefetched, also while they are pruned."""
-    monkeypatch.setattr("streamprune.pruning.run.WeightLoader", functools.partial(WeightLoader, copies=True))
+    monkeypatch.setattr("streamprune.model.loader.WeightLoader", functools.partial(WeightLoader, copies=True))
     expect, most = WeightLoader.expect, list[int]()
 
     def spy(loader: WeightLoader, refs: Any) -> None:

@@ -219,7 +219,7 @@ def test_on_a_device(
 ) -> None:
     """With three layers there at once, one is written while the next one computes."""
     layout = Layout(2, layers, layers > 1, 0)
-    monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: layout)
+    monkeypatch.setattr("streamprune.pruning.memory.layout_of", lambda *args: layout)
     how = {"pattern": "2:4", "calib": text, "device": "cuda:0", "backend": "torch", **HOW}
     with plugged_in(Card()):
         wanted = prune(sharded, tmp_path / "a", **how).out

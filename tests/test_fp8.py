@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamprune.errors import UsageError
-from streamprune.kernels import cpu
+from streamprune.kernels import cpu_arrays
 from streamprune.methods.fp8 import FP8_MAX, Quantised, dequantise, quantise
 from streamprune.methods.recipes import FP8_SCALES
 
@@ -83,7 +83,7 @@ def test_backends_agree_bit_for_bit(dtype: torch.dtype, how: str, width: int) ->
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_threads_and_chunks_change_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_PART", 5000)
+    monkeypatch.setattr(cpu_arrays, "PART", 5000)
     weight, power, threads = rows(70, 1100, torch.bfloat16), torch.rand(1100), torch.get_num_threads()
     whole = quantise(weight, torch.bfloat16, "mse", power, backend)
     torch.set_num_threads(2)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from test_sparsegpt import normal
 
 from streamprune.calibration import gram_sums as grams_module
+from streamprune.calibration.collector import Collector
 from streamprune.calibration.gram_sums import MOST_HELD, GramCollector, HoldOut
 from streamprune.calibration.grams import LayerGrams, gram_bytes
-from streamprune.calibration.statistics import Collector
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, ResourceError, UsageError

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamprune.kernels import Selection, cpu, lanes, torch_ops
+from streamprune.kernels import Selection, cpu, cpu_arrays, lanes, torch_ops
 
 BACKENDS = [pytest.param(cpu, id="numba"), pytest.param(torch_ops, id="torch")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -438,7 +438,7 @@ def test_first_nonfinite(kernels: ModuleType, dtype: torch.dtype) -> None:
 
 
 def test_the_number_of_threads_changes_no_bit(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_PART", 2000)
+    monkeypatch.setattr(cpu_arrays, "PART", 2000)
     weight, feature, x = linear(40, 300, torch.bfloat16), features(300), linear(700, 300, torch.float16)
     weight.view(-1)[11_111] = 0.01
     seen = []
@@ -459,8 +459,8 @@ def test_the_number_of_threads_changes_no_bit(threads: None, monkeypatch: pytest
 
 FORKING = """
 import os, torch
-from streamprune.kernels import cpu
-cpu._PART = 500
+from streamprune.kernels import cpu, cpu_arrays
+cpu_arrays.PART = 500
 torch.set_num_threads(3)
 weight = torch.randn(40, 64)
 expected = cpu.prune_exact(weight, torch.ones(64), 1, 20).weight

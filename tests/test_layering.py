@@ -17,7 +17,7 @@ FILES = {
 
 HOUSE: dict[str, list[str]] = {
     "errors": [],
-    "process": ["background completion console environment interrupts memory versions", "output"],
+    "process": ["background completion console environment imports interrupts memory versions", "output"],
     "progress": [],
     "settings": [],
     "disk": [
@@ -26,7 +26,8 @@ HOUSE: dict[str, list[str]] = {
         "checkpoint hub journal lock places scratch shards",
         "cache claims encoded linears remote state",
         "spool",
-        "mapping",
+        "mapped",
+        "mapping read_ahead",
         "compressed packed",
         "float_quantized",
         "quantised",
@@ -36,6 +37,7 @@ HOUSE: dict[str, list[str]] = {
         "cpu_bitmask cpu_eliminate cpu_pairs cpu_select cpu_stats",
         "cpu_rows",
         "cpu_groups",
+        "cpu_arrays",
         "cpu",
         "cpu_fp8",
     ],
@@ -47,10 +49,20 @@ HOUSE: dict[str, list[str]] = {
         "fp8 refits",
         "decoding",
     ],
-    "calibration": ["gram_sums statistics_header text_files", "grams records statistics", "texts", "tokens", "windows"],
+    "calibration": [
+        "collector gram_sums statistics_header text_files",
+        "grams records statistics",
+        "texts",
+        "tokens",
+        "windows",
+    ],
     "model": [
-        "calls configuration copies decoded device expert_forms extra_memory pairs prunable",
-        "activations between experts loader",
+        "calls configuration copies damage decoded expert_forms extra_memory pairs prunable",
+        "experts",
+        "stages",
+        "arithmetic array_checks outline",
+        "device",
+        "activations between loader",
         "finite naming",
         "skeleton",
         "recorders routed shapes zeros",
@@ -63,11 +75,12 @@ HOUSE: dict[str, list[str]] = {
     "inspection": ["stored", "scales", "difference", "report", "count", "inspect"],
     "evaluation": ["requests scores two_models", "one_model", "evaluate", "likelihoods", "harness", "lm_eval tasks"],
     "pruning": [
-        "linears quantise records refit spec tuning",
-        "checks command describe report target windows",
-        "card forward output setup shard",
+        "codes linears records refit spec tuning",
+        "checks command describe quantise report target windows",
+        "array_shard card forward output setup shard",
         "allocate finish memory paired tuned_shard",
         "prepare",
+        "means",
         "announce run",
         "rehearse",
         "job",
@@ -95,6 +108,7 @@ NO_TORCH = [
     "cli",
     "__main__",
     "progress",
+    "process.imports",
     "process.memory",
     "process.interrupts",
     "process.console",
@@ -113,6 +127,10 @@ NO_TORCH += [
 NO_TORCH += ["disk.durable", "disk.header", "disk.checkpoint", "disk.hub", "disk.journal", "disk.state", "disk.shards"]
 NO_TORCH += ["disk.lock", "disk.direct", "disk.room", "disk.linears", "disk.packed", "packing.job", "packing.files"]
 NO_TORCH += ["reporting.page", "publishing.upload"]
+
+LIBRARIES = {"torch", "transformers", "safetensors", "tokenizers", "huggingface_hub"}
+NO_TENSORS = ["pruning.array_shard", "pruning.means", "pruning.prepare", "pruning.run", "model.array_checks"]
+"""What prunes from a statistics file may import numpy and numba, but takes three times as long to start with torch."""
 
 
 def place(module: str) -> tuple[int, int]:
@@ -186,7 +204,16 @@ def test_there_is_no_circle() -> None:
 @pytest.mark.parametrize("name", NO_TORCH)
 def test_light_modules_import_nothing_heavy(name: str) -> None:
     """A run that finds its work done must not wait for torch: these import it within functions only, or not at all."""
-    heavy = {"torch", "transformers", "numba", "numpy", "safetensors", "tokenizers", "huggingface_hub"}
+    assert_without(name, {"numba", "numpy", *LIBRARIES})
+
+
+@pytest.mark.parametrize("name", NO_TENSORS)
+def test_pruning_from_statistics_imports_no_torch(name: str) -> None:
+    assert_without(name, LIBRARIES)
+
+
+def assert_without(name: str, heavy: set[str]) -> None:
+    """Neither the module nor what it imports at its top level imports one of these packages there."""
     seen: set[str] = set()
     waiting = [f"streamprune.{name}"]
     while waiting:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import streamprune.disk.mapping as mapping
+import streamprune.disk.mapped as mapped
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.mapping import SAFETENSORS_DTYPES, ShardMaps
 from streamprune.errors import CheckpointError, ResourceError, UnsupportedError
@@ -191,14 +191,14 @@ def test_a_refused_mapping_is_a_resource_error(tmp_path: Path, monkeypatch: pyte
 
     checkpoint = saved(tmp_path / "m", {"w": torch.ones(100)})
     before = open_descriptors()
-    monkeypatch.setattr(mapping, "_private_map", no_memory)
+    monkeypatch.setattr(mapped, "_private_map", no_memory)
     with ShardMaps(checkpoint) as maps, pytest.raises(ResourceError, match=r"model\.safetensors: .*ulimit"):
         maps.tensor(checkpoint.tensors["w"])
     assert open_descriptors() == before
 
 
 def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mapping._PAGE
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mapped._PAGE
 
 
 if sys.platform == "linux":
@@ -238,7 +238,7 @@ if sys.platform == "linux":
             assert int(maps.rows(checkpoint.tensors["w"], size - 10, size).sum()) == 0
 
     def test_release_touches_no_neighbour(tmp_path: Path) -> None:
-        page = mapping._PAGE
+        page = mapped._PAGE
         sizes = {"a": page + 5, "b": 3 * page, "c": 7, "d": page}
         header, at = {}, 0
         for name, size in sizes.items():
@@ -258,7 +258,7 @@ if sys.platform == "linux":
 
 def test_release_over_several_shards(tmp_path: Path) -> None:
     """Ranges that would be neighbours were they in one file are not."""
-    sizes = {"a": 4 * mapping._PAGE, "b": 8 * mapping._PAGE}
+    sizes = {"a": 4 * mapped._PAGE, "b": 8 * mapped._PAGE}
     shards = {f"{name}.safetensors": shard_bytes({name: entry("U8", [n], 0, n)}, bytes(n)) for name, n in sizes.items()}
     index = {"weight_map": {name: f"{name}.safetensors" for name in sizes}}
     checkpoint = open_checkpoint(make(tmp_path / "m", shards, index=index))
@@ -268,7 +268,7 @@ def test_release_over_several_shards(tmp_path: Path) -> None:
             view.fill_(9)
         maps.release(checkpoint.tensors.values())
         if sys.platform == "linux":
-            assert [int((view == 0).sum()) >= len(view) - mapping._PAGE for view in views.values()] == [
+            assert [int((view == 0).sum()) >= len(view) - mapped._PAGE for view in views.values()] == [
                 True,
                 True,
             ]

@@ -331,7 +331,7 @@ def test_every_layout_gives_the_same_bytes(
     found = set()
     for layers, resident in ((1, False), (2, False), (2, True), (3, True), (3, False)):
         layout = Layout(2, layers, resident, 0)
-        monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args, layout=layout: layout)
+        monkeypatch.setattr("streamprune.pruning.memory.layout_of", lambda *args, layout=layout: layout)
         out = tmp_path / f"{layers}-{resident}"
         job(models(layers=2), text, out, str(device), only="down_proj|q_proj", **how)
         found.add(b"".join(p.read_bytes() for p in sorted(out.glob("*.safetensors"))))
@@ -454,7 +454,7 @@ def test_memory_that_runs_out_in_the_middle(
     """The batch halves, the report says so, and what is pruned is right but for TIES: sums come in another order."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: Layout(2, 1, False, 0))
+    monkeypatch.setattr("streamprune.pruning.memory.layout_of", lambda *args: Layout(2, 1, False, 0))
     forward, calls = LlamaMLP.forward, list[int]()
     job(models(layers=2), text, tmp_path / "whole", str(device))
 

@@ -172,7 +172,7 @@ def test_memory_of_a_refit(
     def resolve(device: str) -> torch.device:
         return torch.device("meta") if device == "meta" else resolve_device(device)
 
-    monkeypatch.setattr("streamprune.pruning.setup.resolve_device", resolve)
+    monkeypatch.setattr("streamprune.model.device.resolve_device", resolve)
     seen: list[tuple[Layout, RefitNeeds, int]] = []
 
     def stop(setup: Setup, resolved: Any, shape: tuple[int, int]) -> Layout:
@@ -184,7 +184,7 @@ def test_memory_of_a_refit(
         seen.append((layout, needs, budget.peak(layout.batch)))
         raise ResourceError("seen enough")
 
-    monkeypatch.setattr("streamprune.pruning.prepare.layout_of", stop)
+    monkeypatch.setattr("streamprune.pruning.memory.layout_of", stop)
     both = {"samples": 7, "seqlen": 24, **how, **more}
     if "device" in more:  # so that all but the refit is as without one
         both["propagate"] = "pruned"

@@ -471,7 +471,7 @@ def test_on_a_device(
 ) -> None:
     """Decoded weights travel to a device, in pieces, as stored ones do."""
     layout = Layout(2, 2, True, 0)
-    monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: layout)
+    monkeypatch.setattr("streamprune.pruning.memory.layout_of", lambda *args: layout)
     monkeypatch.setattr("streamprune.model.loader._PIECE_BYTES", 1000)
     given = {**GIVEN, "calib": text, "device": "cuda:0", "backend": "torch"}
     with plugged_in(Card()):

@@ -540,8 +540,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def set_layout(layers: int, resident: bool, nbytes: int) -> None:
         layout = Layout(BATCH, layers, resident, 0, nbytes)
-        monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: layout)
-        for place in ("pruning.run", "pruning.forward"):
+        monkeypatch.setattr("streamprune.pruning.memory.layout_of", lambda *args: layout)
+        for place in ("model.loader", "pruning.forward"):
             monkeypatch.setattr(f"streamprune.{place}.WeightLoader", functools.partial(WeightLoader, copies=True))
 
     return set_layout

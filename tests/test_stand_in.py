@@ -65,7 +65,7 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 
 def use_layout(patch: pytest.MonkeyPatch, layers: int, resident: bool) -> None:
     layout = Layout(2, layers, resident, 0)
-    patch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: layout)
+    patch.setattr("streamprune.pruning.memory.layout_of", lambda *args: layout)
     patch.setattr("streamprune.evaluation.evaluate.layout_for", lambda *args, **more: layout)
 
 

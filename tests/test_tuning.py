@@ -358,8 +358,8 @@ def test_every_layout_gives_the_same(
     how = {"propagate": propagate, "backend": "torch", "tune_epochs": 1}
     run(models(), tmp_path / "plain", text, **how)
     layout = Layout(2, *layers_resident, 0, windows=1)
-    monkeypatch.setattr("streamprune.pruning.prepare.layout_of", lambda *args: layout)
-    for place in ("pruning.run", "pruning.forward"):
+    monkeypatch.setattr("streamprune.pruning.memory.layout_of", lambda *args: layout)
+    for place in ("model.loader", "pruning.forward"):
         monkeypatch.setattr(f"streamprune.{place}.WeightLoader", functools.partial(WeightLoader, copies=True))
     run(models(), tmp_path / "out", text, **how)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")

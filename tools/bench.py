@@ -3,6 +3,7 @@
     python tools/bench.py kernels --large                    selection kernels against memcpy, sort, topk
     python tools/bench.py refits --shape 1024x4096           refits against one product with the Gram
     python tools/bench.py stats --preset 7b --layers 4       prune --stats against cp -r
+    python tools/bench.py startup                            how soon commands begin, against importing torch
     python tools/bench.py calibration --preset 1b            calibration against a bare forward of the same layer
     python tools/bench.py memory                             peak memory against layers, --max-ram, --max-vram
     python tools/bench.py end-to-end --preset 1b --layers 4  the whole prune, and what plan said
@@ -64,6 +65,10 @@ COMMANDS = {
     "stats": Command(
         "bench_jobs", "stats", "add_stats_options", "prune --stats against cp -r and fsync", 5, {"GB/s": "gb_per_s"},
         ("--layers", "4"), ("--preset", "narrow", "--repeat", "2"),
+    ),
+    "startup": Command(
+        "bench_startup", "startup", "add_options", "how soon commands begin, against importing torch and numba", 5,
+        {}, (), ("--repeat", "1"),
     ),
     "calibration": Command(
         "bench_forward", "calibration", "add_calibration_options", "calibration against a bare forward", 3,

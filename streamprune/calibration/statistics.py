@@ -1,4 +1,6 @@
-"""Statistics of each linear's input: gathered during the forward pass, stored in a small safetensors file.
+"""A statistics file: what a calibration has gathered of the inputs of linears (collector.py).
+
+It is a small safetensors file.
 
 Linears with the same input tensor (q, k and v; gate and up) share one set of statistics. In the file, each set has
 three tensors named after the first linear of its group:
@@ -12,98 +14,28 @@ The metadata holds `format`, `version`, `digest` (xxh3_128 of the tensors' bytes
                  made. Each token counts the same, so massive activations do not dominate.
     model        the model that the statistics belong to
     calibration  the tokens that they were gathered on
+    outline      the model's stages and linears (model/outline.py), so that a prune needs not build it; there is an
+                 `outline_digest` of it. Earlier files have none.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 import xxhash
-from torch import Tensor
 
-from streamprune.calibration.statistics_header import FORMAT, VERSION, StatisticsHeader
+from streamprune.calibration.statistics_header import FORMAT, VERSION, StatisticsHeader, outline_digest
 from streamprune.disk.durable import Buffer
 from streamprune.disk.header import TensorRef
 from streamprune.disk.shards import write_shard
-from streamprune.errors import CheckpointError, CorruptStateError, UsageError
+from streamprune.errors import CorruptStateError, UsageError
 from streamprune.methods.stats import InputStats
 
-Accumulate = Callable[[Tensor, Tensor, Tensor], None]
-"""A kernel: adds x (tokens, in) to its second argument (in,) float64, and x² to its third."""
-
-
-class Collector:
-    """Gathers the statistics of one layer. `watch` must be called with each linear's input, in the order of use."""
-
-    def __init__(self, accumulate: Accumulate) -> None:
-        self.groups: dict[str, str] = {}
-        """Linear -> the first one with the same input."""
-        self._accumulate = accumulate
-        self._sums: dict[str, tuple[int, Tensor, Tensor]] = {}
-        self._last: tuple[Tensor, str] | None = None
-        self._relative_updates: Tensor | float = 0.0
-        self._updated_tokens = 0
-
-    def watch(self, name: str, x: Tensor) -> None:
-        """Adds x (…, in), unless it is the same tensor as for the linear before.
-
-        A linear that is called once more with an input of its own has sums of its own from then on.
-        """
-        leader = self.groups.get(name)
-        if self._last is not None and x is self._last[0]:
-            if name not in self._sums:
-                self.groups[name] = self._last[1]
-                return
-        else:
-            self._last = (x, name)
-        self.groups[name] = name
-        if name not in self._sums and leader is not None:
-            tokens, total, squares = self._sums[leader]
-            self._sums[name] = (tokens, total.clone(), squares.clone())
-        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
-        if name not in self._sums:
-            zeros = [torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device) for _ in range(2)]
-            self._sums[name] = (0, zeros[0], zeros[1])
-        tokens, total, squares = self._sums[name]
-        self._accumulate(rows, total, squares)
-        self._sums[name] = (tokens + rows.shape[0], total, squares)
-
-    def end_batch(self) -> None:
-        """Frees the last input."""
-        self._last = None
-
-    def flow(self, before: Tensor, after: Tensor) -> None:
-        """Adds the relative size of the layer's update, from states (batch, seqlen, hidden) before and after it."""
-        out = after.detach().float()
-        norm, change = (torch.linalg.vector_norm(states, dim=-1).double() for states in (out, out - before.to(out)))
-        self._relative_updates += torch.where(norm > 0, change / norm, 0.0).square().sum()
-        self._updated_tokens += norm.numel()
-
-    def tokens(self, name: str) -> int:
-        """How many tokens a linear saw."""
-        return self._sums[self.groups[name]][0]
-
-    @property
-    def update(self) -> tuple[float, float]:
-        """(tokens, sum of relative updates) of the layer; see `updates` in the module's docstring."""
-        return float(self._updated_tokens), float(self._relative_updates)
-
-    def finish(self) -> dict[str, InputStats]:
-        """First linear of a group -> its statistics. Raises CheckpointError when an activation was NaN or infinite."""
-        result = {}
-        for name, (tokens, total, squares) in self._sums.items():
-            bad = (~torch.isfinite(total + squares)).nonzero()
-            if len(bad):
-                raise CheckpointError(
-                    f"the input of {name} is not finite (feature {int(bad[0])}): the model overflows on this text; "
-                    "try --dtype float32"
-                )
-            result[name] = InputStats(tokens, total.cpu(), squares.cpu())
-        return result
+_Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def write_statistics(
@@ -113,18 +45,18 @@ def write_statistics(
     model: Mapping[str, str],
     calibration: Mapping[str, Any],
     updates: Mapping[str, Sequence[float]] | None = None,
+    outline: Mapping[str, Any] | None = None,
 ) -> str:
     """Writes a statistics file atomically and durably; returns its xxh3_128. For the arguments, see the module."""
-    parts: dict[str, Tensor] = {}
+    parts: dict[str, _Array] = {}
     for name, s in stats:
-        parts |= {f"{name}.tokens": torch.tensor(s.tokens), f"{name}.sum": s.sum, f"{name}.sumsq": s.sumsq}
+        parts |= {f"{name}.tokens": np.array(s.tokens, np.int64), f"{name}.sum": s.sum, f"{name}.sumsq": s.sumsq}
     refs = [
-        TensorRef(n, path.name, "I64" if t.dtype == torch.int64 else "F64", tuple(t.shape), 0, t.numel() * 8)
-        for n, t in parts.items()
+        TensorRef(n, path.name, "I64" if t.dtype == np.int64 else "F64", t.shape, 0, t.nbytes) for n, t in parts.items()
     ]
 
     def content(ref: TensorRef) -> Iterator[Buffer]:
-        yield parts[ref.name].contiguous().reshape(-1).view(torch.uint8).numpy().data
+        yield np.ascontiguousarray(parts[ref.name]).reshape(-1).view(np.uint8).data
 
     digest = xxhash.xxh3_128()
     for ref in sorted(refs, key=lambda r: r.name):  # the order in which write_shard writes tensors of one item size
@@ -139,6 +71,9 @@ def write_statistics(
             ("updates", updates or {}),
         )
     }
+    if outline is not None:
+        metadata["outline"] = json.dumps(outline, separators=(",", ":"))
+        metadata["outline_digest"] = outline_digest(metadata)
     return write_shard(path, refs, content, metadata).digest
 
 
@@ -160,13 +95,13 @@ class StatisticsFile(StatisticsHeader):
                 f"{self.path}: {linear} has {in_features} inputs, the statistics {tuple(values['sum'].shape)}"
             )
         sumsq = values["sumsq"]
-        if not bool(torch.isfinite(sumsq).all()) or bool((sumsq < 0).any()) or int(values["tokens"]) < 0:
+        if not np.isfinite(sumsq).all() or (sumsq < 0).any() or int(values["tokens"]) < 0:
             raise CorruptStateError(
                 f"{self.path}: the statistics of {linear} are damaged; make them again with `calibrate`"
             )
         return InputStats(int(values["tokens"]), values["sum"], values["sumsq"])
 
-    def _read(self, ref: TensorRef) -> Tensor:
+    def _read(self, ref: TensorRef) -> _Array:
         wanted = ("I64", ()) if ref.name.endswith(".tokens") else ("F64", ref.shape[:1])
         if (ref.dtype, ref.shape) != wanted:
             raise CorruptStateError(
@@ -177,12 +112,13 @@ class StatisticsFile(StatisticsHeader):
             data = bytearray(f.read(ref.nbytes))
         if len(data) != ref.nbytes:
             raise CorruptStateError(f"{self.path} is truncated; make it again with `calibrate`")
-        return torch.frombuffer(data, dtype={"I64": torch.int64, "F64": torch.float64}[ref.dtype]).view(ref.shape)
+        return np.frombuffer(data, np.int64 if ref.dtype == "I64" else np.float64).reshape(ref.shape)
 
 
 def merge_statistics(
-    path: Path, parts: Iterable[Path], model: Mapping[str, str], calibration: Mapping[str, Any]
-) -> str:
+    path: Path, parts: Iterable[Path], model: Mapping[str, str], calibration: Mapping[str, Any],
+    outline: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
     """Merges the layers' files into one; returns its xxh3_128. Raises as StatisticsFile does."""
     groups: dict[str, str] = {}
     updates: dict[str, Sequence[float]] = {}
@@ -194,4 +130,4 @@ def merge_statistics(
         for linear, leader in file.groups.items():  # not by linear: pooled experts have a leader that is none
             if leader not in stats:
                 stats[leader] = file.load(linear, file.refs[f"{leader}.sum"].shape[0])
-    return write_statistics(path, stats.items(), groups, model, calibration, updates)
+    return write_statistics(path, stats.items(), groups, model, calibration, updates, outline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,31 @@ class StatisticsHeader:
                 raise ValueError("not objects")
         except (KeyError, ValueError) as e:
             raise CorruptStateError(f"{path}: its metadata is damaged ({e}); make it again with `calibrate`") from e
+
+    def outline(self) -> Any:
+        """The outline of the model, JSON values that are not checked yet; None in files that have none.
+
+        Raises CorruptStateError when it is not what was written.
+        """
+        if "outline" not in self.metadata:
+            return None
+        try:
+            if outline_digest(self.metadata) != self.metadata.get("outline_digest"):
+                raise ValueError("it is not what was written")
+            return json.loads(self.metadata["outline"])
+        except (ValueError, RecursionError) as e:
+            raise self.damaged_outline(e) from e
+
+    def damaged_outline(self, why: object) -> CorruptStateError:
+        """The error for an outline that does not describe the model."""
+        return CorruptStateError(
+            f"{self.path}: its outline of the model is damaged ({why}); make it again with `calibrate`"
+        )
+
+
+def outline_digest(metadata: Mapping[str, str]) -> str:
+    """xxh3_128 of the outline and of the model that it belongs to, both as they are in the metadata."""
+    return xxhash.xxh3_128_hexdigest((metadata["model"] + metadata["outline"]).encode())
 
 
 def _data_digest(path: Path) -> str:

@@ -11,24 +11,29 @@ import os
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from streamprune.disk.durable import disk_errors
+
+if TYPE_CHECKING:
+    import torch
 
 _PAGE = mmap.PAGESIZE
 
 
 class ScratchMatrix:
-    """A matrix (rows, columns) of zeros; `tensor` is a view of its file, which is in `folder`.
+    """A matrix (rows, columns) of zeros, by default float32; `tensor` is a view of its file, which is in `folder`.
 
     Pages that were accessed count as resident until `forget`. Raises ResourceError if the disk is full.
     """
 
-    def __init__(self, folder: Path, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, folder: Path, rows: int, columns: int, dtype: torch.dtype | None = None) -> None:
+        import torch
+
+        dtype = dtype or torch.float32
         self._stride = columns * dtype.itemsize
         nbytes = max(rows * self._stride, 1)
         with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:

@@ -16,7 +16,7 @@ from streamprune.model.activations import Activations
 from streamprune.model.budget import Layout
 from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import check_weights, embed_pass, layer_pass, retry_smaller
-from streamprune.model.skeleton import Stage
+from streamprune.model.stages import Stage
 from streamprune.model.streamed import StreamedModel
 from streamprune.process.memory import give_back_free_memory
 

@@ -27,19 +27,17 @@ from streamprune.disk.quantised import computable
 from streamprune.disk.scratch import ScratchTokens
 from streamprune.errors import ResourceError, UsageError
 from streamprune.model.budget import (
-    CONTEXT,
     RESERVE,
     Budget,
     Layout,
     choose_batch,
     device_layout,
     estimate,
-    free_on,
     group_of,
-    limit_memory,
     memory_of,
 )
-from streamprune.model.device import cache_dtype
+from streamprune.model.device import cache_dtype, free_on, limit_memory
+from streamprune.model.extra_memory import CONTEXT
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.streamed import StreamedModel
 from streamprune.process.memory import format_bytes

@@ -9,8 +9,11 @@ if TYPE_CHECKING:
 
 
 EWMA_ALPHA = 1 / 128
-"""Weight of a new block of 32 scores in EWMA's estimates; 0 is exact selection. See CONTRIBUTING.md for what was
+"""Weight of a new block of scores in EWMA's estimates; 0 is exact selection. See CONTRIBUTING.md for what was
 tried."""
+
+EWMA_BLOCK = 32
+"""Scores in a block of EWMA."""
 
 LARGEST_BLOCK = 4.0
 """A block's mean is capped at this many times the median block mean of its row in EWMA's estimates."""

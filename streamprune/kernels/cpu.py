@@ -21,36 +21,22 @@ Of equal scores, the lowest column is pruned first.
 
 bf16, fp16 and fp32 weights are read as raw bits without a copy, and a row is processed in buffers that fit the cache,
 so that a linear is never converted to float32 as a whole. Rows are distributed over torch.get_num_threads() threads of
-our own (the loops release the GIL); the result does not depend on their number. Inputs are never changed, except by
-`accumulate`, and by a pruning function whose `out` is its `weight`. torch_ops.py has the same functions for any device.
+our own (cpu_arrays.py; the loops release the GIL); the result does not depend on their number. Inputs are never
+changed, except by `accumulate`, and by a pruning function whose `out` is its `weight`. torch_ops.py has the same
+functions for any device.
 """
 
 from __future__ import annotations
-
-import math
-import os
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from streamprune.kernels import EWMA_ALPHA, Selection, cpu_eliminate, cpu_groups, cpu_rows, cpu_stats
+from streamprune.kernels import EWMA_ALPHA, EWMA_BLOCK, Selection, cpu_arrays, cpu_eliminate, cpu_stats
 from streamprune.kernels.lanes import COUNT
 
-_Array = np.ndarray[Any, np.dtype[Any]]
-_FORMS = {  # (mask of all bits but the sign; shift and factor that convert magnitude bits to float32; bits of infinity)
-    torch.bfloat16: (np.int32(0x7FFF), np.int32(16), np.float32(1), np.int32(0x7F80)),
-    torch.float16: (np.int32(0x7FFF), np.int32(13), np.float32(2.0**112), np.int32(0x7C00)),
-    torch.float32: (np.int32(0x7FFFFFFF), np.int32(0), np.float32(1), np.int32(0x7F800000)),
-}
-_PART = 1 << 18  # least number of weights per unit of work, so that the cost of a call does not matter
+NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _STRETCH = 2048  # columns per unit of work of `accumulate`, fewer if there are not as many for each thread
-_CHUNK = 2048  # approximate number of weights that are transposed together to compare their groups
 
 
 def prune_ewma(
@@ -59,7 +45,7 @@ def prune_ewma(
     power: int,
     count: int,
     *,
-    block: int = 32,
+    block: int = EWMA_BLOCK,
     alpha: float = EWMA_ALPHA,
     out: Tensor | None = None,
     want_keep: bool = False,
@@ -104,20 +90,8 @@ def prune_n_of_m(
     """
     if not 1 <= n < m or weight.shape[-1] % m:
         raise ValueError(f"{n}:{m} does not divide rows of {weight.shape[-1]} weights")
-    job = _Job(weight, feature, power, out, want_keep)
-    halves = 2 if weight.element_size() == 2 and m % 2 == 0 else 1
-    chunks = max(1, weight.shape[1] // _CHUNK)
-    groups = max(1, -(-weight.shape[1] // (chunks * m * 2 * COUNT))) * 2 * COUNT
-    turned = np.ascontiguousarray(job.padded(m * groups).reshape(-1, groups, m).transpose(0, 2, 1)).reshape(-1)
-
-    def part(begin: int, end: int) -> None:
-        rows = slice(begin, end)
-        cpu_groups.prune_groups(
-            job.weight[rows], turned, power, job.form, m - n, m, halves, groups, job.out[rows], job.keep[rows],
-            job.loss[rows],
-        )  # fmt: skip
-
-    return job.run(part)
+    rows, result, keep = _rows(weight, feature, power, out, want_keep)
+    return Selection(result, keep, *rows.n_of_m(n, m))
 
 
 def accumulate(x: Tensor, sum: Tensor, sumsq: Tensor) -> None:
@@ -126,18 +100,20 @@ def accumulate(x: Tensor, sum: Tensor, sumsq: Tensor) -> None:
     x (tokens, in_features) bf16, fp16 or fp32; sum, sumsq (in_features,) float64, contiguous. Runs of 256 tokens are
     summed in float32. The result does not depend on the number of threads. Raises ValueError for anything else.
     """
-    if x.ndim != 2 or x.dtype not in _FORMS:
+    if x.ndim != 2 or x.dtype not in NAMES:
         raise ValueError(f"x must be (tokens, in_features) bf16, fp16 or fp32, not {x.dtype} {[*x.shape]}")
     for total in (sum, sumsq):
         if total.dtype != torch.float64 or total.shape != x.shape[1:] or not total.is_contiguous():
             raise ValueError(f"sum and sumsq must be contiguous float64 of shape ({x.shape[1]},)")
-    bits, sums, squares, width = _bits(x).reshape(-1), sum.numpy(), sumsq.numpy(), x.shape[1]
+    bits, sums, squares, width = bits_of(x).reshape(-1), sum.numpy(), sumsq.numpy(), x.shape[1]
+
+    form, threads = cpu_arrays.FORMS[NAMES[x.dtype]], torch.get_num_threads()
 
     def part(begin: int, end: int) -> None:
-        cpu_stats.accumulate_columns(bits, width, begin, end, _FORMS[x.dtype], sums, squares)
+        cpu_stats.accumulate_columns(bits, width, begin, end, form, sums, squares)
 
-    step = max(_PART // max(1, x.shape[0]), min(_STRETCH, -(-width // torch.get_num_threads())))
-    _share(width, -(-step // 64) * 64, part, multiple=64)
+    step = max(cpu_arrays.PART // max(1, x.shape[0]), min(_STRETCH, -(-width // threads)))
+    cpu_arrays.share(width, -(-step // 64) * 64, part, threads, multiple=64)
 
 
 def eliminate(
@@ -156,23 +132,15 @@ def eliminate(
         rows, kept, found = (array[begin:end] for array in arrays)
         cpu_eliminate.eliminate_rows(rows, block, factors, m, n, kept, found)
 
-    _share(len(weight), max(1, (_PART >> 3) // max(1, weight.shape[1])), part)
+    step = max(1, (cpu_arrays.PART >> 3) // max(1, weight.shape[1]))
+    cpu_arrays.share(len(weight), step, part, torch.get_num_threads())
 
 
 def first_nonfinite(weight: Tensor) -> int | None:
     """Flat index of the first NaN or Inf of a bf16, fp16 or fp32 tensor of any shape, or None."""
-    if weight.dtype not in _FORMS:
+    if weight.dtype not in NAMES:
         raise ValueError(f"expected bf16, fp16 or fp32, not {weight.dtype}")
-    bits = _bits(weight).reshape(-1)
-    found: list[int] = []
-
-    def part(begin: int, end: int) -> None:
-        index = cpu_stats.first_nonfinite(bits[begin:end], _FORMS[weight.dtype])
-        if index >= 0:
-            found.append(begin + int(index))
-
-    _share(bits.size, _PART, part)
-    return min(found, default=None)
+    return cpu_arrays.first_nonfinite(bits_of(weight).reshape(-1), NAMES[weight.dtype], torch.get_num_threads())
 
 
 def _prune_rows(
@@ -187,105 +155,35 @@ def _prune_rows(
 ) -> Selection:
     if not 0 <= count <= weight.shape[-1]:
         raise ValueError(f"cannot prune {count} of {weight.shape[-1]} weights in a row")
-    job = _Job(weight, feature, power, out, want_keep)
-    block = min(block, weight.shape[-1])
-    padded, root = job.padded(COUNT), int(block > 0 and power == 2)
-    if root:
-        padded, power = np.sqrt(padded), 1
-
-    def part(begin: int, end: int) -> None:
-        rows = slice(begin, end)
-        cpu_rows.prune_rows(
-            job.weight[rows], padded, power, root, job.form, count, block, float(alpha), job.out[rows], job.keep[rows],
-            job.loss[rows],
-        )  # fmt: skip
-
-    return job.run(part)
+    rows, result, keep = _rows(weight, feature, power, out, want_keep)
+    return Selection(result, keep, *rows.ewma(count, block, alpha))
 
 
-class _Job:
-    """The checked arguments of one call, as numpy views of the tensors' memory."""
-
-    def __init__(self, weight: Tensor, feature: Tensor, power: int, out: Tensor | None, want_keep: bool) -> None:
-        if weight.ndim != 2 or weight.dtype not in _FORMS:
-            raise ValueError(f"weight must be 2-D bf16, fp16 or fp32, not {weight.dtype} {[*weight.shape]}")
-        if feature.dtype != torch.float32 or feature.shape != weight.shape[1:]:
-            raise ValueError(f"feature must be float32 of shape ({weight.shape[1]},)")
-        if power not in (1, 2):
-            raise ValueError(f"power must be 1 or 2, not {power}")
-        if out is None:
-            out = torch.empty(weight.shape, dtype=weight.dtype)
-        fits = out.dtype == weight.dtype and out.shape == weight.shape
-        if not fits or not out.is_contiguous() or out.data_ptr() % out.element_size():
-            raise ValueError("out must be contiguous and aligned, with the shape and dtype of weight")
-        self.result = out
-        self.kept = torch.empty(weight.shape, dtype=torch.bool) if want_keep else None
-        self.form = _FORMS[weight.dtype]
-        self.weight, self.out = _bits(weight), _bits(out)
-        self.feature = (
-            (feature.detach() + 0.0).contiguous().numpy()
-        )  # + 0.0, as the bits of -0.0 would sort before those of +0.0
-        rows = weight.shape[0]
-        self.keep = np.empty((rows, 0), np.bool_) if self.kept is None else self.kept.numpy()
-        self.loss = np.ones((rows, 3), np.float64)  # removed, total, is the row finite
-
-    def padded(self, multiple: int) -> _Array:
-        """The feature, padded with zeros to a multiple of `multiple`."""
-        return np.pad(self.feature, (0, -self.feature.size % multiple))
-
-    def run(self, part: Callable[[int, int], None]) -> Selection:
-        rows, width = self.weight.shape
-        if width:
-            _share(rows, max(1, _PART // width), part)
-            removed, total = (math.fsum(self.loss[:, i]) for i in range(2))
-            return Selection(self.result, self.kept, removed, total, bool(self.loss[:, 2].all()))
-        return Selection(self.result, self.kept, 0.0, 0.0, True)
+def _rows(
+    weight: Tensor, feature: Tensor, power: int, out: Tensor | None, want_keep: bool
+) -> tuple[cpu_arrays.Rows, Tensor, Tensor | None]:
+    """The checked arguments of one call as arrays of the tensors' memory, the tensor to prune to, and the mask's."""
+    if weight.ndim != 2 or weight.dtype not in NAMES:
+        raise ValueError(f"weight must be 2-D bf16, fp16 or fp32, not {weight.dtype} {[*weight.shape]}")
+    if feature.dtype != torch.float32 or feature.shape != weight.shape[1:]:
+        raise ValueError(f"feature must be float32 of shape ({weight.shape[1]},)")
+    if power not in (1, 2):
+        raise ValueError(f"power must be 1 or 2, not {power}")
+    if out is None:
+        out = torch.empty(weight.shape, dtype=weight.dtype)
+    fits = out.dtype == weight.dtype and out.shape == weight.shape
+    if not fits or not out.is_contiguous() or out.data_ptr() % out.element_size():
+        raise ValueError("out must be contiguous and aligned, with the shape and dtype of weight")
+    keep = torch.empty(weight.shape, dtype=torch.bool) if want_keep else None
+    rows = cpu_arrays.Rows(
+        bits_of(weight), NAMES[weight.dtype], feature.detach().contiguous().numpy(), power, bits_of(out),
+        torch.get_num_threads(), *([] if keep is None else [keep.numpy()]),
+    )  # fmt: skip
+    return rows, out, keep
 
 
-def _bits(tensor: Tensor) -> _Array:
+def bits_of(tensor: Tensor) -> cpu_arrays.Array:
     """The tensor's memory as uint16 or uint32; a copy only if it is not contiguous, or not aligned."""
     tensor = tensor.detach().contiguous()
     kind, unsigned = (torch.int16, np.uint16) if tensor.element_size() == 2 else (torch.int32, np.uint32)
     return np.require(tensor.view(kind).numpy().view(unsigned), requirements="A")
-
-
-def _share(size: int, step: int, part: Callable[[int, int], None], multiple: int = 1) -> None:
-    """Calls part(begin, end) for ranges that cover 0..size, on as many threads as torch uses.
-
-    There are about four ranges per thread, to balance the load. All but the last are at least `step` long, and
-    multiples of `multiple`.
-    """
-    threads = torch.get_num_threads()
-    step = max(step, -(-size // (4 * threads) // multiple) * multiple)
-    stretches = deque((begin, min(begin + step, size)) for begin in range(0, size, step))
-
-    def work() -> None:
-        while stretches:
-            try:
-                stretch = stretches.popleft()
-            except IndexError:
-                return
-            part(*stretch)
-
-    helpers = min(threads, len(stretches)) - 1
-    if helpers < 1:
-        work()
-        return
-    pool = _pool(os.getpid(), helpers)
-    others = [pool.submit(work) for _ in range(helpers)]
-    try:
-        work()
-    finally:
-        for other in others:
-            if not other.cancel():  # it may still be queued behind another call's work
-                other.result()
-
-
-@lru_cache(maxsize=1)
-def _pool(process: int, helpers: int) -> ThreadPoolExecutor:
-    """A pool of threads that is kept, because starting threads takes 0.1 ms, or 1 ms on a busy machine.
-
-    `process` is part of the cache key because threads do not survive a fork. A request for another number of threads
-    replaces the pool.
-    """
-    return ThreadPoolExecutor(helpers, thread_name_prefix="streamprune-kernel")

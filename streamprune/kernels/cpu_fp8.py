@@ -21,7 +21,7 @@ import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
-from streamprune.kernels import cpu, lanes
+from streamprune.kernels import cpu, cpu_arrays, lanes
 from streamprune.kernels.cpu_rows import copy
 from streamprune.kernels.jit import jit
 from streamprune.kernels.lanes import COUNT, as_float, as_int, fill, largest, load, select, store
@@ -51,7 +51,7 @@ def quantise_rows(
     rows, width = weight.shape
     codes, scale = torch.empty((rows, width), dtype=torch.uint8), torch.ones((rows, 1), dtype=torch.float32)
     sums = torch.zeros((rows, 2), dtype=torch.float64)
-    bits, form, codes_out = cpu._bits(weight), cpu._FORMS[weight.dtype], codes.numpy()
+    bits, form, codes_out = cpu.bits_of(weight), cpu_arrays.FORMS[cpu.NAMES[weight.dtype]], codes.numpy()
     padded = np.pad(power.detach().contiguous().numpy(), (0, -width % COUNT))
     tried, scales, sums_out = np.array(factors, np.float32), scale.numpy()[:, 0], sums.numpy()
 
@@ -62,7 +62,7 @@ def quantise_rows(
         )  # fmt: skip
 
     if width:
-        cpu._share(rows, max(1, cpu._PART // width), part)
+        cpu_arrays.share(rows, max(1, cpu_arrays.PART // width), part, torch.get_num_threads())
     return codes.view(torch.float8_e4m3fn), scale, sums
 
 
@@ -74,14 +74,14 @@ def dequantise_rows(codes: Tensor, scale: Tensor, out: Tensor) -> None:
     bits, factor, out_bits = (
         codes.contiguous().view(torch.uint8).numpy(),
         scale.contiguous().numpy()[:, 0],
-        cpu._bits(out),
+        cpu.bits_of(out),
     )
 
     def part(begin: int, end: int) -> None:
         _dequantise(bits[begin:end], factor[begin:end], out_bits[begin:end])
 
     if codes.numel():
-        cpu._share(codes.shape[0], max(1, cpu._PART // codes.shape[1]), part)
+        cpu_arrays.share(codes.shape[0], max(1, cpu_arrays.PART // codes.shape[1]), part, torch.get_num_threads())
 
 
 def descend_block(
@@ -101,7 +101,8 @@ def descend_block(
     def part(begin: int, end: int) -> None:
         _descend(values, errors, slopes, kept, matrix, inverses, scales, begin, end)
 
-    cpu._share(value.shape[1], max(COUNT, cpu._PART // max(1, len(value)) // COUNT * COUNT), part, multiple=COUNT)
+    step = max(COUNT, cpu_arrays.PART // max(1, len(value)) // COUNT * COUNT)
+    cpu_arrays.share(value.shape[1], step, part, torch.get_num_threads(), multiple=COUNT)
 
 
 def folds(width: int) -> int:

@@ -1,6 +1,6 @@
 """Scores: the estimated cost of removing a weight, L_ij = |w_ij|**power * feature_j.
 
-A score is represented by the pair (feature, power): feature (in_features,) float32 on the CPU, power 1 or 2. The
+A score is represented by the pair (feature, power): feature (in_features,) float32 of numpy, power 1 or 2. The
 kernels combine it with the weights on the fly. Scaling all scores by a constant does not change a mask, so features
 are computed in float64 and divided by their largest value before the cast to float32: activations of any scale neither
 overflow nor underflow. With a_j = E[x_j²] over the calibration tokens and share_j = a_j / Σ_k a_k:
@@ -20,38 +20,39 @@ expert to which no token was routed), all features count the same, and every sco
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from streamprune.errors import UnsupportedError
-from streamprune.methods.stats import InputStats
+from streamprune.methods.stats import InputStats, Sums
 
+Feature = np.ndarray[Any, np.dtype[np.float32]]
 _SMALLEST_REST = 2.0**-20
 
 
-def lscore(stats: InputStats) -> tuple[Tensor, int]:
+def lscore(stats: InputStats) -> tuple[Feature, int]:
     """L = w² a_j / (1 − a_j / Σ_k a_k)."""
     a = _power(stats)
     return _feature(a / _rest(a)), 2
 
 
-def lscore_isotropic(stats: InputStats) -> tuple[Tensor, int]:
+def lscore_isotropic(stats: InputStats) -> tuple[Feature, int]:
     """L = w² / (1 − a_j / Σ_k a_k), SwiftPrune as published."""
     return _feature(1.0 / _rest(_power(stats))), 2
 
 
-def wanda(stats: InputStats) -> tuple[Tensor, int]:
+def wanda(stats: InputStats) -> tuple[Feature, int]:
     """L = |w| √a_j."""
-    return _feature(_power(stats).sqrt()), 1
+    return _feature(np.sqrt(_power(stats))), 1
 
 
-def magnitude(stats: InputStats) -> tuple[Tensor, int]:
+def magnitude(stats: InputStats) -> tuple[Feature, int]:
     """L = |w|; uses only stats.in_features, so InputStats.zeros(in_features) is enough."""
-    return torch.ones(stats.in_features), 1
+    return np.ones(stats.in_features, np.float32), 1
 
 
-SCORES: dict[str, Callable[[InputStats], tuple[Tensor, int]]] = {
+SCORES: dict[str, Callable[[InputStats], tuple[Feature, int]]] = {
     "lscore": lscore,
     "lscore-isotropic": lscore_isotropic,
     "wanda": wanda,
@@ -60,11 +61,11 @@ SCORES: dict[str, Callable[[InputStats], tuple[Tensor, int]]] = {
 WITHOUT_STATISTICS = frozenset({"magnitude"})
 
 
-def _power(stats: InputStats) -> Tensor:
+def _power(stats: InputStats) -> Sums:
     """a_j, (in_features,) float64; raises UnsupportedError where activations were NaN or Inf."""
     a = stats.mean_square
-    if not bool(torch.isfinite(a).all()):
-        bad = int((~torch.isfinite(a)).to(torch.uint8).argmax())
+    if not np.isfinite(a).all():
+        bad = int(np.isfinite(a).argmin())
         raise UnsupportedError(
             f"activations are not finite: input feature {bad} was NaN or Inf during calibration, as happens when a "
             f"float16 model overflows; calibrate with --dtype float32"
@@ -72,18 +73,21 @@ def _power(stats: InputStats) -> Tensor:
     return a
 
 
-def _rest(a: Tensor) -> Tensor:
+def _rest(a: Sums) -> Sums:
     """1 − a_j / Σ_k a_k in float64, at least 2⁻²⁰; all 1 if all a_j are 0."""
-    largest = a.max() if a.numel() else a.sum()
-    if not bool(largest > 0):
-        return torch.ones_like(a)
+    largest = a.max(initial=0.0)
+    if not largest > 0:
+        return np.ones_like(a)
     scaled = a / largest  # so that the sum cannot overflow
-    return (1.0 - scaled / scaled.sum()).clamp_min(_SMALLEST_REST)
+    rest: Sums = np.maximum(1.0 - scaled / scaled.sum(), _SMALLEST_REST)
+    return rest
 
 
-def _feature(values: Tensor) -> Tensor:
+def _feature(values: Sums) -> Feature:
     """The values divided by the largest one, as float32; all 1 if all are zero."""
-    largest = values.max() if values.numel() else values.sum()
-    if not bool(largest > 0):
-        return torch.ones(values.shape, dtype=torch.float32)
-    return (values / largest).to(torch.float32)
+    largest = values.max(initial=0.0)
+    if not largest > 0:
+        return np.ones(values.shape, np.float32)
+    with np.errstate(under="ignore"):
+        feature: Feature = (values / largest).astype(np.float32)
+    return feature

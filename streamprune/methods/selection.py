@@ -17,11 +17,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from streamprune.errors import UsageError
-from streamprune.kernels import Selection
+from streamprune.kernels import EWMA_ALPHA, EWMA_BLOCK, Selection
 from streamprune.methods.recipes import SELECTORS
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streamprune.kernels.cpu_arrays import Outcome, Rows
 
 LARGEST_GROUP = 32
 
@@ -149,6 +151,14 @@ def select(
     prune = getattr(kernels, f"prune_{selector}")
     pruned = prune(weight, feature, power, count, out=out, want_keep=want_keep)
     return pruned
+
+
+def select_bits(rows: Rows, amount: Amount, selector: str) -> Outcome:
+    """As `select` with Numba, for rows of weights as arrays of numpy (kernels/cpu_arrays.py)."""
+    if amount.pattern is not None:
+        return rows.n_of_m(*amount.pattern)
+    count = prune_count(amount.sparsity or 0.0, rows.weight.shape[1])
+    return rows.ewma(count, EWMA_BLOCK if selector == "ewma" else 0, EWMA_ALPHA if selector == "ewma" else 0.0)
 
 
 def _kernels(backend: str) -> ModuleType:

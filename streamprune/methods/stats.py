@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+
+Sums = np.ndarray[Any, np.dtype[np.float64]]
+"""(in_features,) float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -13,29 +16,28 @@ class InputStats:
     """Sums over `tokens` calibration tokens of one linear's input x.
 
     tokens  number of tokens seen
-    sum     (in_features,) float64 on the CPU: sum of x_j; no score reads it, but statistics files of version 1 hold it
-    sumsq   (in_features,) float64 on the CPU: sum of x_j²
+    sum     (in_features,) float64: sum of x_j; no score reads it, but statistics files of version 1 hold it
+    sumsq   (in_features,) float64: sum of x_j²
 
-    Linears that read the same input (q, k and v; gate and up) share one object. Raises ValueError for any other shape
-    or dtype.
+    Arrays of numpy, so that pruning from a file needs no torch. Linears that read the same input (q, k and v; gate and
+    up) share one object. Raises ValueError for any other shape or dtype.
     """
 
     tokens: int
-    sum: Tensor
-    sumsq: Tensor
+    sum: Sums
+    sumsq: Sums
 
     def __post_init__(self) -> None:
         for name, values in (("sum", self.sum), ("sumsq", self.sumsq)):
-            if values.dtype != torch.float64 or values.ndim != 1 or values.device.type != "cpu":
-                raise ValueError(f"{name} must be a 1-D float64 tensor on the CPU")
+            if not isinstance(values, np.ndarray) or values.dtype != np.float64 or values.ndim != 1:
+                raise ValueError(f"{name} must be a 1-D float64 array")
         if self.sum.shape != self.sumsq.shape or self.tokens < 0:
             raise ValueError("sum and sumsq must have one length, and tokens must not be negative")
 
     @classmethod
     def zeros(cls, in_features: int) -> InputStats:
         """No tokens seen yet."""
-        nothing = torch.zeros(in_features, dtype=torch.float64)
-        return cls(0, nothing, nothing.clone())
+        return cls(0, np.zeros(in_features), np.zeros(in_features))
 
     def __add__(self, other: InputStats) -> InputStats:
         """Statistics of both sets of tokens together."""
@@ -45,9 +47,10 @@ class InputStats:
 
     @property
     def in_features(self) -> int:
-        return self.sum.numel()
+        return self.sum.size
 
     @property
-    def mean_square(self) -> Tensor:
+    def mean_square(self) -> Sums:
         """a_j = E[x_j²], (in_features,) float64, not negative; zero where no token was seen."""
-        return self.sumsq / max(self.tokens, 1)
+        found: Sums = self.sumsq / max(self.tokens, 1)
+        return found

@@ -18,15 +18,17 @@ working    for a refit: its arrays, once the forward pass is over; for tuning: a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from streamprune.errors import ResourceError, UsageError
-from streamprune.model.device import cache_dtype
-from streamprune.model.extra_memory import RefitNeeds, TuneNeeds, extra_choices
+from streamprune.model.extra_memory import CONTEXT, RefitNeeds, TuneNeeds, extra_choices
 from streamprune.model.shapes import routed_share, uncached_experts
-from streamprune.model.skeleton import Skeleton
 from streamprune.process.memory import available_bytes, format_bytes, resident_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from streamprune.model.skeleton import Skeleton
 
 BATCH_TOKENS = 2048
 """Tokens in a batch when memory allows; more do not make matrix products any faster."""
@@ -48,9 +50,6 @@ DEVICE_BATCH_TOKENS = 8192
 
 DRIVER_RAM = 1 << 30
 """RAM that a device's driver, its libraries and pinned buffers take in this process."""
-
-CONTEXT = 512 << 20
-"""Device memory of the driver's context and the matrix library's workspace."""
 
 KERNELS = 384 << 20
 """Device memory for temporaries of the selection kernels (kernels/torch_ops.py)."""
@@ -204,6 +203,8 @@ def device_layout(
     Given up in this order: pruning a layer during the next one's pass, resident hidden states, prefetching layers,
     batch size. Raises ResourceError with the smallest sufficient value.
     """
+    from streamprune.model.device import free_on
+
     least = extra + memory_of(skeleton, seqlen, samples, dtype, 1, False, min(samples, 1), head=head)
     whose = "--max-vram"
     if limit is None:
@@ -240,12 +241,14 @@ def layout_for(
     Raises ResourceError when `max_ram`, `max_vram` or the free memory is not enough, UsageError for `max_vram` on the
     CPU.
     """
+    from streamprune.model.device import limit_memory
+
     on_device = device.type != "cpu"
-    if max_vram is not None and not on_device:
-        raise UsageError("--max-vram is for a GPU, and this job runs on the CPU; leave it out, or see --device")
-    budget = estimate(skeleton, seqlen, dtype, on_device=on_device)
     if not samples and not on_device:
-        budget = Budget(budget.base, budget.reserve, 0, 0)  # weights are streamed in chunks
+        return streaming_layout(max_ram, max_vram)
+    if not on_device:
+        _refuse_vram(max_vram)
+    budget = estimate(skeleton, seqlen, dtype, on_device=on_device)
     if not on_device:
         room = _room(budget, refit, max_ram, tune)
         budget = budget.refitting(refit, room).tuning(tune, 1)
@@ -269,6 +272,23 @@ def layout_for(
         else:
             return replace(found, room=room, windows=windows)
     raise AssertionError("the loop returns or raises")
+
+
+def streaming_layout(max_ram: int | None, max_vram: int | None) -> Layout:
+    """The layout of a job on the CPU that only reads, prunes and writes weights, in chunks. Raises as layout_for."""
+    _refuse_vram(max_vram)
+    choose_batch(Budget(resident_bytes(), RESERVE, 0, 0), 1, 1, max_ram)
+    return Layout(1, 1, False, 0)
+
+
+def streaming_bytes() -> int:
+    """Estimated peak resident bytes of such a job."""
+    return resident_bytes() + RESERVE
+
+
+def _refuse_vram(max_vram: int | None) -> None:
+    if max_vram is not None:
+        raise UsageError("--max-vram is for a GPU, and this job runs on the CPU; leave it out, or see --device")
 
 
 def _limit(max_ram: int | None) -> int | None:
@@ -304,6 +324,8 @@ def memory_of(
     *, head: bool = False,
 ) -> int:  # fmt: skip
     """Estimated peak device bytes of a layout, see Layout. Resident states count twice: a layer's input and output."""
+    from streamprune.model.device import cache_dtype
+
     weights = max((layers * s.resident for s in skeleton.layer_stages), default=0)
     if head:  # its weight may be tied to the embedding's
         weights = max(
@@ -313,20 +335,3 @@ def memory_of(
     states = 2 * samples * state if resident else 0
     in_flight = 4 * batch * state
     return CONTEXT + KERNELS + weights + states + in_flight + batch * seqlen * token_bytes(skeleton, seqlen, dtype)
-
-
-def free_on(device: torch.device) -> int | None:
-    """Bytes that this process may use on a device: nine tenths of the free memory, and its context; None if unknown."""
-    if device.type != "cuda":
-        return None
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, but held by torch
-    return int(0.9 * (torch.cuda.mem_get_info(device)[0] + cached)) + CONTEXT
-
-
-def limit_memory(limit: int | None, device: torch.device) -> None:
-    """Limits torch's allocator to `limit` bytes of a device, including its context; None removes the limit."""
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index  # torch needs a number here
-        total = torch.cuda.mem_get_info(index)[1]
-        share = 1.0 if limit is None else min(1.0, max(0.0, (limit - CONTEXT) / total))
-        torch.cuda.set_per_process_memory_fraction(share, index)

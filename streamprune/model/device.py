@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from streamprune.errors import UsageError
-
-
-def native_bf16() -> bool:
-    """Whether the processor multiplies bf16 matrices in hardware (AMX, AVX512-BF16, Arm BF16)."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return False
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
-    flags = set(found.group(1).split()) if found else set()
-    return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
+from streamprune.model.arithmetic import compute_name
+from streamprune.model.extra_memory import CONTEXT
 
 
 def compute_dtype(requested: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: the requested one or, with "auto", the stored one if it is fast here, else float32.
-
-    Raises UsageError for an unknown name.
-    """
-    if requested not in ("auto", "float32", "bfloat16", "float16"):
-        raise UsageError(f"--dtype {requested}: choose auto, float32, bfloat16 or float16")
-    if requested != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[requested]
-    if device.type != "cpu":
-        return stored
-    return torch.bfloat16 if stored == torch.bfloat16 and native_bf16() else torch.float32
+    """The dtype to compute in; see and raises as compute_name."""
+    name = compute_name(requested, str(stored).removeprefix("torch."), device.type == "cpu")
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def cache_dtype(stored: torch.dtype, compute: torch.dtype) -> torch.dtype:
@@ -85,3 +68,20 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         restore()
+
+
+def free_on(device: torch.device) -> int | None:
+    """Bytes that this process may use on a device: nine tenths of the free memory, and its context; None if unknown."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, but held by torch
+    return int(0.9 * (torch.cuda.mem_get_info(device)[0] + cached)) + CONTEXT
+
+
+def limit_memory(limit: int | None, device: torch.device) -> None:
+    """Limits torch's allocator to `limit` bytes of a device, including its context; None removes the limit."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index  # torch needs a number here
+        total = torch.cuda.mem_get_info(index)[1]
+        share = 1.0 if limit is None else min(1.0, max(0.0, (limit - CONTEXT) / total))
+        torch.cuda.set_per_process_memory_fraction(share, index)

@@ -19,7 +19,8 @@ from streamprune.errors import UnsupportedError
 from streamprune.model.binding import replaced_tensors
 from streamprune.model.blank_layer import BlankLayer
 from streamprune.model.calls import Call, mapped
-from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.stages import Stage
 from streamprune.model.streamed import StreamedModel
 
 Run = Callable[[Tensor], Tensor]

@@ -15,11 +15,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError, UnsupportedError
 from streamprune.methods.stats import InputStats
-from streamprune.model.expert_forms import Form
+
+if TYPE_CHECKING:
+    from streamprune.model.expert_forms import Form
 
 Pieces = list[tuple[str, int, TensorRef]]
 """The parts that transformers assembles a weight from: (stored name, position among the concatenated matrices, tensor).

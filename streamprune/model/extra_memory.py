@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+CONTEXT = 512 << 20
+"""Device memory of the driver's context and the matrix library's workspace."""
+
 
 class RefitNeeds(NamedTuple):
     """Bytes that a refit needs."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
-from streamprune.errors import CheckpointError
 from streamprune.kernels import cpu, torch_ops
+from streamprune.model.damage import nonfinite
 from streamprune.model.loader import WeightLoader
 
 
@@ -45,11 +45,4 @@ def refuse_nonfinite(ref: TensorRef, begin: int, rows: Tensor, whole: TensorRef 
         flat = (cpu if rows.device.type == "cpu" else torch_ops).first_nonfinite(rows)
     if flat is None:
         return
-    index = [int(i) for i in torch.unravel_index(torch.tensor(flat), rows.shape)]
-    position = [begin + index[0], *index[1:]] if index else []
-    if whole is not None and whole.shape != ref.shape:
-        position.insert(0, (ref.begin - whole.begin) // ref.nbytes)
-    raise CheckpointError(
-        f"{ref.shard}: tensor {ref.name} is {float(rows.reshape(-1)[flat])} at {position}; "
-        "the checkpoint is damaged, download it again"
-    )
+    raise nonfinite(ref, begin, tuple(rows.shape), flat, float(rows.reshape(-1)[flat]), whole)

@@ -21,7 +21,8 @@ from streamprune.model.copies import is_out_of_memory
 from streamprune.model.finite import finite_rows
 from streamprune.model.loader import WeightLoader
 from streamprune.model.routed import InputHook, Routed, RoutedInputs
-from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.stages import Stage
 from streamprune.model.streamed import StreamedModel
 
 _CHECK_BYTES = 16 << 20

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from streamprune.model.skeleton import Skeleton, Stage
+from typing import TYPE_CHECKING
+
+from streamprune.model.stages import Outline, Stage
 from streamprune.process.memory import available_bytes
+
+if TYPE_CHECKING:
+    from streamprune.model.skeleton import Skeleton
 
 _PAGE_CACHE_SHARE = 0.7
 """Share of the available memory that the page cache is assumed to fill."""
 
 
-def linear_shape(skeleton: Skeleton, name: str, stage: Stage) -> tuple[int, int]:
+def linear_shape(model: Outline, name: str, stage: Stage) -> tuple[int, int]:
     """(out, in) of a linear, even if its weight is stored transposed."""
     rows, width = stage.linears[name].shape
-    return (width, rows) if name in skeleton.transposed else (rows, width)
+    return (width, rows) if name in model.transposed else (rows, width)
 
 
 def attention_width(skeleton: Skeleton) -> int:

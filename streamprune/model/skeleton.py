@@ -1,11 +1,5 @@
 """The model without its weights: transformers' own code on the meta device, divided into stages.
 
-A stage is the part of the model that is in memory at once, and becomes one output shard:
-
-    embed      everything before the decoder layers
-    layer i    decoder layer i
-    head       everything after them (final norm, lm_head), and tensors that the model does not use
-
 The skeleton is built by `AutoModelForCausalLM.from_config` with every parameter on the meta device and every buffer
 real: rotary frequencies and the like are computed by the model's own constructor. Parameters are bound to mapped
 tensors of the checkpoint while their stage computes, and unbound afterwards.
@@ -24,97 +18,34 @@ import torch
 from torch import nn
 
 from streamprune.disk.checkpoint import Checkpoint
-from streamprune.disk.float_quantized import SCALE, Scheme, read_scheme
+from streamprune.disk.float_quantized import Scheme, read_scheme
 from streamprune.disk.header import TensorRef
 from streamprune.errors import CheckpointError, UnsupportedError
+from streamprune.model.arithmetic import stored_name
 from streamprune.model.between import Between
 from streamprune.model.configuration import load_config, one_line
 from streamprune.model.experts import Experts
 from streamprune.model.naming import TORCH_DTYPES, layer_numbers, match_tensors
 from streamprune.model.prunable import is_linear, left_dense
+from streamprune.model.stages import Outline, Stage
+from streamprune.process.imports import many_imports
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A part of the model that is in memory at once, and one output shard."""
-
-    kind: str
-    """"embed", "layer" or "head"."""
-    index: int
-    """Layer number; -1 for embed and head."""
-    prefix: str
-    """Module path of a layer, "model.layers.3"; empty for embed and head."""
-    tensors: tuple[TensorRef, ...]
-    """All tensors of the checkpoint that belong to the stage."""
-    linears: Mapping[str, TensorRef]
-    """Module path of each linear of a layer -> its weight, in the order of the module. Experts' linears come last;
-    their weights may be slices of a tensor (model/experts.py)."""
-    experts: tuple[Experts, ...] = ()
-    """The layer's experts, whose weights are loaded one expert at a time."""
-    unclaimed: frozenset[str] = frozenset()
-    """Names of tensors that the model does not use; they are copied to the output."""
-    tables: frozenset[str] = frozenset()
-    """Names of embeddings beside the input embedding, of which only the rows that are looked up are loaded."""
-
-    @property
-    def name(self) -> str:
-        return f"layer {self.index}" if self.kind == "layer" else self.kind
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors)
-
-    @property
-    def resident_tensors(self) -> list[TensorRef]:
-        """The tensors that are loaded together: all but experts', tables and unclaimed ones."""
-        excluded = (
-            self.unclaimed
-            | self.tables
-            | {self.linears[name].name for experts in self.experts for name in experts.linears}
-        )
-        return [t for t in self.tensors if t.name not in excluded]
-
-    @functools.cached_property
-    def expert_of(self) -> dict[str, str]:
-        """Linear of an expert -> name of the expert."""
-        return {
-            name: f"{experts.path}.{number}"
-            for experts in self.experts
-            for number in range(len(experts.down))
-            for name in experts.of([number])
-        }
-
-    @property
-    def resident(self) -> int:
-        """Bytes of weights in memory at once: resident_tensors, and two of the largest expert."""
-        by_expert = [
-            sum(self.linears[name].nbytes for name in (*up, down))
-            for experts in self.experts
-            for up, down in zip(experts.up, experts.down, strict=True)
-        ]
-        return sum(t.nbytes for t in self.resident_tensors) + 2 * max(by_expert, default=0)
-
-
-@dataclass(frozen=True)
-class Skeleton:
+class Skeleton(Outline):
     """A meta model, its decoder layers and stages, and the stored tensor of each parameter."""
 
     model: nn.Module
     layers: nn.ModuleList
-    stages: tuple[Stage, ...]
     sources: Mapping[str, TensorRef]
     """Name of every parameter and stored buffer -> tensor of the checkpoint; tied parameters share one. Scales of FP8
     weights are included, as `….weight_scale`."""
-    transposed: frozenset[str]
-    """Linears whose weight is stored (in, out): transformers' Conv1D."""
     dtype: torch.dtype
     """The dtype of most weights, FP8 ones not counted."""
     experts: Mapping[str, Experts]
     """Module path of each module of experts -> its experts' linears."""
     scheme: Scheme | None
     """How linears compute with FP8 weights; None where the checkpoint is not quantised."""
-    dense: Mapping[str, str]
-    """Matrices of layers that cannot be pruned, by parameter name -> why (model/prunable.py)."""
     hidden_size: int
     vocab_size: int
     between: Between
@@ -124,10 +55,6 @@ class Skeleton:
     def ordinary(self) -> bool:
         """Whether layers take and give hidden states of the configured size, and nothing else."""
         return self.between.plain and self.between.hidden == self.hidden_size
-
-    @property
-    def layer_stages(self) -> tuple[Stage, ...]:
-        return self.stages[1:-1]
 
     @functools.cached_property
     def causal(self) -> nn.Module:
@@ -162,19 +89,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of most bytes of a checkpoint, not counting FP8 weights and their scales.
-
-    Raises UnsupportedError when it is not BF16, F16 or F32.
-    """
-    sizes: dict[str, int] = {}
-    scaled = {name for name in checkpoint.tensors if name + SCALE in checkpoint.tensors}
-    left_out = {*scaled, *(name + SCALE for name in scaled)}
-    for ref in [ref for name, ref in checkpoint.tensors.items() if name not in left_out] or checkpoint.tensors.values():
-        sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.nbytes
-    largest = max(sizes, key=lambda d: sizes[d])
-    if largest not in TORCH_DTYPES:
-        raise UnsupportedError(f"{checkpoint.path}: most weights are {largest}; only BF16, F16 and F32 can be pruned")
-    return TORCH_DTYPES[largest]
+    """The dtype of most bytes of a checkpoint. Raises as stored_name."""
+    return TORCH_DTYPES[stored_name(checkpoint)]
 
 
 def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_remote_code: bool = False) -> Skeleton:
@@ -184,8 +100,9 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
     CheckpointError when tensors are missing or of another shape than the configuration says.
     """
     scheme = read_scheme(checkpoint)
-    config = load_config(checkpoint, trust_remote_code)
-    model = _build_model(checkpoint, config, compute_dtype, trust_remote_code)
+    with many_imports():  # transformers, as much of it as the model needs
+        config = load_config(checkpoint, trust_remote_code)
+        model = _build_model(checkpoint, config, compute_dtype, trust_remote_code)
     prefix, layers = _find_layers(model, config)
     sources, experts = match_tensors(checkpoint, model, scheme is not None)
     text = config.get_text_config()
@@ -197,12 +114,15 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
         model=model,
         layers=layers,
         stages=stages,
+        used=frozenset(ref.name for ref in sources.values()),
+        modules=tuple(name for name, module in model.named_modules() if is_linear(module)),
         sources=sources,
         transposed=frozenset(transposed),
         dtype=stored_dtype(checkpoint),
         experts=experts,
         scheme=scheme,
         dense=dense,
+        streams=1,
         hidden_size=int(text.hidden_size),
         vocab_size=int(text.vocab_size),
         between=Between(len(layers), (int(text.hidden_size),)),

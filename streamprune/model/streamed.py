@@ -28,7 +28,8 @@ from streamprune.model.loader import WeightLoader
 from streamprune.model.prunable import is_linear
 from streamprune.model.recorders import Recorded, kind_of, record, recorders
 from streamprune.model.routed import Enough, InputHook, ReachedExperts, Routed
-from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.stages import Stage
 
 
 class StreamedModel:

@@ -29,7 +29,8 @@ from streamprune.model.calls import Place, mapped, same
 from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import out_of_memory_named
 from streamprune.model.recorders import Recorded, kind_of, record
-from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.stages import Stage
 
 _TOKENS = 8
 """In a trial's window."""
@@ -55,7 +56,8 @@ def traced(checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype) -> Sk
     streams, order = _arranged(skeleton, first, recorded)
     aside = _looked_up(first, second) // ids[0].numel()
     between = replace(skeleton.between, streams=streams, order=order, ids=depends, aside=aside)
-    return replace(skeleton, between=replace(between, parcels=_parcels(skeleton, first, recorded)))
+    between = replace(between, parcels=_parcels(skeleton, first, recorded))
+    return replace(skeleton, between=between, streams=between.hidden // skeleton.hidden_size)
 
 
 def _looked_up(first: Recorded, second: Recorded) -> int:

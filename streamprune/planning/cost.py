@@ -27,7 +27,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from streamprune.model.shapes import attention_width, linear_shape, routed_share, uncached_experts
-from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.stages import Stage
 from streamprune.planning.refit_cost import NO_REFIT, RefitWork
 
 PER_BATCH = 0.5e-3

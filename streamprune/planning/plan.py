@@ -30,7 +30,7 @@ from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
 from streamprune.pruning.describe import HALF, describe_prune, open_model
 from streamprune.pruning.memory import activation_bytes, layout_of, memory_bytes, spool_bytes
-from streamprune.pruning.setup import Setup, open_given
+from streamprune.pruning.setup import Setup, check_given, open_given
 from streamprune.pruning.target import Target
 from streamprune.settings import Calibration, Resources
 
@@ -106,7 +106,7 @@ def plan(
     )  # fmt: skip
     setup = Setup.of(spec, checkpoint)
     if spec.stats is not None:
-        open_given(setup)
+        check_given(open_given(spec, checkpoint)[0], setup)
     run = _Run.of(setup)
     # Before measuring, which leaves this process larger than a job's.
     peak, least, least_vram = memory_bytes(setup, run.layout, run.windows, run.length)

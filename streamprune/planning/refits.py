@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from streamprune.calibration.collector import Collector
 from streamprune.calibration.gram_sums import HoldOut
 from streamprune.calibration.grams import gram_bytes, largest_at_once
-from streamprune.calibration.statistics import Collector
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.model.blank_layer import BlankLayer
 from streamprune.model.shapes import linear_shape, routed_share
-from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.stages import Stage
 from streamprune.planning.refit_cost import (
     EFFORTS,
     NO_REFIT,

@@ -29,7 +29,8 @@ from streamprune.model.blank_layer import BlankLayer, Called, window_size
 from streamprune.model.decoded import maps_of
 from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.shapes import linear_shape
-from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.stages import Stage
 from streamprune.planning.cost import RunShape, Speeds, StageWork, embedding_bytes
 
 READ_BYTES = 64 << 20

@@ -19,10 +19,10 @@ from streamprune.methods.allocation import OUTLIER, Curve, by_error, levels_arou
 from streamprune.methods.selection import select
 from streamprune.model.finite import rows_of
 from streamprune.model.loader import WeightLoader
-from streamprune.model.skeleton import Stage
+from streamprune.model.stages import Stage
 from streamprune.process import interrupts
 from streamprune.progress import Progress, ProgressCallback, no_progress
-from streamprune.pruning.shard import CHUNK_BYTES
+from streamprune.pruning.linears import CHUNK_BYTES
 from streamprune.pruning.target import Target
 
 
@@ -47,6 +47,7 @@ class _Allocation:
         stages = target.skeleton.layer_stages
         self._layers = [(stage, linears) for stage in stages if (linears := target.linears_of(stage))]
         """The layers that are pruned, and their linears with in_features."""
+        self._refs = {name: ref for stage in stages for name, ref in stage.linears.items()}
 
     def by_error(self, sparsity: float, progress: ProgressCallback) -> dict[str, float]:
         """See methods/allocation.by_error."""
@@ -98,7 +99,7 @@ class _Allocation:
         }
 
     def _weights(self, linears: Iterable[str]) -> int:
-        return sum(math.prod(self._target.skeleton.sources[f"{name}.weight"].shape) for name in linears)
+        return sum(math.prod(self._refs[name].shape) for name in linears)
 
     def _errors(self, name: str, width: int, levels: list[float]) -> list[float]:
         """At each level of sparsity, the share of the linear's sum of w²a that pruning it row by row removes."""
@@ -120,7 +121,7 @@ class _Allocation:
                 yield rows.abs().float().mul_(feature)
 
     def _rows(self, name: str) -> Iterator[Tensor]:
-        ref = self._target.skeleton.sources[f"{name}.weight"]
+        ref = self._refs[name]
         transposed = name in self._target.skeleton.transposed
         for _, rows in rows_of(self._loader, ref, ref.nbytes if transposed else CHUNK_BYTES):
             yield rows.t().contiguous() if transposed else rows
@@ -128,4 +129,4 @@ class _Allocation:
 
     def _power(self, name: str, width: int) -> Tensor:
         """a_j = E[x_j²], (in,) float64."""
-        return self._given.load(name, width).mean_square
+        return torch.from_numpy(self._given.load(name, width).mean_square)

@@ -23,15 +23,13 @@ if TYPE_CHECKING:
 
 def intentions(job: Prepared) -> list[str]:
     """What a prepared job is about to do, in a few lines: model, method, calibration, memory and disk."""
-    from streamprune.pruning.memory import activation_bytes, memory_bytes
-
     setup, spec = job.setup, job.setup.spec
-    skeleton, target = setup.skeleton, setup.target
+    model, target = setup.model, setup.target
     samples, length = (0, 1) if job.windows is None else job.windows.shape
     tensors = setup.checkpoint.tensors.values()
     lines = []
     if target is not None:
-        chosen, layers = len(target.selected), len(skeleton.layer_stages)
+        chosen, layers = len(target.selected), len(model.layer_stages)
         lines += [
             f"{_named(spec.source)}: {setup.checkpoint.config.get('model_type')}, "
             f"{_many(sum(math.prod(t.shape) for t in tensors))} parameters, "
@@ -39,23 +37,36 @@ def intentions(job: Prepared) -> list[str]:
             f"{target.recipe.name}, {amount_of(spec.fixed())}",
         ]
     lines.append(_calibration(job.setup.spec, samples, length, setup.propagate))
-    peak, _, _ = memory_bytes(setup, job.layout, samples, length)
+    peak, activations = _needs(job, samples, length)
     memory = f"about {format_bytes(peak)} of memory"
-    if job.layout.nbytes and setup.device.type != "cpu":
+    if job.layout.nbytes and setup.device_name != "cpu":
         memory += f" and {format_bytes(job.layout.nbytes)} on the GPU"
     output = target.output_bytes if target is not None else 0
     disk = f"{format_bytes(output)} of disk for the output, "
-    disk += f"{format_bytes(activation_bytes(setup, job.layout, samples, length))} for activations meanwhile"
+    disk += f"{format_bytes(activations)} for activations meanwhile"
     windows = f", {job.layout.batch} windows at a time" if samples else ""
-    lines.append(f"{str(setup.dtype).removeprefix('torch.')} on {setup.device}{windows}; {memory}; {disk}")
+    lines.append(f"{setup.dtype_name} on {setup.device_name}{windows}; {memory}; {disk}")
     if job.records:
-        lines.append(f"{len(job.records)} of {len(skeleton.stages)} stages are done already")
+        lines.append(f"{len(job.records)} of {len(model.stages)} stages are done already")
     return lines
 
 
 def _named(source: Path) -> str:
     hub = hub_name(source)
     return hub[0] if hub else str(source)
+
+
+def _needs(job: Prepared, samples: int, length: int) -> tuple[int, int]:
+    """(peak of memory, disk space of activations) of a job, bytes."""
+    from streamprune.model.budget import streaming_bytes
+    from streamprune.model.stages import Outline
+
+    if type(job.setup.model) is Outline:
+        return streaming_bytes(), 0
+    from streamprune.pruning.memory import activation_bytes, memory_bytes
+
+    peak, _, _ = memory_bytes(job.setup, job.layout, samples, length)
+    return peak, activation_bytes(job.setup, job.layout, samples, length)
 
 
 def _many(count: int) -> str:

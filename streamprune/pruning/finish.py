@@ -14,7 +14,8 @@ from streamprune.disk.quantised import PlainView
 from streamprune.disk.shards import write_index
 from streamprune.disk.state import CARD, JobState, file_digest
 from streamprune.errors import CorruptStateError
-from streamprune.model.skeleton import Skeleton
+from streamprune.model.outline import to_json
+from streamprune.model.stages import Outline
 from streamprune.pruning.card import kept_as
 from streamprune.pruning.output import Output
 from streamprune.pruning.records import Resolved, StageRecord
@@ -36,17 +37,17 @@ def calibration_of(spec: JobSpec, resolved: Resolved, given: StatisticsFile | No
 
 
 def save_statistics(
-    path: Path, spec: JobSpec, state: JobState, checkpoint: Checkpoint, skeleton: Skeleton,
+    path: Path, spec: JobSpec, state: JobState, checkpoint: Checkpoint, model: Outline,
     records: Sequence[StageRecord], calibration: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Merges the layers' statistics into the file `path`. Raises CorruptStateError if one is missing or damaged."""
     parts = []
-    for stage, record in zip(skeleton.layer_stages, records[1:], strict=False):
+    for stage, record in zip(model.layer_stages, records[1:], strict=False):
         parts.append(state.layer_stats(stage.index))
         if not parts[-1].is_file() or file_digest(parts[-1]) != record.statistics:
             raise CorruptStateError(f"{parts[-1]} is missing or damaged; start again with --restart")
     job = {"job": spec.fixed(), "content": checkpoint.content()} if spec.verb == "calibrate" else {}
-    merge_statistics(path, parts, checkpoint.identity(), {**calibration, **job})
+    merge_statistics(path, parts, checkpoint.identity(), {**calibration, **job}, to_json(model))
 
 
 def write_files(

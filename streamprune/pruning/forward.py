@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from streamprune.calibration.collector import Accumulate, Collector
 from streamprune.calibration.gram_sums import GramCollector, HoldOut
 from streamprune.calibration.grams import LayerGrams
-from streamprune.calibration.statistics import Accumulate, Collector
 from streamprune.calibration.windows import Tokens
 from streamprune.disk.cache import remove_cache
 from streamprune.disk.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ from streamprune.model.passes import (
     routed_to,
 )
 from streamprune.model.routed import Routed, RoutedInputs
-from streamprune.model.skeleton import Stage
+from streamprune.model.stages import Stage
 from streamprune.model.streamed import StreamedModel
 from streamprune.pruning.target import Target
 

@@ -26,6 +26,7 @@ from streamprune.disk.state import (
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
 from streamprune.methods.recipes import Recipe
 from streamprune.process import interrupts
+from streamprune.process.imports import many_imports
 from streamprune.process.memory import peak_resident_bytes
 from streamprune.progress import ProgressCallback, no_progress
 from streamprune.pruning.checks import check_places, check_saved, find_done
@@ -144,9 +145,10 @@ def _carry_out(
             if tell is not None:
                 tell("calibrates first, as the sparsity is shared out by what the layers do")
             before = _gather(spec, spec.stats_path, checkpoint, progress)
-        from streamprune.pruning.announce import intentions
-        from streamprune.pruning.prepare import prepare
-        from streamprune.pruning.run import Run
+        with many_imports():
+            from streamprune.pruning.announce import intentions
+            from streamprune.pruning.prepare import prepare
+            from streamprune.pruning.run import Run
 
         prepared = prepare(spec, checkpoint, unfinished, before)
         if tell is not None:

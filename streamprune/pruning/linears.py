@@ -1,16 +1,19 @@
-"""Which linears a job prunes."""
+"""Which linears a job prunes, in which parts of tensors they lie, and what is reported of each."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from streamprune.disk.header import TensorRef
 from streamprune.errors import UsageError
-from streamprune.methods.selection import Pattern, check_pattern
-from streamprune.model.naming import TORCH_DTYPES
-from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.methods.selection import Amount, Pattern, check_pattern, prune_count
+from streamprune.model.stages import PRUNABLE, Outline, Stage
+
+CHUNK_BYTES = 16 << 20
+"""Bytes of a tensor's rows that are in memory at once."""
 
 _ROUTER = re.compile(r"\.(gate|router)(\.|$)|shared_expert_gate$")
 
@@ -32,17 +35,57 @@ def selected_linears(stages: Sequence[Stage], only: Any, skip: Any, streams: int
         example = next(iter(names), "none")
         raise UsageError(f"--only and --skip leave no linear to prune; names look like {example}")
     for name, ref in chosen.items():
-        if ref.dtype not in TORCH_DTYPES:
+        if ref.dtype not in PRUNABLE:
             raise UsageError(f"{name} has dtype {ref.dtype}, which cannot be pruned; leave it out with --skip")
     return chosen
 
 
-def check_widths(pattern: Pattern | None, linears: Mapping[str, TensorRef], skeleton: Skeleton) -> None:
+def check_widths(pattern: Pattern | None, linears: Mapping[str, TensorRef], model: Outline) -> None:
     """Raises UsageError for a linear whose in_features are not a multiple of the pattern's M."""
     if pattern is None:
         return
     for name, ref in linears.items():
         try:
-            check_pattern(pattern, ref.shape[0] if name in skeleton.transposed else ref.shape[1])
+            check_pattern(pattern, ref.shape[0] if name in model.transposed else ref.shape[1])
         except UsageError as e:
             raise UsageError(f"{name}: {e}") from e
+
+
+def parts_of(stage: Stage, selected: Collection[str]) -> dict[str, list[tuple[str, TensorRef]]]:
+    """Tensor -> the linears in it, in the order of their offsets; only tensors with a linear that is pruned."""
+    parts: dict[str, list[tuple[str, TensorRef]]] = {}
+    for name, ref in sorted(stage.linears.items(), key=lambda item: item[1].begin):
+        parts.setdefault(ref.name, []).append((name, ref))
+    return {name: held for name, held in parts.items() if any(linear in selected for linear, _ in held)}
+
+
+def pieces(data: memoryview) -> Iterator[memoryview]:
+    """The bytes in chunks."""
+    for begin in range(0, len(data), CHUNK_BYTES):
+        yield data[begin : begin + CHUNK_BYTES]
+
+
+def prune_per_row(amount: Amount, in_features: int) -> int:
+    """Number of weights pruned in each row. With a pattern N:M, in_features must be a multiple of M."""
+    if amount.pattern is not None:
+        return in_features // amount.pattern.m * (amount.pattern.m - amount.pattern.n)
+    assert amount.sparsity is not None
+    return prune_count(amount.sparsity, in_features)
+
+
+def linear_report(
+    name: str, rows: int, in_features: int, amount: Amount, removed: float, total: float
+) -> dict[str, Any]:
+    """What streamprune.json says of a linear: `removed` of `total` is the score that its pruned weights had."""
+    per_row = prune_per_row(amount, in_features)
+    return {
+        "name": name, "rows": rows, "in_features": in_features, "pruned": per_row * rows,
+        "sparsity": per_row / in_features, "removed_score": _share(removed, total),
+    }  # fmt: skip
+
+
+def _share(part: float, whole: float) -> float | None:
+    """part / whole; None if a sum overflows float32, as with weights of 1e20."""
+    if not math.isfinite(part) or not math.isfinite(whole):
+        return None
+    return part / whole if whole else 0.0

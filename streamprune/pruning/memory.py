@@ -18,7 +18,8 @@ from streamprune.model.device import cache_dtype
 from streamprune.model.differentiable import survey
 from streamprune.model.extra_memory import RefitNeeds, TuneNeeds, least_extra
 from streamprune.model.shapes import linear_shape
-from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.stages import Stage
 from streamprune.pruning.records import Resolved
 from streamprune.pruning.refit import Refit, needs_of
 from streamprune.pruning.setup import Setup
@@ -88,7 +89,7 @@ def stages_at_work(setup: Setup, layout: Layout) -> tuple[int, int]:
     On a device the next one is on its way, and the one before may still be written.
     """
     late = int(layout.layers > 2)
-    return 1 + late + (setup.device.type != "cpu"), late
+    return 1 + late + (setup.device_name != "cpu"), late
 
 
 def spool_bytes(setup: Setup, layout: Layout, done: Sequence[object] = ()) -> int:
@@ -97,7 +98,7 @@ def spool_bytes(setup: Setup, layout: Layout, done: Sequence[object] = ()) -> in
     stored = checkpoint.stored if isinstance(checkpoint, PlainView) else checkpoint
     if not isinstance(stored, RemoteCheckpoint):
         return 0
-    stages = [shards_of(stage.tensors) for stage in setup.skeleton.stages[len(done) :]]
+    stages = [shards_of(stage.tensors) for stage in setup.model.stages[len(done) :]]
     return spooled_bytes(stored, stages, stages_at_work(setup, layout)[0])
 
 
@@ -113,7 +114,7 @@ def refit_needs(setup: Setup) -> RefitNeeds | None:
         return None
     refit = Refit(target.recipe.refit, target.damping)
     stages = target.skeleton.layer_stages
-    beside = beside_grams(target.skeleton, target.selected) if setup.propagate == "asymmetric" else None
+    beside = beside_grams(setup.skeleton, target.selected) if setup.propagate == "asymmetric" else None
     return needs_of(refit, [largest_at_once(target.linears_of(stage), stage.expert_of) for stage in stages], beside)
 
 

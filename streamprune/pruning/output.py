@@ -18,7 +18,7 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.durable import FilePart
 from streamprune.disk.shards import Part, arrange
 from streamprune.errors import CorruptStateError
-from streamprune.model.skeleton import Stage
+from streamprune.model.stages import Stage
 from streamprune.pruning.records import StageRecord
 from streamprune.pruning.target import Target
 

@@ -25,16 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamprune.calibration.collector import Collector
 from streamprune.calibration.gram_sums import GramCollector
 from streamprune.calibration.grams import LayerGrams
-from streamprune.calibration.statistics import Collector
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError
 from streamprune.model.activations import StateBuffer
 from streamprune.model.binding import replaced_weights
 from streamprune.model.passes import check_weights, retry_smaller
 from streamprune.model.routed import Enough
-from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.stages import Stage
 from streamprune.pruning.forward import CalibrationPass
 
 _MOST_WRITERS = 8

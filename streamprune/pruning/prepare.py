@@ -18,13 +18,14 @@ from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.room import SLACK_BYTES, check_room
 from streamprune.disk.state import JobState, new_state
-from streamprune.model.budget import Layout
+from streamprune.model.budget import Layout, streaming_layout
+from streamprune.model.stages import Outline
+from streamprune.process.imports import many_imports
 from streamprune.process.memory import format_bytes
-from streamprune.pruning.memory import layout_of
 from streamprune.pruning.records import Resolved, StageRecord
-from streamprune.pruning.setup import Setup, open_given
+from streamprune.pruning.setup import Setup, check_given, open_given
 from streamprune.pruning.spec import JobSpec
-from streamprune.pruning.windows import windows_of
+from streamprune.pruning.windows import calibration_for_pass, windows_of
 
 
 @dataclass(frozen=True)
@@ -60,28 +61,43 @@ def prepare(
     """
     state, job = unfinished or (new_state(spec), {})
     resolved = Resolved.from_json(job["resolved"]) if unfinished else None
-    setup = Setup.of(spec, checkpoint, resolved)
-    known = open_given(setup)
+    given, outline = open_given(spec, checkpoint)
+    setup = Setup.of(spec, checkpoint, resolved, outline)
+    check_given(given, setup)
     records = tuple(map(StageRecord.from_json, journal.read(state.journal))) if unfinished else ()
     at = time.perf_counter()
-    windows, text_fields, layout = windows_of(
-        spec, checkpoint, setup.skeleton, state.tokens, resolved, functools.partial(layout_of, setup, resolved)
-    )
+    windows, text_fields, layout = _windows(setup, state, resolved)
     return Prepared(
         setup=setup, state=state, begun=unfinished is not None, content=str(job.get("content") or checkpoint.content()),
-        spent=float(job.get("spent", spent)), records=records, windows=windows, given=known, layout=layout,
+        spent=float(job.get("spent", spent)), records=records, windows=windows, given=given, layout=layout,
         resolved=resolved or _resolve(setup, layout, windows, text_fields), reading=time.perf_counter() - at,
     )  # fmt: skip
+
+
+def _windows(
+    setup: Setup, state: JobState, resolved: Resolved | None
+) -> tuple[Tokens | None, Mapping[str, Any], Layout]:
+    """See and raises as windows_of."""
+    spec, checkpoint, resources = setup.spec, setup.checkpoint, setup.spec.resources
+    if type(setup.model) is Outline:
+        return None, {}, streaming_layout(resources.ram, resources.vram)
+    with many_imports():
+        from streamprune.pruning.memory import layout_of
+
+    lay_out = functools.partial(layout_of, setup, resolved)
+    if calibration_for_pass(spec) is None:
+        return None, {}, lay_out((0, 1))
+    return windows_of(spec, checkpoint, setup.skeleton.vocab_size, state.tokens, resolved, lay_out)
 
 
 def _resolve(setup: Setup, layout: Layout, windows: Tokens | None, text_fields: Mapping[str, Any]) -> Resolved:
     """`text_fields` are the fields about the text: bos, replaced, text_tokens."""
     recipe = setup.spec.recipe
     return Resolved(
-        dtype=str(setup.dtype).removeprefix("torch."), device=str(setup.device), batch=layout.batch,
+        dtype=setup.dtype_name, device=setup.device_name, batch=layout.batch,
         tokens=tokens_digest(windows) if windows is not None else None, **text_fields,
         gram_room=layout.room if recipe and recipe.needs_gram else None,
-        group=layout.group if setup.skeleton.experts else None, tune_windows=layout.windows or None,
+        group=layout.group if setup.model.has_experts else None, tune_windows=layout.windows or None,
         shard_bytes=setup.spec.shard_bytes,
     )  # fmt: skip
 

@@ -44,4 +44,4 @@ def rehearse(spec: JobSpec, checkpoint: Checkpoint) -> Rehearsal:
         run.check()
     if unfinished is None:
         return Rehearsal("would begin")
-    return Rehearsal("would resume", (f"{len(job.records)} of {len(job.setup.skeleton.stages)} stages are done",))
+    return Rehearsal("would resume", (f"{len(job.records)} of {len(job.setup.model.stages)} stages are done",))

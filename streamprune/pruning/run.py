@@ -25,40 +25,30 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from streamprune.calibration.grams import LayerGrams
 from streamprune.calibration.statistics import write_statistics
 from streamprune.disk import durable, journal
-from streamprune.disk.cache import remove_cache
 from streamprune.errors import UsageError
-from streamprune.kernels import cpu, torch_ops
 from streamprune.methods.stats import InputStats
-from streamprune.model.activations import Activations
-from streamprune.model.decoded import maps_of
-from streamprune.model.device import exact_products
 from streamprune.model.experts import is_pooled, pool
-from streamprune.model.loader import WeightLoader
-from streamprune.model.passes import out_of_memory_named
-from streamprune.model.skeleton import Stage
-from streamprune.model.streamed import StreamedModel
-from streamprune.model.zeros import refuse_empty
+from streamprune.model.stages import Stage
 from streamprune.process import interrupts
 from streamprune.process.background import BackgroundWorker
 from streamprune.process.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.progress import Progress, ProgressCallback
-from streamprune.pruning.allocate import allocate
 from streamprune.pruning.card import card_of
 from streamprune.pruning.finish import calibration_of, save_statistics, write_files
-from streamprune.pruning.forward import CalibrationPass
-from streamprune.pruning.memory import scratch_bytes, spool_bytes, stages_at_work
+from streamprune.pruning.means import Means
 from streamprune.pruning.output import Output
-from streamprune.pruning.paired import PairedPass
 from streamprune.pruning.prepare import Prepared, begin, check_disk, remove_leftovers
 from streamprune.pruning.records import StageRecord
 from streamprune.pruning.report import build_report, source_of
-from streamprune.pruning.shard import ShardWriter
-from streamprune.pruning.tuned_shard import LayerTuning
+
+if TYPE_CHECKING:
+    from streamprune.calibration.grams import LayerGrams
+    from streamprune.pruning.forward import CalibrationPass
+    from streamprune.pruning.tuned_shard import LayerTuning
 
 Commit = Callable[[], None]
 
@@ -69,7 +59,7 @@ class Run:
     def __init__(self, prepared: Prepared, progress: ProgressCallback) -> None:
         self._job, self._progress = prepared, progress
         setup = self._setup = prepared.setup
-        self._spec, self._skeleton = setup.spec, setup.skeleton
+        self._spec, self._model = setup.spec, setup.model
         self._state, self._layout = prepared.state, prepared.layout
         self._begun, self._resolved, self._target = prepared.begun, prepared.resolved, setup.target
         self._records = list(prepared.records)
@@ -80,62 +70,46 @@ class Run:
         self._stack = ExitStack()
 
     def __enter__(self) -> Run:
-        self._maps = self._stack.enter_context(maps_of(self._setup.checkpoint, self._spec.out.absolute().parent))
-        drop_cache = self._spec.verb == "prune"
-        loader = WeightLoader(self._maps, self._setup.device, drop_cache=drop_cache)
-        self._loader = self._stack.enter_context(loader)
-        self._forward = self._pass()
+        self._means = Means.of(self._job, self._records, self._stack)
+        self._loader, self._forward = self._means.loader, self._means.forward
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._maps.cancel()
+        self._means.maps.cancel()
         self._stack.__exit__(kind, error, trace)
-
-    def _pass(self) -> CalibrationPass | None:
-        windows, setup = self._job.windows, self._setup
-        if windows is None:
-            return None
-        batch, layout = self._resolved.batch, self._layout
-        smallest = min([layout.batch, *(r.batch for r in self._records if r.batch)])
-        streamed = StreamedModel(
-            self._skeleton, self._loader, setup.dtype, max_samples=smallest if smallest < batch else None,
-            weighted=self._spec.expert_stats == "weighted", group=layout.group,
-        )  # fmt: skip
-        activations = Activations(
-            self._state.cache, streamed.cache_dtype, setup.device, resident=layout.resident
-        )  # fmt: skip
-        kind = PairedPass if setup.propagate == "asymmetric" else CalibrationPass
-        return kind(streamed, windows, batch, activations, (cpu if setup.backend == "numba" else torch_ops).accumulate)
 
     def discard(self) -> None:
         """Removes the unfinished work, as its input is invalid."""
         if self._begun:
             self._state.discard()
 
-    @exact_products()
     def work(self, startup: float) -> dict[str, Any]:
         """Does the remaining work; returns the report. `startup` is how many seconds this run has taken so far."""
+        with self._means.exactly():
+            return self._work(startup)
+
+    def _work(self, startup: float) -> dict[str, Any]:
         begun = time.perf_counter()
         self._output = self.check()
         if not self._begun:
             self._begin()
-        self._writer = self._shard_writer()
-        self._tuner = LayerTuning.of(self._layout.windows, self._target, self._forward)
+        self._writer = self._means.writer(self._target) if self._target is not None else None
+        self._tuner = self._tuning()
         remove_leftovers(self._state, self._newest_cache())
-        stages = self._skeleton.stages
+        stages = self._model.stages
         if self._target is None:
             stages = stages[:-1]  # `calibrate` needs no head
         done = len(self._records)
         self._since = begun - self._job.reading  # the first stage includes drawing the windows
-        if self._forward is not None and 0 < done <= len(self._skeleton.layer_stages):
+        if self._forward is not None and 0 < done <= len(self._model.layer_stages):
             shards = None if self._output is None or self._setup.propagate == "dense" else self._output.written
-            with out_of_memory_named(self._setup.device):
+            with self._means.out_of_memory_named():
                 self._forward.catch_up(self._newest_cache(), done, shards)
         try:
             with (
-                out_of_memory_named(self._setup.device),
+                self._means.out_of_memory_named(),
                 BackgroundWorker[Commit](lambda commit: commit(), 1) as commits,
             ):
                 for position in range(done, len(stages)):
@@ -146,39 +120,45 @@ class Run:
                 file.abandon()
         return self._finish(startup, time.perf_counter() if done < len(stages) else begun)
 
+    def _tuning(self) -> LayerTuning | None:
+        if self._forward is None:
+            return None
+        from streamprune.pruning.tuned_shard import LayerTuning
+
+        return LayerTuning.of(self._layout.windows, self._target, self._forward)
+
     def check(self) -> Output | None:
         """The checks before the first stage, which write nothing; returns the output, as far as it has been written."""
         self._check_disk()
         if not self._begun and not self._spec.allow_zeros and not self._setup.checkpoint.streamed:
-            refuse_empty(self._maps, [ref for stage in self._skeleton.stages for ref in stage.linears.values()])
+            self._means.refuse_empty()
         if self._target is None:
             return None
         output = Output(self._state.partial, self._target, self._resolved.shard_bytes)
         output.resume(self._records)
         return output
 
-    def _shard_writer(self) -> ShardWriter | None:
-        if self._target is None:
-            return None
-        return ShardWriter(self._target, self._loader, allow_zeros=self._spec.allow_zeros)
-
     def _check_disk(self) -> None:
         written = sum(r.shard["bytes"] for r in self._records if r.shard)
         output = self._target.output_bytes - written if self._target else 0
         cache = 0
-        if self._forward is not None and len(self._records) < len(self._skeleton.stages) - 1:
+        if self._forward is not None and len(self._records) < len(self._model.stages) - 1:
             # An older durable cache may have to be kept beside the two in use.
             behind = -1 < self._newest_cache() < len(self._records) - 1
             cache = (3 if behind and not self._layout.resident else 2) * self._forward.cache_bytes
+            from streamprune.pruning.memory import scratch_bytes
+
             cache += scratch_bytes(self._setup, self._layout, *self._forward.windows.shape)
-        check_disk(self._state, output, cache, spool_bytes(self._setup, self._layout, self._records))
+        check_disk(self._state, output, cache, self._means.spool_bytes(self._records))
 
     def _begin(self) -> None:
         """Allocates the sparsity if asked to, and creates the state of the job."""
         spec, windows = self._spec, self._job.windows
         known, kind = self._job.given, self._target.recipe.allocate if self._target else None
         if self._target is not None and kind and spec.sparsity is not None and known is not None:
-            shares = allocate(kind, self._target, self._loader, known, spec.sparsity, self._progress)
+            from streamprune.pruning.allocate import allocate
+
+            shares = allocate(kind, self._target, self._means.tensors, known, spec.sparsity, self._progress)
             self._target = self._target.sharing(shares)
             self._resolved = replace(self._resolved, allocation=shares)
         self._begun = True
@@ -193,8 +173,8 @@ class Run:
         """Steps 1 to 3 of a stage. What can run in the background (see above) is queued, at most one stage late."""
         stage, forward = stages[position], self._forward
         give_back_free_memory()
-        at_work, late = stages_at_work(self._setup, self._layout)
-        self._maps.upcoming([s.tensors for s in stages[max(0, position - late) :]], at_work)
+        at_work, late = self._means.stages_at_work()
+        self._means.maps.upcoming([s.tensors for s in stages[max(0, position - late) :]], at_work)
         self._expect(stages[position : position + 2])
         record = StageRecord(stage.name)
         stats: dict[str, InputStats] = {}
@@ -242,7 +222,7 @@ class Run:
 
     def _more(self, stage: Stage) -> bool:
         """Whether a layer comes after this one."""
-        return stage.kind == "layer" and stage.index + 1 < len(self._skeleton.layers)
+        return stage.kind == "layer" and stage.index + 1 < len(self._model.layer_stages)
 
     def _calibrate(
         self, forward: CalibrationPass, stage: Stage, record: StageRecord, grams: LayerGrams | None
@@ -297,11 +277,13 @@ class Run:
         journal.append(self._state.journal, record.to_json())
         self._records.append(record)
         if self._forward is not None and (record.cache or (stage.kind == "layer" and not self._more(stage))):
+            from streamprune.disk.cache import remove_cache
+
             for old in range(max(before, 0), len(self._records) - 1):  # also those that a resumed run has recomputed
                 remove_cache(self._state.cache, old)
         if record.cache and self._forward is not None:
             self._forward.made_durable()
-        stages = len(self._skeleton.stages) - (self._target is None)
+        stages = len(self._model.stages) - (self._target is None)
         self._progress(Progress(stage.name, len(self._records), stages, record.seconds))
 
     def _stats(self, gathered: dict[str, InputStats], name: str, in_features: int) -> InputStats:
@@ -318,7 +300,7 @@ class Run:
         calibration = calibration_of(spec, self._resolved, self._given, self._setup.propagate)
         statistics = spec.save_stats if target else spec.out
         if statistics is not None:
-            save_statistics(statistics, spec, state, checkpoint, self._skeleton, self._records, calibration)
+            save_statistics(statistics, spec, state, checkpoint, self._model, self._records, calibration)
         files = []
         if target is not None and self._output is not None:
             card = card_of(spec, checkpoint, calibration, self._records)
@@ -328,7 +310,7 @@ class Run:
             source_of(checkpoint, self._job.content, target is not None),
             seconds=self._job.spent + sum(r.seconds for r in self._records) + time.perf_counter() - since,
             startup=startup, peak=max(peak_resident_bytes(), *(r.peak for r in self._records)),
-            dense=self._skeleton.dense if target else {},
+            dense=self._model.dense if target else {},
         )  # fmt: skip
         if target is None:
             state.discard()

@@ -6,19 +6,27 @@ same code.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from streamprune.calibration.statistics import StatisticsFile
 from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.quantised import PlainView
 from streamprune.errors import UnsupportedError, UsageError
-from streamprune.model.device import compute_dtype, resolve_device
-from streamprune.model.skeleton import Skeleton, build_skeleton, stored_dtype
-from streamprune.model.tracing import traced
+from streamprune.model.arithmetic import COMPUTED, compute_name, is_cpu, stored_name
+from streamprune.model.outline import from_json
+from streamprune.model.stages import Outline
+from streamprune.process.imports import many_imports
 from streamprune.pruning.records import Resolved
 from streamprune.pruning.spec import JobSpec
 from streamprune.pruning.target import Target
+from streamprune.pruning.windows import calibration_for_pass
+
+if TYPE_CHECKING:
+    import torch
+
+    from streamprune.model.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
@@ -27,48 +35,103 @@ class Setup:
 
     spec: JobSpec
     checkpoint: Checkpoint
-    device: torch.device
-    dtype: torch.dtype
-    """dtype of the computation."""
+    device_name: str
+    dtype_name: str
+    """dtype of the computation, such as "bfloat16"."""
     backend: str
-    skeleton: Skeleton
+    model: Outline
+    """A Skeleton, unless the job computes with no layer and its statistics have an outline of the model."""
     target: Target | None
     """None for calibrate."""
     propagate: str
 
     @classmethod
-    def of(cls, spec: JobSpec, checkpoint: Checkpoint, resolved: Resolved | None = None) -> Setup:
+    def of(
+        cls, spec: JobSpec, checkpoint: Checkpoint, resolved: Resolved | None = None, known: Outline | None = None
+    ) -> Setup:
         """The setup of a new job, or of a resumed one, with the choices in `resolved`.
 
-        Raises UsageError for settings that do not fit the model or the machine, UnsupportedError for the model.
+        `known` is the outline of the model, if statistics have it. Raises UsageError for settings that do not fit the
+        model or the machine, UnsupportedError for the model.
         """
-        device = resolve_device(resolved.device if resolved else spec.resources.device)
-        backend = spec.resources.backend
+        asked = resolved.device if resolved else spec.resources.device
+        if is_cpu(asked):
+            device = "cpu"
+        else:
+            from streamprune.model.device import resolve_device
+
+            device = str(resolve_device(asked))
+        on_cpu, backend = device == "cpu", spec.resources.backend
         if backend == "auto":
-            backend = "numba" if device.type == "cpu" else "torch"
-        if backend == "numba" and device.type != "cpu":
+            backend = "numba" if on_cpu else "torch"
+        if backend == "numba" and not on_cpu:
             raise UsageError(f"--backend numba runs on the CPU only, not on {device}; leave it out or use torch")
-        dtype = compute_dtype(resolved.dtype if resolved else spec.resources.dtype, stored_dtype(checkpoint), device)
-        skeleton = build_skeleton(checkpoint, dtype, trust_remote_code=spec.trust_remote_code)
-        try:
-            skeleton = traced(checkpoint, skeleton, dtype)
-        except UnsupportedError:
-            if spec.calibration is not None:  # or there is no forward pass, and nothing that could not be streamed
-                raise
-        target = Target.of_job(spec, skeleton, backend)
+        dtype = resolved.dtype if resolved else spec.resources.dtype
+        dtype = compute_name(dtype, COMPUTED[stored_name(checkpoint)], on_cpu)
+        if known is not None and on_cpu and calibration_for_pass(spec) is None:
+            model = known
+        else:
+            model = _built(spec, checkpoint, dtype)
+        target = Target.of_job(spec, model, backend)
         if target is not None and resolved and resolved.allocation:
             target = target.sharing(resolved.allocation)
-        return cls(spec, checkpoint, device, dtype, backend, skeleton, target, propagated(spec.propagate, skeleton))
+        return cls(spec, checkpoint, device, dtype, backend, model, target, propagated(spec.propagate, model))
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """Where the job computes."""
+        import torch
+
+        return torch.device(self.device_name)
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """dtype of the computation."""
+        import torch
+
+        found: torch.dtype = getattr(torch, self.dtype_name)
+        return found
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The model that the job computes with."""
+        from streamprune.model.skeleton import Skeleton
+
+        assert isinstance(self.model, Skeleton)
+        return self.model
+
+    @property
+    def needs_no_torch(self) -> bool:
+        """Whether weights go from file to file through Numba alone, without a tensor of torch."""
+        spec, plain = self.spec, not isinstance(self.checkpoint, PlainView) and not self.checkpoint.streamed
+        masks = spec.recipe is not None and spec.recipe.quantize is None and spec.recipe.allocate is None
+        return masks and plain and self.backend == "numba" and calibration_for_pass(spec) is None
 
 
-def propagated(propagate: str, skeleton: Skeleton) -> str:
+def _built(spec: JobSpec, checkpoint: Checkpoint, dtype: str) -> Skeleton:
+    with many_imports():
+        import torch
+
+        from streamprune.model.skeleton import build_skeleton
+        from streamprune.model.tracing import traced
+
+    skeleton = build_skeleton(checkpoint, getattr(torch, dtype), trust_remote_code=spec.trust_remote_code)
+    try:
+        return traced(checkpoint, skeleton, getattr(torch, dtype))
+    except UnsupportedError:
+        if spec.calibration is not None:  # or there is no forward pass, and nothing that could not be streamed
+            raise
+        return skeleton
+
+
+def propagated(propagate: str, model: Outline) -> str:
     """`propagate` with "auto" replaced: by "asymmetric", or by "pruned" for mixtures of experts.
 
     Raises UnsupportedError for "asymmetric" with mixtures of experts.
     """
     if propagate == "auto":
-        return "pruned" if skeleton.experts else "asymmetric"
-    if propagate == "asymmetric" and skeleton.experts:
+        return "pruned" if model.has_experts else "asymmetric"
+    if propagate == "asymmetric" and model.has_experts:
         raise UnsupportedError(
             "--propagate asymmetric compares inputs of the dense and the pruned model token by token, but their "
             "routers may choose different experts; pass --propagate pruned"
@@ -76,20 +139,34 @@ def propagated(propagate: str, skeleton: Skeleton) -> str:
     return propagate
 
 
-def open_given(setup: Setup) -> StatisticsFile | None:
-    """The statistics file given with --stats, or gathered for --allocate; None without either.
+def open_given(spec: JobSpec, checkpoint: Checkpoint) -> tuple[StatisticsFile | None, Outline | None]:
+    """The statistics file given with --stats, or gathered for --allocate, and the outline of the model in it.
 
-    Raises UsageError unless it belongs to this model and has every linear that is pruned.
+    None without either; an earlier file has no outline. Raises UsageError if the file is needed and belongs to another
+    model, CorruptStateError if the outline is not that of this model.
     """
-    spec, target, skeleton = setup.spec, setup.target, setup.skeleton
     if spec.stats_path is None:
-        return None
+        return None, None
     given = StatisticsFile(spec.stats_path)
-    if target is None or not (target.recipe.needs_statistics or target.recipe.allocate):
-        return given
-    if given.model != setup.checkpoint.identity():
-        raise UsageError(f"--stats {given.path} belongs to another model; make it with `calibrate {spec.source}`")
-    for stage in skeleton.layer_stages:
-        for name, width in target.linears_of(stage).items():
+    if given.model != checkpoint.identity():
+        if _needs_given(spec):
+            raise UsageError(f"--stats {given.path} belongs to another model; make it with `calibrate {spec.source}`")
+        return given, None
+    found = given.outline()
+    try:
+        return given, None if found is None else from_json(found, checkpoint)
+    except ValueError as e:
+        raise given.damaged_outline(e) from e
+
+
+def check_given(given: StatisticsFile | None, setup: Setup) -> None:
+    """Raises as StatisticsFile.load unless the file has every linear that is pruned."""
+    if given is None or setup.target is None or not _needs_given(setup.spec):
+        return
+    for stage in setup.model.layer_stages:
+        for name, width in setup.target.linears_of(stage).items():
             given.load(name, width)
-    return given
+
+
+def _needs_given(spec: JobSpec) -> bool:
+    return spec.recipe is not None and (spec.recipe.needs_statistics or spec.recipe.allocate is not None)

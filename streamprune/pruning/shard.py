@@ -6,8 +6,7 @@ been read. All weights are checked for NaN and Inf, which are reported with thei
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,19 +24,18 @@ from streamprune.disk.shards import Part, fill_in_order
 from streamprune.kernels import Selection
 from streamprune.methods.fp8 import dequantise
 from streamprune.methods.refits import Sample
-from streamprune.methods.selection import Amount, prune_count
 from streamprune.methods.stats import InputStats
 from streamprune.model.copies import CopyStream, is_out_of_memory
 from streamprune.model.finite import finite_rows, refuse_nonfinite, rows_of
 from streamprune.model.loader import WeightLoader
 from streamprune.model.naming import TORCH_DTYPES
-from streamprune.model.skeleton import Stage
+from streamprune.model.stages import Stage
 from streamprune.model.zeros import refuse_zeros
-from streamprune.pruning.quantise import LinearCodes, coded
+from streamprune.pruning.codes import coded
+from streamprune.pruning.linears import CHUNK_BYTES, linear_report, parts_of, pieces
+from streamprune.pruning.quantise import LinearCodes
 from streamprune.pruning.refit import LayerRefit, Refit, chunk_rows, sampled
 from streamprune.pruning.target import Features, Target
-
-CHUNK_BYTES = 16 << 20
 
 
 class ShardWriter:
@@ -79,9 +77,9 @@ class _StageShard:
         self._features = Features(target, stats, self._loader.device)
         self._refit = self._layer_refit(grams) if grams is not None else None
         self._stored = {ref.name: ref for ref in stage.tensors}
-        self._known = {ref.name for ref in self._skeleton.sources.values()}
+        self._known = self._skeleton.used
         self._linear_tensors = {ref.name for ref in stage.linears.values()}
-        self._parts = self._pruned_parts()
+        self._parts = parts_of(stage, target.selected)
         experts = [stage.linears[name] for name in target.linears_of(stage) if name in stage.expert_of]
         self._following = dict(pairwise(experts))
         """Expert weight -> the next one to prefetch: all of a layer's experts at once would be too many."""
@@ -93,7 +91,7 @@ class _StageShard:
     def content(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of `ref`, one of the part's tensors, in pieces."""
         if ref.name in self._refitted_ahead:
-            yield from _pieces(self._refitted_ahead[ref.name].tensor[0].numpy().data)
+            yield from pieces(self._refitted_ahead[ref.name].tensor[0].numpy().data)
         elif ref.name in self._scales:
             yield _bytes(torch.cat(self._scales[ref.name]))
         elif ref.name in self._parts:
@@ -101,11 +99,11 @@ class _StageShard:
             for name, part in self._parts[ref.name]:
                 yield from self._pruned(part, name) if name in self._target.selected else self._checked(part)
             if part is not None and part.end < whole.end:  # of experts that give back their input
-                yield from _pieces(self._loader.maps.raw(replace(whole, begin=part.end)))
+                yield from pieces(self._loader.maps.raw(replace(whole, begin=part.end)))
         elif ref.name in self._known:
             yield from self._checked(self._stored[ref.name])
         else:
-            yield from _pieces(self._loader.maps.raw(self._stored[ref.name]))
+            yield from pieces(self._loader.maps.raw(self._stored[ref.name]))
 
     def release(self, ref: TensorRef, begin: int, end: int) -> None:
         """Releases the mapped pages behind bytes `begin` to `end` of `ref`, a tensor of the output."""
@@ -141,15 +139,6 @@ class _StageShard:
     def _not_empty(self, ref: TensorRef, chunks: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
         return chunks if self._allow_zeros else refuse_zeros(ref, chunks)
 
-    def _pruned_parts(self) -> dict[str, list[tuple[str, TensorRef]]]:
-        """Tensor -> the linears in it, in the order of their offsets; only tensors with a linear that is pruned."""
-        parts: dict[str, list[tuple[str, TensorRef]]] = {}
-        for name, ref in sorted(self._stage.linears.items(), key=lambda item: item[1].begin):
-            parts.setdefault(ref.name, []).append((name, ref))
-        return {
-            name: held for name, held in parts.items() if any(linear in self._target.selected for linear, _ in held)
-        }
-
     def _layer_refit(self, grams: LayerGrams) -> LayerRefit:
         def keep(name: str, weight: Tensor, share: float) -> Tensor:
             return self._target.keep(name, weight, *self._features.of(name, weight.shape[1]), share)
@@ -159,7 +148,7 @@ class _StageShard:
 
     def _sample(self, name: str) -> Sample:
         """The rows of a linear that its damping is chosen on."""
-        ref = self._skeleton.sources[f"{name}.weight"]
+        ref = self._stage.linears[name]
         stored = self._loader.tensor(ref)
         if name in self._skeleton.transposed:
             stored = stored.t()
@@ -197,11 +186,7 @@ class _StageShard:
                 weight = codes.rows(wanted, weight, gram, outcome.used if outcome else None)
             yield _bytes(self._stream.fetch(weight.t().contiguous() if transposed else weight, None))
         out_features = ref.shape[1] if transposed else ref.shape[0]
-        per_row = prune_per_row(self._target.of(name), in_features)
-        self.linears.append({
-            "name": name, "rows": out_features, "in_features": in_features, "pruned": per_row * out_features,
-            "sparsity": per_row / in_features, "removed_score": _share(removed, total),
-        })  # fmt: skip
+        self.linears.append(linear_report(name, out_features, in_features, self._target.of(name), removed, total))
         if refit is not None and outcome is not None:
             self.linears[-1] |= outcome.report()
             refit.done(name)
@@ -230,28 +215,8 @@ class _StageShard:
             yield from self._select(name, half, feature, power)
 
 
-def _share(part: float, whole: float) -> float | None:
-    """part / whole; None if a sum overflows float32, as with weights of 1e20."""
-    if not math.isfinite(part) or not math.isfinite(whole):
-        return None
-    return part / whole if whole else 0.0
-
-
-def prune_per_row(amount: Amount, in_features: int) -> int:
-    """Number of weights pruned in each row. With a pattern N:M, in_features must be a multiple of M."""
-    if amount.pattern is not None:
-        return in_features // amount.pattern.m * (amount.pattern.m - amount.pattern.n)
-    assert amount.sparsity is not None
-    return prune_count(amount.sparsity, in_features)
-
-
 def _itemsize(ref: TensorRef) -> int:
     return ref.nbytes // max(1, ref.shape[0] * ref.shape[1])
-
-
-def _pieces(data: memoryview) -> Iterable[Buffer]:
-    for begin in range(0, len(data), CHUNK_BYTES):
-        yield data[begin : begin + CHUNK_BYTES]
 
 
 def _bytes(tensor: Tensor) -> Buffer:

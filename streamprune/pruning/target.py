@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from streamprune.disk.encoded import written
 from streamprune.disk.header import TensorRef
@@ -18,23 +16,25 @@ from streamprune.disk.shards import in_order
 from streamprune.kernels import Selection
 from streamprune.methods.allocation import least_share
 from streamprune.methods.recipes import Recipe
-from streamprune.methods.scores import SCORES
+from streamprune.methods.scores import SCORES, Feature
 from streamprune.methods.selection import Amount, parse_pattern, select
 from streamprune.methods.stats import InputStats
-from streamprune.model.naming import TORCH_DTYPES
-from streamprune.model.prunable import is_linear
 from streamprune.model.shapes import linear_shape
-from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.model.stages import PRUNABLE, Outline, Stage
+from streamprune.pruning.codes import Quantisation, check_codable, coded
 from streamprune.pruning.linears import check_widths, selected_linears
-from streamprune.pruning.quantise import Quantisation, check_codable, coded
 from streamprune.pruning.spec import JobSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Target:
     """Which linears to prune, how much of each, and how."""
 
-    skeleton: Skeleton
+    skeleton: Outline
     selected: frozenset[str]
     """Module paths of the linears to prune."""
     recipe: Recipe
@@ -50,7 +50,7 @@ class Target:
     """The smallest sparsity that a linear may be given, while a sparsity is not allocated yet."""
 
     @classmethod
-    def of_job(cls, spec: JobSpec, skeleton: Skeleton, backend: str) -> Target | None:
+    def of_job(cls, spec: JobSpec, skeleton: Outline, backend: str) -> Target | None:
         """The target of a prune job; None for `calibrate`.
 
         Raises UsageError for filters and patterns that do not fit the model, UnsupportedError for linears that cannot
@@ -64,7 +64,7 @@ class Target:
             compensates = spec.recipe.fp8_rounding == "compensate"
             quantisation = Quantisation(spec.recipe.fp8_scale or "amax", compensates, backend)
         only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
-        chosen = selected_linears(skeleton.stages, only, skip, skeleton.between.hidden // skeleton.hidden_size)
+        chosen = selected_linears(skeleton.stages, only, skip, skeleton.streams)
         if quantisation is not None:
             check_codable(chosen, skeleton)
         check_widths(amount.pattern, chosen, skeleton)
@@ -97,6 +97,11 @@ class Target:
         return select(
             weight, feature, power, selector=self.recipe.selector, backend=self.backend, **self.of(name)._asdict()
         )  # fmt: skip
+
+    def feature(self, stats: Callable[[str, int], InputStats], name: str, in_features: int) -> tuple[Feature, int]:
+        """The recipe's score of each input feature of a linear, see scores.py. `stats` is asked only if needed."""
+        known = stats(name, in_features) if self.recipe.needs_statistics else InputStats.zeros(in_features)
+        return SCORES[self.recipe.score](known)
 
     def keep(self, name: str, weight: Tensor, feature: Tensor, power: int, share: float) -> Tensor:
         """Mask of the weights that are kept at the fraction `share` of the final amount: (n, in) bool."""
@@ -131,13 +136,12 @@ class Target:
 
     def not_quantised(self) -> list[str]:
         """Names for `ignore` in config.json: linears that are not quantised, and other matrices such as routers."""
-        modules = self.skeleton.model.named_modules()
-        names = [name for name, module in modules if is_linear(module) and name not in self.selected]
+        names = [name for name in self.skeleton.modules if name not in self.selected]
         for stage in self.skeleton.stages:
             refs = self.tensors_of(stage)
             if stage.kind != "layer":
                 refs = [ref for ref in refs if ref.name in stage.unclaimed]
-            plain = (ref for ref in refs if ref.dtype in TORCH_DTYPES and len(ref.shape) == 2)
+            plain = (ref for ref in refs if ref.dtype in PRUNABLE and len(ref.shape) == 2)
             names += [n.removesuffix(".weight") for n in (ref.name for ref in plain) if n.endswith(".weight")]
         return list(dict.fromkeys(names))
 
@@ -151,15 +155,17 @@ class Features:
 
     def of(self, name: str, in_features: int) -> tuple[Tensor, int]:
         """(feature (in,) float32 on the device, power p): the score of a weight w is |w|^p · feature."""
+        import torch
+
         if name not in self._known:
-            needs = self._target.recipe.needs_statistics
-            given = self._stats(name, in_features) if needs else InputStats.zeros(in_features)
-            feature, power = SCORES[self._target.recipe.score](given)
-            self._known[name] = (feature.to(self._device), power)
+            feature, power = self._target.feature(self._stats, name, in_features)
+            self._known[name] = (torch.from_numpy(feature).to(self._device), power)
         return self._known[name]
 
     def power(self, name: str, in_features: int) -> Tensor | None:
         """E[x_j²] (in,) float32 on the device; None if the recipe uses no statistics."""
+        import torch
+
         if not self._target.recipe.needs_statistics:
             return None
-        return self._stats(name, in_features).mean_square.float().to(self._device)
+        return torch.from_numpy(self._stats(name, in_features).mean_square).float().to(self._device)

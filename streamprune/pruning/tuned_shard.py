@@ -22,11 +22,11 @@ from streamprune.errors import ResourceError
 from streamprune.model.copies import is_out_of_memory
 from streamprune.model.loader import WeightLoader
 from streamprune.model.pairs import Pairs
-from streamprune.model.skeleton import Stage
+from streamprune.model.stages import Stage
 from streamprune.pruning.forward import CalibrationPass
+from streamprune.pruning.linears import CHUNK_BYTES
 from streamprune.pruning.output import Output
 from streamprune.pruning.records import StageRecord
-from streamprune.pruning.shard import CHUNK_BYTES
 from streamprune.pruning.target import Target
 from streamprune.pruning.tuning import BlockTuner, New, Tuning, tuned_names
 
@@ -52,7 +52,7 @@ class LayerTuning:
 
         None where the layer stays as it was. Nothing is recorded where nothing of it was pruned.
         """
-        names = tuned_names(self._target.skeleton, stage, self._target.selected)
+        names = tuned_names(self._forward.streamed.skeleton, stage, self._target.selected)
         if not names:
             return None
         pairs = self._pairs(stage)

@@ -25,7 +25,8 @@ from torch import Tensor
 from streamprune.methods.tuning import Tuned, error_sum, filled, schedule
 from streamprune.model.differentiable import Run, trainable
 from streamprune.model.pairs import Pairs
-from streamprune.model.skeleton import Skeleton, Stage
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.stages import Stage
 from streamprune.model.streamed import StreamedModel
 
 STEP_TOKENS = 512

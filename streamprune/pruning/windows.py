@@ -13,7 +13,6 @@ from streamprune.calibration.windows import Opened, Source, Tokens, draw_windows
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import CorruptStateError
 from streamprune.model.budget import Layout
-from streamprune.model.skeleton import Skeleton
 from streamprune.pruning.records import Resolved
 from streamprune.pruning.spec import DrawnText, JobSpec
 
@@ -27,7 +26,7 @@ def calibration_for_pass(spec: JobSpec) -> DrawnText | None:
 
 
 def windows_of(
-    spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton, kept: Path, resolved: Resolved | None,
+    spec: JobSpec, checkpoint: Checkpoint, vocab_size: int, kept: Path, resolved: Resolved | None,
     lay_out: Callable[[tuple[int, int]], Layout],
 ) -> tuple[Tokens | None, dict[str, Any], Layout]:  # fmt: skip
     """Calibration windows (from the file `kept`, or drawn now), fields of Resolved about them, and the job's layout.
@@ -38,20 +37,20 @@ def windows_of(
     if resolved:
         windows = kept_windows(spec, kept, resolved.tokens)
         return windows, {}, lay_out((0, 1) if windows is None else windows.shape)
-    opened = open_text(spec, checkpoint, skeleton)
+    opened = open_text(spec, checkpoint, vocab_size)
     if opened is None:
         return None, {}, lay_out((0, 1))
     layout = lay_out(opened.shape)
     return *windows_from(spec, opened), layout
 
 
-def open_text(spec: JobSpec, checkpoint: Checkpoint, skeleton: Skeleton) -> Opened | None:
+def open_text(spec: JobSpec, checkpoint: Checkpoint, vocab_size: int) -> Opened | None:
     """The opened calibration text; None without calibration. Raises as Source.begin."""
     c = calibration_for_pass(spec)
     if c is None:
         return None
     text, trust = Text(c.path, c.text_field), spec.trust_remote_code
-    source = Source(text, spec.source, checkpoint.config, skeleton.vocab_size, c.bos, trust)
+    source = Source(text, spec.source, checkpoint.config, vocab_size, c.bos, trust)
     return source.begin(c.seqlen, c.samples)
 
 
