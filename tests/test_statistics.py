@@ -378,8 +378,8 @@ def test_a_linear_that_is_called_again_with_an_input_of_its_own() -> None:
     found = collector.finish()
     assert collector.groups == {"q": "q", "k": "q", "v": "v"}
     assert (found["q"].tokens, found["v"].tokens) == (15, 21)
-    torch.testing.assert_close(found["v"].sumsq, wanted)
-    torch.testing.assert_close(found["q"].sumsq, wanted - 3 * 98)
+    torch.testing.assert_close(torch.as_tensor(found["v"].sumsq), wanted)
+    torch.testing.assert_close(torch.as_tensor(found["q"].sumsq), wanted - 3 * 98)
 
 
 def _sum_rows(rows: torch.Tensor, total: torch.Tensor, squares: torch.Tensor) -> None:
