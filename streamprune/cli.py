@@ -203,28 +203,26 @@ def _tell_models(args: argparse.Namespace) -> None:
 
 
 def _eval_tasks(args: argparse.Namespace) -> int:
-    from streamprune.evaluation.tasks import evaluate_tasks
+    with many_imports():
+        from streamprune.evaluation.tasks import evaluate_tasks
     from streamprune.progress import show_progress
     from streamprune.tables import task_table
 
-    own = ("reference", "num_fewshot", "limit", "include_path", "seqlen", "bos")
+    own = ("reference", "num_fewshot", "limit", "include_path", "seqlen", "bos", "trust_remote_code")
     given = {k: getattr(args, k) for k in own} | {"resources": settings_of(Resources, args)}
     with show_progress("eval", args.quiet) as progress:
-        found = evaluate_tasks(
-            args.model, args.tasks, **given, trust_remote_code=args.trust_remote_code, progress=progress
-        )
+        found = evaluate_tasks(args.model, args.tasks, **given, progress=progress)
     _tell_models(args)
     print_json(found.to_json(args.model, args.reference)) if args.json else say(task_table(found))
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from streamprune.inspection.inspect import inspect
+    with many_imports():
+        from streamprune.inspection.inspect import inspect
     from streamprune.tables import inspection_table
 
-    found = inspect(
-        args.model, against=args.against, expect=args.expect, only=args.only, skip=args.skip, quiet=args.quiet
-    )
+    found = inspect(args.model, **{k: getattr(args, k) for k in ("against", "expect", "only", "skip", "quiet")})
     if args.json:
         print_json(found.to_json())
     elif not args.quiet:
@@ -236,7 +234,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     check_folder(args.model)
-    from streamprune.planning.plan import plan
+    with many_imports():
+        from streamprune.planning.plan import plan
     from streamprune.tables import plan_table
 
     with stdout_kept_clean():

@@ -48,6 +48,7 @@ from streamprune.errors import (
 )
 from streamprune.packing.files import Originals, is_restored, read_originals, source_name
 from streamprune.process import interrupts
+from streamprune.process.imports import many_imports
 from streamprune.process.memory import peak_resident_bytes
 from streamprune.process.versions import version_of
 from streamprune.progress import Progress, ProgressCallback, no_progress
@@ -228,8 +229,9 @@ def _run(
 
     Unfinished work is kept, unless the content of the input is invalid.
     """
-    from streamprune.disk.mapping import ShardMaps
-    from streamprune.packing.work import make_work
+    with many_imports():
+        from streamprune.disk.mapping import ShardMaps
+        from streamprune.packing.work import make_work
 
     state = unfinished[0] if unfinished is not None else new_state(spec)
     try:
