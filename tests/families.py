@@ -121,6 +121,14 @@ RECURRENT: dict[str, Family] = {
     "mamba2": Family(
         "Mamba 2, Codestral Mamba", _STATE | {"num_heads": 8, "head_dim": 8, "n_groups": 1}, "backbone.layers"
     ),
+    "rwkv": Family(
+        "RWKV-4",
+        {
+            "num_attention_heads": None, "attention_hidden_size": 32, "intermediate_size": 64, "context_length": 64,
+            "rescale_every": 0,
+        },
+        "rwkv.blocks",
+    ),
     "bamba": Family("Bamba", _GROUPED | _SCANS | {"attn_layer_indices": [1]}),
     "falcon_h1": Family(
         "Falcon-H1",
@@ -265,13 +273,6 @@ REFUSED: dict[str, Family] = {
             "use_mem_rope": False,
         },
         notes="the same weights in layers 1 and 3",
-    ),
-    "rwkv": Family(
-        "RWKV-4",
-        {
-            "num_attention_heads": None, "attention_hidden_size": 32, "intermediate_size": 64, "context_length": 64,
-        },
-        notes="between its decoder layers",
     ),
     "doge": Family(
         "Doge, its mixtures", _GROUPED | {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 2},

@@ -132,6 +132,8 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
 def _build_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     kind = checkpoint.config["model_type"]
     config.use_cache = False
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0  # RWKV halves states between layers, and weights with them: outputs are the same
     try:
         with _parameters_on_meta():
             model = _model_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
