@@ -128,7 +128,7 @@ RECURRENT: dict[str, Family] = {
         | _ZAMBA
         | {
             "mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "adapter_rank": 4,
-            "use_mem_rope": False,
+            "use_mem_rope": False, "chunk_size": 8,
         },
         notes="layers 1 and 3 share weights, which are pruned once",
     ),
