@@ -115,11 +115,30 @@ OTHERS: dict[str, Family] = {
 _SCANS = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 _STATE = {"state_size": 8, "expand": 2, "conv_kernel": 4, "num_attention_heads": None}
 _NO_DT = "dt_proj stays dense"
+_ZAMBA = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8}
 RECURRENT: dict[str, Family] = {
     "mamba": Family("Mamba", _STATE, "backbone.layers", _NO_DT),
     "falcon_mamba": Family("Falcon Mamba 7B", _STATE, "backbone.layers", _NO_DT),
     "mamba2": Family(
         "Mamba 2, Codestral Mamba", _STATE | {"num_heads": 8, "head_dim": 8, "n_groups": 1}, "backbone.layers"
+    ),
+    "zamba2": Family(
+        "Zamba2",
+        _GROUPED
+        | _ZAMBA
+        | {
+            "mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "adapter_rank": 4,
+            "use_mem_rope": False, "chunk_size": 8,
+        },
+        notes="layers 1 and 3 share weights, which are pruned once",
+    ),
+    "rwkv": Family(
+        "RWKV-4",
+        {
+            "num_attention_heads": None, "attention_hidden_size": 32, "intermediate_size": 64, "context_length": 64,
+            "rescale_every": 0,
+        },
+        "rwkv.blocks",
     ),
     "bamba": Family("Bamba", _GROUPED | _SCANS | {"attn_layer_indices": [1]}),
     "falcon_h1": Family(
@@ -244,7 +263,6 @@ LINKED: dict[str, Family] = {
 }  # fmt: skip
 """Layers that take more than hidden states."""
 
-_ZAMBA = {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "mamba_d_state": 8}
 _ENCODER = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 _ENCODER |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
 _ENCODES = "AutoModelForSeq2SeqLM"
@@ -256,23 +274,6 @@ _INDEXED = _MIXED | _LATENT | {"index_topk": 16, "index_head_dim": 8, "index_n_h
 REFUSED: dict[str, Family] = {
     "t5": Family("T5, Flan-T5", {"d_kv": 8, "d_ff": 64}, notes="encoder-decoder", auto=_ENCODES),
     "bart": Family("BART", _ENCODER, notes="encoder-decoder", auto=_ENCODES),
-    "zamba2": Family(
-        "Zamba2",
-        _GROUPED
-        | _ZAMBA
-        | {
-            "mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1, "adapter_rank": 4,
-            "use_mem_rope": False,
-        },
-        notes="the same weights in layers 1 and 3",
-    ),
-    "rwkv": Family(
-        "RWKV-4",
-        {
-            "num_attention_heads": None, "attention_hidden_size": 32, "intermediate_size": 64, "context_length": 64,
-        },
-        notes="between its decoder layers",
-    ),
     "doge": Family(
         "Doge, its mixtures", _GROUPED | {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 2},
         notes="experts for all tokens of a batch at once",

@@ -95,8 +95,25 @@ class Trial:
     @cached_property
     def statistics(self) -> Stats:
         """Of all linears that are pruned, as a job uses them."""
-        found = gather(self.whole, self.like, self.windows)
-        return {name: sums for name, sums in found.items() if not MIXERS.search(name)}
+        found: Stats = {}
+        for name, one in gather(self.whole, self.like, self.windows).items():
+            if not MIXERS.search(name):  # sums over all uses of a weight
+                whole = found.get(self.called[name])
+                sums = one if whole is None else (whole[0] + one[0], whole[1] + one[1], whole[2] + one[2])
+                found[self.called[name]] = sums
+        return found
+
+    @cached_property
+    def called(self) -> dict[str, str]:
+        """What the weight of each linear is called in the last layer that uses it."""
+        linears = linears_of(self.whole, self.like)
+        last = {id(module.weight): name for name, module in linears.items()}
+        return {name: last[id(module.weight)] for name, module in linears.items()}
+
+    @property
+    def kept(self) -> set[str]:
+        """Linears that keep their values in a refit."""
+        return self.few | {last for name, last in self.called.items() if name != last}
 
     @property
     def few(self) -> set[str]:
@@ -105,16 +122,24 @@ class Trial:
 
     def weights(self, model: Any) -> dict[str, torch.Tensor]:
         """The matrices (out, in) of all linears that are pruned."""
-        linears = linears_of(model, self.like).items()
-        return {name: weight_of(module) for name, module in linears if not MIXERS.search(name)}
+        linears = linears_of(model, self.like)
+        names = [name for name in dict.fromkeys(self.called.values()) if not MIXERS.search(name)]
+        return {name: weight_of(linears[name]) for name in names}
 
     def watch(self, see: Callable[[str, torch.Tensor], None]) -> None:
         """Shows `see(linear, x)` each linear's inputs (tokens, in), float64, as they count in what it is judged by."""
-        watch(self.whole, self.like, self.windows, lambda name, x: None if MIXERS.search(name) else see(name, x))
+
+        def called(name: str, x: torch.Tensor) -> None:
+            if not MIXERS.search(name):
+                see(self.called[name], x)
+
+        watch(self.whole, self.like, self.windows, called)
 
     @property
     def codable(self) -> str:
         """Why FP8 is refused, in words of the error; "" where it is not."""
+        if any(name != last for name, last in self.called.items()):
+            return "FP8 checkpoints name each linear once"
         conv1d = any(type(m).__name__ == "Conv1D" for m in linears_of(self.whole, self.like).values())
         return "Conv1D" if conv1d else ""
 
@@ -238,12 +263,14 @@ def check_sums(trial: Trial) -> str:
         assert way.half.is_dir()
         file = StatisticsFile(way.folder / "statistics")
         beside = file.groups.keys() ^ way.statistics.keys()
+        beside -= {name for name, last in way.called.items() if name != last}  # of a single use
         assert all(name in file.groups and DENSE.search(name) for name in beside), beside
         assert {name for name, leader in file.groups.items() if ".pooled." in leader} == way.few
         assert len(way.few) < len(way.statistics)
         same_sums(file, way.statistics)
         for name, (tokens, _, squares) in way.statistics.items():
-            assert tokens == SAMPLES * SEQLEN or isinstance(way, MixtureTrial), name
+            assert tokens % (SAMPLES * SEQLEN) == 0 or isinstance(way, MixtureTrial), name
+            assert tokens == SAMPLES * SEQLEN or isinstance(way, MixtureTrial) or name in way.kept, name
             assert bool((squares > 0).any()), name
     return "yes"
 
@@ -307,16 +334,16 @@ def check_refit(trial: Trial) -> str:
     trial.watch(see)
     reported = {entry["name"]: entry for entry in result.report["linears"]}
     assert reported.keys() == dense.keys()
-    assert {name for name, entry in reported.items() if "error" not in entry} == trial.few
+    assert {name for name, entry in reported.items() if "error" not in entry} == trial.kept
     for name, entry in reported.items():
         kept = fitted[name] != 0
         assert int(kept.unflatten(1, (-1, 4)).sum(2).max()) == 2, name
-        if name in trial.few:
+        if name in trial.kept:
             assert torch.equal(fitted[name][kept], dense[name][kept]), name
             continue
         error = change[name] / power[name]
         assert abs(error - entry["error"]) <= 1e-3 * error + 1e-6, (name, error, entry["error"])
-    judged = [entry for name, entry in reported.items() if name not in trial.few]
+    judged = [entry for name, entry in reported.items() if name not in trial.kept]
     assert sum(e["error"] for e in judged) < 0.9 * sum(e["error_mask"] for e in judged)
     for name, weight in trial.weights(trial.load(trial.prune("default", REFIT).out)).items():
         assert int((weight != 0).unflatten(1, (-1, 4)).sum(2).max()) == 2 and torch.isfinite(weight).all(), name

@@ -23,6 +23,7 @@ from whole_model import in_memory, linears_of, perplexity, round_states, stored
 
 from streamprune.errors import UnsupportedError
 from streamprune.model.prunable import left_dense
+from streamprune.progress import Progress
 from streamprune.pruning.report import notes_of
 
 FITTING = [*DENSE, *RECURRENT, *SEEING, *LINKED]
@@ -158,6 +159,45 @@ def test_a_weight_that_is_not_called_is_converted(tokens: Path, tmp_path: Path) 
     round_states(model, "mamba", torch.bfloat16)
     wanted = perplexity(model, ids[: len(ids) // 16 * 16].view(-1, 16))
     assert abs(found - wanted) <= 1e-3 * wanted
+
+
+def test_weights_that_layers_share(tokens: Path, tmp_path: Path) -> None:
+    """Pruned with the last layer that uses them, also by a run that goes on; not refitted, and that is said."""
+    source = save_model(tmp_path / "model", "zamba2", 2, "float32")
+    job = {"pattern": "2:4", "method": "obs-admm", "calib": tokens, **CALIBRATION}
+    whole = prune(source, tmp_path / "whole", **job)
+
+    def stop(progress: Progress) -> None:
+        if progress.name == "layer 2":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(source, tmp_path / "out", progress=stop, **job)
+    assert prune(source, tmp_path / "out", **job).status == "done"
+    one, other = stored(tmp_path / "whole"), stored(tmp_path / "out")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    name = "model.layers.3.shared_transformer.self_attn.q_proj"
+    assert whole.report["shared"][name] == [name.replace("3", "1")]
+    reported = {entry["name"]: entry for entry in whole.report["linears"]}
+    assert "error" not in reported[name] and name.replace("3", "1") not in reported
+    assert any("several layers use" in note and "layers.3" in note for note in notes_of(whole.report))
+    for more in ({"propagate": "pruned"}, {"quantize": "fp8"}, {"tune": "block", "method": "swiftprune"}):
+        with pytest.raises(UnsupportedError, match="is used in layer 1, too"):
+            prune(source, tmp_path / "no", **{**job, **more})
+    assert not (tmp_path / "no").exists()
+
+
+def test_halved_states(tokens: Path, tmp_path: Path) -> None:
+    """RWKV halves states every few layers, and some weights with them, which changes nothing."""
+    source = save_model(tmp_path / "model", "rwkv", 3, "float32")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rescale_every": 1}))
+    found = evaluate(source, tokens, seqlen=16, dtype="float32", work=tmp_path).perplexity
+    ids = torch.from_numpy(np.load(tokens))
+    model = in_memory(source, "rwkv")
+    assert model.config.rescale_every == 1
+    wanted = perplexity(model, ids[: len(ids) // 16 * 16].view(-1, 16))
+    assert abs(found - wanted) <= 1e-5 * wanted
 
 
 def test_layers_that_would_stay_dense_are_refused() -> None:

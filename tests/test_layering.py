@@ -60,7 +60,7 @@ HOUSE: dict[str, list[str]] = {
         "calls configuration copies damage decoded expert_forms extra_memory pairs prunable",
         "experts",
         "stages",
-        "arithmetic array_checks outline",
+        "arithmetic array_checks outline shared",
         "device",
         "activations between loader",
         "finite naming",
@@ -76,7 +76,7 @@ HOUSE: dict[str, list[str]] = {
     "evaluation": ["requests scores two_models", "one_model", "evaluate", "likelihoods", "harness", "lm_eval tasks"],
     "pruning": [
         "codes linears records refit spec tuning",
-        "checks command describe quantise report target windows",
+        "checks command describe quantise report shared target windows",
         "array_shard card forward output setup shard",
         "allocate finish memory paired tuned_shard",
         "prepare",

@@ -111,7 +111,8 @@ def test_an_outline_is_the_model_again(given: Any, kind: str) -> None:
     checkpoint = open_checkpoint(given(kind)[0])
     model = build_skeleton(checkpoint, torch.float32)
     found = from_json(json.loads(json.dumps(to_json(model))), checkpoint)
-    assert found == Outline(model.stages, model.used, model.transposed, model.modules, model.dense, model.streams)
+    parts = (model.stages, model.used, model.transposed, model.modules, model.dense, model.shared, model.streams)
+    assert found == Outline(*parts)
     assert bool(found.transposed) == (kind in ("gpt2", "gpt_oss")) and found.has_experts == (
         kind in ("qwen3_moe", "gpt_oss")
     )

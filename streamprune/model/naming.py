@@ -36,7 +36,7 @@ def match_tensors(
     be pruned.
     """
     stored, converted = _module_names(checkpoint, model)
-    owners: dict[int, TensorRef] = {}
+    owners: dict[int, str] = {}
     found: dict[str, TensorRef] = {}
     missing: list[tuple[str, nn.Parameter]] = []
     experts: dict[str, Experts] = {}
@@ -68,10 +68,10 @@ def match_tensors(
         else:
             _check_dtype(ref)
         found[name] = ref
-        owners.setdefault(id(parameter), ref)
+        owners.setdefault(id(parameter), name)
     for name, parameter in missing:
-        if id(parameter) in owners:
-            found[name] = owners[id(parameter)]
+        if (owner := owners.get(id(parameter))) is not None:
+            found |= {name + end: found[owner + end] for end in ("", SCALE) if owner + end in found}
         elif name in converted:
             found |= _joined(model, name, parameter, converted[name])
         else:
@@ -212,7 +212,9 @@ def layer_numbers(
     inside = {name: name.removeprefix(f"{prefix}.") for name in sources if name.startswith(f"{prefix}.")}
     example = next((name for name, inner in inside.items() if sources[name].name.endswith(f".{inner}")), None)
     stem = prefix if example is None else sources[example].name.removesuffix(f".{inside[example]}")
-    found = {sources[name].name: int(inner.partition(".")[0]) for name, inner in inside.items()}
+    found: dict[str, int] = {}
+    for name, inner in inside.items():  # what layers share belongs to the last of them
+        found[sources[name].name] = max(int(inner.partition(".")[0]), found.get(sources[name].name, 0))
     by_name = re.compile(re.escape(stem) + r"\.(\d+)\.")
     for name, ref in checkpoint.tensors.items():
         if name in found or (match := by_name.match(name)) is None:

@@ -11,6 +11,7 @@
     dense       matrices of layers that cannot be pruned -> why
     tables      tensors of embeddings beside the input embedding
     streams     how many hidden states a token has between layers
+    shared      linear -> [[layer, linear], …], its uses in earlier layers; left out where layers share no weights
 
 Tensors themselves come from the headers of the checkpoint, against which everything is checked.
 """
@@ -37,6 +38,7 @@ def to_json(outline: Outline) -> dict[str, Any]:
         "dense": dict(outline.dense),
         "streams": outline.streams,
         "tables": sorted(name for s in outline.stages for name in s.tables),
+        **({"shared": dict(outline.shared)} if outline.shared else {}),
     }
 
 
@@ -68,8 +70,9 @@ def from_json(found: Any, checkpoint: Checkpoint) -> Outline:
         ]
         stages = [replace(stage, tables=tables & {ref.name for ref in stage.tensors}) for stage in stages]
         modules, dense = tuple(map(str, found["modules"])), {str(k): str(v) for k, v in found["dense"].items()}
-        used = frozenset(checkpoint.tensors.keys() - unused)
-        outline = Outline(tuple(stages), used, transposed, modules, dense, int(found["streams"]))
+        used, streams = frozenset(checkpoint.tensors.keys() - unused), int(found["streams"])
+        shared = {str(k): tuple((int(i), str(n)) for i, n in uses) for k, uses in found.get("shared", {}).items()}
+        outline = Outline(tuple(stages), used, transposed, modules, dense, shared, streams)
     except (KeyError, TypeError, IndexError, AttributeError) as e:
         raise ValueError(f"{type(e).__name__} {e}") from e
     held = [ref.name for stage in stages for ref in stage.tensors]

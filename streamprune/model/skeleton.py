@@ -27,6 +27,7 @@ from streamprune.model.configuration import load_config, one_line
 from streamprune.model.experts import Experts
 from streamprune.model.naming import TORCH_DTYPES, layer_numbers, match_tensors
 from streamprune.model.prunable import is_linear, left_dense
+from streamprune.model.shared import shared_linears
 from streamprune.model.stages import Outline, Stage
 from streamprune.process.imports import many_imports
 
@@ -108,6 +109,7 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
     text = config.get_text_config()
     dense = left_dense(config.model_type, int(text.hidden_size), prefix, layers, experts.keys())
     stages = _cut_stages(checkpoint, model, prefix, layers, sources, experts, dense.keys())
+    shared = shared_linears(config.model_type, prefix, layers, sources, experts.keys())
     transposed = [f"{prefix}.{n}" for n, m in layers.named_modules() if type(m).__name__ == "Conv1D"]
     transposed += [name for e in experts.values() for name in e.transposed]
     return Skeleton(
@@ -123,6 +125,7 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
         scheme=scheme,
         dense=dense,
         streams=1,
+        shared=shared,
         hidden_size=int(text.hidden_size),
         vocab_size=int(text.vocab_size),
         between=Between(len(layers), (int(text.hidden_size),)),
@@ -132,6 +135,8 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, *, trust_
 def _build_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     kind = checkpoint.config["model_type"]
     config.use_cache = False
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0  # RWKV halves states between layers, and weights with them: outputs are the same
     try:
         with _parameters_on_meta():
             model = _model_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -190,20 +195,7 @@ def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     outermost = [(n, m) for n, m in found if n.count(".") == depth]
     if len(outermost) > 1:
         raise UnsupportedError(f"{config.model_type} has several layer lists ({', '.join(n for n, _ in outermost)})")
-    _refuse_dependent_layers(config, outermost[0][1])
     return outermost[0]
-
-
-def _refuse_dependent_layers(config: Any, layers: nn.ModuleList) -> None:
-    """Refuses layers that share weights with other layers."""
-    users: dict[int, int] = {}
-    for i, layer in enumerate(layers):
-        for name, parameter in layer.named_parameters():
-            if (first := users.setdefault(id(parameter), i)) != i:
-                raise UnsupportedError(
-                    f"{config.model_type} uses the same weights in layers {first} and {i} ({name}); layers cannot be "
-                    "pruned alone"
-                )
 
 
 def is_table(model: nn.Module, module: nn.Module) -> bool:
@@ -241,7 +233,9 @@ def _cut_stages(
     for i, layer in enumerate(layers):
         path = f"{prefix}.{i}"
         names = [f"{path}.{name}" for name, module in layer.named_modules() if is_linear(module)]
+        mine = {ref.name for ref in inside[i]}  # without what later layers share
         linears = {name: sources[f"{name}.weight"] for name in names if f"{name}.weight" not in dense}
+        linears = {name: ref for name, ref in linears.items() if ref.name in mine}
         mixtures = tuple(e for at, e in experts.items() if at.startswith(path + "."))
         linears |= {name: sources[f"{name}.weight"] for e in mixtures for name in e.linears}
         stages.append(Stage("layer", i, path, tuple(inside[i]), linears, mixtures))

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from streamprune.disk.header import TensorRef
 from streamprune.model.experts import Experts
 
+Uses = tuple[tuple[int, str], ...]
+"""Earlier uses of a linear whose weight several layers share: (layer, what it is called there)."""
+
 PRUNABLE = ("BF16", "F16", "F32")
 """Dtypes of weights that can be pruned."""
 
@@ -91,6 +94,8 @@ class Outline:
     """Paths of all modules that are linear maps, in the order of the model, those outside the layers included."""
     dense: Mapping[str, str]
     """Matrices of layers that cannot be pruned, by parameter name -> why (model/prunable.py)."""
+    shared: Mapping[str, Uses]
+    """Linear of the last layer that uses its weight -> its uses in earlier layers (model/shared.py)."""
     streams: int
     """How many hidden states of the configured size a token has between layers; more than 1 with hyper-connections."""
 

@@ -99,7 +99,7 @@ def _arranged(skeleton: Skeleton, first: Recorded, recorded: Record) -> tuple[tu
 def _parcels(
     skeleton: Skeleton, first: Recorded, recorded: Record
 ) -> Callable[[int], Sequence[Sequence[Parcel]]] | None:
-    """Between.parcels of a model; None where nothing is handed on."""
+    """Between.parcels of a model; None where layers return nothing but hidden states, nor have a place to put it."""
     returned = any(call.outputs for call in first.calls)
     if not returned and not first.calls[0].shared:
         return None
@@ -120,7 +120,9 @@ def _parcels(
             f"{kind_of(skeleton)} hands more than hidden states from layer to layer, and what cannot be found out "
             f"({' '.join(str(e).split())[:160]}); its layers cannot be streamed one by one"
         ) from e
-    return functools.cache(at) if any(found) else None
+    if any(found):
+        return functools.cache(at)
+    return (lambda length: [[]] * len(found)) if returned else None
 
 
 Handed = dict[Place, Any]

@@ -17,17 +17,17 @@ from streamprune.pruning.spec import JobSpec
 def build_report(
     spec: JobSpec, resolved: Resolved, calibration: Mapping[str, Any],
     records: Sequence[StageRecord], files: Sequence[Mapping[str, Any]], source: Mapping[str, Any], *,
-    seconds: float, startup: float, peak: int, dense: Mapping[str, str],
+    seconds: float, startup: float, peak: int, dense: Mapping[str, str], shared: Mapping[str, Sequence[Any]],
 ) -> dict[str, Any]:  # fmt: skip
     """The report of a finished job.
 
     `seconds` is the work of all runs of the job; `startup` is how many seconds the last run took before its first stage
     (imports, skeleton, tokens); `peak` is the highest resident memory of all runs, in bytes. `source` are the fields
     about MODEL that source_of returns, and how it was quantised. `dense` are matrices of layers that stay dense, by
-    parameter name -> why (model/prunable.py). Optional fields of a stage: `gram_passes`, extra
-    passes for Gram matrices that did not fit into memory during the first; `pooled`, linears of experts that saw too
-    few tokens and fell back to statistics pooled over the layer's experts; `tune`, errors before and after tuning the
-    layer (methods/tuning.py), on held-out windows and on as many others.
+    parameter name -> why (model/prunable.py), `shared` the linears that several layers use (model/shared.py). Optional
+    fields of a stage: `gram_passes`, extra passes for Gram matrices that did not fit into memory during the first;
+    `pooled`, linears of experts that saw too few tokens and fell back to statistics pooled over the layer's experts;
+    `tune`, errors before and after tuning the layer (methods/tuning.py), on held-out windows and on as many others.
     """
     reduced = [r.batch for r in records if r.batch]
     linears = [linear for record in records for linear in record.linears]
@@ -46,6 +46,7 @@ def build_report(
         "calibration": dict(calibration),
         "linears": linears,
         **({"left_dense": dict(dense)} if dense else {}),
+        **({"shared": {name: [other for _, other in uses] for name, uses in shared.items()}} if shared else {}),
         "stages": [
             {"name": r.stage, "seconds": round(r.seconds, 3), "peak_rss_bytes": r.peak}
             | {key: value for key in ("gram_passes", "pooled", "tune") if (value := getattr(r, key)) is not None}
@@ -93,6 +94,9 @@ def notes_of(report: Mapping[str, Any]) -> list[str]:
         found.append(f"the calibration text has only {tokens} tokens, so that windows overlap; give more text")
     if dense := report.get("left_dense"):
         found.append(f"weights that cannot be pruned and stay dense: {_some(list(dense))}")
+    shared = report.get("shared", {})
+    if shared and any("error" in linear for linear in report.get("linears", ())):
+        found.append(f"weights that several layers use keep their values, without a refit: {_some(list(shared))}")
     if pooled := [name for stage in stages for name in stage.get("pooled", ())]:
         found.append(
             f"experts that saw too few tokens use statistics pooled over their layer's experts: {_some(pooled)}"

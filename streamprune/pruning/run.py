@@ -44,6 +44,7 @@ from streamprune.pruning.output import Output
 from streamprune.pruning.prepare import Prepared, begin, check_disk, remove_leftovers
 from streamprune.pruning.records import StageRecord
 from streamprune.pruning.report import build_report, source_of
+from streamprune.pruning.shared import sum_uses
 
 if TYPE_CHECKING:
     from streamprune.calibration.grams import LayerGrams
@@ -239,8 +240,9 @@ class Run:
         found = collector.finish()
         if pooled := pool(stage.experts, found, collector.groups, self._spec.expert_tokens):
             record.pooled = pooled
-            if grams is not None:
-                grams.leave_out(pooled)
+        shared = sum_uses(self._model, stage, found, collector.groups, self._state.layer_stats)
+        if grams is not None:
+            grams.leave_out([*pooled, *shared])
         path = self._state.layer_stats(stage.index)
         record.statistics = write_statistics(
             path, found.items(), collector.groups, {}, {}, {stage.prefix: collector.update}
@@ -310,7 +312,7 @@ class Run:
             source_of(checkpoint, self._job.content, target is not None),
             seconds=self._job.spent + sum(r.seconds for r in self._records) + time.perf_counter() - since,
             startup=startup, peak=max(peak_resident_bytes(), *(r.peak for r in self._records)),
-            dense=self._model.dense if target else {},
+            dense=self._model.dense if target else {}, shared=self._model.shared if target else {},
         )  # fmt: skip
         if target is None:
             state.discard()

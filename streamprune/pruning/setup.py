@@ -19,6 +19,7 @@ from streamprune.model.outline import from_json
 from streamprune.model.stages import Outline
 from streamprune.process.imports import many_imports
 from streamprune.pruning.records import Resolved
+from streamprune.pruning.shared import check_shared
 from streamprune.pruning.spec import JobSpec
 from streamprune.pruning.target import Target
 from streamprune.pruning.windows import calibration_for_pass
@@ -72,6 +73,7 @@ class Setup:
             model = known
         else:
             model = _built(spec, checkpoint, dtype)
+        check_shared(spec, model)
         target = Target.of_job(spec, model, backend)
         if target is not None and resolved and resolved.allocation:
             target = target.sharing(resolved.allocation)
@@ -125,12 +127,13 @@ def _built(spec: JobSpec, checkpoint: Checkpoint, dtype: str) -> Skeleton:
 
 
 def propagated(propagate: str, model: Outline) -> str:
-    """`propagate` with "auto" replaced: by "asymmetric", or by "pruned" for mixtures of experts.
+    """`propagate` with "auto" replaced: by "asymmetric", or by "pruned" for mixtures of experts, or by "dense" where
+    layers share weights.
 
     Raises UnsupportedError for "asymmetric" with mixtures of experts.
     """
     if propagate == "auto":
-        return "pruned" if model.has_experts else "asymmetric"
+        return "dense" if model.shared else "pruned" if model.has_experts else "asymmetric"
     if propagate == "asymmetric" and model.has_experts:
         raise UnsupportedError(
             "--propagate asymmetric compares inputs of the dense and the pruned model token by token, but their "
