@@ -17,7 +17,7 @@ FILES = {
 
 HOUSE: dict[str, list[str]] = {
     "errors": [],
-    "process": ["background completion console environment interrupts memory versions", "output"],
+    "process": ["background completion console environment interrupts memory ranks versions", "output share"],
     "progress": [],
     "settings": [],
     "disk": [
@@ -68,11 +68,12 @@ HOUSE: dict[str, list[str]] = {
         "card forward output setup shard",
         "allocate finish memory paired tuned_shard",
         "prepare",
+        "sharing",
         "announce run",
         "rehearse",
         "job",
     ],
-    "planning": ["refit_cost", "cost refits", "speeds", "plan"],
+    "planning": ["refit_cost", "cost refits", "ranks speeds", "plan"],
     "reporting": ["facts figures", "evaluations markup scales", "sections", "comparison", "page"],
     "publishing": ["upload"],
     "arguments": [],
@@ -99,6 +100,7 @@ NO_TORCH = [
     "process.interrupts",
     "process.console",
     "process.output",
+    "process.ranks",
 ]
 NO_TORCH += [
     "methods.recipes",

@@ -20,6 +20,7 @@ resumed run starts from the last durable cache, and first repeats the forward pa
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -32,32 +33,29 @@ from streamprune.calibration.statistics import write_statistics
 from streamprune.disk import durable, journal
 from streamprune.disk.cache import remove_cache
 from streamprune.errors import UsageError
-from streamprune.kernels import cpu, torch_ops
 from streamprune.methods.stats import InputStats
-from streamprune.model.activations import Activations
 from streamprune.model.decoded import maps_of
 from streamprune.model.device import exact_products
 from streamprune.model.experts import is_pooled, pool
 from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import out_of_memory_named
 from streamprune.model.skeleton import Stage
-from streamprune.model.streamed import StreamedModel
 from streamprune.model.zeros import refuse_empty
 from streamprune.process import interrupts
 from streamprune.process.background import BackgroundWorker
 from streamprune.process.memory import give_back_free_memory, peak_resident_bytes
+from streamprune.process.share import Share
 from streamprune.progress import Progress, ProgressCallback
 from streamprune.pruning.allocate import allocate
-from streamprune.pruning.card import card_of
-from streamprune.pruning.finish import calibration_of, save_statistics, write_files
+from streamprune.pruning.finish import finish
 from streamprune.pruning.forward import CalibrationPass
-from streamprune.pruning.memory import scratch_bytes, spool_bytes, stages_at_work
+from streamprune.pruning.memory import stages_at_work
 from streamprune.pruning.output import Output
-from streamprune.pruning.paired import PairedPass
-from streamprune.pruning.prepare import Prepared, begin, check_disk, remove_leftovers
+from streamprune.pruning.paired import pass_of
+from streamprune.pruning.prepare import Prepared, begin, remove_leftovers
 from streamprune.pruning.records import StageRecord
-from streamprune.pruning.report import build_report, source_of
 from streamprune.pruning.shard import ShardWriter
+from streamprune.pruning.sharing import Sharing, check_disk
 from streamprune.pruning.tuned_shard import LayerTuning
 
 Commit = Callable[[], None]
@@ -74,6 +72,7 @@ class Run:
         self._begun, self._resolved, self._target = prepared.begun, prepared.resolved, setup.target
         self._records = list(prepared.records)
         self._given = prepared.given if prepared.windows is None else None
+        self._ranks = prepared.ranks
         self._uncommitted: list[durable.FilePart] = []
         self._since = 0.0
         """When the current stage began (perf_counter)."""
@@ -94,20 +93,12 @@ class Run:
         self._stack.__exit__(kind, error, trace)
 
     def _pass(self) -> CalibrationPass | None:
-        windows, setup = self._job.windows, self._setup
+        windows = self._job.windows
         if windows is None:
             return None
-        batch, layout = self._resolved.batch, self._layout
-        smallest = min([layout.batch, *(r.batch for r in self._records if r.batch)])
-        streamed = StreamedModel(
-            self._skeleton, self._loader, setup.dtype, max_samples=smallest if smallest < batch else None,
-            weighted=self._spec.expert_stats == "weighted", group=layout.group,
-        )  # fmt: skip
-        activations = Activations(
-            self._state.cache, streamed.cache_dtype, setup.device, resident=layout.resident
-        )  # fmt: skip
-        kind = PairedPass if setup.propagate == "asymmetric" else CalibrationPass
-        return kind(streamed, windows, batch, activations, (cpu if setup.backend == "numba" else torch_ops).accumulate)
+        share = Share(self._ranks, len(windows), self._resolved.batch, self._layout.group)
+        smallest = min([self._layout.batch, *(r.batch for r in self._records if r.batch)])
+        return pass_of(self._setup, self._layout, self._loader, windows, share, smallest, self._job.cache)
 
     def discard(self) -> None:
         """Removes the unfinished work, as its input is invalid."""
@@ -118,19 +109,22 @@ class Run:
     def work(self, startup: float) -> dict[str, Any]:
         """Does the remaining work; returns the report. `startup` is how many seconds this run has taken so far."""
         begun = time.perf_counter()
-        self._output = self.check()
+        output = self.check()
         if not self._begun:
             self._begin()
+        self._agree()
+        self._output = output
         self._writer = self._shard_writer()
         self._tuner = LayerTuning.of(self._layout.windows, self._target, self._forward)
-        remove_leftovers(self._state, self._newest_cache())
+        remove_leftovers(self._job, self._newest_cache())
         stages = self._skeleton.stages
         if self._target is None:
             stages = stages[:-1]  # `calibrate` needs no head
         done = len(self._records)
         self._since = begun - self._job.reading  # the first stage includes drawing the windows
         if self._forward is not None and 0 < done <= len(self._skeleton.layer_stages):
-            shards = None if self._output is None or self._setup.propagate == "dense" else self._output.written
+            pruned = None if self._setup.propagate == "dense" else self._output
+            shards = None if pruned is None else functools.partial(self._sharing.written, pruned)
             with out_of_memory_named(self._setup.device):
                 self._forward.catch_up(self._newest_cache(), done, shards)
         try:
@@ -148,30 +142,20 @@ class Run:
 
     def check(self) -> Output | None:
         """The checks before the first stage, which write nothing; returns the output, as far as it has been written."""
-        self._check_disk()
+        check_disk(self._job, self._target, self._forward, self._newest_cache())
         if not self._begun and not self._spec.allow_zeros and not self._setup.checkpoint.streamed:
             refuse_empty(self._maps, [ref for stage in self._skeleton.stages for ref in stage.linears.values()])
         if self._target is None:
             return None
         output = Output(self._state.partial, self._target, self._resolved.shard_bytes)
-        output.resume(self._records)
+        if not self._ranks.rank:
+            output.resume(self._records)
         return output
 
     def _shard_writer(self) -> ShardWriter | None:
         if self._target is None:
             return None
-        return ShardWriter(self._target, self._loader, allow_zeros=self._spec.allow_zeros)
-
-    def _check_disk(self) -> None:
-        written = sum(r.shard["bytes"] for r in self._records if r.shard)
-        output = self._target.output_bytes - written if self._target else 0
-        cache = 0
-        if self._forward is not None and len(self._records) < len(self._skeleton.stages) - 1:
-            # An older durable cache may have to be kept beside the two in use.
-            behind = -1 < self._newest_cache() < len(self._records) - 1
-            cache = (3 if behind and not self._layout.resident else 2) * self._forward.cache_bytes
-            cache += scratch_bytes(self._setup, self._layout, *self._forward.windows.shape)
-        check_disk(self._state, output, cache, spool_bytes(self._setup, self._layout, self._records))
+        return ShardWriter(self._target, self._loader, self._ranks, allow_zeros=self._spec.allow_zeros)
 
     def _begin(self) -> None:
         """Allocates the sparsity if asked to, and creates the state of the job."""
@@ -184,6 +168,14 @@ class Run:
         self._begun = True
         job = {"job": spec.fixed(), "content": self._job.content, "spent": self._job.spent}
         begin(self._state, job | {"resolved": self._resolved.to_json()}, windows)
+
+    def _agree(self) -> None:
+        """Tells all ranks what rank 0 has resolved when the job began, and finds out what they share."""
+        self._resolved = self._ranks.broadcast(self._resolved)
+        if self._target is not None and self._resolved.allocation:
+            self._target = self._target.sharing(self._resolved.allocation)
+        self._sharing = Sharing(self._job)
+        self._records = self._sharing.records(self._records)
 
     def _newest_cache(self) -> int:
         """Number of the last durable cache, -1 if there is none. Cache n is written by the stage of record n."""
@@ -223,9 +215,16 @@ class Run:
                 self._durable(file)
             file = None
             record.cache = forward.persists()
-            forward.pruned_layer(stage, output.written(stage), record.cache)
+            forward.pruned_layer(stage, self._sharing.written(output, stage), record.cache)
             record.batch = forward.streamed.max_samples
-        commits.put(lambda: self._commit(stage, record, file))
+        if self._ranks.size == 1:
+            commits.put(lambda: self._commit(stage, record, file))
+            return
+        if not self._ranks.rank:
+            self._commit(stage, record, file)
+        self._ranks.barrier()
+        if self._ranks.rank:
+            self._commit(stage, record, None)
 
     def _durable(self, file: durable.FilePart) -> None:
         file.commit()
@@ -261,10 +260,11 @@ class Run:
             record.pooled = pooled
             if grams is not None:
                 grams.leave_out(pooled)
-        path = self._state.layer_stats(stage.index)
-        record.statistics = write_statistics(
-            path, found.items(), collector.groups, {}, {}, {stage.prefix: collector.update}
-        )  # fmt: skip
+        if not self._ranks.rank:
+            path = self._state.layer_stats(stage.index)
+            record.statistics = write_statistics(
+                path, found.items(), collector.groups, {}, {}, {stage.prefix: collector.update}
+            )  # fmt: skip
         return {name: found[leader] for name, leader in collector.groups.items()}
 
     def _fill(
@@ -272,7 +272,9 @@ class Run:
     ) -> durable.FilePart | None:
         """Writes the stage's part of a shard, not yet durable; returns its file, or None for `calibrate`."""
         file = None
-        if self._writer is not None and self._output is not None:
+        if self._writer is not None and self._ranks.rank:
+            self._writer.refit_elsewhere(stage, lambda name, width: self._stats(stats, name, width), grams)
+        elif self._writer is not None and self._output is not None:
             file = self._output.begin(stage)
             record.linears = self._writer.fill(
                 file, self._output.part(stage), stage, lambda name, width: self._stats(stats, name, width), grams
@@ -294,11 +296,13 @@ class Run:
         record.seconds, record.peak = now - self._since, peak_resident_bytes()
         self._since = now
         before = self._newest_cache()
-        journal.append(self._state.journal, record.to_json())
+        record.ranks = self._ranks.size if self._ranks.size > 1 else None
+        if not self._ranks.rank:
+            journal.append(self._state.journal, record.to_json())
         self._records.append(record)
         if self._forward is not None and (record.cache or (stage.kind == "layer" and not self._more(stage))):
             for old in range(max(before, 0), len(self._records) - 1):  # also those that a resumed run has recomputed
-                remove_cache(self._state.cache, old)
+                remove_cache(self._job.cache, old)
         if record.cache and self._forward is not None:
             self._forward.made_durable()
         stages = len(self._skeleton.stages) - (self._target is None)
@@ -314,25 +318,10 @@ class Run:
         return gathered[name]
 
     def _finish(self, startup: float, since: float) -> dict[str, Any]:
-        spec, state, checkpoint, target = self._spec, self._state, self._setup.checkpoint, self._target
-        calibration = calibration_of(spec, self._resolved, self._given, self._setup.propagate)
-        statistics = spec.save_stats if target else spec.out
-        if statistics is not None:
-            save_statistics(statistics, spec, state, checkpoint, self._skeleton, self._records, calibration)
-        files = []
-        if target is not None and self._output is not None:
-            card = card_of(spec, checkpoint, calibration, self._records)
-            files = write_files(state, checkpoint, target, self._output, self._records, card)
-        report = build_report(
-            spec, self._resolved, calibration, self._records, files,
-            source_of(checkpoint, self._job.content, target is not None),
-            seconds=self._job.spent + sum(r.seconds for r in self._records) + time.perf_counter() - since,
-            startup=startup, peak=max(peak_resident_bytes(), *(r.peak for r in self._records)),
-            dense=self._skeleton.dense if target else {},
+        ranks = self._sharing.end(self._forward)
+        if self._ranks.rank:
+            return {}
+        return finish(
+            self._setup, self._state, self._target, self._output, self._resolved, self._given, self._records,
+            self._job.content, ranks, startup, lambda: self._job.spent + time.perf_counter() - since,
         )  # fmt: skip
-        if target is None:
-            state.discard()
-            return report
-        journal.write_json(state.partial / "streamprune.json", "report", report)
-        state.publish()
-        return report
