@@ -1,8 +1,8 @@
 """Accumulates the Gram matrices XᵀX of linears' inputs during a pass, and holds some inputs out of them.
 
 Each batch is multiplied on its own, a few rows of the product at a time, and then added to the sums, in the order of
-the batches: so it does not matter which rank sees which batch. A product is added by the one rank that `owns` the sum;
-at the end of the pass, all ranks are given all sums.
+the batches: so it does not matter which rank sees which batch. Each block of rows has a rank that adds its products; at
+the end of the pass, all ranks are given all sums.
 
 The held-out tokens show whether a refit generalises: HoldOut says which they are. With asymmetric calibration a linear
 has two inputs, the pruned model's X and the dense model's; then the drift is summed as well and, for linears that write
@@ -98,7 +98,7 @@ class GramSum:
     tokens: int = 0
     """Tokens in the sums."""
     owner: int = 0
-    """The rank that adds to the sums."""
+    """The rank that adds the first blocks of the sums; the next ranks add the next ones."""
 
     def add(
         self, rows: Tensor, hold: HoldOut, number: int, at: int, add_: Add,
@@ -124,30 +124,30 @@ class GramSum:
             pieces += [slice(i, min(i + _ROWS, here.stop)) for i in range(here.start, here.stop, _ROWS)]
         width = rows.shape[1]
         whole = self.end - self.begin == width
-        for begin, end in _blocks(self.begin, self.end, width):
+        for i, (begin, end) in enumerate(_blocks(self.begin, self.end, width)):
             left = begin if whole else 0  # of the whole, the upper triangle; `finish` mirrors it
             product = rows.new_zeros(end - begin, width - left, dtype=torch.float32)
             for piece in pieces:
                 x = rows[piece, left:].float()
                 product.addmm_(x[:, begin - left : end - left].T, x)
-            add_(self.sum[begin - self.begin : end - self.begin, left:], product, self.owner)
+            add_(self.sum[begin - self.begin : end - self.begin, left:], product, self.owner + i)
         for total, rest in ((self.drift, dense), (self.debt, missing)):
             if total is None or rest is None:
                 continue
-            for begin, end in _blocks(0, len(total), width):
+            for i, (begin, end) in enumerate(_blocks(0, len(total), width)):
                 product = rows.new_zeros(end - begin, width, dtype=torch.float32)
                 for piece in pieces:
                     x, other = rows[piece].float(), rest[piece, begin:end].float()
                     product.addmm_((other - x[:, begin:end] if total is self.drift else other).T, x)
-                add_(total[begin:end], product, self.owner)
+                add_(total[begin:end], product, self.owner + i)
 
     def move_to(self, whole: GramSum, add_: Add) -> None:
         """Adds these sums, of a group of batches, to those over all of them, and begins anew."""
         width = self.sum.shape[1]
         all_rows = self.end - self.begin == width
-        for begin, end in _blocks(self.begin, self.end, width):
+        for i, (begin, end) in enumerate(_blocks(self.begin, self.end, width)):
             here = slice(begin - self.begin, end - self.begin), slice(begin if all_rows else 0, width)
-            add_(whole.sum[here], self.sum[here], whole.owner)
+            add_(whole.sum[here], self.sum[here], whole.owner + i)
         whole.held += self.held
         whole.numbers += self.numbers
         whole.tokens += self.tokens
@@ -255,7 +255,7 @@ class GramCollector:
 
     def _begin(self, name: str, sums: GramSum) -> None:
         if self._share is not None:
-            sums.owner = len(self.sums) % self._share.last_round
+            sums.owner = len(self.sums)
             if self._share.group > 1:
                 with torch.inference_mode(False):
                     self._groups[name] = replace(sums, sum=torch.zeros_like(sums.sum), held=[], numbers=[])
@@ -278,8 +278,8 @@ class GramCollector:
     def _in_order(self, number: int) -> Add:
         """Adds what ranks have of the round of batch `number`."""
         assert self._share is not None
-        ranks, present = self._share.ranks, self._share.present(number)
-        return lambda total, part, owner: ranks.add_in_order_(total, part, owner, present)
+        ranks, present, owners = self._share.ranks, self._share.present(number), self._share.last_round
+        return lambda total, part, owner: ranks.add_in_order_(total, part, owner % owners, present)
 
     def end_batch(self) -> None:
         """Frees the last input."""
@@ -298,7 +298,10 @@ class GramCollector:
         for sums in self.sums.values():
             for total in (sums.sum, sums.drift, sums.debt):
                 if total is not None:
-                    ranks.broadcast_(total, sums.owner)
+                    first = sums.begin if total is sums.sum else 0
+                    for i, (begin, end) in enumerate(_blocks(first, first + len(total), total.shape[1])):
+                        owner = (sums.owner + i) % self._share.last_round
+                        ranks.broadcast_(total[begin - first : end - first], owner)
             sums.join(ranks.gather(sums.held_out()))
 
 

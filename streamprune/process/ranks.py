@@ -245,10 +245,10 @@ def joined() -> Iterator[Ranks]:
         yield ranks
     except BaseException as e:
         code = INTERRUPTED if isinstance(e, KeyboardInterrupt) else getattr(e, "exit_code", 1)
-        first = ranks.fail(code)
+        first = ranks.rank if isinstance(e, ElsewhereError) else ranks.fail(code)
         _leave()  # wakes those that wait for this rank
         ranks.end()
-        if first != ranks.rank and not isinstance(e, ElsewhereError):
+        if first != ranks.rank:
             raise ElsewhereError(code) from e
         raise
     _leave()
