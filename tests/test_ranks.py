@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -255,3 +257,50 @@ def test_each_batch_has_one_rank(windows: int, batch: int, group: int, size: int
     if group == 1:
         rounds = max(map(len, numbers))
         assert shares[0].last_round == sum(len(own) == rounds for own in numbers)
+
+
+def _torchrun(size: int, *words: object) -> subprocess.Popen[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port", str(_free_port())]
+    return subprocess.Popen(
+        [sys.executable, *command, "-m", "streamprune", *map(str, words)], env=env, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_by_torchrun_with_ranks_that_are_killed(models: Models, text: Path, tmp_path: Path) -> None:
+    """Ranks are killed at random moments until the job is done; it is printed once, and is that of one process."""
+    words = ["prune", models("llama", 8), tmp_path / "out", "--sparsity", "0.6", "--method", "obs-admm",
+             "--calib", text, "--samples", "96", "--seqlen", "64", "--json"]  # fmt: skip
+    chance = random.Random(5)
+    for attempt in range(12):
+        run = _torchrun(2, *words)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        wait = chance.uniform(6, 20) if attempt < 11 else 300
+        try:
+            output, errors = run.communicate(timeout=wait)
+            break
+        except subprocess.TimeoutExpired:
+            os.kill(int(chance.choice(children.read_text().split())), signal.SIGKILL)
+        output, errors = run.communicate(timeout=60)
+        assert run.returncode == 1 and output == "" and not (tmp_path / "out").exists()
+        assert errors.count("streamprune: error: ") <= 1, "none if the agent was faster"
+    assert run.returncode == 0 and json.loads(output)["status"] == "done", errors
+    words[2] = tmp_path / "one"
+    alone = subprocess.run([sys.executable, "-m", "streamprune", *map(str, words)], capture_output=True, check=True)
+    assert json.loads(alone.stdout)["status"] == "done"
+    assert files(tmp_path / "out") == files(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [["inspect", "MODEL"], ["eval", "MODEL", "--tasks", "x"], ["prune", "MODEL", "OUT", "--pattern", "4:2"]]
+)
+def test_what_torchrun_cannot_do(models: Models, tmp_path: Path, words: list[str]) -> None:
+    """One line, from rank 0."""
+    run = _torchrun(2, *({"MODEL": models(), "OUT": tmp_path / "out"}.get(word, word) for word in words))
+    output, errors = run.communicate(timeout=120)
+    said = [line for line in errors.splitlines() if line.startswith("streamprune: error: ")]
+    assert run.returncode == 1 and output == "" and len(said) == 1
+    assert "exitcode  : 2" in errors

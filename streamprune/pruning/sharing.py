@@ -93,6 +93,7 @@ class Sharing:
             return []
         durable.clear(self._cache)
         if not self._sees:
+            durable.clear(self._state.cache)
             durable.clear(self._state.partial)
         return self._ranks.gather({
             "rank": self._ranks.rank, "host": platform.node(), "windows": forward.share.own_windows if forward else 0,
