@@ -36,7 +36,7 @@ class Means:
     def of(cls, job: Prepared, records: Sequence[StageRecord], stack: ExitStack) -> Means:
         """The means of a run that continues after `records`."""
         setup = job.setup
-        if setup.needs_no_torch:
+        if setup.needs_no_torch and job.ranks.size == 1:
             maps = stack.enter_context(MappedFiles(setup.checkpoint))
             return cls(job, maps, stack.enter_context(ReadAhead(maps)), None)
         with many_imports():
@@ -80,7 +80,7 @@ class Means:
             return ArrayWriter(target, self.maps, allow_zeros=allow_zeros)
         from streamprune.pruning.shard import ShardWriter
 
-        return ShardWriter(target, self.loader, allow_zeros=allow_zeros)
+        return ShardWriter(target, self.loader, self.job.ranks, allow_zeros=allow_zeros)
 
     def refuse_empty(self) -> None:
         """Raises CheckpointError for linears of zeros, see model/damage.py."""
@@ -120,22 +120,13 @@ class Means:
 
 
 def _pass(job: Prepared, records: Sequence[StageRecord], loader: WeightLoader) -> CalibrationPass | None:
-    windows, setup, layout = job.windows, job.setup, job.layout
+    windows, batch = job.windows, job.resolved.batch
     if windows is None:
         return None
     with many_imports():
-        from streamprune.kernels import cpu, torch_ops
-        from streamprune.model.activations import Activations
-        from streamprune.model.streamed import StreamedModel
-        from streamprune.pruning.forward import CalibrationPass
-        from streamprune.pruning.paired import PairedPass
+        from streamprune.process.share import Share
+        from streamprune.pruning.paired import pass_of
 
-    batch = job.resolved.batch
-    smallest = min([layout.batch, *(r.batch for r in records if r.batch)])
-    streamed = StreamedModel(
-        setup.skeleton, loader, setup.dtype, max_samples=smallest if smallest < batch else None,
-        weighted=setup.spec.expert_stats == "weighted", group=layout.group,
-    )  # fmt: skip
-    activations = Activations(job.state.cache, streamed.cache_dtype, setup.device, resident=layout.resident)
-    kind = PairedPass if setup.propagate == "asymmetric" else CalibrationPass
-    return kind(streamed, windows, batch, activations, (cpu if setup.backend == "numba" else torch_ops).accumulate)
+    share = Share(job.ranks, len(windows), batch, job.layout.group)
+    smallest = min([job.layout.batch, *(r.batch for r in records if r.batch)])
+    return pass_of(job.setup, job.layout, loader, windows, share, smallest, job.cache)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,15 +29,22 @@ from torch import Tensor, nn
 from streamprune.calibration.collector import Collector
 from streamprune.calibration.gram_sums import GramCollector
 from streamprune.calibration.grams import LayerGrams
+from streamprune.calibration.windows import Tokens
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError
-from streamprune.model.activations import StateBuffer
+from streamprune.kernels import cpu, torch_ops
+from streamprune.model.activations import Activations, StateBuffer
 from streamprune.model.binding import replaced_weights
+from streamprune.model.budget import Layout
+from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import check_weights, retry_smaller
 from streamprune.model.routed import Enough
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
+from streamprune.model.streamed import StreamedModel
+from streamprune.process.share import Share
 from streamprune.pruning.forward import CalibrationPass
+from streamprune.pruning.setup import Setup
 
 _MOST_WRITERS = 8
 """Most linears that are considered as writers to the residual stream, as all their subsets are tried."""
@@ -81,7 +89,7 @@ class PairedPass(CalibrationPass):
 
         def attempt() -> Collector:
             self.placed, self.dense = {}, self._aside(stage)
-            collector, pruned_half = Collector(self._accumulate), False
+            collector, pruned_half = Collector(self._accumulate, self.share), False
 
             def watch(name: str, x: Tensor) -> None:
                 if pruned_half:
@@ -102,6 +110,7 @@ class PairedPass(CalibrationPass):
         hidden, between = self.streamed.skeleton.hidden_size, self.streamed.skeleton.between
         candidates = [name for name, ref in stage.linears.items() if hidden in ref.shape]
         collector = retry_smaller(self.streamed, attempt)
+        self._writers = self.share.ranks.broadcast(self._writers)
         if grams is not None:
             grams.gathered(None, collector.groups, collector.tokens)
         self._calls = {name: collector.tokens(name) for name in collector.groups}
@@ -162,6 +171,7 @@ class PairedPass(CalibrationPass):
                         missing = stream - own if name in self._writers and once else None
                         for a, b in zip(wanted, given, strict=True):
                             collector.watch_pair(name, a, b, missing)
+                    collector.end_batch()
             return collector
 
         return retry_smaller(streamed, attempt)
@@ -206,7 +216,21 @@ class PairedPass(CalibrationPass):
     def _aside(self, stage: Stage) -> StateBuffer:
         states, length = self.activations, self.windows.shape[1]
         width = self.streamed.skeleton.between.width(stage.index + 1, length)
-        return StateBuffer(states.folder, self.windows.size, width, self.streamed.cache_dtype, resident=states.resident)
+        return StateBuffer(states.folder, self.own_tokens, width, self.streamed.cache_dtype, resident=states.resident)
+
+
+def pass_of(
+    setup: Setup, layout: Layout, loader: WeightLoader, windows: Tokens, share: Share, smallest: int, cache: Path
+) -> CalibrationPass:  # fmt: skip
+    """The forward pass of a job over a `share` of its windows, at most `smallest` at once, with caches in `cache`."""
+    streamed = StreamedModel(
+        setup.skeleton, loader, setup.dtype, max_samples=smallest if smallest < share.batch else None,
+        weighted=setup.spec.expert_stats == "weighted", group=layout.group,
+    )  # fmt: skip
+    activations = Activations(cache, streamed.cache_dtype, setup.device, resident=layout.resident)
+    kind = PairedPass if setup.propagate == "asymmetric" else CalibrationPass
+    accumulate = (cpu if setup.backend == "numba" else torch_ops).accumulate
+    return kind(streamed, windows, share, activations, accumulate)
 
 
 @contextmanager
