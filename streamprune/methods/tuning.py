@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BETAS = (0.9, 0.95)
+BETAS = (0.9, 0.9)
 WARM = 0.1
 """Of the steps, the part in which the rate rises."""
 
