@@ -322,17 +322,6 @@ MORE: dict[str, Mixture] = {
         "Hy4", _ONE | _INDEXED | {"index_n_heads": 8, "hc_mult": 2, "indexer_types": ["full", "shared"]}, FUSED,
         notes=f"{_SHARED}; sparse attention; indices of earlier layers; {_STREAMS}",
     ),
-    "hy_v4_vl": Mixture(
-        "Hy4 VL",
-        _ONE
-        | _INDEXED
-        | {
-            "index_n_heads": 8, "hc_mult": 2, "indexer_types": ["full", "shared"],
-            "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
-        },
-        FUSED, notes=f"{_SHARED}; sparse attention; indices of earlier layers; {_STREAMS}; {_SEES}", like="qwen3_vl",
-        vision=_EYES,
-    ),
     "glm5_next": Mixture(
         "GLM-5 Next",
         _ONE
