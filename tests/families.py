@@ -251,6 +251,15 @@ LINKED: dict[str, Family] = {
         },
         notes=f"{_BY_TOKENS}; later layers use keys and values of earlier ones",
     ),
+    "gemma4_unified_text": Family(
+        "Gemma 4, unified, its text model",
+        _PER_LAYER
+        | {
+            "num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": _LAYERS_OF_EACH * 2,
+            "global_head_dim": 8,
+        },
+        notes=f"{_BY_TOKENS}; later layers use keys and values of earlier ones",
+    ),
     "gemma3n_text": Family(
         "Gemma 3n, its text model",
         _PER_LAYER

@@ -172,6 +172,14 @@ _ONE = _ROUTED | _LATENT | _SECOND | {"num_key_value_heads": 4}
 _BESIDE = _FOUR | {"shared_intermediate_size": 32}
 _GATED = _EIGHT | _LINEAR | {"head_dim": 8, "shared_expert_intermediate_size": 32}
 _STREAMS = "several streams"
+_EYES: dict[str, Any] = {
+    "vision_config": {
+        "depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 8, "out_hidden_size": 32, "intermediate_size": 64,
+        "image_size": 16,
+    },
+    "image_token_id": 5, "video_token_id": 6, "image_start_token_id": 7, "image_end_token_id": 8,
+    "video_start_token_id": 9, "video_end_token_id": 2,
+}  # fmt: skip
 _MIXED_SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 
 _HALVES = {"layer_types": ["linear_attention", "full_attention"]}
@@ -313,6 +321,17 @@ MORE: dict[str, Mixture] = {
     "hy_v4": Mixture(
         "Hy4", _ONE | _INDEXED | {"index_n_heads": 8, "hc_mult": 2, "indexer_types": ["full", "shared"]}, FUSED,
         notes=f"{_SHARED}; sparse attention; indices of earlier layers; {_STREAMS}",
+    ),
+    "glm5_next": Mixture(
+        "GLM-5 Next",
+        _ONE
+        | _INDEXED
+        | {
+            "index_n_heads": 8, "hc_mult": 2, "head_dim": 0, "qk_rope_head_dim": 0, "linear_head_dim": 8,
+            "linear_num_heads": 8, "index_kpool": 4, "indexer_types": ["full", "full"],
+            "layer_types": ["linear_attention", "indexed_attention"],
+        },
+        notes=f"{_SHARED}; recurrent layers; sparse attention; {_STREAMS}; {_SEES}", like="qwen3_vl", vision=_EYES,
     ),
     "deepseek_v4": Mixture(
         "DeepSeek-V4",

@@ -31,7 +31,7 @@ REFITTED = {"gpt2", "phi3", "mpt", "falcon_h1", "qwen3_vl"}
 """Each by another way of storing weights or of calling layers. Refits and FP8 of the others are marked slow."""
 ALIKE = {
     "ministral", "vaultgemma", "cwm", "seed_oss", "hunyuan_v1_dense", "ernie4_5", "helium", "arcee", "qwen2_5_vl",
-    "llava_onevision", "idefics3", "falcon_mamba", "mamba2", "gemma4_text",
+    "llava_onevision", "idefics3", "falcon_mamba", "mamba2", "gemma4_text", "gemma4_unified_text",
 }  # fmt: skip
 """Made of the parts that others are made of: marked slow throughout."""
 MIXED = {

@@ -67,6 +67,13 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.glob("*.safetensors"))}
 
 
+def wanted_perplexity(source: Path, kind: str, tokens: Path, dtype: torch.dtype = torch.float32) -> float:
+    """That of the whole model, on the windows of 16 tokens that `evaluate` cuts the text into."""
+    ids = torch.from_numpy(np.load(tokens))
+    model = in_memory(source, kind if kind == KEYS else "llama", dtype)
+    return perplexity(model, ids[: len(ids) // 16 * 16].view(-1, 16))
+
+
 # ---- packing
 
 
@@ -129,9 +136,11 @@ def test_as_many_indices_as_a_window_has(sources: Callable[..., Path]) -> None:
     assert [between.width(layer, 24) for layer in range(3)] == [32, 32 + 4 * 16, 32]
 
 
-def test_indices_that_the_next_layer_does_not_use_are_dropped(tmp_path: Path) -> None:
+def test_indices_that_the_next_layer_does_not_use_are_dropped(tokens: Path, tmp_path: Path) -> None:
     source = save_mixture(tmp_path / "model", INDICES, indexer_types=["full", "full"])
     assert skeleton_of(source).between.plain
+    found = evaluate(source, tokens, seqlen=16, dtype="float32", work=tmp_path).perplexity
+    assert abs(found - wanted_perplexity(source, INDICES, tokens)) <= 1e-5 * found
 
 
 # ---- jobs
@@ -163,9 +172,7 @@ def test_pruned_inputs(sources: Callable[..., Path], tokens: Path, tmp_path: Pat
     job = {"calib": tokens, **JOB, "expert_tokens": 1}
     out = prune(sources(kind), tmp_path / "out", pattern="2:4", propagate="pruned", **job).out
     found = evaluate(out, tokens, seqlen=16, dtype="float32", work=tmp_path)
-    ids = torch.from_numpy(np.load(tokens))
-    held = ids[: len(ids) // 16 * 16].view(-1, 16)
-    wanted = perplexity(in_memory(out, kind if kind == KEYS else "llama"), held)
+    wanted = wanted_perplexity(out, kind, tokens)
     assert abs(found.perplexity - wanted) <= 1e-5 * wanted
     apart = evaluate(out, tokens, seqlen=16, dtype="float32", work=tmp_path, reference=sources(kind))
     assert apart.perplexity == found.perplexity and apart.kl is not None and apart.kl > 0
@@ -174,9 +181,7 @@ def test_pruned_inputs(sources: Callable[..., Path], tokens: Path, tmp_path: Pat
 
 def test_what_transformers_holds_in_float32(sources: Callable[..., Path], tokens: Path, tmp_path: Path) -> None:
     """In bf16, the weights that mix streams, and some norms, are float32 as in the whole model."""
-    ids = torch.from_numpy(np.load(tokens))
-    held = ids[: len(ids) // 16 * 16].view(-1, 16)
-    wanted = perplexity(in_memory(sources(STREAMS, "bfloat16"), "llama", torch.bfloat16), held)
+    wanted = wanted_perplexity(sources(STREAMS, "bfloat16"), STREAMS, tokens, torch.bfloat16)
     found = evaluate(sources(STREAMS, "bfloat16"), tokens, seqlen=16, dtype="bfloat16", work=tmp_path).perplexity
     assert abs(found - wanted) <= 1e-5 * wanted
 

@@ -122,7 +122,7 @@ class StreamedModel:
                 f"{kind_of(self.skeleton)} gives its layers states {list(found.states.shape)} instead of (batch, "
                 f"tokens, {', '.join(map(str, between.streams))}), which cannot be kept"
             )
-        if between.parcels is None and any(call.outputs for call in found.calls):
+        if not between.known and any(call.outputs for call in found.calls):
             raise UnsupportedError(
                 f"{kind_of(self.skeleton)} hands more than hidden states from layer to layer; its layers cannot be "
                 "streamed one by one"

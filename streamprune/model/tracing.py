@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -55,7 +56,7 @@ def traced(checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype) -> Sk
     depends = not all(same(a, b) for a, b in zip(first.calls, second.calls, strict=True))
     streams, order = _arranged(skeleton, first, recorded)
     aside = _looked_up(first, second) // ids[0].numel()
-    between = replace(skeleton.between, streams=streams, order=order, ids=depends, aside=aside)
+    between = replace(skeleton.between, known=True, streams=streams, order=order, ids=depends, aside=aside)
     between = replace(between, parcels=_parcels(skeleton, first, recorded))
     return replace(skeleton, between=between, streams=between.hidden // skeleton.hidden_size)
 
@@ -228,11 +229,22 @@ def _on_meta(skeleton: Skeleton, stage: Stage, layer: nn.Module) -> Iterator[Non
     for module in idle:
         module.__dict__["forward"] = _nothing
     try:
-        with replaced_tensors(layer, buffers):
+        with replaced_tensors(layer, buffers), _everything_kept():
             yield
     finally:
         for module in idle:
             del module.__dict__["forward"]
+
+
+@contextmanager
+def _everything_kept() -> Iterator[None]:
+    """Within it, indexing with a mask on the meta device keeps everything, as values are not known there."""
+    before = fx_config.meta_nonzero_assume_all_nonzero
+    fx_config.meta_nonzero_assume_all_nonzero = True
+    try:
+        yield
+    finally:
+        fx_config.meta_nonzero_assume_all_nonzero = before
 
 
 def _nothing(hidden: Tensor, *rest: Any, **more: Any) -> Tensor:
