@@ -132,6 +132,18 @@ RECURRENT: dict[str, Family] = {
         },
         notes="layers 1 and 3 share weights, which are pruned once",
     ),
+    "zamba": Family(
+        "Zamba 7B", _GROUPED | _ZAMBA | {"n_mamba_heads": 2, "mamba_dt_rank": 4},
+        notes="layers 1 and 3 share weights, which are pruned once; weights for each Mamba head stay dense",
+    ),
+    "xlstm": Family(
+        "xLSTM 7B",
+        {
+            "num_attention_heads": None, "num_heads": 4, "num_blocks": 2, "chunk_size": 8, "qk_dim_factor": 2.0,
+            "v_dim_factor": 2.0,
+        },
+        "backbone.blocks",
+    ),
     "rwkv": Family(
         "RWKV-4",
         {
@@ -346,7 +358,9 @@ def save_model(folder: Path, kind: str = "llama", layers: int = 3, dtype: str = 
     model = whole_class(kind).from_config(tiny_config(kind, layers), dtype=getattr(torch, dtype)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and not bool(parameter.any()):
+                parameter.normal_(0, 0.1)  # xLSTM's gates begin with zeros
+            elif parameter.dim() == 2:
                 parameter.mul_(4.0)  # far from the initial near-identity, so that layers matter
             elif "norm" in name and name.endswith("weight"):
                 parameter.mul_(torch.exp(torch.randn(parameter.shape)).to(parameter.dtype))
