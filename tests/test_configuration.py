@@ -86,7 +86,7 @@ def test_what_no_checkpoint_holds(
     def never(*args: object, **more: object) -> None:
         raise AssertionError("something is built")
 
-    for module in ("pruning.setup", "evaluation.evaluate"):
+    for module in ("model.skeleton", "evaluation.evaluate"):
         monkeypatch.setattr(f"streamprune.{module}.build_skeleton", never)
     needles = ("config.json", name, "download the checkpoint again")
     refused(CheckpointError, lambda: prune(source, tmp_path / "out", pattern="2:4", calib=text), *needles)
