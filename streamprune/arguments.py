@@ -66,9 +66,10 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
     p = add("inspect", "show the sparsity, pattern, faults and size of each linear of MODEL, which may be packed")
     _inspect_options(p)
     _filter_options(p)
-    _job_options(
-        add("plan", "predict the memory, disk space and time that pruning MODEL takes; measures for about two seconds")
-    )
+    p = add("plan", "predict the memory, disk space and time that pruning MODEL takes; measures for about two seconds")
+    _job_options(p)
+    p.add_argument("--nproc", type=int, default=1, metavar="N",
+                   help="ranks that share the work under torchrun (default: %(default)s)")  # fmt: skip
     _report_options(
         add(
             "report",

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from streamprune.arguments import Handler, check_eval, make_parser, settings_of
 from streamprune.disk.claims import check_folder
 from streamprune.disk.places import settle_hub_caches
-from streamprune.errors import INTERRUPTED, StreampruneError, UsageError
+from streamprune.errors import INTERRUPTED, ElsewhereError, StreampruneError, UsageError
 from streamprune.methods.recipes import Recipe
 from streamprune.process import interrupts
 from streamprune.process.console import print_stderr, stdout_kept_clean
 from streamprune.process.environment import check_environment
 from streamprune.process.imports import many_imports
 from streamprune.process.output import forget_output, output, print_json, say, sum_up
+from streamprune.process.ranks import is_follower, settle_ranks
 from streamprune.settings import Calibration, Resources, flags_of
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
-    """Runs one command; returns its exit code. `program`: this is the whole process, so that signals may end it
-    (interrupts.py)."""
+    """Runs one command; returns its exit code. `program`: this is the whole process, which signals may end."""
     args = argparse.Namespace(command="", debug=False)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
                 settle_hub_caches(os.environ)
                 args = _parsed(argv)
                 check_environment()
+                settle_ranks(args)
                 if args.command != "upload" or args.quiet or sys.stderr is None or not sys.stderr.isatty():
                     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
                 handler: Handler = args.handler
@@ -49,8 +50,7 @@ def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
                 return _refused(args, e)
     except KeyboardInterrupt as e:
         resumes = args.command in ("prune", "calibrate", "pack", "unpack", "upload")
-        message = "interrupted" + ("; run the same command again to resume" if resumes else "")
-        return _fail(args, e, message, INTERRUPTED)
+        return _fail(args, e, "interrupted" + "; run the same command again to resume" * resumes, INTERRUPTED)
 
 
 def _refused(args: argparse.Namespace, error: Exception) -> int:
@@ -79,7 +79,8 @@ def _tell_notes(args: argparse.Namespace, notes: Sequence[str]) -> None:
 def _fail(args: argparse.Namespace, error: BaseException, message: str, code: int) -> int:
     if args.debug:
         print_stderr("".join(traceback.format_exception(error)).rstrip())
-    print_stderr(f"streamprune: error: {' '.join(message.split())}")
+    if not (isinstance(error, ElsewhereError) or (code == INTERRUPTED and is_follower())):
+        print_stderr(f"streamprune: error: {' '.join(message.split())}")
     return code
 
 
@@ -239,7 +240,7 @@ def _plan(args: argparse.Namespace) -> int:
     from streamprune.tables import plan_table
 
     with stdout_kept_clean():
-        found = plan(args.model, **_job(args))
+        found = plan(args.model, nproc=args.nproc, **_job(args))
     if args.json:
         print_json(found.to_json())
     elif not args.quiet:

@@ -8,7 +8,8 @@
     ├── StateError          6   OUT belongs to another job, or was not made by streamprune
     ├── CorruptStateError   7   our own journal, cache, statistics or report is damaged
     ├── HubError           69   the Hugging Face hub cannot be reached, or refuses (EX_UNAVAILABLE)
-    └── LockedError        75   another process is working on the same OUT (EX_TEMPFAIL: try later)
+    ├── LockedError        75   another process is working on the same OUT (EX_TEMPFAIL: try later)
+    └── ElsewhereError          another rank of the same run has failed, and has said why: its exit code, no message
 
 Ctrl-C and SIGTERM exit with 130. A message is one line: what, where, why, and the flag or command that mends it.
 """
@@ -68,6 +69,14 @@ class LockedError(StreampruneError):
     """Another process holds the lock on OUT."""
 
     exit_code = 75
+
+
+class ElsewhereError(StreampruneError):
+    """Another rank of a run has failed with `exit_code`, and has said why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another rank has failed")
+        self.exit_code = exit_code
 
 
 INTERRUPTED = 130

@@ -194,8 +194,22 @@ def plan_table(found: Plan) -> str:
         f"arithmetic  {found.flops / 1e12:.2f} TFLOP",
         f"time        about {format_duration(found.seconds)}: {_parts(found.split)}",
         textwrap.fill(f"({found.rests_on})", 118, initial_indent=" " * 12, subsequent_indent=" " * 12),
+        *_ranks(found),
     ]
     return "\n".join(lines)
+
+
+def _ranks(found: Plan) -> list[str]:
+    if (shared := found.shared) is None:
+        return []
+    most = {"windows": "what ranks share of the windows", "refits": "what ranks share of the refits",
+            "rank 0": "pruning and writing on rank 0"}[shared.bound]  # fmt: skip
+    said = (
+        f"about {format_duration(shared.seconds)}, most of it {most}: {_parts(shared.split)}; each takes the RAM above "
+        f"and {format_bytes(shared.cache_bytes)} for activations (without what ranks exchange, and if each is as fast "
+        "as this process)"
+    )
+    return [textwrap.fill(said, 118, initial_indent=f"{f'{shared.ranks} ranks':<12}", subsequent_indent=" " * 12)]
 
 
 def _vram(found: Plan) -> list[str]:

@@ -21,12 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from streamprune.calibration.statistics import StatisticsFile
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
+from streamprune.errors import UnsupportedError, UsageError
+from streamprune.model import budget
 from streamprune.model.blank_layer import LAYER_BYTES, BlankLayer, window_size
 from streamprune.model.skeleton import build_skeleton
 from streamprune.planning import speeds as measuring
 from streamprune.planning.cost import PER_BATCH, PER_COLUMN, RunShape, Speeds, Split, StageWork, stage_seconds
 from streamprune.planning.refit_cost import RefitWork
 from streamprune.planning.refits import inputs_shared
+from streamprune.tables import plan_table
 
 Models = Callable[..., Path]
 KINDS = ["llama", "gpt_neox", "gpt2", "opt", "bloom", "gemma2", "falcon"]
@@ -285,3 +288,28 @@ def test_hollow_layer_does_not_touch_weights(models: Models) -> None:
         run()
     assert layer.widths == [32, 32, 32, 64]  # of q, k and v; of o; of gate and up; of down
     assert layer.called is not None and layer.called.query == (2, 4, 16, 8) and layer.called.key[1] in (2, 4)
+
+
+def test_several_ranks(models: Models) -> None:
+    """Windows are dealt batch by batch; pruning and writing are not."""
+    given: dict[str, Any] = {"samples": 10 * budget.BATCH_TOKENS // 32, "seqlen": 32, "speeds": GIGA}
+    alone, four = plan(models(), **given), plan(models(), nproc=4, **given)
+    assert alone.shared is None and "shared" not in alone.to_json()
+    shared = four.shared
+    assert shared is not None and four.split == alone.split and shared.ranks == 4
+    assert shared.split.forward == pytest.approx(0.3 * alone.split.forward), "three of ten batches"
+    assert shared.split.statistics == pytest.approx(0.3 * alone.split.statistics)
+    assert shared.split.selection == alone.split.selection and shared.split.disk == alone.split.disk
+    assert shared.cache_bytes == round(0.3 * alone.cache_bytes) and shared.bound == "rank 0"
+    assert "4 ranks     about" in plan_table(four) and four.to_json()["shared"]["ranks"] == 4
+    refitted = plan(models(), nproc=2, method="obs-admm", pattern="2:4", **given)
+    assert refitted.shared is not None
+    assert refitted.shared.split.refit == pytest.approx(0.5 * refitted.split.refit)
+    slow = plan(models(), nproc=4, **given | {"speeds": replace(GIGA, products=1e9)})
+    assert slow.shared is not None and slow.shared.bound == "windows"
+    with pytest.raises(UsageError, match="--nproc 11: there are 10 batches to share out"):
+        plan(models(), nproc=11, **given)
+    with pytest.raises(UsageError, match="--nproc must be at least 1"):
+        plan(models(), nproc=0, **given)
+    with pytest.raises(UnsupportedError, match="--tune runs in a single process"):
+        plan(models(), nproc=2, method="swiftprune-tuned", pattern="2:4", **given)

@@ -17,7 +17,7 @@ FILES = {
 
 HOUSE: dict[str, list[str]] = {
     "errors": [],
-    "process": ["background completion console environment imports interrupts memory versions", "output"],
+    "process": ["background completion console environment imports interrupts memory ranks versions", "output share"],
     "progress": [],
     "settings": [],
     "disk": [
@@ -80,12 +80,12 @@ HOUSE: dict[str, list[str]] = {
         "array_shard card forward output setup shard",
         "allocate finish memory paired tuned_shard",
         "prepare",
-        "means",
+        "means sharing",
         "announce run",
         "rehearse",
         "job",
     ],
-    "planning": ["refit_cost", "cost refits", "speeds", "plan"],
+    "planning": ["refit_cost", "cost refits", "ranks speeds", "plan"],
     "reporting": ["facts figures", "evaluations markup scales", "sections", "comparison", "page"],
     "publishing": ["upload"],
     "arguments": [],
@@ -113,6 +113,7 @@ NO_TORCH = [
     "process.interrupts",
     "process.console",
     "process.output",
+    "process.ranks",
 ]
 NO_TORCH += [
     "methods.recipes",

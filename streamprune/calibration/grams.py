@@ -26,6 +26,7 @@ from streamprune.calibration.gram_sums import GramCollector, GramSum, HoldOut
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import CheckpointError, UsageError
 from streamprune.methods.gram import Debt, Gram, Mapped
+from streamprune.process.share import Share
 
 Rerun = Callable[[Callable[[], GramCollector], Set[str]], GramCollector]
 """(a function that makes a collector, the inputs it wants by their first linear) -> the collector after a pass."""
@@ -43,15 +44,16 @@ class LayerGrams:
     products  see Gram
     experts   linear -> the expert that it belongs to
     place     with asymmetric calibration: replaces a linear's weight by its refitted one for later passes
+    share     the batches that this rank passes through the layer
     """
 
     def __init__(
         self, linears: Mapping[str, int], room: int, hold: HoldOut, folder: Path, rerun: Rerun,
         products: torch.dtype = torch.float32, experts: Mapping[str, str] | None = None,
-        place: Callable[[str, Tensor], None] | None = None,
+        place: Callable[[str, Tensor], None] | None = None, share: Share | None = None,
     ) -> None:  # fmt: skip
         self._linears, self._room, self._hold, self.folder = dict(linears), room, hold, folder
-        self.place = place
+        self.place, self._share = place, share
         self._rerun, self._products, self._experts = rerun, products, experts or {}
         self._groups: dict[str, str] = {}
         """Refitted linear, in the order of use -> the first one with the same input, its leader."""
@@ -77,8 +79,9 @@ class LayerGrams:
         if self.place is not None or not resident or needed > self._room:
             return None
         return GramCollector(
-            lambda name, width: (0, width) if name in self._linears and name not in self._experts else None, self._hold
-        )
+            lambda name, width: (0, width) if name in self._linears and name not in self._experts else None,
+            self._hold, self._share,
+        )  # fmt: skip
 
     def gathered(
         self, collector: GramCollector | None, groups: Mapping[str, str], tokens: Callable[[str], int] = lambda _: 0
@@ -93,9 +96,8 @@ class LayerGrams:
             if name in self._linears:
                 self._groups[name] = leaders.setdefault(first, name)
                 self._tokens[name] = tokens(name)
-        if (
-            collector is not None
-        ):  # one that was called with several inputs, the first of them another's, lacks that one
+        if collector is not None:
+            collector.gathered()  # one called with several inputs, the first of them another's, lacks that one
             lacking = [name for name, made in collector.sums.items() if made.seen < self._tokens.get(name, 0)]
             for name in lacking:
                 del collector.sums[name]
@@ -191,7 +193,10 @@ class LayerGrams:
         of_expert = first in self._experts
         self.passes += not of_expert
         hold = HoldOut.among(self._tokens[first]) if of_expert else self._hold
-        return self._rerun(lambda: GramCollector(lambda name, _: rows.get(name), hold), rows.keys())
+        share = None if of_expert else self._share
+        collector = self._rerun(lambda: GramCollector(lambda name, _: rows.get(name), hold, share), rows.keys())
+        collector.gathered()
+        return collector
 
     def _keep(self, collector: GramCollector) -> None:
         for name in list(collector.sums):

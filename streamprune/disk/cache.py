@@ -119,3 +119,8 @@ def remove_cache(folder: Path, stage: int) -> None:
     """Removes one stage's cache, manifest first; nothing happens if it is not there."""
     durable.remove(folder / f"{stage:04d}.json")
     durable.remove(folder / f"{stage:04d}.bin")
+
+
+def has_cache(folder: Path, stage: int) -> bool:
+    """Whether one stage's cache is there, and complete."""
+    return (folder / f"{stage:04d}.json").is_file()

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from streamprune.calibration.texts import Text, check_bos, check_seqlen, default_seqlen
-from streamprune.calibration.windows import Source, cut_windows
+from streamprune.calibration.windows import Source, Windows, cut_windows, tokens_digest
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.claims import check_claims
@@ -49,12 +50,15 @@ from streamprune.model.budget import Layout, layout_for
 from streamprune.model.decoded import maps_of
 from streamprune.model.device import compute_dtype, exact_products, resolve_device
 from streamprune.model.loader import WeightLoader
-from streamprune.model.passes import Batches, out_of_memory_named
+from streamprune.model.passes import Batches, Dealt, out_of_memory_named
 from streamprune.model.skeleton import build_skeleton, stored_dtype
 from streamprune.model.streamed import StreamedModel
 from streamprune.model.tracing import traced
 from streamprune.process import interrupts
 from streamprune.process.memory import give_back_free_memory, peak_resident_bytes
+from streamprune.process.ranks import Ranks, joined
+from streamprune.process.share import Share
+from streamprune.process.versions import versions
 from streamprune.progress import Progress, ProgressCallback, no_progress
 from streamprune.settings import Resources
 
@@ -116,10 +120,20 @@ def evaluate(
     token (calibration.windows.Source). Activations are kept in a folder of their own below `resources.work` (default:
     the user's cache folder), which is removed at the end. Raises the errors of streamprune.errors.
     """
+    with joined() as ranks:
+        return _evaluate(
+            str(model), Text(Path(text), text_field, "--text"), reference, seqlen, windows, bos, resources,
+            trust_remote_code, progress, ranks,
+        )  # fmt: skip
+
+
+def _evaluate(
+    model: str, named: Text, reference: str | Path | None, seqlen: int | None, windows: int | None, bos: str,
+    resources: Resources, trust_remote_code: bool, progress: ProgressCallback, ranks: Ranks,
+) -> Evaluation:  # fmt: skip
     begun = time.perf_counter()
-    checkpoint = computable(open_checkpoint(resolve_model(str(model))))
+    checkpoint = computable(open_checkpoint(resolve_model(model)))
     check_claims(checkpoint)
-    named = Text(Path(text), text_field, "--text")
     length = seqlen if seqlen is not None else default_seqlen(checkpoint.config)
     named.files()
     check_bos(bos)
@@ -143,15 +157,16 @@ def evaluate(
         if dense:
             check_reference(dense, subjects[0], subjects[1], source, cut, folder)
         layouts, keep = _lay_out(subjects, cut.shape, target, resources.ram, resources.vram)
+        share, layouts = _shared(ranks, cut, [c.content() for c in checkpoints], layouts)
         runs = []
         for c, subject, layout in zip(checkpoints, subjects, layouts, strict=True):
             loader = stack.enter_context(WeightLoader(stack.enter_context(maps_of(c)), target))
             place = folder / "reference" if c is dense else folder
             durable.make_folder(place)
             runs.append(Run(subject, loader, place, layout, keep=keep, is_reference=c is dense))
-        if states := disk_bytes(runs, *cut.shape):
+        if states := disk_bytes(runs, share.own_windows, cut.shape[1]):
             check_disk(folder.parent, states)
-        nats, apart = _stream(runs, Batches(cut, layouts[0].batch), progress)
+        nats, apart = _of_all(share, *_stream(runs, Dealt(Batches(cut, share.batch), share), progress))
     tokens = len(cut) * (cut.shape[1] - 1)
     nll = check_finite(float(nats.sum()) / tokens, checkpoint)
     found = Evaluation(
@@ -159,6 +174,40 @@ def evaluate(
         bos=cut.has_bos, replaced=named.tally.replaced, window_nll=tuple((nats / (cut.shape[1] - 1)).tolist()),
     )  # fmt: skip
     return _compared(found, apart, checkpoint, dense) if apart and dense else found
+
+
+def _shared(
+    ranks: Ranks, cut: Windows, contents: Sequence[str], layouts: Sequence[Layout]
+) -> tuple[Share, list[Layout]]:  # fmt: skip
+    """This rank's share of the windows, and layouts that all ranks can follow.
+
+    Raises UsageError if ranks are given other models or texts, or if there are fewer batches than ranks.
+    """
+    batch = layouts[0].batch
+    if ranks.size > 1:
+        mine = {"model": " ".join(contents), "text": tokens_digest(cut), **versions()}
+        ranks.agreed(lambda: mine, lambda found: found)
+        batch = min(ranks.gather(batch))
+        group = min(chain(*ranks.gather([layout.group for layout in layouts])))
+        layouts = [replace(layout, batch=batch, group=group) for layout in layouts]
+    share = Share(ranks, len(cut), batch, layouts[0].group)
+    share.check("a longer text")
+    return share, list(layouts)
+
+
+def _of_all(share: Share, nats: Tensor, apart: Divergence | None) -> tuple[Tensor, Divergence | None]:
+    """What _stream has found for the windows of all ranks, in the order of the text."""
+    if share.ranks.size == 1:
+        return nats, apart
+    sizes = [share.size(number) for number in share.numbers()]
+    figures = [nats] if apart is None else [nats, apart.reference_nll, apart.kl]
+    batches = zip(share.numbers(), *(torch.split(figure, sizes) for figure in figures), strict=True)
+    told = share.ranks.gather((list(batches), apart.agreed if apart else 0))
+    ordered = sorted(chain(*(found for found, _ in told)), key=lambda found: found[0])
+    whole = [torch.cat(parts) for parts in list(zip(*ordered, strict=True))[1:]]
+    if apart is None:
+        return whole[0], None
+    return whole[0], Divergence(whole[0], whole[1], sum(agreed for _, agreed in told), whole[2])
 
 
 def subject_of(checkpoint: Checkpoint, dtype: str, target: torch.device, trust_remote_code: bool) -> Subject:
@@ -195,7 +244,7 @@ def _perplexity(nll: float) -> float:
 
 def _compared(found: Evaluation, apart: Divergence, checkpoint: Checkpoint, dense: Checkpoint) -> Evaluation:
     """The evaluation with the fields that compare it with the reference `dense`."""
-    reference_nll, kl = check_finite(apart.reference_nll / found.tokens, dense), float(apart.kl.mean())
+    reference_nll, kl = check_finite(float(apart.reference_nll.sum()) / found.tokens, dense), float(apart.kl.mean())
     if not math.isfinite(kl):
         raise CheckpointError(f"{checkpoint.path}: its divergence from {dense.path} is not finite; try --dtype float32")
     return replace(

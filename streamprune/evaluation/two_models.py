@@ -77,8 +77,8 @@ class Divergence:
 
     nll: Tensor
     """(windows,) float64 on the CPU: −log p of the model, summed over each window's predicted tokens."""
-    reference_nll: float
-    """The same for the reference, summed over all windows."""
+    reference_nll: Tensor
+    """The same for the reference."""
     agreed: int
     """Number of positions at which both models' most likely token is the same; of equal logits, the first counts."""
     kl: Tensor
@@ -215,26 +215,27 @@ def compare_heads(
     """
     seqlen = batches[0].shape[1]  # never more positions per call, which some models do not support
     step = max(1, min(seqlen, limit // (POSITION_BYTES * max(w.skeleton.vocab_size for w in (reference, model)))))
-    sums = torch.zeros(2, dtype=torch.float64, device=model.device)
-    windows, nats = [], []
+    agreed = torch.zeros((), dtype=torch.int64, device=model.device)
+    windows, nats, dense_nats = list[Tensor](), list[Tensor](), list[Tensor]()
     with reference.head() as dense_head, model.head() as head:
         for (dense, pruned), ids in zip(states, batches, strict=True):
             before, after = (s[:, :-1].reshape(-1, s.shape[-1]) for s in (dense, pruned))
             wanted = ids[:, 1:].reshape(-1, 1).to(model.device)
-            found, lost = [], []
+            found, lost, dense_lost = [], [], []
             for begin in range(0, len(wanted), step):
                 here = slice(begin, begin + step)
                 log_p, top_p = predictions(dense_head(before[here]))
                 log_q, top_q = predictions(head(after[here]))
                 loss, dense_loss = (-log.gather(-1, wanted[here]).double() for log in (log_q, log_p))
-                sums += torch.stack([dense_loss.sum(), (top_p == top_q).sum().double()])
+                agreed += (top_p == top_q).sum()
                 lost.append(loss)
+                dense_lost.append(dense_loss)
                 found.append(divergence(log_p, log_q))
                 del log_p, log_q  # before the next ones are computed
             windows.append(torch.cat(found).view(len(ids), -1).mean(1).cpu())
-            nats.append(torch.cat(lost).view(len(ids), -1).sum(1).cpu())
-    reference_nll, agreed = sums.tolist()
-    return Divergence(torch.cat(nats), reference_nll, round(agreed), torch.cat(windows))
+            for whole, parts in ((nats, lost), (dense_nats, dense_lost)):
+                whole.append(torch.cat(parts).view(len(ids), -1).sum(1).cpu())
+    return Divergence(torch.cat(nats), torch.cat(dense_nats), int(agreed), torch.cat(windows))
 
 
 def predictions(logits: Tensor) -> tuple[Tensor, Tensor]:

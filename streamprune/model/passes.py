@@ -24,6 +24,7 @@ from streamprune.model.routed import InputHook, Routed, RoutedInputs
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
 from streamprune.model.streamed import StreamedModel
+from streamprune.process.share import Share
 
 _CHECK_BYTES = 16 << 20
 
@@ -69,6 +70,19 @@ class Batches(LazyBatches):
     def batch(self, index: int) -> Tensor:
         begin = index * self._batch
         return torch.from_numpy(self._windows[begin : begin + self._batch])
+
+
+class Dealt(LazyBatches):
+    """The batches of one rank among all `batches`."""
+
+    def __init__(self, batches: Sequence[Tensor], share: Share) -> None:
+        self._batches, self._numbers = batches, list(share.numbers())
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def batch(self, index: int) -> Tensor:
+        return self._batches[self._numbers[index]]
 
 
 def embed_pass(

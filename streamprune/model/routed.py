@@ -26,6 +26,7 @@ from streamprune.model.expert_forms import Form, Forward
 from streamprune.model.experts import Experts
 from streamprune.model.finite import refuse_nonfinite
 from streamprune.process.memory import give_back_free_memory
+from streamprune.process.ranks import Ranks
 
 InputHook = Callable[[str, Tensor], None]
 """Called with a linear and its input (tokens, in)."""
@@ -236,6 +237,11 @@ class Routed:
                         _show(watch, (down,), mixture.intermediate(e, x), share, self._weighted)
                 mixture.weights.release(mixture.experts.of([e]))
 
+    def gathered(self, ranks: Ranks, tokens: int) -> None:
+        """Gives all ranks the inputs recorded on any of them, `tokens` in all."""
+        if self._kept is not None and ranks.size > 1:
+            self._kept = self._kept.gathered(ranks, tokens)
+
     def _check(self, name: str, weights: Weights) -> None:
         if name not in self._checked:
             ref, tensor = weights.stored(name)
@@ -253,6 +259,8 @@ class RoutedInputs:
         self._folder, self._tokens = folder, tokens
         self._files: dict[str, tuple[ScratchMatrix, ScratchMatrix, ScratchMatrix]] = {}
         self._used: dict[str, int] = {}
+        self._groups: dict[str, list[int]] = {}
+        """Where each group of batches that was added ends."""
 
     def add(self, path: str, *parts: Tensor) -> None:
         """Adds the inputs (states, chosen, shares) of the module of experts `path`; shapes as for Forward."""
@@ -263,11 +271,32 @@ class RoutedInputs:
             self._files[path] = (first, second, third)
         begin = self._used.get(path, 0)
         end = self._used[path] = begin + len(hidden)
+        self._groups.setdefault(path, []).append(end)
         if end > self._tokens:
             raise UnsupportedError(f"{path} is given more rows than there are tokens; its experts cannot be refitted")
         for file, part in zip(self._files[path], parts, strict=True):
             file.tensor[begin:end] = part.cpu()
             file.forget(begin, end)
+
+    def gathered(self, ranks: Ranks, tokens: int) -> RoutedInputs:
+        """The inputs recorded on all ranks, `tokens` in all, in the order of the groups, which ranks take in turn."""
+        whole = RoutedInputs(self._folder, tokens)
+        for path, files in self._files.items():
+            told = ranks.gather([0, *self._groups[path]])
+            for group in range(max(map(len, told)) - 1):
+                for source, ends in enumerate(told):
+                    if group + 1 == len(ends):
+                        continue
+                    here = slice(ends[group], ends[group + 1])
+                    parts = []
+                    for file in files:
+                        own = source == ranks.rank
+                        shape = here.stop - here.start, file.tensor.shape[1]
+                        part = file.tensor[here].clone() if own else file.tensor.new_empty(shape)
+                        ranks.broadcast_(part.view(-1).view(torch.uint8), source)
+                        parts.append(part)
+                    whole.add(path, *parts)
+        return whole
 
     def inputs(self, path: str, expert: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """States (≤ rows, hidden) and routing weights (≤ rows, 1) of the tokens routed to an expert, in order."""

@@ -26,10 +26,12 @@ from streamprune.model.budget import Layout
 from streamprune.model.device import cache_dtype
 from streamprune.model.skeleton import Skeleton
 from streamprune.planning.cost import PAIRED_FORWARDS, RunShape, Speeds, Split, StageWork, stage_seconds, work_of
+from streamprune.planning.ranks import RanksPlan, with_ranks
 from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
 from streamprune.pruning.describe import HALF, describe_prune, open_model
 from streamprune.pruning.memory import activation_bytes, layout_of, memory_bytes, spool_bytes
+from streamprune.pruning.prepare import refuse_together
 from streamprune.pruning.setup import Setup, check_given, open_given
 from streamprune.pruning.target import Target
 from streamprune.settings import Calibration, Resources
@@ -83,21 +85,24 @@ class Plan:
     """The speeds that the estimate is based on, as text."""
     spool_bytes: int = 0
     """Of the shards that are there at once with `fetch` "stream", else 0."""
+    shared: RanksPlan | None = None
+    """With several ranks: what each of them takes."""
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "shared" or value is not None}
 
 
 def plan(
     model: str | Path, amount: float | str = HALF, recipe: str | Recipe = "swiftprune", *,
     calibration: Calibration = _CALIBRATION, stats: str | Path | None = None, save_stats: str | Path | None = None,
     propagate: str | None = None, only: str | None = None, skip: str | None = None, resources: Resources = _RESOURCES,
-    fetch: str = "whole", trust_remote_code: bool = False, speeds: Speeds | None = None,
+    fetch: str = "whole", nproc: int = 1, trust_remote_code: bool = False, speeds: Speeds | None = None,
 ) -> Plan:  # fmt: skip
     """Plans the job that `prune` would do with the same arguments, and refuses what `prune` would refuse.
 
-    Without `speeds`, they are measured; this reads up to 64 MiB of weights. Raises the errors of streamprune.errors.
+    `nproc` ranks share the work (pruning/README.md). Without `speeds`, they are measured; this reads up to 64 MiB of
+    weights. Raises the errors of streamprune.errors.
     """
     checkpoint = open_model(model, fetch=fetch)
     spec = describe_prune(
@@ -105,6 +110,8 @@ def plan(
         propagate=propagate, only=only, skip=skip, resources=resources, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     setup = Setup.of(spec, checkpoint)
+    if nproc != 1:
+        refuse_together(setup, calibrates=spec.stats is None)
     if spec.stats is not None:
         check_given(open_given(spec, checkpoint)[0], setup)
     run = _Run.of(setup)
@@ -138,6 +145,7 @@ def plan(
         flops=sum(s.flops for s in stages), seconds=split.total, split=split, batch=run.layout.batch,
         dtype=str(setup.dtype).removeprefix("torch."), device=str(setup.device),
         rests_on=f"{source}: {_in_words(speeds, run.shape, target.recipe)}",
+        shared=with_ranks(nproc, run.shape, split, cache) if nproc != 1 else None,
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def planned_refits(setup: Setup, room: int, samples: int, seqlen: int) -> list[R
 
     def linear(stage: Stage, name: str, shares: str) -> Refitted:
         rows, width = linear_shape(skeleton, name, stage)
-        chunks = -(-rows // chunk_rows(width))
+        chunks = -(-rows // chunk_rows(width, rows))
         return Refitted(shares, rows, width, stage.linears[name].nbytes, len(sampled(rows)), chunks)
 
     def of(stage: Stage) -> RefitWork:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from streamprune.errors import ResourceError
 from streamprune.process.console import can_print
+from streamprune.process.ranks import is_follower
 
 
 @contextlib.contextmanager
@@ -32,7 +33,9 @@ def output() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Prints a result. Raises as `output`."""
+    """Prints a result, on rank 0 only. Raises as `output`."""
+    if is_follower():
+        return
     with output():
         print(text)
 

@@ -20,9 +20,9 @@ from streamprune.disk.header import open_file, read_bytes
 from streamprune.disk.hub import hub_name
 from streamprune.disk.state import CARD
 from streamprune.methods.recipes import Recipe
+from streamprune.process.versions import versions
 from streamprune.pruning.command import command_of
 from streamprune.pruning.records import StageRecord
-from streamprune.pruning.report import versions
 from streamprune.pruning.spec import JobSpec
 
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)

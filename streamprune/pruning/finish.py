@@ -1,13 +1,13 @@
-"""The end of a run: merges the layers' statistics, and writes side files and the index beside the shards."""
+"""The end of a run, `finish`: merges the layers' statistics, and writes side files and the index beside the shards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from streamprune.calibration.statistics import StatisticsFile, merge_statistics
-from streamprune.disk import durable
+from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.float_quantized import configured
 from streamprune.disk.quantised import PlainView
@@ -16,11 +16,48 @@ from streamprune.disk.state import CARD, JobState, file_digest
 from streamprune.errors import CorruptStateError
 from streamprune.model.outline import to_json
 from streamprune.model.stages import Outline
-from streamprune.pruning.card import kept_as
+from streamprune.process.memory import peak_resident_bytes
+from streamprune.pruning.card import card_of, kept_as
 from streamprune.pruning.output import Output
 from streamprune.pruning.records import Resolved, StageRecord
+from streamprune.pruning.report import build_report, source_of
+from streamprune.pruning.setup import Setup
 from streamprune.pruning.spec import JobSpec
 from streamprune.pruning.target import Target
+
+
+def finish(
+    setup: Setup, state: JobState, target: Target | None, output: Output | None, resolved: Resolved,
+    given: StatisticsFile | None, records: Sequence[StageRecord], content: str,
+    ranks: list[dict[str, Any]], startup: float,
+    elsewhere: Callable[[], float],
+) -> dict[str, Any]:  # fmt: skip
+    """The last steps of a job whose stages are done: returns the report, and publishes OUT.
+
+    `content`, `ranks` and `startup` as in report.py; `elsewhere` says how many seconds it took outside of stages.
+    """
+    spec, checkpoint = setup.spec, setup.checkpoint
+    calibration = calibration_of(spec, resolved, given, setup.propagate)
+    statistics = spec.save_stats if target else spec.out
+    if statistics is not None:
+        save_statistics(statistics, spec, state, checkpoint, setup.model, records, calibration)
+    files = []
+    if target is not None and output is not None:
+        card = card_of(spec, checkpoint, calibration, records)
+        files = write_files(state, checkpoint, target, output, records, card)
+    report = build_report(
+        spec, resolved, calibration, records, files, source_of(checkpoint, content, target is not None),
+        seconds=sum(r.seconds for r in records) + elsewhere(), startup=startup,
+        peak=max(peak_resident_bytes(), *(r.peak for r in records)),
+        dense=setup.model.dense if target else {}, shared=setup.model.shared if target else {},
+        ranks=ranks,
+    )  # fmt: skip
+    if target is None:
+        state.discard()
+        return report
+    journal.write_json(state.partial / "streamprune.json", "report", report)
+    state.publish()
+    return report
 
 
 def calibration_of(spec: JobSpec, resolved: Resolved, given: StatisticsFile | None, propagate: str) -> dict[str, Any]:

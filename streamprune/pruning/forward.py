@@ -24,6 +24,7 @@ from streamprune.model.activations import Activations
 from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import (
     Batches,
+    Dealt,
     Watcher,
     check_weights,
     embed_pass,
@@ -34,6 +35,7 @@ from streamprune.model.passes import (
 from streamprune.model.routed import Routed, RoutedInputs
 from streamprune.model.stages import Stage
 from streamprune.model.streamed import StreamedModel
+from streamprune.process.share import Share
 from streamprune.pruning.target import Target
 
 PERSIST_SECONDS = 60
@@ -42,16 +44,16 @@ layer."""
 
 
 class CalibrationPass:
-    """Runs `windows` (samples, seqlen) through the model in batches of `batch`. Cache n holds the inputs of layer n.
+    """Runs this rank's `share` of `windows` (samples, seqlen) through the model. Cache n holds the inputs of layer n.
 
     When memory runs out, a stage is repeated in smaller parts, of `streamed.max_samples` windows.
     """
 
     def __init__(
-        self, streamed: StreamedModel, windows: Tokens, batch: int, activations: Activations, accumulate: Accumulate
+        self, streamed: StreamedModel, windows: Tokens, share: Share, activations: Activations, accumulate: Accumulate
     ) -> None:
-        self.streamed, self.windows, self.activations = streamed, windows, activations
-        self._batches = Batches(windows, batch)
+        self.streamed, self.windows, self.activations, self.share = streamed, windows, activations, share
+        self._batches = Dealt(Batches(windows, share.batch), share)
         self._accumulate = accumulate
         self._routed: Routed | None = None
         """Inputs routed to the experts of the last layer, if they are refitted."""
@@ -62,11 +64,18 @@ class CalibrationPass:
     def cache_bytes(self) -> int:
         """Size on disk of one stage's cache."""
         width = self.streamed.skeleton.between.most(self.windows.shape[1])
-        return self.windows.size * width * self.streamed.cache_dtype.itemsize
+        return self.own_tokens * width * self.streamed.cache_dtype.itemsize
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that this rank passes through the model."""
+        return self.share.own_windows * int(self.windows.shape[1])
 
     def persists(self) -> bool:
         """Whether to make the next cache durable: always, or once a minute if activations stay on the device."""
-        return not self.activations.resident or time.perf_counter() - self._durable_at >= PERSIST_SECONDS
+        if not self.activations.resident:
+            return True
+        return self.share.ranks.broadcast(time.perf_counter() - self._durable_at >= PERSIST_SECONDS)
 
     def made_durable(self) -> None:
         """Notes that a cache has just become durable."""
@@ -86,7 +95,7 @@ class CalibrationPass:
         products = torch.bfloat16 if self.streamed.dtype == torch.bfloat16 else torch.float32
         rerun = functools.partial(self.gather, stage)
         folder = self.activations.folder
-        return LayerGrams(linears, room, hold, folder, rerun, products, stage.expert_of, self.placing)
+        return LayerGrams(linears, room, hold, folder, rerun, products, stage.expert_of, self.placing, self.share)
 
     def catch_up(self, newest: int, done: int, shards: Callable[[Stage], Checkpoint] | None) -> None:
         """Recomputes the inputs of layer `done` - 1 from cache `newest`, or from the tokens if that is -1.
@@ -134,9 +143,9 @@ class CalibrationPass:
         def attempt() -> tuple[Collector, GramCollector | None]:
             self._routed = None  # frees its disk space before the next one needs as much
             if keeps:
-                self._routed = routed_to(self.streamed, stage, RoutedInputs(self.activations.folder, self.windows.size))
+                self._routed = routed_to(self.streamed, stage, RoutedInputs(self.activations.folder, self.own_tokens))
             check_weights(self.streamed.loader, self.streamed.skeleton, stage)
-            collector = Collector(self._accumulate)
+            collector = Collector(self._accumulate, self.share)
             beside = grams.first_pass() if grams else None
             watchers: list[Watcher] = [collector, beside] if beside else [collector]
             layer_pass(
@@ -146,6 +155,8 @@ class CalibrationPass:
             return collector, beside
 
         collector, beside = retry_smaller(self.streamed, attempt)
+        if self._routed is not None:
+            self._routed.gathered(self.share.ranks, self.windows.size)
         if grams is not None:
             grams.gathered(beside, collector.groups, collector.tokens)
         return collector
@@ -165,7 +176,7 @@ class CalibrationPass:
             for path in paths:
                 assert self._routed is not None
                 with self.streamed.experts(path, self._routed):
-                    rows = (self.streamed.max_samples or len(self._batches[0])) * self.windows.shape[1]
+                    rows = (self.streamed.max_samples or self.share.size(0)) * self.windows.shape[1]
                     self._routed.again(inputs, collector.watch, rows)
                 collector.end_batch()
             return collector

@@ -28,6 +28,8 @@ from streamprune.methods.recipes import Recipe
 from streamprune.process import interrupts
 from streamprune.process.imports import many_imports
 from streamprune.process.memory import peak_resident_bytes
+from streamprune.process.ranks import Ranks, joined
+from streamprune.process.versions import versions
 from streamprune.progress import ProgressCallback, no_progress
 from streamprune.pruning.checks import check_places, check_saved, find_done
 from streamprune.pruning.describe import SHARD_SIZE, describe_calibrate, describe_prune, open_model
@@ -87,19 +89,23 @@ def prune(
     receives lines for people about what is about to be done. Running the same job again resumes it, or finds it done.
     Raises the errors of streamprune.errors.
     """
-    checkpoint = open_model(model, follow_links, fetch)
-    spec = describe_prune(
-        checkpoint, Path(out), amount, recipe, calibration=calibration, stats=stats, save_stats=save_stats,
-        propagate=propagate, only=only, skip=skip, resources=resources, shard_size=shard_size, restart=restart,
-        allow_zeros=allow_zeros, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+
+    def described() -> tuple[JobSpec, Checkpoint]:
+        checkpoint = open_model(model, follow_links, fetch)
+        return describe_prune(
+            checkpoint, Path(out), amount, recipe, calibration=calibration, stats=stats, save_stats=save_stats,
+            propagate=propagate, only=only, skip=skip, resources=resources, shard_size=shard_size, restart=restart,
+            allow_zeros=allow_zeros, trust_remote_code=trust_remote_code,
+        ), checkpoint  # fmt: skip
+
     if dry_run:
         from streamprune.pruning.rehearse import rehearse
 
+        spec, checkpoint = described()
         found = rehearse(spec, checkpoint)
         return JobResult(found.status, spec.out, spec.recipe.name if spec.recipe else None, None, 0.0,
                          peak_resident_bytes(), {}, found.notes)  # fmt: skip
-    return _carry_out(spec, checkpoint, progress, tell)
+    return _together(described, progress, tell)
 
 
 def calibrate(
@@ -111,17 +117,36 @@ def calibrate(
 
     Arguments and errors as for `prune`.
     """
-    checkpoint = open_model(model, fetch=fetch)
-    spec = describe_calibrate(
-        checkpoint, Path(out), calibration, resources, restart=restart, allow_zeros=allow_zeros,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    return _carry_out(spec, checkpoint, progress)
+
+    def described() -> tuple[JobSpec, Checkpoint]:
+        checkpoint = open_model(model, fetch=fetch)
+        return describe_calibrate(
+            checkpoint, Path(out), calibration, resources, restart=restart, allow_zeros=allow_zeros,
+            trust_remote_code=trust_remote_code,
+        ), checkpoint  # fmt: skip
+
+    return _together(described, progress)
+
+
+def _together(
+    described: Callable[[], tuple[JobSpec, Checkpoint]], progress: ProgressCallback, tell: Tell | None = None
+) -> JobResult:
+    """Carries out a job on all ranks of this run, once they agree on what it is."""
+
+    def identity(found: tuple[JobSpec, Checkpoint]) -> dict[str, Any]:
+        spec, checkpoint = found
+        kept = {key: value for key, value in spec.fixed().items() if key != "model shards"}  # which has mtimes
+        return kept | {"model content": checkpoint.content(), **versions()}
+
+    with joined() as ranks:
+        return _carry_out(*ranks.agreed(described, identity), progress, ranks, tell)
 
 
 def _carry_out(
-    spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback, tell: Tell | None = None
+    spec: JobSpec, checkpoint: Checkpoint, progress: ProgressCallback, ranks: Ranks, tell: Tell | None = None
 ) -> JobResult:
+    if ranks.rank:
+        return _follow(spec, checkpoint, ranks)
     begun = time.perf_counter()
     check_places(spec, checkpoint)
     durable.make_folder(spec.out.absolute().parent)
@@ -133,42 +158,66 @@ def _carry_out(
             check_saved(spec)
             _drop_own_statistics(spec)
             took = time.perf_counter() - begun
-            return replace(_result(spec, finished, "up-to-date"), seconds=took, peak_rss_bytes=peak_resident_bytes())
+            found = replace(_result(spec, finished, "up-to-date"), seconds=took, peak_rss_bytes=peak_resident_bytes())
+            return ranks.broadcast(found)
         unfinished = find_unfinished(spec)
         if unfinished is not None and unfinished[0].is_complete:
             check_saved(spec)
             unfinished[0].publish()
             _drop_own_statistics(spec)
-            return _result(spec, unfinished[1], "done")
+            return ranks.broadcast(_result(spec, unfinished[1], "done"))
         before = 0.0
         if spec.gathers and spec.stats_path is not None:
             if tell is not None:
                 tell("calibrates first, as the sparsity is shared out by what the layers do")
-            before = _gather(spec, spec.stats_path, checkpoint, progress)
+            before = _gather(spec, spec.stats_path, checkpoint, progress, ranks)
         with many_imports():
             from streamprune.pruning.announce import intentions
-            from streamprune.pruning.prepare import prepare
+            from streamprune.pruning.prepare import prepare, together
             from streamprune.pruning.run import Run
 
         prepared = prepare(spec, checkpoint, unfinished, before)
         if tell is not None:
             for line in intentions(prepared):
                 tell(line)
-        with interrupts.work(), Run(prepared, progress) as run:
+        ranks.broadcast(prepared.told())
+        with interrupts.work(), Run(together(prepared, ranks), progress) as run:
             report = _discard_on_bad_input(run, lambda: run.work(time.perf_counter() - begun))
         _drop_own_statistics(spec)
-        return _result(spec, report, "done")
+        return ranks.broadcast(_result(spec, report, "done"))
 
 
-def _gather(spec: JobSpec, path: Path, checkpoint: Checkpoint, progress: ProgressCallback) -> float:
+def _follow(spec: JobSpec, checkpoint: Checkpoint, ranks: Ranks) -> JobResult:
+    """As _carry_out on another rank than 0, which says what is to be done."""
+    told: Any = ranks.broadcast(None)
+    if told == "gather":
+        _follow(spec.gathering(), checkpoint, ranks)
+        told = ranks.broadcast(None)
+    if isinstance(told, JobResult):
+        return told
+    from streamprune.pruning.prepare import joining, together
+    from streamprune.pruning.run import Run
+
+    prepared = joining(spec, checkpoint, told, ranks)
+    with interrupts.work(), Run(together(prepared, ranks), no_progress) as run:
+        run.work(0.0)
+    told = ranks.broadcast(None)
+    assert isinstance(told, JobResult)
+    return told
+
+
+def _gather(
+    spec: JobSpec, path: Path, checkpoint: Checkpoint, progress: ProgressCallback, ranks: Ranks
+) -> float:  # fmt: skip
     """Calibrates into `path` for a prune job with `allocate`, if that is not done; returns the seconds of work.
 
     Raises StateError if `path` holds statistics of another job; --restart removes them.
     """
     if spec.restart:
         durable.remove(path)
+    ranks.broadcast("gather")
     try:
-        return _carry_out(spec.gathering(), checkpoint, progress).seconds
+        return _carry_out(spec.gathering(), checkpoint, progress, ranks).seconds
     except StateError as e:
         what = str(e).rpartition("; ")[0]
         raise StateError(f"{what}; discard them with --restart, or choose another OUT") from e

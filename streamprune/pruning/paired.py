@@ -81,7 +81,7 @@ class PairedPass(CalibrationPass):
 
         def attempt() -> Collector:
             self.placed, self.dense = {}, self._aside(stage)
-            collector, pruned_half = Collector(self._accumulate), False
+            collector, pruned_half = Collector(self._accumulate, self.share), False
 
             def watch(name: str, x: Tensor) -> None:
                 if pruned_half:
@@ -102,6 +102,7 @@ class PairedPass(CalibrationPass):
         hidden, between = self.streamed.skeleton.hidden_size, self.streamed.skeleton.between
         candidates = [name for name, ref in stage.linears.items() if hidden in ref.shape]
         collector = retry_smaller(self.streamed, attempt)
+        self._writers = self.share.ranks.broadcast(self._writers)
         if grams is not None:
             grams.gathered(None, collector.groups, collector.tokens)
         self._calls = {name: collector.tokens(name) for name in collector.groups}
@@ -162,6 +163,7 @@ class PairedPass(CalibrationPass):
                         missing = stream - own if name in self._writers and once else None
                         for a, b in zip(wanted, given, strict=True):
                             collector.watch_pair(name, a, b, missing)
+                    collector.end_batch()
             return collector
 
         return retry_smaller(streamed, attempt)
@@ -206,7 +208,7 @@ class PairedPass(CalibrationPass):
     def _aside(self, stage: Stage) -> StateBuffer:
         states, length = self.activations, self.windows.shape[1]
         width = self.streamed.skeleton.between.width(stage.index + 1, length)
-        return StateBuffer(states.folder, self.windows.size, width, self.streamed.cache_dtype, resident=states.resident)
+        return StateBuffer(states.folder, self.own_tokens, width, self.streamed.cache_dtype, resident=states.resident)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import functools
 import io
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from streamprune.calibration.statistics import StatisticsFile
 from streamprune.calibration.windows import Tokens, tokens_digest
 from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint
-from streamprune.disk.room import SLACK_BYTES, check_room
 from streamprune.disk.state import JobState, new_state
+from streamprune.errors import ResourceError, UnsupportedError
 from streamprune.model.budget import Layout, streaming_layout
 from streamprune.model.stages import Outline
 from streamprune.process.imports import many_imports
-from streamprune.process.memory import format_bytes
+from streamprune.process.ranks import ALONE, Ranks
+from streamprune.process.share import Share
 from streamprune.pruning.records import Resolved, StageRecord
 from streamprune.pruning.setup import Setup, check_given, open_given
 from streamprune.pruning.spec import JobSpec
@@ -50,6 +52,20 @@ class Prepared:
     resolved: Resolved
     reading: float
     """Seconds it took to read the text and draw the windows."""
+    ranks: Ranks = ALONE
+
+    @property
+    def cache(self) -> Path:
+        """The folder of this rank's activation cache."""
+        ranks = self.ranks
+        return self.state.cache if ranks.size == 1 else self.state.cache / f"{ranks.rank}-of-{ranks.size}"
+
+    def told(self) -> dict[str, Any]:
+        """What the other ranks need to know."""
+        return {
+            "resolved": self.resolved.to_json(), "records": [record.to_json() for record in self.records],
+            "windows": self.windows, "cache": self.state.cache, "content": self.content,
+        }  # fmt: skip
 
 
 def prepare(
@@ -90,6 +106,52 @@ def _windows(
     return windows_of(spec, checkpoint, setup.skeleton.vocab_size, state.tokens, resolved, lay_out)
 
 
+def joining(spec: JobSpec, checkpoint: Checkpoint, told: Mapping[str, Any], ranks: Ranks) -> Prepared:
+    """Prepares another rank than 0, from what that has `told`. Raises as `prepare`."""
+    resolved, windows = Resolved.from_json(told["resolved"]), told["windows"]
+    given, outline = open_given(spec, checkpoint)
+    setup = Setup.of(spec, checkpoint, resolved, outline)
+    layout = streaming_layout(None, None)
+    if type(setup.model) is not Outline:
+        from streamprune.pruning.memory import layout_of
+
+        layout = layout_of(setup, resolved, (0, 1) if windows is None else windows.shape)
+    return Prepared(
+        setup=setup, state=JobState(spec.out, told["cache"]), begun=True, content=told["content"], spent=0.0,
+        records=tuple(map(StageRecord.from_json, told["records"])), windows=windows,
+        given=given, resolved=resolved, reading=0.0, layout=layout,
+    )  # fmt: skip
+
+
+def together(prepared: Prepared, ranks: Ranks) -> Prepared:
+    """Settles what all ranks must have in common; each has a cache of its own.
+
+    Raises UsageError if there are fewer batches than ranks, and ResourceError if one of them has too little memory.
+    """
+    if ranks.size == 1:
+        return prepared
+    setup, windows, batch = prepared.setup, prepared.windows, prepared.resolved.batch
+    told = ranks.gather((prepared.layout.resident, prepared.layout.batch))
+    layout = replace(prepared.layout, resident=all(resident for resident, _ in told), layers=1)
+    if windows is not None:
+        Share(ranks, len(windows), batch, layout.group).check("more --samples")
+        if (least := min(own for _, own in told)) < batch:
+            raise ResourceError(
+                f"this job has batches of {batch} windows, and a rank has memory for {least}; run it without torchrun"
+            )
+    refuse_together(setup, calibrates=windows is not None)
+    return replace(prepared, ranks=ranks, layout=layout)
+
+
+def refuse_together(setup: Setup, *, calibrates: bool) -> None:
+    """Raises UnsupportedError for what several ranks cannot do."""
+    recipe = setup.spec.recipe
+    if recipe is not None and recipe.tune and calibrates:
+        raise UnsupportedError("--tune runs in a single process; run it without torchrun")
+    if setup.model.shared and calibrates:
+        raise UnsupportedError("a model whose layers share weights is calibrated in a single process, without torchrun")
+
+
 def _resolve(setup: Setup, layout: Layout, windows: Tokens | None, text_fields: Mapping[str, Any]) -> Resolved:
     """`text_fields` are the fields about the text: bos, replaced, text_tokens."""
     recipe = setup.spec.recipe
@@ -111,24 +173,20 @@ def begin(state: JobState, job: Mapping[str, Any], windows: Tokens | None) -> No
     state.create({**job, "started": started}, tokens.getbuffer() if windows is not None else None)
 
 
-def check_disk(state: JobState, output: int, cache: int, spool: int = 0) -> None:
-    """Raises ResourceError unless the disks have room for `output` + SLACK_BYTES and for `cache` bytes.
+def remove_leftovers(prepared: Prepared, newest: int) -> None:
+    """Removes what a crash left behind: caches other than number `newest`, and temporary files.
 
-    `spool` bytes are for shards that are fetched from the hub, beside the output.
+    Rank 0 does so where all write, and each rank in the folder of its cache. A folder there is that of a rank.
     """
-    check_room(
-        [(state.partial, output + spool + SLACK_BYTES), (state.cache, cache)],
-        "free some space, choose another OUT, or put the activations elsewhere with --work DIR",
-        detail=f" ({format_bytes(output)} for the output, {format_bytes(cache)} for activations"
-        + (f", {format_bytes(spool)} for shards from the hub)" if spool else ")"),
-    )
-
-
-def remove_leftovers(state: JobState, newest: int) -> None:
-    """Removes what a crash left behind: caches other than number `newest`, and temporary files."""
-    durable.make_folder(state.cache)
+    cache, ranks = prepared.cache, prepared.ranks
+    durable.make_folder(cache)
     keep = {f"{newest:04d}.bin", f"{newest:04d}.json"}
-    for path in state.cache.iterdir():
+    for path in cache.iterdir():
         if path.name not in keep:
-            durable.remove(path)
-    state.remove_temporaries()
+            durable.clear(path)
+    if ranks.rank:
+        return
+    for path in prepared.state.cache.iterdir() if ranks.size > 1 else ():
+        if not path.name.endswith(f"-of-{ranks.size}"):
+            durable.clear(path)
+    prepared.state.remove_temporaries()

@@ -31,6 +31,15 @@ class LinearCodes:
     whole: float = 0.0
     lost: float = 0.0
 
+    def fresh(self) -> LinearCodes:
+        """The same settings, without sums and scales."""
+        return LinearCodes(self.how, self.dtype, self.power)
+
+    def add_(self, other: LinearCodes) -> None:
+        """Adds the next rows' sums and scales."""
+        self.whole, self.lost = self.whole + other.whole, self.lost + other.lost
+        self.scales += other.scales
+
     def rows(self, exact: Tensor, weight: Tensor, gram: Gram | None, damping: Damping | None) -> Tensor:
         """Codes (n, in) float8_e4m3fn for the pruned and refitted rows `weight`, an approximation of `exact` (n, in).
 

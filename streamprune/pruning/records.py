@@ -69,6 +69,8 @@ class StageRecord:
     """Linears of experts that fell back to statistics pooled over the layer's experts."""
     gram_passes: int | None = field(default=None, metadata=_OPTIONAL)
     """Extra passes for Gram matrices that did not fit into memory during the first."""
+    ranks: int | None = field(default=None, metadata=_OPTIONAL)
+    """Of several ranks, how many: each has a cache of its own."""
     tune: dict[str, Any] | None = field(default=None, metadata=_OPTIONAL)
     """Errors before and after tuning the layer (methods/tuning.py)."""
     seconds: float = 0.0

@@ -31,6 +31,10 @@ _AIMING = 3
 _ARRAYS = 10
 """float32 arrays with the shape of a chunk that a refit holds at once."""
 
+PARTS = 8
+"""Parts of a linear that ranks share, of at least _LEAST_ROWS rows."""
+_LEAST_ROWS = 64
+
 _LEAST_ROOM = 16 << 20
 """Smallest panel that a larger Gram is gathered in."""
 
@@ -39,9 +43,9 @@ _PART_SAMPLED = 16
 """The damping is chosen on a 16th of a linear's rows: at least 64 (or all), at most _MOST_SAMPLED."""
 
 
-def chunk_rows(in_features: int) -> int:
-    """Rows that are refitted at once."""
-    return max(1, WORKING_BYTES // (4 * _ARRAYS * in_features))
+def chunk_rows(in_features: int, out_features: int) -> int:
+    """Rows that are refitted at once: of a linear at most about an eighth, so that ranks can share them."""
+    return max(1, min(WORKING_BYTES // (4 * _ARRAYS * in_features), max(_LEAST_ROWS, -(-out_features // PARTS))))
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,15 @@ class Outcome:
     refit: float = 0.0
     rows_left: int = 0
     """Rows that kept their values although the linear was refitted."""
+
+    def fresh(self) -> Outcome:
+        """The same choice, without sums."""
+        return Outcome(self.choice, self.used)
+
+    def add_(self, other: Outcome) -> None:
+        """Adds the sums over other rows."""
+        self.whole, self.mask, self.refit = self.whole + other.whole, self.mask + other.mask, self.refit + other.refit
+        self.rows_left += other.rows_left
 
     def report(self) -> dict[str, Any]:
         """For streamprune.json. Errors are relative: ‖(W − Ŵ)X‖² / ‖WX‖²."""
@@ -152,7 +165,7 @@ class LayerRefit:
         `weight` are its dense rows, `masked` the same with the recipe's mask; both (n, in), stored dtype. Works on
         chunk_rows of them at once, even if n is larger (all rows, for a transposed linear). Adds to `outcome`.
         """
-        step = chunk_rows(weight.shape[1])
+        step = chunk_rows(weight.shape[1], 8 * len(weight))
         chunks = zip(torch.split(weight, step), torch.split(masked, step), strict=True)
         fitted = [self._rows(name, begin + i * step, *rows, outcome) for i, rows in enumerate(chunks)]
         return fitted[0] if len(fitted) == 1 else torch.cat(fitted)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.hub import hub_name
 from streamprune.disk.quantised import PlainView
-from streamprune.process.versions import version_of
+from streamprune.process.versions import versions
 from streamprune.pruning.records import Resolved, StageRecord
 from streamprune.pruning.spec import JobSpec
 
@@ -18,16 +17,19 @@ def build_report(
     spec: JobSpec, resolved: Resolved, calibration: Mapping[str, Any],
     records: Sequence[StageRecord], files: Sequence[Mapping[str, Any]], source: Mapping[str, Any], *,
     seconds: float, startup: float, peak: int, dense: Mapping[str, str], shared: Mapping[str, Sequence[Any]],
+    ranks: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The report of a finished job.
 
-    `seconds` is the work of all runs of the job; `startup` is how many seconds the last run took before its first stage
-    (imports, skeleton, tokens); `peak` is the highest resident memory of all runs, in bytes. `source` are the fields
-    about MODEL that source_of returns, and how it was quantised. `dense` are matrices of layers that stay dense, by
-    parameter name -> why (model/prunable.py), `shared` the linears that several layers use (model/shared.py). Optional
-    fields of a stage: `gram_passes`, extra passes for Gram matrices that did not fit into memory during the first;
-    `pooled`, linears of experts that saw too few tokens and fell back to statistics pooled over the layer's experts;
-    `tune`, errors before and after tuning the layer (methods/tuning.py), on held-out windows and on as many others.
+    `seconds` is the work of all runs of the job; `startup` is how many seconds the last run took before its first
+    stage (imports, skeleton, tokens); `peak` is the highest resident memory of all runs, in bytes. `source` are the
+    fields about MODEL that source_of returns, and how it was quantised. `dense` are matrices of layers that stay
+    dense, by parameter name -> why (model/prunable.py), `shared` the linears that several layers use
+    (model/shared.py). `ranks` says of each of several ranks its windows, its peak memory, and how long it waited for
+    others in the last run, the exchange of data included. Optional fields of a stage: `gram_passes`, extra passes for
+    Gram matrices that did not fit into memory during the first; `pooled`, linears of experts that saw too few tokens
+    and fell back to statistics pooled over the layer's experts; `tune`, errors before and after tuning the layer
+    (methods/tuning.py), on held-out windows and on as many others.
     """
     reduced = [r.batch for r in records if r.batch]
     linears = [linear for record in records for linear in record.linears]
@@ -52,15 +54,10 @@ def build_report(
             | {key: value for key in ("gram_passes", "pooled", "tune") if (value := getattr(r, key)) is not None}
             for r in records
         ],
+        **({"ranks": list(ranks)} if ranks else {}),
         "files": list(files),
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a job's bytes may depend on."""
-    names = ("streamprune", "torch", "transformers", "numba", "numpy", "safetensors")
-    return {"python": platform.python_version()} | {name: version_of(name) for name in names}
 
 
 def source_of(checkpoint: Checkpoint, content: str, carries: bool) -> dict[str, Any]:

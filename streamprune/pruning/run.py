@@ -20,6 +20,7 @@ resumed run starts from the last durable cache, and first repeats the forward pa
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -37,14 +38,13 @@ from streamprune.process import interrupts
 from streamprune.process.background import BackgroundWorker
 from streamprune.process.memory import give_back_free_memory, peak_resident_bytes
 from streamprune.progress import Progress, ProgressCallback
-from streamprune.pruning.card import card_of
-from streamprune.pruning.finish import calibration_of, save_statistics, write_files
+from streamprune.pruning.finish import finish
 from streamprune.pruning.means import Means
 from streamprune.pruning.output import Output
-from streamprune.pruning.prepare import Prepared, begin, check_disk, remove_leftovers
+from streamprune.pruning.prepare import Prepared, begin, remove_leftovers
 from streamprune.pruning.records import StageRecord
-from streamprune.pruning.report import build_report, source_of
 from streamprune.pruning.shared import sum_uses
+from streamprune.pruning.sharing import Sharing, check_disk
 
 if TYPE_CHECKING:
     from streamprune.calibration.grams import LayerGrams
@@ -65,6 +65,7 @@ class Run:
         self._begun, self._resolved, self._target = prepared.begun, prepared.resolved, setup.target
         self._records = list(prepared.records)
         self._given = prepared.given if prepared.windows is None else None
+        self._ranks = prepared.ranks
         self._uncommitted: list[durable.FilePart] = []
         self._since = 0.0
         """When the current stage began (perf_counter)."""
@@ -93,19 +94,22 @@ class Run:
 
     def _work(self, startup: float) -> dict[str, Any]:
         begun = time.perf_counter()
-        self._output = self.check()
+        output = self.check()
         if not self._begun:
             self._begin()
+        self._agree()
+        self._output = output
         self._writer = self._means.writer(self._target) if self._target is not None else None
         self._tuner = self._tuning()
-        remove_leftovers(self._state, self._newest_cache())
+        remove_leftovers(self._job, self._newest_cache())
         stages = self._model.stages
         if self._target is None:
             stages = stages[:-1]  # `calibrate` needs no head
         done = len(self._records)
         self._since = begun - self._job.reading  # the first stage includes drawing the windows
         if self._forward is not None and 0 < done <= len(self._model.layer_stages):
-            shards = None if self._output is None or self._setup.propagate == "dense" else self._output.written
+            pruned = None if self._setup.propagate == "dense" else self._output
+            shards = None if pruned is None else functools.partial(self._sharing.written, pruned)
             with self._means.out_of_memory_named():
                 self._forward.catch_up(self._newest_cache(), done, shards)
         try:
@@ -130,27 +134,15 @@ class Run:
 
     def check(self) -> Output | None:
         """The checks before the first stage, which write nothing; returns the output, as far as it has been written."""
-        self._check_disk()
+        check_disk(self._job, self._target, self._forward, self._newest_cache(), self._means.spool_bytes(self._records))
         if not self._begun and not self._spec.allow_zeros and not self._setup.checkpoint.streamed:
             self._means.refuse_empty()
         if self._target is None:
             return None
         output = Output(self._state.partial, self._target, self._resolved.shard_bytes)
-        output.resume(self._records)
+        if not self._ranks.rank:
+            output.resume(self._records)
         return output
-
-    def _check_disk(self) -> None:
-        written = sum(r.shard["bytes"] for r in self._records if r.shard)
-        output = self._target.output_bytes - written if self._target else 0
-        cache = 0
-        if self._forward is not None and len(self._records) < len(self._model.stages) - 1:
-            # An older durable cache may have to be kept beside the two in use.
-            behind = -1 < self._newest_cache() < len(self._records) - 1
-            cache = (3 if behind and not self._layout.resident else 2) * self._forward.cache_bytes
-            from streamprune.pruning.memory import scratch_bytes
-
-            cache += scratch_bytes(self._setup, self._layout, *self._forward.windows.shape)
-        check_disk(self._state, output, cache, self._means.spool_bytes(self._records))
 
     def _begin(self) -> None:
         """Allocates the sparsity if asked to, and creates the state of the job."""
@@ -165,6 +157,14 @@ class Run:
         self._begun = True
         job = {"job": spec.fixed(), "content": self._job.content, "spent": self._job.spent}
         begin(self._state, job | {"resolved": self._resolved.to_json()}, windows)
+
+    def _agree(self) -> None:
+        """Tells all ranks what rank 0 has resolved when the job began, and finds out what they share."""
+        self._resolved = self._ranks.broadcast(self._resolved)
+        if self._target is not None and self._resolved.allocation:
+            self._target = self._target.sharing(self._resolved.allocation)
+        self._sharing = Sharing(self._job)
+        self._records = self._sharing.records(self._records)
 
     def _newest_cache(self) -> int:
         """Number of the last durable cache, -1 if there is none. Cache n is written by the stage of record n."""
@@ -204,9 +204,16 @@ class Run:
                 self._durable(file)
             file = None
             record.cache = forward.persists()
-            forward.pruned_layer(stage, output.written(stage), record.cache)
+            forward.pruned_layer(stage, self._sharing.written(output, stage), record.cache)
             record.batch = forward.streamed.max_samples
-        commits.put(lambda: self._commit(stage, record, file))
+        if self._ranks.size == 1:
+            commits.put(lambda: self._commit(stage, record, file))
+            return
+        if not self._ranks.rank:
+            self._commit(stage, record, file)
+        self._ranks.barrier()
+        if self._ranks.rank:
+            self._commit(stage, record, None)
 
     def _durable(self, file: durable.FilePart) -> None:
         file.commit()
@@ -243,10 +250,11 @@ class Run:
         shared = sum_uses(self._model, stage, found, collector.groups, self._state.layer_stats)
         if grams is not None:
             grams.leave_out([*pooled, *shared])
-        path = self._state.layer_stats(stage.index)
-        record.statistics = write_statistics(
-            path, found.items(), collector.groups, {}, {}, {stage.prefix: collector.update}
-        )  # fmt: skip
+        if not self._ranks.rank:
+            path = self._state.layer_stats(stage.index)
+            record.statistics = write_statistics(
+                path, found.items(), collector.groups, {}, {}, {stage.prefix: collector.update}
+            )  # fmt: skip
         return {name: found[leader] for name, leader in collector.groups.items()}
 
     def _fill(
@@ -254,7 +262,11 @@ class Run:
     ) -> durable.FilePart | None:
         """Writes the stage's part of a shard, not yet durable; returns its file, or None for `calibrate`."""
         file = None
-        if self._writer is not None and self._output is not None:
+        if self._ranks.rank:
+            if grams is not None and self._target is not None:
+                refit = self._means.tensor_writer(self._target).refit_elsewhere
+                refit(stage, lambda name, width: self._stats(stats, name, width), grams)
+        elif self._writer is not None and self._output is not None:
             file = self._output.begin(stage)
             record.linears = self._writer.fill(
                 file, self._output.part(stage), stage, lambda name, width: self._stats(stats, name, width), grams
@@ -276,13 +288,15 @@ class Run:
         record.seconds, record.peak = now - self._since, peak_resident_bytes()
         self._since = now
         before = self._newest_cache()
-        journal.append(self._state.journal, record.to_json())
+        record.ranks = self._ranks.size if self._ranks.size > 1 else None
+        if not self._ranks.rank:
+            journal.append(self._state.journal, record.to_json())
         self._records.append(record)
         if self._forward is not None and (record.cache or (stage.kind == "layer" and not self._more(stage))):
             from streamprune.disk.cache import remove_cache
 
             for old in range(max(before, 0), len(self._records) - 1):  # also those that a resumed run has recomputed
-                remove_cache(self._state.cache, old)
+                remove_cache(self._job.cache, old)
         if record.cache and self._forward is not None:
             self._forward.made_durable()
         stages = len(self._model.stages) - (self._target is None)
@@ -298,25 +312,10 @@ class Run:
         return gathered[name]
 
     def _finish(self, startup: float, since: float) -> dict[str, Any]:
-        spec, state, checkpoint, target = self._spec, self._state, self._setup.checkpoint, self._target
-        calibration = calibration_of(spec, self._resolved, self._given, self._setup.propagate)
-        statistics = spec.save_stats if target else spec.out
-        if statistics is not None:
-            save_statistics(statistics, spec, state, checkpoint, self._model, self._records, calibration)
-        files = []
-        if target is not None and self._output is not None:
-            card = card_of(spec, checkpoint, calibration, self._records)
-            files = write_files(state, checkpoint, target, self._output, self._records, card)
-        report = build_report(
-            spec, self._resolved, calibration, self._records, files,
-            source_of(checkpoint, self._job.content, target is not None),
-            seconds=self._job.spent + sum(r.seconds for r in self._records) + time.perf_counter() - since,
-            startup=startup, peak=max(peak_resident_bytes(), *(r.peak for r in self._records)),
-            dense=self._model.dense if target else {}, shared=self._model.shared if target else {},
+        ranks = self._sharing.end(self._forward)
+        if self._ranks.rank:
+            return {}
+        return finish(
+            self._setup, self._state, self._target, self._output, self._resolved, self._given, self._records,
+            self._job.content, ranks, startup, lambda: self._job.spent + time.perf_counter() - since,
         )  # fmt: skip
-        if target is None:
-            state.discard()
-            return report
-        journal.write_json(state.partial / "streamprune.json", "report", report)
-        state.publish()
-        return report

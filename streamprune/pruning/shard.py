@@ -6,13 +6,15 @@ been read. All weights are checked for NaN and Inf, which are reported with thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from streamprune.calibration.grams import LayerGrams
@@ -31,23 +33,28 @@ from streamprune.model.loader import WeightLoader
 from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.stages import Stage
 from streamprune.model.zeros import refuse_zeros
+from streamprune.process.ranks import ALONE, Ranks
 from streamprune.pruning.codes import coded
 from streamprune.pruning.linears import CHUNK_BYTES, linear_report, parts_of, pieces
 from streamprune.pruning.quantise import LinearCodes
-from streamprune.pruning.refit import LayerRefit, Refit, chunk_rows, sampled
+from streamprune.pruning.refit import LayerRefit, Outcome, Refit, chunk_rows, sampled
 from streamprune.pruning.target import Features, Target
+
+Stats = Callable[[str, int], InputStats]
+"""(linear, in_features) -> the statistics of its input."""
 
 
 class ShardWriter:
     """Writes the shards of one job, one stage at a time. `allow_zeros`: accept linears that are all zeros."""
 
-    def __init__(self, target: Target, loader: WeightLoader, *, allow_zeros: bool = False) -> None:
-        self.target, self.loader, self.allow_zeros = target, loader, allow_zeros
+    def __init__(
+        self, target: Target, loader: WeightLoader, ranks: Ranks = ALONE, *, allow_zeros: bool = False
+    ) -> None:
+        self.target, self.loader, self.ranks, self.allow_zeros = target, loader, ranks, allow_zeros
         self._stream = CopyStream(loader.device)
 
     def fill(
-        self, file: FilePart, part: Part, stage: Stage, stats: Callable[[str, int], InputStats],
-        grams: LayerGrams | None = None,
+        self, file: FilePart, part: Part, stage: Stage, stats: Stats, grams: LayerGrams | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Fills a stage's `part` of a shard; returns a report on each linear that was pruned (JSON values).
 
@@ -56,24 +63,42 @@ class ShardWriter:
         """
         work = _StageShard(self, self._stream, stage, stats, grams)
         with self._stream.on():
-            if grams is not None and grams.place is not None:
-                for name in grams.by_use:
-                    work.refit_ahead(name, grams.folder, grams.place)
+            if grams is not None and (grams.place is not None or self.ranks.size > 1):
+                work.refit_all(grams)
             fill_in_order(file, part.header, part.tensors, work.content, written=work.release)
+        if grams is not None and grams.place is None:
+            order = {name: i for i, name in enumerate(self.target.linears_of(stage))}
+            work.linears.sort(key=lambda report: order[report["name"]])
         return work.linears
+
+    def refit_elsewhere(self, stage: Stage, stats: Stats, grams: LayerGrams | None) -> None:
+        """This rank's share of refitting a stage that rank 0 fills."""
+        if grams is not None:
+            with self._stream.on():
+                _StageShard(self, self._stream, stage, stats, grams).refit_all(grams)
+
+
+class _Rows(NamedTuple):
+    """Some finished rows of a linear."""
+
+    stored: NDArray[np.uint8]
+    """Their bytes."""
+    sums: list[tuple[float, float]]
+    """Score that was removed, and in all."""
+    outcome: Outcome | None
+    codes: LinearCodes | None
 
 
 class _StageShard:
     """The work on one stage: produces the bytes of each of its tensors."""
 
     def __init__(
-        self, writer: ShardWriter, stream: CopyStream, stage: Stage, stats: Callable[[str, int], InputStats],
-        grams: LayerGrams | None,
+        self, writer: ShardWriter, stream: CopyStream, stage: Stage, stats: Stats, grams: LayerGrams | None,
     ) -> None:  # fmt: skip
         self.linears: list[dict[str, Any]] = []
         target = self._target = writer.target
         self._skeleton, self._loader, self._allow_zeros = target.skeleton, writer.loader, writer.allow_zeros
-        self._stream, self._stage = stream, stage
+        self._stream, self._stage, self._ranks = stream, stage, writer.ranks
         self._features = Features(target, stats, self._loader.device)
         self._refit = self._layer_refit(grams) if grams is not None else None
         self._stored = {ref.name: ref for ref in stage.tensors}
@@ -86,17 +111,18 @@ class _StageShard:
         self._scales: dict[str, list[Tensor]] = {}
         """FP8 scales by tensor name, known once their weight has been written."""
         self._refitted_ahead: dict[str, ScratchMatrix] = {}
-        """Bytes of tensors that were refitted before their turn in the shard, by tensor name."""
+        """Bytes of linears that were refitted before their turn in the shard."""
 
     def content(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of `ref`, one of the part's tensors, in pieces."""
-        if ref.name in self._refitted_ahead:
-            yield from pieces(self._refitted_ahead[ref.name].tensor[0].numpy().data)
-        elif ref.name in self._scales:
+        if ref.name in self._scales:
             yield _bytes(torch.cat(self._scales[ref.name]))
         elif ref.name in self._parts:
             part, whole = None, self._stored[ref.name]
             for name, part in self._parts[ref.name]:
+                if name in self._refitted_ahead:
+                    yield from pieces(self._refitted_ahead[name].tensor[0].numpy().data)
+                    continue
                 yield from self._pruned(part, name) if name in self._target.selected else self._checked(part)
             if part is not None and part.end < whole.end:  # of experts that give back their input
                 yield from pieces(self._loader.maps.raw(replace(whole, begin=part.end)))
@@ -113,17 +139,52 @@ class _StageShard:
             done = replace(source, begin=source.begin + times * begin, end=source.begin + times * end)
             self._loader.maps.release([done], drop_cache=True)
 
-    def refit_ahead(self, name: str, folder: Path, place: Callable[[str, Tensor], None]) -> None:
-        """Refits a linear before its turn in the shard; `place` gets its new weight as it will be stored."""
+    def refit_all(self, grams: LayerGrams) -> None:
+        """Refits all linears before their turn in the shard, in the order of use if later ones depend on it."""
+        names: Iterable[str] = grams.by_use if grams.place is not None else self._target.linears_of(self._stage)
+        experts: dict[str, list[str]] = {}
+        for name in [name for name in names if name in grams]:
+            if name in self._stage.expert_of:
+                experts.setdefault(self._stage.expert_of[name], []).append(name)
+            else:
+                self._refit_ahead(name, grams.folder, grams.place)
+        self._refit_experts(list(experts.values()), grams)
+
+    def _refit_experts(self, experts: Sequence[Sequence[str]], grams: LayerGrams) -> None:
+        """Refits experts, given by their linears, which ranks take in turn; rank 0 is sent all of them."""
+        ranks = self._ranks
+        for first in range(0, len(experts), ranks.size):
+            own = experts[first + ranks.rank] if first + ranks.rank < len(experts) else []
+            made = [(name, b"".join(self._pruned(self._stage.linears[name], name))) for name in own]
+            reports = [report for report in self.linears if report["name"] in own]
+            names = [self._stage.linears[name].name + SCALE for name in own]
+            scales = {name: self._scales.pop(name) for name in names if name in self._scales}
+            self.linears = [report for report in self.linears if report["name"] not in own]
+            grams.leave_out([name for names in experts[first : first + ranks.size] for name in names])
+            for refitted, told, parts in ranks.collect((made, reports, scales)):
+                for name, data in refitted:
+                    self._keep(name, grams.folder, [data])
+                self.linears += told
+                self._scales |= parts
+
+    def _keep(self, name: str, folder: Path, pieces: Iterable[Buffer]) -> Tensor:
+        """Keeps the bytes of a refitted linear until its turn in the shard; returns them as a tensor (bytes,)."""
         ref = self._stage.linears[name]
         size = ref.nbytes if self._target.quantisation is None else coded(ref)[0].nbytes
-        made = self._refitted_ahead[ref.name] = ScratchMatrix(folder, 1, size, torch.uint8)
+        made = self._refitted_ahead[name] = ScratchMatrix(folder, 1, size, torch.uint8)
         begin = 0
-        for piece in self._pruned(ref, name):
-            data = torch.frombuffer(piece, dtype=torch.uint8)
-            made.tensor[0, begin : begin + len(data)] = data
-            begin += len(data)
-        stored = made.tensor[0]
+        for piece in pieces:
+            view = memoryview(piece).cast("B")
+            made.tensor.numpy()[0, begin : begin + len(view)] = np.frombuffer(view, dtype=np.uint8)
+            begin += len(view)
+        return made.tensor[0]
+
+    def _refit_ahead(self, name: str, folder: Path, place: Callable[[str, Tensor], None] | None) -> None:
+        """Refits a linear before its turn in the shard; `place` gets its new weight as it will be stored."""
+        ref = self._stage.linears[name]
+        stored = self._keep(name, folder, self._pruned(ref, name))
+        if place is None:
+            return
         if self._target.quantisation is None:
             place(name, stored.view(TORCH_DTYPES[ref.dtype]).view(ref.shape))
         else:
@@ -167,25 +228,48 @@ class _StageShard:
         refit = self._refit if self._refit is not None and name in self._refit else None
         outcome = refit.begin(name, self._sample) if refit else None
         codes = self._codes(ref, name)
-        chunk = CHUNK_BYTES if outcome is None else chunk_rows(in_features) * in_features * _itemsize(ref)
+        out_features = ref.shape[1] if transposed else ref.shape[0]
+        chunk = (
+            CHUNK_BYTES
+            if outcome is None
+            else chunk_rows(in_features, out_features) * in_features * TORCH_DTYPES[ref.dtype].itemsize
+        )
         removed = total = 0.0
-        for begin, rows in self._not_empty(ref, rows_of(self._loader, ref, ref.nbytes if transposed else chunk)):
-            parts: list[Tensor] = []
+
+        def done(begin: int, rows: Tensor) -> _Rows:
             exact = rows.t().contiguous() if transposed else rows
-            for result in self._select(name, exact, feature, power):
-                if not result.finite:
-                    refuse_nonfinite(ref, begin, rows, self._stored[ref.name])
-                removed, total = removed + result.removed, total + result.total
-                parts.append(result.weight)
-            weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-            if refit is not None and outcome is not None:
-                weight = refit.rows(name, begin, exact, weight, outcome)
-            if codes is not None:
+            found = list(self._select(name, exact, feature, power))
+            if not all(result.finite for result in found):
+                refuse_nonfinite(ref, begin, rows, self._stored[ref.name])
+            weight = found[0].weight if len(found) == 1 else torch.cat([result.weight for result in found])
+            own, own_codes = outcome and outcome.fresh(), codes and codes.fresh()
+            if refit is not None and own is not None:
+                weight = refit.rows(name, begin, exact, weight, own)
+            if own_codes is not None:
                 gram = refit.gram(name) if refit else None
                 wanted = refit.aim(name, begin, exact) if refit else exact
-                weight = codes.rows(wanted, weight, gram, outcome.used if outcome else None)
-            yield _bytes(self._stream.fetch(weight.t().contiguous() if transposed else weight, None))
-        out_features = ref.shape[1] if transposed else ref.shape[0]
+                weight = own_codes.rows(wanted, weight, gram, own.used if own else None)
+            stored = self._stream.fetch(weight.t().contiguous() if transposed else weight, None)
+            return _Rows(
+                stored.reshape(-1).view(torch.uint8).numpy(),
+                [(result.removed, result.total) for result in found],
+                own,
+                own_codes,
+            )
+
+        chunks = self._not_empty(ref, rows_of(self._loader, ref, ref.nbytes if transposed else chunk))
+        for rows in (
+            self._dealt(chunks, done)
+            if refit and name not in self._stage.expert_of
+            else (done(*pair) for pair in chunks)
+        ):
+            for lost, every in rows.sums:
+                removed, total = removed + lost, total + every
+            if outcome is not None and rows.outcome is not None:
+                outcome.add_(rows.outcome)
+            if codes is not None and rows.codes is not None:
+                codes.add_(rows.codes)
+            yield rows.stored.data
         self.linears.append(linear_report(name, out_features, in_features, self._target.of(name), removed, total))
         if refit is not None and outcome is not None:
             self.linears[-1] |= outcome.report()
@@ -195,6 +279,15 @@ class _StageShard:
             self._scales[coded(ref)[1].name] = [self._stream.fetch(part, None) for part in codes.scales]
         if self._loader.copies and ref in self._following:
             self._loader.release([ref])
+
+    def _dealt(self, chunks: Iterable[tuple[int, Tensor]], done: Callable[[int, Tensor], _Rows]) -> Iterator[_Rows]:
+        """What `done` makes of each of the chunks, which the ranks take in turn."""
+        ranks = self._ranks
+        if ranks.size == 1:  # one after the other
+            yield from (done(*pair) for pair in chunks)
+            return
+        own = [(i, done(*pair)) for i, pair in enumerate(chunks) if i % ranks.size == ranks.rank]
+        yield from (rows for _, rows in sorted(chain(*ranks.gather(own)), key=lambda pair: pair[0]))
 
     def _codes(self, ref: TensorRef, name: str) -> LinearCodes | None:
         how = self._target.quantisation
@@ -213,10 +306,6 @@ class _StageShard:
         torch.cuda.empty_cache()
         for half in torch.split(rows, -(-len(rows) // 2)):
             yield from self._select(name, half, feature, power)
-
-
-def _itemsize(ref: TensorRef) -> int:
-    return ref.nbytes // max(1, ref.shape[0] * ref.shape[1])
 
 
 def _bytes(tensor: Tensor) -> Buffer:

@@ -1,0 +1,292 @@
+"""The processes of one run: a single one, or those that torchrun has started, with what they tell each other.
+
+A single process is the trivial case of everything here, and does not import torch.distributed. Several find each other
+as torch does, by the environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Data on
+a GPU travel by NCCL, all other by gloo.
+
+If one rank fails, all end: the one that fails first leaves its error in the store that they share; the others are woken
+by the broken connection, or by a timeout of STREAMPRUNE_RANK_TIMEOUT seconds, find the error and end silently with the
+same exit code.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from streamprune.errors import (
+    INTERRUPTED,
+    ElsewhereError,
+    ResourceError,
+    StreampruneError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Value = TypeVar("Value")
+
+TIMEOUT_VARIABLE = "STREAMPRUNE_RANK_TIMEOUT"
+TIMEOUT_SECONDS = 1800
+"""How long a rank waits for the others, unless the variable says otherwise."""
+
+_JOIN_SECONDS = 120
+"""How long a rank waits at least for the others to start."""
+
+_NEWS_SECONDS = 3.0
+"""How long a rank whose connection broke waits for the error of the rank that broke it, and rank 0 for the others."""
+
+
+class Ranks:
+    """One process on its own: rank 0 of 1. Several are `Together`."""
+
+    rank, size = 0, 1
+    waited = 0.0
+    """Seconds that this rank has waited for others, including what it took to exchange data."""
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all ranks, by rank, on each of them."""
+        return [value]
+
+    def broadcast(self, value: Value, source: int = 0) -> Value:
+        """The value of rank `source`, on all ranks."""
+        return value
+
+    def collect(self, value: Value) -> list[Value]:
+        """The values of all ranks, by rank, on rank 0; an empty list elsewhere."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Returns when all ranks have reached it."""
+        self.gather(None)
+
+    def broadcast_(self, tensor: Tensor, source: int) -> None:
+        """Fills `tensor`, of one shape on all ranks, with that of rank `source`."""
+
+    def add_in_order_(self, total: Tensor, part: Tensor, owner: int, present: int) -> None:
+        """Adds the parts of ranks 0 to `present` − 1, in this order, to the `total` of rank `owner`.
+
+        The parts have one shape; on other ranks `total` is left as it is.
+        """
+        total += part
+
+    def agreed(self, work: Callable[[], Value], identity: Callable[[Value], dict[str, Any]]) -> Value:
+        """Does `work` on all ranks; raises the first error of any of them, and UsageError if identities differ."""
+        return work()
+
+
+class Together(Ranks):
+    """One of several ranks."""
+
+    def __init__(self, rank: int, size: int, store: Any) -> None:
+        self.rank, self.size, self._store = rank, size, store
+        self._sent: list[tuple[Any, Tensor]] = []
+        """Sends in progress, and what they send."""
+
+    def gather(self, value: Value) -> list[Value]:
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        with self._talking():
+            dist.all_gather_object(found, value)
+        return found
+
+    def collect(self, value: Value) -> list[Value]:
+        import torch.distributed as dist
+
+        found: list[Any] | None = None if self.rank else [None] * self.size
+        with self._talking():
+            dist.gather_object(value, found)
+        return found or []
+
+    def broadcast(self, value: Value, source: int = 0) -> Value:
+        import torch.distributed as dist
+
+        held = [value]
+        with self._talking():
+            dist.broadcast_object_list(held, src=source)
+        return held[0]
+
+    def broadcast_(self, tensor: Tensor, source: int) -> None:
+        import torch.distributed as dist
+
+        with self._talking():
+            self._settle()
+            dist.broadcast(tensor, src=source)
+
+    def add_in_order_(self, total: Tensor, part: Tensor, owner: int, present: int) -> None:
+        import torch.distributed as dist
+
+        with self._talking():
+            self._settle()
+            if self.rank != owner:
+                sending = part.contiguous()
+                self._sent.append((dist.isend(sending, dst=owner), sending))
+                return
+            given = part.new_empty(part.shape)
+            for source in range(present):
+                if source != self.rank:
+                    dist.recv(given, src=source)
+                total += part if source == self.rank else given
+
+    def agreed(self, work: Callable[[], Value], identity: Callable[[Value], dict[str, Any]]) -> Value:
+        found: Value | None = None
+        error: StreampruneError | None = None
+        mine: dict[str, Any] = {}
+        try:
+            found = work()
+            mine = identity(found)
+        except StreampruneError as e:
+            error = e
+        told = self.gather((error.exit_code if error else 0, mine))
+        failed = next((rank for rank, (code, _) in enumerate(told) if code), None)
+        if failed is not None:
+            raise error if error and failed == self.rank else ElsewhereError(told[failed][0])
+        for rank, (_, theirs) in enumerate(told):
+            if differing := [key for key in told[0][1] if told[0][1][key] != theirs.get(key)]:
+                if rank != self.rank:
+                    raise ElsewhereError(UsageError.exit_code)
+                ours, first = (str(told[at][1][differing[0]]) for at in (rank, 0))
+                raise UsageError(
+                    f"rank {rank} is given another job than rank 0: {differing[0]} is {ours} here and {first} there; "
+                    "give all ranks the same model, text, version and arguments"
+                )
+        assert found is not None
+        return found
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        since = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as e:  # torch raises nothing more specific
+            raise self._lost(e) from e
+        finally:
+            self.waited += time.perf_counter() - since
+
+    def _settle(self) -> None:
+        while self._sent:
+            work, _ = self._sent.pop()
+            work.wait()
+
+    def _lost(self, error: RuntimeError) -> StreampruneError:
+        """What a broken connection means: the error that another rank has left, or that it can leave none."""
+        until = time.monotonic() + _NEWS_SECONDS
+        with suppress(RuntimeError):  # the store may be gone as well
+            while time.monotonic() < until:
+                if self._store.check(["error"]):
+                    return ElsewhereError(json.loads(self._store.get("error"))["code"])
+                time.sleep(0.05)
+        why = "did not answer in time" if "imed out" in str(error) else "has died or cannot be reached"
+        return ResourceError(f"another rank {why}; run the same command again, it resumes")
+
+    def fail(self, code: int) -> int:
+        """Leaves this rank's error to the others; returns the rank that has failed first."""
+        with suppress(RuntimeError):
+            mine = json.dumps({"rank": self.rank, "code": code})
+            first = json.loads(self._store.compare_set("error", "", mine))
+            return int(first["rank"])
+        return self.rank
+
+    def end(self) -> None:
+        """Lets rank 0, which may hold the store, outlive the others by a little, so that they can read the error."""
+        with suppress(RuntimeError):
+            ended = self._store.add("ended", 1)
+            until = time.monotonic() + _NEWS_SECONDS
+            while not self.rank and ended < self.size and time.monotonic() < until:
+                time.sleep(0.05)
+                ended = self._store.add("ended", 0)
+
+
+ALONE = Ranks()
+
+
+def started_together() -> bool:
+    """Whether this process is one of several ranks, to judge by the environment."""
+    return _number("WORLD_SIZE", 1) > 1
+
+
+def is_follower() -> bool:
+    """Whether it is another rank than 0, which prints no results."""
+    return started_together() and _number("RANK", 0) > 0
+
+
+def settle_ranks(args: Namespace) -> None:
+    """Makes other ranks than 0 quiet. Raises UsageError for a command line that several ranks cannot share."""
+    args.quiet = args.quiet or is_follower()
+    command, given = args.command, vars(args)
+    alone = next((f"{command} --{name.replace('_', '-')}" for name in ("tasks", "dry_run") if given.get(name)), "")
+    if command not in ("prune", "calibrate", "eval"):
+        alone = command
+    if alone and started_together():
+        if is_follower():
+            raise ElsewhereError(UsageError.exit_code)
+        raise UsageError(f"{alone} runs in a single process; run it without torchrun")
+
+
+def prepare_environment() -> None:
+    """Lets Numba use as many threads as torchrun gives a rank. Before numba is imported."""
+    if started_together() and os.environ.get("OMP_NUM_THREADS"):
+        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks of this run, for as long as it is open. An error within it ends all ranks."""
+    if not started_together():
+        yield ALONE
+        return
+    ranks = _join()
+    try:
+        yield ranks
+    except BaseException as e:
+        code = INTERRUPTED if isinstance(e, KeyboardInterrupt) else getattr(e, "exit_code", 1)
+        first = ranks.rank if isinstance(e, ElsewhereError) else ranks.fail(code)
+        _leave()  # wakes those that wait for this rank
+        ranks.end()
+        if first != ranks.rank:
+            raise ElsewhereError(code) from e
+        raise
+    _leave()
+
+
+def _join() -> Together:
+    import torch
+    import torch.distributed as dist
+
+    distributed: Any = dist  # it does not declare all that it documents
+
+    wait = datetime.timedelta(seconds=_number(TIMEOUT_VARIABLE, TIMEOUT_SECONDS))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_number("LOCAL_RANK", 0) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        joining = max(wait, datetime.timedelta(seconds=_JOIN_SECONDS))
+        store, rank, size = next(distributed.rendezvous("env://", timeout=joining))
+        store.set_timeout(wait)
+        dist.init_process_group(
+            backend, store=distributed.PrefixStore("group", store), rank=rank, world_size=size, timeout=wait
+        )
+    except (RuntimeError, ValueError) as e:
+        raise ResourceError(f"the ranks cannot reach each other: {' '.join(str(e).split())[:160]}") from e
+    return Together(rank, size, distributed.PrefixStore("streamprune", store))
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    with suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdigit() else default

@@ -1,0 +1,78 @@
+"""Which batches each of several ranks passes through a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from streamprune.errors import UsageError
+from streamprune.process.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Share:
+    """The batches that each rank passes through a model: they are dealt in groups of `group`, in turn.
+
+    `windows` in all, `batch` of them a batch, the last one may be smaller.
+    """
+
+    ranks: Ranks
+    windows: int
+    batch: int
+    group: int = 1
+
+    @property
+    def batches(self) -> int:
+        """The number of batches of all ranks."""
+        return -(-self.windows // self.batch)
+
+    def __len__(self) -> int:
+        """The number of batches of this rank."""
+        return sum(1 for _ in self.numbers())
+
+    def numbers(self) -> Iterator[int]:
+        """The numbers of this rank's batches, among those of all."""
+        step = self.group * self.ranks.size
+        for first in range(self.ranks.rank * self.group, self.batches, step):
+            yield from range(first, min(first + self.group, self.batches))
+
+    def number(self, own: int) -> int:
+        """The number among the batches of all ranks of this rank's batch `own`."""
+        return (own // self.group * self.ranks.size + self.ranks.rank) * self.group + own % self.group
+
+    def ends_group(self, own: int) -> bool:
+        """Whether this rank's batch `own` is the last of its group."""
+        return (own + 1) % self.group == 0 or own + 1 == len(self)
+
+    def size(self, number: int) -> int:
+        """The windows in a batch."""
+        return min(self.batch, self.windows - number * self.batch)
+
+    @property
+    def own_windows(self) -> int:
+        """The windows in this rank's batches."""
+        return sum(map(self.size, self.numbers()))
+
+    def check(self, more: str) -> None:
+        """Raises UsageError if there are fewer groups of batches than ranks; `more` is what would help."""
+        if self.groups < self.ranks.size:
+            what = "batches" if self.group == 1 else "groups of batches that experts process at once"
+            raise UsageError(
+                f"{self.windows} windows are {self.groups} {what}, too few for {self.ranks.size} ranks; start fewer "
+                f"ranks, or give {more}"
+            )
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of all ranks."""
+        return -(-self.batches // self.group)
+
+    def present(self, number: int) -> int:
+        """How many ranks have a group in the round of batch `number`."""
+        size = self.ranks.size
+        return min(size, self.groups - number // self.group // size * size)
+
+    @property
+    def last_round(self) -> int:
+        """How many ranks have a group in the last round; of those, each may own a sum."""
+        return self.present(self.batches - 1)
