@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
-    """Runs one command; returns its exit code. `program`: this is all of a process, which signals may end."""
+    """Runs one command; returns its exit code. `program`: this is the whole process, which signals may end."""
     args = argparse.Namespace(command="", debug=False)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -14,12 +14,15 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import calls
 import torch
 
+from streamprune.errors import ResourceError
 from streamprune.model import budget
 from streamprune.pruning.paired import PairedPass
 
@@ -27,24 +30,26 @@ SMALL = {"BATCH_TOKENS": 64, "EXPERT_TOKENS": 64}
 """Of model/budget.py: many batches, and many groups of them, of a short text."""
 
 
-def go_wrong(how: str) -> None:
-    """Makes this rank die, sleep or fail at the second layer."""
+@contextmanager
+def going_wrong(how: str | None) -> Iterator[None]:
+    """Within it, this rank dies, sleeps or fails at the second layer."""
     real = PairedPass.layer
 
     def layer(self: Any, stage: Any, *args: Any) -> Any:
-        if stage.index == 1:
-            PairedPass.layer = real  # type: ignore[method-assign]
+        if stage.index == 1 and how is not None:
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "sleep":
-                time.sleep(6)
+                time.sleep(8)
             if how == "full":
-                from streamprune.errors import ResourceError
-
                 raise ResourceError("no space left")
         return real(self, stage, *args)
 
     PairedPass.layer = layer  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PairedPass.layer = real  # type: ignore[method-assign]
 
 
 def work(folder: Path, jobs: list[dict[str, Any]]) -> None:
@@ -57,12 +62,11 @@ def work(folder: Path, jobs: list[dict[str, Any]]) -> None:
         for job in jobs:
             os.environ["MASTER_PORT"] = str(job["port"])
             os.environ["STREAMPRUNE_RANK_TIMEOUT"] = str(job.get("timeout", 60))
-            if rank in job.get("wrong", {}):
-                go_wrong(job["wrong"][rank])
             given = job["given"] | job.get("other", {}).get(rank, {})
             args = job.get("places", {}).get(rank, job["args"])
             try:
-                made = getattr(calls, job["verb"])(*args, **given)
+                with going_wrong(job.get("wrong", {}).get(rank)):
+                    made = getattr(calls, job["verb"])(*args, **given)
                 found = {"report": getattr(made, "report", None) or vars(made)}
             except Exception as e:  # noqa: BLE001 - it is told
                 found = {"error": type(e).__name__, "message": str(e), "code": getattr(e, "exit_code", 1)}

@@ -125,7 +125,7 @@ def folder(
             Job("prune", model, root / "other", given=given | STOPPED, other={"1": {"calib": str(other)}}),
             Job("prune", model, root / "few", given=given | STOPPED | {"samples": 4}),
             Job("prune", model, root / "full", given=given | STOPPED, wrong={"2": "full"}),
-            Job("prune", model, root / "slow", given=given | STOPPED, wrong={"1": "sleep"}, timeout=2),
+            Job("prune", model, root / "slow", given=given | STOPPED, wrong={"1": "sleep"}, timeout=4),
             Job("prune", model, out, given=given | STOPPED, wrong={"1": "kill"}),
         ]
         elsewhere = shutil.copytree(model, root / "elsewhere" / "model")

@@ -37,6 +37,9 @@ TIMEOUT_VARIABLE = "STREAMPRUNE_RANK_TIMEOUT"
 TIMEOUT_SECONDS = 1800
 """How long a rank waits for the others, unless the variable says otherwise."""
 
+_JOIN_SECONDS = 120
+"""How long a rank waits at least for the others to start."""
+
 _NEWS_SECONDS = 3.0
 """How long a rank whose connection broke waits for the error of the rank that broke it, and rank 0 for the others."""
 
@@ -266,7 +269,8 @@ def _join() -> Together:
         torch.cuda.set_device(_number("LOCAL_RANK", 0) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     try:
-        store, rank, size = next(distributed.rendezvous("env://", timeout=wait))
+        joining = max(wait, datetime.timedelta(seconds=_JOIN_SECONDS))
+        store, rank, size = next(distributed.rendezvous("env://", timeout=joining))
         store.set_timeout(wait)
         dist.init_process_group(
             backend, store=distributed.PrefixStore("group", store), rank=rank, world_size=size, timeout=wait

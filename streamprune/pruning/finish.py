@@ -48,8 +48,9 @@ def finish(
     report = build_report(
         spec, resolved, calibration, records, files, source_of(checkpoint, content, target is not None),
         seconds=sum(r.seconds for r in records) + elsewhere(), startup=startup,
-        peak=max(peak_resident_bytes(), *(r.peak for r in records)), dense=setup.model.dense if target else {},
-        shared=setup.model.shared if target else {}, ranks=ranks,
+        peak=max(peak_resident_bytes(), *(r.peak for r in records)),
+        dense=setup.model.dense if target else {}, shared=setup.model.shared if target else {},
+        ranks=ranks,
     )  # fmt: skip
     if target is None:
         state.discard()

@@ -11,6 +11,7 @@ from streamprune.disk.mapped import MappedFiles
 from streamprune.disk.read_ahead import ReadAhead
 from streamprune.errors import ResourceError
 from streamprune.process.imports import many_imports
+from streamprune.process.share import Share
 from streamprune.pruning.prepare import Prepared
 from streamprune.pruning.records import StageRecord
 from streamprune.pruning.target import Target
@@ -78,9 +79,13 @@ class Means:
             from streamprune.pruning.array_shard import ArrayWriter
 
             return ArrayWriter(target, self.maps, allow_zeros=allow_zeros)
+        return self.tensor_writer(target)
+
+    def tensor_writer(self, target: Target) -> ShardWriter:
+        """As `writer`, for a job that needs torch."""
         from streamprune.pruning.shard import ShardWriter
 
-        return ShardWriter(target, self.loader, self.job.ranks, allow_zeros=allow_zeros)
+        return ShardWriter(target, self.tensors, self.job.ranks, allow_zeros=self.job.setup.spec.allow_zeros)
 
     def refuse_empty(self) -> None:
         """Raises CheckpointError for linears of zeros, see model/damage.py."""
@@ -127,6 +132,12 @@ def _pass(job: Prepared, records: Sequence[StageRecord], loader: WeightLoader) -
         from streamprune.process.share import Share
         from streamprune.pruning.paired import pass_of
 
-    share = Share(job.ranks, len(windows), batch, job.layout.group)
-    smallest = min([job.layout.batch, *(r.batch for r in records if r.batch)])
-    return pass_of(job.setup, job.layout, loader, windows, share, smallest, job.cache)
+    share = Share(job.ranks, len(windows), job.resolved.batch, layout.group)
+    smallest = min([layout.batch, *(r.batch for r in records if r.batch)])
+    streamed = StreamedModel(
+        setup.skeleton, loader, setup.dtype, max_samples=smallest if smallest < share.batch else None,
+        weighted=setup.spec.expert_stats == "weighted", group=layout.group,
+    )  # fmt: skip
+    activations = Activations(job.cache, streamed.cache_dtype, setup.device, resident=layout.resident)
+    kind = PairedPass if setup.propagate == "asymmetric" else CalibrationPass
+    return kind(streamed, windows, share, activations, (cpu if setup.backend == "numba" else torch_ops).accumulate)

@@ -219,20 +219,6 @@ class PairedPass(CalibrationPass):
         return StateBuffer(states.folder, self.own_tokens, width, self.streamed.cache_dtype, resident=states.resident)
 
 
-def pass_of(
-    setup: Setup, layout: Layout, loader: WeightLoader, windows: Tokens, share: Share, smallest: int, cache: Path
-) -> CalibrationPass:  # fmt: skip
-    """The forward pass of a job over a `share` of its windows, at most `smallest` at once, with caches in `cache`."""
-    streamed = StreamedModel(
-        setup.skeleton, loader, setup.dtype, max_samples=smallest if smallest < share.batch else None,
-        weighted=setup.spec.expert_stats == "weighted", group=layout.group,
-    )  # fmt: skip
-    activations = Activations(cache, streamed.cache_dtype, setup.device, resident=layout.resident)
-    kind = PairedPass if setup.propagate == "asymmetric" else CalibrationPass
-    accumulate = (cpu if setup.backend == "numba" else torch_ops).accumulate
-    return kind(streamed, windows, share, activations, accumulate)
-
-
 @contextmanager
 def outputs_of(skeleton: Skeleton, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
     """While open, collects the latest output of each of the linears `names`, (…, out) float32."""

@@ -157,6 +157,52 @@ def refuse_together(setup: Setup, *, calibrates: bool) -> None:
         )
 
 
+def joining(spec: JobSpec, checkpoint: Checkpoint, told: Mapping[str, Any], ranks: Ranks) -> Prepared:
+    """Prepares another rank than 0, from what that has `told`. Raises as `prepare`."""
+    resolved, windows = Resolved.from_json(told["resolved"]), told["windows"]
+    given, outline = open_given(spec, checkpoint)
+    setup = Setup.of(spec, checkpoint, resolved, outline)
+    layout = streaming_layout(None, None)
+    if type(setup.model) is not Outline:
+        from streamprune.pruning.memory import layout_of
+
+        layout = layout_of(setup, resolved, (0, 1) if windows is None else windows.shape)
+    return Prepared(
+        setup=setup, state=JobState(spec.out, told["cache"]), begun=True, content=told["content"], spent=0.0,
+        records=tuple(map(StageRecord.from_json, told["records"])), windows=windows,
+        given=given, resolved=resolved, reading=0.0, layout=layout,
+    )  # fmt: skip
+
+
+def together(prepared: Prepared, ranks: Ranks) -> Prepared:
+    """Settles what all ranks must have in common; each has a cache of its own.
+
+    Raises UsageError if there are fewer batches than ranks, and ResourceError if one of them has too little memory.
+    """
+    if ranks.size == 1:
+        return prepared
+    setup, windows, batch = prepared.setup, prepared.windows, prepared.resolved.batch
+    told = ranks.gather((prepared.layout.resident, prepared.layout.batch))
+    layout = replace(prepared.layout, resident=all(resident for resident, _ in told), layers=1)
+    if windows is not None:
+        Share(ranks, len(windows), batch, layout.group).check("more --samples")
+        if (least := min(own for _, own in told)) < batch:
+            raise ResourceError(
+                f"this job has batches of {batch} windows, and a rank has memory for {least}; run it without torchrun"
+            )
+    refuse_together(setup, calibrates=windows is not None)
+    return replace(prepared, ranks=ranks, layout=layout)
+
+
+def refuse_together(setup: Setup, *, calibrates: bool) -> None:
+    """Raises UnsupportedError for what several ranks cannot do."""
+    recipe = setup.spec.recipe
+    if recipe is not None and recipe.tune and calibrates:
+        raise UnsupportedError("--tune runs in a single process; run it without torchrun")
+    if setup.model.shared and calibrates:
+        raise UnsupportedError("a model whose layers share weights is calibrated in a single process, without torchrun")
+
+
 def _resolve(setup: Setup, layout: Layout, windows: Tokens | None, text_fields: Mapping[str, Any]) -> Resolved:
     """`text_fields` are the fields about the text: bos, replaced, text_tokens."""
     recipe = setup.spec.recipe

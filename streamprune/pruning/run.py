@@ -262,8 +262,10 @@ class Run:
     ) -> durable.FilePart | None:
         """Writes the stage's part of a shard, not yet durable; returns its file, or None for `calibrate`."""
         file = None
-        if self._writer is not None and self._ranks.rank:
-            self._writer.refit_elsewhere(stage, lambda name, width: self._stats(stats, name, width), grams)
+        if self._ranks.rank:
+            if grams is not None and self._target is not None:
+                refit = self._means.tensor_writer(self._target).refit_elsewhere
+                refit(stage, lambda name, width: self._stats(stats, name, width), grams)
         elif self._writer is not None and self._output is not None:
             file = self._output.begin(stage)
             record.linears = self._writer.fill(

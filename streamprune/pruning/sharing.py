@@ -103,10 +103,8 @@ class Sharing:
         })  # fmt: skip
 
 
-def check_disk(
-    job: Prepared, target: Target | None, forward: CalibrationPass | None, newest: int, spool: int = 0
-) -> None:  # fmt: skip
-    """Raises ResourceError unless the disks have room for what is still to be written. Cache `newest` is there.
+def check_disk(job: Prepared, target: Target | None, forward: CalibrationPass | None, newest: int, spool: int) -> None:
+    """Raises ResourceError unless the disks have room for what is still to be written: cache `newest` is there.
 
     `spool` bytes are for shards that are fetched from the hub, beside the output.
     """
@@ -118,11 +116,11 @@ def check_disk(
         # An older durable cache may have to be kept beside the two in use.
         behind = -1 < newest < len(records) - 1
         cache = (3 if behind and not layout.resident else 2) * forward.cache_bytes
-        windows, length = forward.share.own_windows, forward.windows.shape[1]
-        if job.ranks.size > 1 and setup.model.has_experts:
-            windows += len(forward.windows)  # each rank also gets the inputs of experts that others have recorded
         from streamprune.pruning.memory import scratch_bytes
 
+        windows, length = forward.share.own_windows, forward.windows.shape[1]
+        if job.ranks.size > 1 and setup.skeleton.experts:
+            windows += len(forward.windows)  # each rank also gets the inputs of experts that others have recorded
         cache += scratch_bytes(setup, layout, windows, length)
     check_room(
         [(job.state.partial, output + spool + SLACK_BYTES), (job.state.cache, cache)],
