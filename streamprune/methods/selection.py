@@ -69,12 +69,6 @@ class Amount(NamedTuple):
         """The fraction of the weights that is pruned; approximate, as each row prunes a whole number of weights."""
         return self.sparsity or 0.0 if self.pattern is None else 1 - self.pattern.n / self.pattern.m
 
-    def per_row(self, in_features: int) -> int:
-        """How many weights of a row are pruned. With a pattern N:M, in_features must be a multiple of M."""
-        if self.pattern is not None:
-            return in_features // self.pattern.m * (self.pattern.m - self.pattern.n)
-        return prune_count(self.sparsity or 0.0, in_features)
-
     def at(self, share: float) -> Amount:
         """The amount for a step of gradual pruning: `share` (0 to 1) of the final sparsity.
 

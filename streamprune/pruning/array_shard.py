@@ -46,9 +46,6 @@ class ArrayWriter:
         fill_in_order(file, part.header, part.tensors, work.content, written=work.release)
         return work.linears
 
-    def refit_elsewhere(self, stage: Stage, stats: Callable[[str, int], InputStats], grams: LayerGrams | None) -> None:
-        """See ShardWriter.refit_elsewhere: without refit there is nothing to share."""
-
 
 class _StageArrays:
     """The work on one stage: produces the bytes of each of its tensors."""

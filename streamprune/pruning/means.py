@@ -37,7 +37,7 @@ class Means:
     def of(cls, job: Prepared, records: Sequence[StageRecord], stack: ExitStack) -> Means:
         """The means of a run that continues after `records`."""
         setup = job.setup
-        if setup.needs_no_torch and job.ranks.size == 1:
+        if setup.needs_no_torch:
             maps = stack.enter_context(MappedFiles(setup.checkpoint))
             return cls(job, maps, stack.enter_context(ReadAhead(maps)), None)
         with many_imports():
@@ -125,12 +125,15 @@ class Means:
 
 
 def _pass(job: Prepared, records: Sequence[StageRecord], loader: WeightLoader) -> CalibrationPass | None:
-    windows, batch = job.windows, job.resolved.batch
+    windows, setup, layout = job.windows, job.setup, job.layout
     if windows is None:
         return None
     with many_imports():
-        from streamprune.process.share import Share
-        from streamprune.pruning.paired import pass_of
+        from streamprune.kernels import cpu, torch_ops
+        from streamprune.model.activations import Activations
+        from streamprune.model.streamed import StreamedModel
+        from streamprune.pruning.forward import CalibrationPass
+        from streamprune.pruning.paired import PairedPass
 
     share = Share(job.ranks, len(windows), job.resolved.batch, layout.group)
     smallest = min([layout.batch, *(r.batch for r in records if r.batch)])

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,22 +28,15 @@ from torch import Tensor, nn
 from streamprune.calibration.collector import Collector
 from streamprune.calibration.gram_sums import GramCollector
 from streamprune.calibration.grams import LayerGrams
-from streamprune.calibration.windows import Tokens
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError
-from streamprune.kernels import cpu, torch_ops
-from streamprune.model.activations import Activations, StateBuffer
+from streamprune.model.activations import StateBuffer
 from streamprune.model.binding import replaced_weights
-from streamprune.model.budget import Layout
-from streamprune.model.loader import WeightLoader
 from streamprune.model.passes import check_weights, retry_smaller
 from streamprune.model.routed import Enough
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
-from streamprune.model.streamed import StreamedModel
-from streamprune.process.share import Share
 from streamprune.pruning.forward import CalibrationPass
-from streamprune.pruning.setup import Setup
 
 _MOST_WRITERS = 8
 """Most linears that are considered as writers to the residual stream, as all their subsets are tried."""

@@ -94,67 +94,16 @@ def _windows(
     setup: Setup, state: JobState, resolved: Resolved | None
 ) -> tuple[Tokens | None, Mapping[str, Any], Layout]:
     """See and raises as windows_of."""
-    spec, checkpoint = setup.spec, setup.checkpoint
-    lay_out = functools.partial(_layout, setup, resolved)
-    if type(setup.model) is Outline or calibration_for_pass(spec) is None:
-        return None, {}, lay_out((0, 1))
-    return windows_of(spec, checkpoint, setup.skeleton.vocab_size, state.tokens, resolved, lay_out)
-
-
-def _layout(setup: Setup, resolved: Resolved | None, shape: tuple[int, int]) -> Layout:
-    """See and raises as memory.layout_of."""
+    spec, checkpoint, resources = setup.spec, setup.checkpoint, setup.spec.resources
     if type(setup.model) is Outline:
-        return streaming_layout(setup.spec.resources.ram, setup.spec.resources.vram)
+        return None, {}, streaming_layout(resources.ram, resources.vram)
     with many_imports():
         from streamprune.pruning.memory import layout_of
 
-    return layout_of(setup, resolved, shape)
-
-
-def joining(spec: JobSpec, checkpoint: Checkpoint, told: Mapping[str, Any], ranks: Ranks) -> Prepared:
-    """Prepares another rank than 0, from what that has `told`. Raises as `prepare`."""
-    resolved, windows = Resolved.from_json(told["resolved"]), told["windows"]
-    given, outline = open_given(spec, checkpoint)
-    setup = Setup.of(spec, checkpoint, resolved, outline)
-    if windows is not None:
-        check_given(given, setup)
-    return Prepared(
-        setup=setup, state=JobState(spec.out, told["cache"]), begun=True, content=told["content"], spent=0.0,
-        records=tuple(map(StageRecord.from_json, told["records"])), windows=windows,
-        given=None if windows is None else given, resolved=resolved, reading=0.0,
-        layout=_layout(setup, resolved, (0, 1) if windows is None else windows.shape),
-    )  # fmt: skip
-
-
-def together(prepared: Prepared, ranks: Ranks) -> Prepared:
-    """Settles what all ranks must have in common; each has a cache of its own.
-
-    Raises UsageError if there are fewer batches than ranks, and ResourceError if one of them has too little memory.
-    """
-    if ranks.size == 1:
-        return prepared
-    setup, windows, batch = prepared.setup, prepared.windows, prepared.resolved.batch
-    told = ranks.gather((prepared.layout.resident, prepared.layout.batch))
-    layout = replace(prepared.layout, resident=all(resident for resident, _ in told), layers=1)
-    if windows is not None:
-        Share(ranks, len(windows), batch, layout.group).check("more --samples")
-        if (least := min(own for _, own in told)) < batch:
-            raise ResourceError(
-                f"this job has batches of {batch} windows, and a rank has memory for {least}; run it without torchrun"
-            )
-    refuse_together(setup, calibrates=windows is not None)
-    return replace(prepared, ranks=ranks, layout=layout)
-
-
-def refuse_together(setup: Setup, *, calibrates: bool) -> None:
-    """Raises UnsupportedError for what several ranks cannot do."""
-    recipe = setup.spec.recipe
-    if recipe is not None and recipe.tune and calibrates:
-        raise UnsupportedError("--tune runs in a single process; run it without torchrun")
-    if setup.model.shared and calibrates:
-        raise UnsupportedError(
-            "a model whose layers share weights is pruned in a single process; run it without torchrun"
-        )
+    lay_out = functools.partial(layout_of, setup, resolved)
+    if calibration_for_pass(spec) is None:
+        return None, {}, lay_out((0, 1))
+    return windows_of(spec, checkpoint, setup.skeleton.vocab_size, state.tokens, resolved, lay_out)
 
 
 def joining(spec: JobSpec, checkpoint: Checkpoint, told: Mapping[str, Any], ranks: Ranks) -> Prepared:
