@@ -74,10 +74,10 @@ class Between:
     layers: int
     streams: tuple[int, ...]
     """Sizes of the model's hidden states beside batch and tokens; for most models one, the hidden size."""
-    known: bool = False
-    """Whether it was found out what is handed on."""
     order: tuple[int, int] = (0, 1)
     """Which dimensions of the model's hidden states are batch and tokens."""
+    known: bool = False
+    """Whether it was found out what is handed on."""
     ids: bool = False
     """Whether layers are given something that depends on the tokens."""
     aside: int = 0
