@@ -11,11 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-PROGRAMS = ["transformers", "vLLM", "llama.cpp", "OpenVINO"]
+PROGRAMS = ["transformers", "vLLM", "OpenVINO"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,6 +50,22 @@ def test_it_loads_and_has_the_same_perplexity(serving: ModuleType, made: Any, en
         found = serving.served(program, python, model, made.ids)
         assert found["perplexity"] == pytest.approx(serving.ours(model, made.ids), rel=1e-3), found
         assert found["prompt_tokens_per_second"] > 0 and found["new_tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_the_converter_of_llama_cpp_takes_it(
+    serving: ModuleType, made: Any, environments: Path, tmp_path: Path
+) -> None:
+    """All weights arrive, with their zeros."""
+    try:
+        python = serving.environment(serving.CONVERTER, environments)
+    except serving.NotHereError as e:
+        pytest.skip(str(e))
+    serving.converted(python, made.pruned, tmp_path / "model.gguf")
+    found = gguf.GGUFReader(tmp_path / "model.gguf").tensors
+    stored = [tensor for path in made.pruned.glob("*.safetensors") for tensor in load_file(path).values()]
+    assert sum(t.n_elements for t in found) == sum(t.numel() for t in stored)
+    assert sum(int((t.data == 0).sum()) for t in found) == sum(int((t == 0).sum()) for t in stored) > 0
 
 
 def test_every_program_has_packages_and_a_child(serving: ModuleType, load_tool: Callable[[str], ModuleType]) -> None:

