@@ -257,3 +257,27 @@ def test_what_cannot_be_is_refused() -> None:
     for value in (-0.1, float("nan")):
         with pytest.raises(ValueError, match="damping"):
             prepare(torch.eye(3), Damping(value))
+
+
+@pytest.mark.parametrize("width", [100, 256, 700])
+def test_factors_do_not_depend_on_threads(width: int) -> None:
+    """Several blocks, and a part of one: the same bits on one thread and on two, and what float64 gives."""
+    x = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(width)) * torch.linspace(0.1, 10, width)
+    gram, threads = x.T @ x / len(x), torch.get_num_threads()
+    made = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            factors = upper_factor(gram, Damping(0.01)), normalised_inverse(gram, Damping(0.05), 0.5)
+            assert torch.get_num_threads() == count
+            made.append([factor.matrix for factor in factors])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(*made, strict=True))
+    factor, inverse = (matrix.double() for matrix in made[0])
+    exact, scale = gram.double(), gram.double().diagonal().sqrt()
+    damped = exact + 0.01 * torch.diag(exact.diagonal())
+    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-3, atol=1e-4)
+    normal = exact / (scale * scale[:, None]) + 0.55 * torch.eye(width, dtype=torch.float64)
+    torch.testing.assert_close(inverse, torch.linalg.inv(normal), rtol=1e-3, atol=1e-5)
+    assert torch.equal(factor, factor.triu())

@@ -17,11 +17,16 @@ all features are dead, G is replaced by I.
 In float32 the pivots of N are accurate only to about ε√in. A Cholesky factorisation with a pivot below a few times that
 counts as failed even if the pivot is positive; it is then repeated with ten times the damping. Factor.damping is the
 value that was used in the end, for the report. Peak memory: twice the Gram matrix, result included.
+
+Factors and inverses are made of matrix products and of blocks that are factorised on a single thread: LAPACK's results
+depend on the number of threads, those of products of such sizes do not.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -31,7 +36,7 @@ from streamprune.errors import UnsupportedError
 
 _TRIES = 8
 _SMALLEST = 1e-6  # damping to try after a failure with none
-_LEAF = 256  # triangles up to this width are inverted by one solve
+_LEAF = 256  # width of the blocks that are factorised, and of triangles that are inverted by one solve
 _EPSILON = torch.finfo(torch.float32).eps
 
 
@@ -77,7 +82,8 @@ def normalised_inverse(gram: Tensor, damping: Damping, ridge: float) -> Factor:
     """
     lower, reciprocal, used = _cholesky(gram, damping, ridge, reverse=False)
     scale = feature_scale(gram) * reciprocal
-    return Factor(torch.cholesky_inverse(lower).mul_(scale).mul_(scale[:, None]), used)
+    _invert_lower(lower)
+    return Factor(_gram_of_lower(lower).mul_(scale).mul_(scale[:, None]), used)
 
 
 def _cholesky(gram: Tensor, damping: Damping, ridge: float, reverse: bool) -> tuple[Tensor, Tensor, float]:
@@ -96,9 +102,8 @@ def _cholesky(gram: Tensor, damping: Damping, ridge: float, reverse: bool) -> tu
         matrix, reciprocal = _normalised(gram.detach(), damping._replace(value=value), ridge)
         if reverse:
             matrix = matrix.flip(0, 1)
-        lower, info = torch.linalg.cholesky_ex(matrix)
-        if bool((info == 0) & (lower.diagonal().square() > tolerance).all()):
-            return lower, reciprocal, value
+        if _factorise(matrix) and bool((matrix.diagonal().square() > tolerance).all()):
+            return matrix, reciprocal, value
         largest, value = value, max(float(f"{10 * value:g}"), _SMALLEST)
     raise UnsupportedError(
         f"the Gram matrix of the inputs is not positive definite, not even with damping {largest:g}, probably "
@@ -118,6 +123,49 @@ def _normalised(gram: Tensor, damping: Damping, ridge: float) -> tuple[Tensor, T
     return matrix, reciprocal
 
 
+def _factorise(matrix: Tensor) -> bool:
+    """Replaces N, symmetric (n, n), by L, lower triangular with L Lᵀ = N, in place; False if that failed.
+
+    Block column by block column: what the columns before contribute is subtracted, the block on the diagonal is
+    factorised, and the blocks below are multiplied by its inverse.
+    """
+    for begin in range(0, len(matrix), _LEAF):
+        end = min(begin + _LEAF, len(matrix))
+        column = matrix[begin:, begin:end]
+        column.sub_(matrix[begin:, :begin] @ matrix[begin:end, :begin].T)
+        with _one_thread():
+            block, info = torch.linalg.cholesky_ex(column[: end - begin])
+            inverse = block.clone()
+            _invert_lower(inverse)
+        if bool(info):
+            return False
+        matrix[end:, begin:end] = column[end - begin :] @ inverse.T
+        column[: end - begin] = block
+        matrix[begin:end, end:] = 0
+    return True
+
+
+def _gram_of_lower(lower: Tensor) -> Tensor:
+    """LᵀL of L, lower triangular (n, n): without the products of blocks that are zero."""
+    product = torch.empty_like(lower)
+    for begin in range(0, len(lower), _LEAF):
+        end = min(begin + _LEAF, len(lower))
+        product[:end, begin:end] = lower[begin:, :end].T @ lower[begin:, begin:end]
+        product[begin:end, :begin] = product[:begin, begin:end].T
+    return product
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within it, torch computes on one thread of the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _invert_lower(lower: Tensor) -> None:
     """Replaces L, lower triangular (n, n), by L⁻¹ in place.
 
@@ -126,7 +174,8 @@ def _invert_lower(lower: Tensor) -> None:
     n = len(lower)
     if n <= _LEAF:
         eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        with _one_thread():
+            lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
         return
     half = n // 2
     first, second = lower[:half, :half], lower[half:, half:]
