@@ -117,6 +117,8 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", metavar="MODEL_TYPE", help="families to try (default: all)")
     parser.add_argument("--list", action="store_true", help="only list what transformers has and who is tried")
     given = parser.parse_args()
+    if find_spec("compressed_tensors") is None and not given.list:  # or FP8 would look as if it did not work
+        parser.error("transformers needs compressed-tensors to load FP8: pip install -e '.[fp8]', or tools/test")
     census = family_census.census(KINDS)
     kinds = given.kinds or [*KINDS, *census.unknown]
     if unknown := [k for k in kinds if k not in KINDS and k not in census.unknown]:
@@ -124,8 +126,6 @@ def main() -> int:
     if given.list:
         print("\n".join(beside(census)))
         return 0
-    if find_spec("compressed_tensors") is None:  # or FP8 would look as if it did not work
-        parser.error("transformers needs compressed-tensors to load FP8: pip install -e '.[fp8]', or tools/test")
     import torch
     from transformers.utils import logging
 
