@@ -11,7 +11,7 @@ from typing import Any
 
 from families import HIDDEN, VOCAB, Family
 
-LARGEST = 5_000_000
+LARGEST = 6_000_000
 """Parameters of a model that still is tiny enough to be tried."""
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "projection_dim", "out_hidden_size", "text_hidden_size",

@@ -71,17 +71,18 @@ def row(kind: str, family: Family | Mixture, group: str, folder: Path) -> str:
 def refusal(kind: str, folder: Path) -> str:
     """The program's error for a family that it refuses; "" for one that it does not."""
     from family_checks import HALF, write_tokens
+    from whole_model import SAMPLES, SEQLEN
 
-    from streamprune.errors import UnsupportedError
+    from streamprune.errors import StreampruneError
     from streamprune.pruning.job import prune
     from streamprune.settings import Calibration
 
     folder.mkdir(exist_ok=True)
     save_model(folder / "model", kind, 2, "float32")
     try:
-        calibration = Calibration(write_tokens(folder / "tokens.npy"))
+        calibration = Calibration(write_tokens(folder / "tokens.npy"), samples=SAMPLES, seqlen=SEQLEN)
         prune(folder / "model", folder / "out", HALF["sparsity"], calibration=calibration)
-    except UnsupportedError as e:
+    except StreampruneError as e:
         return str(e)
     return ""
 
