@@ -107,7 +107,8 @@ def notes_of(report: Mapping[str, Any]) -> list[str]:
         )
     linears: Sequence[Mapping[str, Any]] = report.get("linears", ())
     if rows := sum(linear.get("rows_not_refitted", 0) for linear in linears):
-        found.append(f"{rows} rows would have been worse after the refit and kept their values")
+        counted = "1 row" if rows == 1 else f"{rows} rows"
+        found.append(f"{counted} would have been worse after the refit and kept the recipe's mask alone")
     if other := [linear["name"] for linear in linears if "damping_asked" in linear]:
         found.append(f"more damping than requested was needed: {_some(other)}")
     return found
