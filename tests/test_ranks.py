@@ -22,7 +22,7 @@ from ranked import SMALL
 
 from streamprune.disk.state import REPORT, partial_of
 from streamprune.model import budget
-from streamprune.process.ranks import Ranks
+from streamprune.process.ranks import Ranks, started_together
 from streamprune.process.share import Share
 from streamprune.progress import Progress
 
@@ -232,6 +232,19 @@ def test_a_rank_with_another_text(folder: Path) -> None:
     assert [each["error"] for each in found] == ["ElsewhereError", "UsageError", "ElsewhereError"]
     assert found[1]["message"].startswith("rank 1 is given another job than rank 0: calib is ")
     assert [each["code"] for each in found] == [2, 2, 2] and not partial_of(folder / "other").exists()
+
+
+def test_what_makes_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that exports WORLD_SIZE alone makes none; what torchrun sets does."""
+    found = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name in found:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in found.items():
+        assert not started_together()
+        monkeypatch.setenv(name, value)
+    assert started_together()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not started_together()
 
 
 def test_too_few_batches(folder: Path) -> None:

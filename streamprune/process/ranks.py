@@ -209,8 +209,11 @@ ALONE = Ranks()
 
 
 def started_together() -> bool:
-    """Whether this process is one of several ranks, to judge by the environment."""
-    return _number("WORLD_SIZE", 1) > 1
+    """Whether this process is one of several ranks: the environment says how many, which one, and where they meet.
+
+    WORLD_SIZE alone, as clusters export it, makes no ranks.
+    """
+    return _number("WORLD_SIZE", 1) > 1 and all(map(os.environ.get, ("RANK", "MASTER_ADDR", "MASTER_PORT")))
 
 
 def is_follower() -> bool:
@@ -228,7 +231,7 @@ def settle_ranks(args: Namespace) -> None:
     if alone and started_together():
         if is_follower():
             raise ElsewhereError(UsageError.exit_code)
-        raise UsageError(f"{alone} runs in a single process; run it without torchrun")
+        raise UsageError(f"{alone} runs in a single process; run it without torchrun, or unset WORLD_SIZE")
 
 
 def prepare_environment() -> None:
