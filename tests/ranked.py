@@ -1,9 +1,9 @@
-"""A program for test_ranks.py: several ranks, which do one job after the other.
+"""A program for tests of several ranks: runs of some ranks each, which do one job after the other.
 
     python ranked.py FOLDER
 
-FOLDER/runs.json lists runs of so many ranks, and the jobs of each: a verb, its arguments, a port, and what goes wrong
-with it on which rank. What becomes of a job is a line of JSON in FOLDER/RANK-of-SIZE.
+FOLDER/runs.json lists the runs, and the jobs of each: a verb, its arguments, a port, and what goes wrong with it on
+which rank (rank_jobs.py). What becomes of a job on a rank is a line of JSON in FOLDER/RUN-RANK.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import Any
 
 import calls
 import torch
+from crashing import NoSync
 
+from streamprune.disk import durable
 from streamprune.errors import ResourceError
 from streamprune.model import budget
 from streamprune.pruning.paired import PairedPass
@@ -30,19 +32,24 @@ SMALL = {"BATCH_TOKENS": 64, "EXPERT_TOKENS": 64}
 """Of model/budget.py: many batches, and many groups of them, of a short text."""
 
 
+class _Stop(Exception):  # noqa: N818 - not an error
+    pass
+
+
 @contextmanager
 def going_wrong(how: str | None) -> Iterator[None]:
-    """Within it, this rank dies, sleeps or fails at the second layer."""
+    """Within it, this rank dies or stops at the second layer, or sleeps or fails at the first."""
     real = PairedPass.layer
 
     def layer(self: Any, stage: Any, *args: Any) -> Any:
-        if stage.index == 1 and how is not None:
-            if how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if how == "sleep":
-                time.sleep(8)
-            if how == "full":
-                raise ResourceError("no space left")
+        if stage.index == 1 and how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if stage.index == 1 and how == "stop":
+            raise _Stop
+        if stage.index == 0 and how == "sleep":
+            time.sleep(8)
+        if stage.index == 0 and how == "full":
+            raise ResourceError("no space left")
         return real(self, stage, *args)
 
     PairedPass.layer = layer  # type: ignore[method-assign]
@@ -52,20 +59,16 @@ def going_wrong(how: str | None) -> Iterator[None]:
         PairedPass.layer = real  # type: ignore[method-assign]
 
 
-def work(folder: Path, jobs: list[dict[str, Any]]) -> None:
-    """One rank."""
-    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    torch.set_num_threads(1)
-    for name, value in SMALL.items():
-        setattr(budget, name, value)
-    with (folder / f"{rank}-of-{size}").open("w", buffering=1) as told:
-        for job in jobs:
+def work(folder: Path, run: dict[str, Any], rank: int) -> None:
+    """The jobs of one rank."""
+    with (folder / f"{run['name']}-{rank}").open("w", buffering=1) as told:
+        for job in run["jobs"]:
             os.environ["MASTER_PORT"] = str(job["port"])
             os.environ["STREAMPRUNE_RANK_TIMEOUT"] = str(job.get("timeout", 60))
-            given = job["given"] | job.get("other", {}).get(rank, {})
-            args = job.get("places", {}).get(rank, job["args"])
+            given = job["given"] | job.get("other", {}).get(str(rank), {})
+            args = job.get("places", {}).get(str(rank), job["args"])
             try:
-                with going_wrong(job.get("wrong", {}).get(rank)):
+                with going_wrong(job.get("wrong", {}).get(str(rank))):
                     made = getattr(calls, job["verb"])(*args, **given)
                 found = {"report": getattr(made, "report", None) or vars(made)}
             except Exception as e:  # noqa: BLE001 - it is told
@@ -74,17 +77,22 @@ def work(folder: Path, jobs: list[dict[str, Any]]) -> None:
 
 
 def main(folder: Path) -> None:
-    """Forks the ranks of one run after the other: each would take seconds to import torch."""
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    """Does one run after the other. Ranks are forked: each would take seconds to import torch and load kernels."""
+    torch.set_num_threads(1)
+    durable.os = NoSync()  # type: ignore[attr-defined]
+    for name, value in SMALL.items():
+        setattr(budget, name, value)
     for run in json.loads((folder / "runs.json").read_text()):
         for source, target in run["copies"]:
             shutil.copytree(source, target)
-        os.environ["WORLD_SIZE"] = str(run["size"])
+        if run["size"] == 1:
+            work(folder, run, 0)
+            continue
         children = []
         for rank in range(run["size"]):
             if not (child := os.fork()):
-                os.environ["RANK"] = str(rank)
-                work(folder, run["jobs"])
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(run["size"]), "MASTER_ADDR": "127.0.0.1"}
+                work(folder, run, rank)
                 os._exit(0)
             children.append(child)
         for child in children:
