@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from streamprune.calibration.statistics import StatisticsFile
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
-from streamprune.errors import UnsupportedError, UsageError
+from streamprune.errors import UsageError
 from streamprune.model import budget
 from streamprune.model.blank_layer import LAYER_BYTES, BlankLayer, window_size
 from streamprune.model.skeleton import build_skeleton
@@ -311,5 +311,3 @@ def test_several_ranks(models: Models) -> None:
         plan(models(), nproc=11, **given)
     with pytest.raises(UsageError, match="--nproc must be at least 1"):
         plan(models(), nproc=0, **given)
-    with pytest.raises(UnsupportedError, match="--tune runs in a single process"):
-        plan(models(), nproc=2, method="swiftprune-tuned", pattern="2:4", **given)

@@ -21,6 +21,8 @@ PRUNED: dict[str, dict[str, Any]] = {
     "masks": {"pattern": "2:4"},
     "saved": {"sparsity": 0.5, "propagate": "pruned"},
     "refitted": {"sparsity": 0.6, "method": "obs-admm"},
+    "tuned": {"pattern": "2:4", "method": "swiftprune-tuned", "tune_epochs": 2},
+    "tuned dense": {"sparsity": 0.5, "method": "obs-admm", "tune": "block", "tune_epochs": 1, "propagate": "dense"},
     "dense": {"pattern": "2:4", "method": "gradual-cg", "propagate": "dense", "quantize": "fp8"},
     "experts": {"sparsity": 0.5, "method": "obs-admm", "expert_tokens": 16},
     "allocated": {"sparsity": 0.5, "allocate": "error"},

@@ -20,6 +20,7 @@ Models = Callable[..., Path]
 PRUNED: dict[str, dict[str, Any]] = {
     "saved": {"pattern": "2:4", "propagate": "pruned"},
     "refitted": REFITTED,
+    "tuned": {"pattern": "2:4", "tune": "block", "tune_epochs": 2},
     "experts": {"sparsity": 0.5, "method": "obs-admm", "expert_tokens": 16},
 }
 
@@ -96,6 +97,16 @@ def test_machines_that_share_no_folder(folder: Path) -> None:
     assert [path.name for path in (folder / "elsewhere").iterdir()] == ["model"]
     ranks = report(folder / "unshared")["ranks"]
     assert [rank["rank"] for rank in ranks] == [0, 1] and sum(rank["windows"] for rank in ranks) == GIVEN["samples"]
+
+
+def test_tuned_layers(folder: Path) -> None:
+    """Layers were tuned, and came out better."""
+    one, two = (report(folder / f"tuned-{size}") for size in (1, 2))
+    for alone, shared in zip(one["stages"], two["stages"], strict=True):
+        found = {key: value for key, value in shared.get("tune", {}).items() if key != "seconds"}
+        assert found == {key: value for key, value in alone.get("tune", {}).items() if key != "seconds"}
+    assert sum(stage["tune"]["held_out_error"] < stage["tune"]["held_out_error_before"]
+               for stage in one["stages"] if "tune" in stage) == 2  # fmt: skip
 
 
 def test_a_finished_job_is_known(folder: Path) -> None:

@@ -37,6 +37,9 @@ TIMEOUT_VARIABLE = "STREAMPRUNE_RANK_TIMEOUT"
 TIMEOUT_SECONDS = 1800
 """How long a rank waits for the others, unless the variable says otherwise."""
 
+_BEAT_SECONDS = 2.0
+"""How often rank 0 tells the others, who wait for it, that it is at work."""
+
 _JOIN_SECONDS = 120
 """How long a rank waits at least for the others to start."""
 
@@ -77,6 +80,15 @@ class Ranks:
         """
         total += part
 
+    def hand_over_(self, tensor: Tensor, source: int) -> None:
+        """Fills the `tensor` of rank 0 with that of rank `source`, which has its shape. For these two ranks only."""
+
+    def at_work(self, *, done: bool = False) -> None:
+        """To be called by rank 0 every now and then while the others `attend`, and when it is `done`."""
+
+    def attend(self) -> None:
+        """Waits for rank 0 for as long as it is `at_work`, which may be longer than any timeout."""
+
     def agreed(self, work: Callable[[], Value], identity: Callable[[Value], dict[str, Any]]) -> Value:
         """Does `work` on all ranks; raises the first error of any of them, and UsageError if identities differ."""
         return work()
@@ -89,6 +101,8 @@ class Together(Ranks):
         self.rank, self.size, self._store = rank, size, store
         self._sent: list[tuple[Any, Tensor]] = []
         """Sends in progress, and what they send."""
+        self._told = 0.0
+        """When this rank last told the others that it is at work (time.monotonic)."""
 
     def gather(self, value: Value) -> list[Value]:
         import torch.distributed as dist
@@ -135,6 +149,25 @@ class Together(Ranks):
                 if source != self.rank:
                     dist.recv(given, src=source)
                 total += part if source == self.rank else given
+
+    def hand_over_(self, tensor: Tensor, source: int) -> None:
+        import torch.distributed as dist
+
+        with self._talking():
+            self._settle()
+            if source and self.rank == source:
+                dist.send(tensor.contiguous(), dst=0)
+            elif source and not self.rank:
+                dist.recv(tensor, src=source)
+
+    def at_work(self, *, done: bool = False) -> None:
+        if done or time.monotonic() - self._told >= _BEAT_SECONDS:
+            self.broadcast(done)
+            self._told = time.monotonic()
+
+    def attend(self) -> None:
+        while not self.broadcast(True):
+            pass
 
     def agreed(self, work: Callable[[], Value], identity: Callable[[Value], dict[str, Any]]) -> Value:
         found: Value | None = None

@@ -40,6 +40,10 @@ class Share:
         """The number among the batches of all ranks of this rank's batch `own`."""
         return (own // self.group * self.ranks.size + self.ranks.rank) * self.group + own % self.group
 
+    def owner(self, number: int) -> int:
+        """The rank that passes a batch through the model."""
+        return number // self.group % self.ranks.size
+
     def ends_group(self, own: int) -> bool:
         """Whether this rank's batch `own` is the last of its group."""
         return (own + 1) % self.group == 0 or own + 1 == len(self)

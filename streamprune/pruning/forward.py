@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Set
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import torch
@@ -190,11 +190,30 @@ class CalibrationPass:
         )
         self.streamed.loader.release(stage.tensors)
 
-    def pairs(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
+    def pairs(self, stage: Stage) -> Generator[tuple[Tensor, Tensor], None, None]:
         """What a finished layer is given and the hidden states wanted of it, in chunks of (n, seqlen, width)."""
         with self.streamed.layer(stage) as run:
             for states in self.activations.read(stage.index):
                 yield states, self.streamed.skeleton.between.states(run(states))
+
+    def all_pairs(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `pairs`, in the order of all windows: on rank 0 those of all ranks, on the others none."""
+        share, ranks = self.share, self.share.ranks
+        if ranks.size == 1:
+            yield from self.pairs(stage)
+            return
+        with closing(self.pairs(stage)) as own:
+            for number in range(share.batches):
+                if (source := share.owner(number)) == ranks.rank:
+                    given, wanted = next(own)
+                elif not ranks.rank:
+                    given, wanted = (t.new_empty(share.size(number), *t.shape[1:]) for t in (given, wanted))
+                else:
+                    continue
+                for tensor in (given, wanted):
+                    ranks.hand_over_(tensor, source)
+                if not ranks.rank:
+                    yield given, wanted
 
     def again(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
         """Recomputes the outputs of a layer that is already pruned, from its `shard`."""

@@ -17,7 +17,7 @@ sublayers, or scaled residuals), this error is not compensated for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Set
 from contextlib import contextmanager
 from itertools import combinations
 from typing import Any
@@ -168,7 +168,7 @@ class PairedPass(CalibrationPass):
 
         return retry_smaller(streamed, attempt)
 
-    def pairs(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
+    def pairs(self, stage: Stage) -> Generator[tuple[Tensor, Tensor], None, None]:
         """As CalibrationPass.pairs: the pruned model's inputs, and the dense model's outputs."""
         self.dense.rewind()
         for chunk in self.activations.read(stage.index):

@@ -145,9 +145,6 @@ def together(prepared: Prepared, ranks: Ranks) -> Prepared:
 
 def refuse_together(setup: Setup, *, calibrates: bool) -> None:
     """Raises UnsupportedError for what several ranks cannot do."""
-    recipe = setup.spec.recipe
-    if recipe is not None and recipe.tune and calibrates:
-        raise UnsupportedError("--tune runs in a single process; run it without torchrun")
     if setup.model.shared and calibrates:
         raise UnsupportedError("a model whose layers share weights is calibrated in a single process, without torchrun")
 

@@ -195,8 +195,9 @@ class Run:
         file = self._fill(stage, stats, record, grams)
         del grams  # tuning uses their memory
         output = self._output
-        if self._tuner is not None and output is not None and file is not None and stage.kind == "layer":
-            self._durable(file)
+        if self._tuner is not None and output is not None and stage.kind == "layer":
+            if file is not None:
+                self._durable(file)
             file = self._tuner.layer(stage, output, record)
             self._uncommitted += [] if file is None else [file]
         if forward is not None and output is not None and not dense and self._more(stage):

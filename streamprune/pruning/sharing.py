@@ -119,8 +119,9 @@ def check_disk(job: Prepared, target: Target | None, forward: CalibrationPass | 
         from streamprune.pruning.memory import scratch_bytes
 
         windows, length = forward.share.own_windows, forward.windows.shape[1]
-        if job.ranks.size > 1 and setup.skeleton.experts:
-            windows += len(forward.windows)  # each rank also gets the inputs of experts that others have recorded
+        if job.ranks.size > 1 and (setup.skeleton.experts or (layout.windows and not job.ranks.rank)):
+            # each rank also gets the inputs of experts that others have recorded, and rank 0 what layers are tuned on
+            windows += len(forward.windows)
         cache += scratch_bytes(setup, layout, windows, length)
     check_room(
         [(job.state.partial, output + spool + SLACK_BYTES), (job.state.cache, cache)],

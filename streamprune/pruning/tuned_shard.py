@@ -4,6 +4,9 @@
     2  the layer's weights come from the shard that has just been written; they are tuned
     3  the shard is filled again, the tuned tensors new and all others byte for byte
 
+Of several ranks, each passes its windows through the layer, and rank 0 does the rest: a step depends on the one before
+it, and a window is not divided.
+
 Nothing within this is kept when a job is interrupted: the layer begins again, and its first shard with it.
 """
 
@@ -37,6 +40,7 @@ class LayerTuning:
     def __init__(self, target: Target, forward: CalibrationPass, tuning: Tuning, most: int) -> None:
         self._target, self._forward, self._tuning, self._most = target, forward, tuning, most
         self._whole = most
+        self._ranks = forward.share.ranks
 
     @classmethod
     def of(
@@ -50,10 +54,16 @@ class LayerTuning:
     def layer(self, stage: Stage, output: Output, record: StageRecord) -> FilePart | None:
         """Tunes a layer whose part of `output` is durable: the part anew, all but committed, and in `record`.
 
-        None where the layer stays as it was. Nothing is recorded where nothing of it was pruned.
+        None where the layer stays as it was, and on other ranks than 0. Nothing is recorded where nothing of it was
+        pruned.
         """
         names = tuned_names(self._forward.streamed.skeleton, stage, self._target.selected)
         if not names:
+            return None
+        if self._ranks.rank:
+            for _ in self._forward.all_pairs(stage):
+                pass
+            self._ranks.attend()
             return None
         pairs = self._pairs(stage)
         there = output.written(stage)
@@ -66,6 +76,7 @@ class LayerTuning:
                     loader.release([ref])
 
             made, record.tune = self._tune(stage, tensors, names, pairs)
+            self._ranks.at_work(done=True)
             if not made:
                 return None
             new = {within[n].name: make for n, make in made.items()}
@@ -78,9 +89,8 @@ class LayerTuning:
     ) -> tuple[dict[str, New], dict[str, Any]]:  # fmt: skip
         while True:
             try:
-                made, report = BlockTuner(self._forward.streamed, self._tuning, self._most).tune(
-                    stage, tensors(), names, pairs
-                )
+                tuner = BlockTuner(self._forward.streamed, self._tuning, self._most, self._ranks.at_work)
+                made, report = tuner.tune(stage, tensors(), names, pairs)
             except (torch.OutOfMemoryError, RuntimeError) as e:
                 if not is_out_of_memory(e):
                     raise
@@ -103,7 +113,7 @@ class LayerTuning:
             states.folder, (samples, seqlen), between.width(stage.index, seqlen), between.hidden, streamed.cache_dtype,
             streamed.device, resident=states.resident,
         )  # fmt: skip
-        for given, wanted in self._forward.pairs(stage):
+        for given, wanted in self._forward.all_pairs(stage):
             pairs.put(given, wanted)
         return pairs
 

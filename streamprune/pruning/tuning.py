@@ -77,10 +77,12 @@ def held_out(samples: int) -> range:
 
 
 class BlockTuner:
-    """Tunes layers with `streamed`, `most` windows at a time."""
+    """Tunes layers with `streamed`, `most` windows at a time; calls `at_work` before each step."""
 
-    def __init__(self, streamed: StreamedModel, tuning: Tuning, most: int) -> None:
-        self._streamed, self._tuning, self._most = streamed, tuning, most
+    def __init__(
+        self, streamed: StreamedModel, tuning: Tuning, most: int, at_work: Callable[[], None] = lambda: None
+    ) -> None:
+        self._streamed, self._tuning, self._most, self._at_work = streamed, tuning, most, at_work
 
     def tune(
         self, stage: Stage, tensors: Iterable[tuple[str, Tensor]], names: Mapping[str, bool], pairs: Pairs
@@ -146,6 +148,7 @@ class BlockTuner:
         for epoch in range(1, self._tuning.epochs + 1):
             shuffled = learnt[torch.randperm(len(learnt), generator=order)]
             for windows in torch.split(shuffled[: len(learnt) // size * size], size):
+                self._at_work()
                 for part in torch.split(windows, self._most):
                     self._loss(run, pairs, part).backward()  # type: ignore[no-untyped-call]
                 for each in tuned:
