@@ -23,6 +23,7 @@ PRUNED: dict[str, dict[str, Any]] = {
     "refitted": {"sparsity": 0.6, "method": "obs-admm"},
     "tuned": {"pattern": "2:4", "method": "swiftprune-tuned", "tune_epochs": 2},
     "tuned dense": {"sparsity": 0.5, "method": "obs-admm", "tune": "block", "tune_epochs": 1, "propagate": "dense"},
+    "shared weights": {"pattern": "2:4", "method": "obs-admm"},
     "dense": {"pattern": "2:4", "method": "gradual-cg", "propagate": "dense", "quantize": "fp8"},
     "experts": {"sparsity": 0.5, "method": "obs-admm", "expert_tokens": 16},
     "allocated": {"sparsity": 0.5, "allocate": "error"},
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.slow
 def folder(models: Models, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Outputs NAME-N of N ranks, and what each rank told of its jobs."""
     root, model = tmp_path_factory.mktemp("ranks"), models("llama", 2)
-    of = dict.fromkeys(PRUNED, model) | {"experts": models("mixtral", 2)}
+    of = dict.fromkeys(PRUNED, model) | {"experts": models("mixtral", 2), "shared weights": models("zamba2", 2)}
     given = GIVEN | {"calib": str(text)}
 
     def jobs(size: int) -> list[Job]:

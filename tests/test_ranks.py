@@ -20,6 +20,7 @@ Models = Callable[..., Path]
 PRUNED: dict[str, dict[str, Any]] = {
     "saved": {"pattern": "2:4", "propagate": "pruned"},
     "refitted": REFITTED,
+    "dealt": {"pattern": "2:4", "shard_size": 40_000},
     "tuned": {"pattern": "2:4", "tune": "block", "tune_epochs": 2},
     "experts": {"sparsity": 0.5, "method": "obs-admm", "expert_tokens": 16},
 }
@@ -36,10 +37,14 @@ def folder(models: Models, text: Path, tmp_path_factory: pytest.TempPathFactory)
     there = {"1": [str(elsewhere), str(root / "elsewhere" / "out")]}
 
     def pruning(out: str, *, of: Path = model, amount: dict[str, Any] = REFITTED, **more: Any) -> Job:
-        return Job("prune", of, root / out, given=given | amount, **more)
+        drawn = {"device": "cpu"} if "stats" in amount else given
+        return Job("prune", of, root / out, given=drawn | amount, **more)
 
     def jobs(size: int) -> list[Job]:
-        keeps = {"saved": {"save_stats": str(root / f"statistics-{size}")}}
+        keeps = {
+            "saved": {"save_stats": str(root / f"statistics-{size}")},
+            "dealt": {"stats": str(root / "statistics-1")},
+        }
         found = [pruning(f"{name}-{size}", of=of[name], amount=a | keeps.get(name, {})) for name, a in PRUNED.items()]
         against = {"reference": str(model), "seqlen": 16, "device": "cpu", "windows": 22}
         return [*found, Job("evaluate", root / "saved-1", text, given=against)]
@@ -97,6 +102,12 @@ def test_machines_that_share_no_folder(folder: Path) -> None:
     assert [path.name for path in (folder / "elsewhere").iterdir()] == ["model"]
     ranks = report(folder / "unshared")["ranks"]
     assert [rank["rank"] for rank in ranks] == [0, 1] and sum(rank["windows"] for rank in ranks) == GIVEN["samples"]
+
+
+def test_shards_that_are_dealt_out(folder: Path) -> None:
+    """From a statistics file, each rank writes whole shards, and rank 0 the journal."""
+    wrote = [rank["stages"] for rank in report(folder / "dealt-2")["ranks"]]
+    assert sum(wrote) == 4 and min(wrote) > 0 and len(list((folder / "dealt-2").glob("*.safetensors"))) > 1
 
 
 def test_tuned_layers(folder: Path) -> None:

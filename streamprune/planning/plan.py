@@ -31,7 +31,6 @@ from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
 from streamprune.pruning.describe import HALF, describe_prune, open_model
 from streamprune.pruning.memory import activation_bytes, layout_of, memory_bytes, spool_bytes
-from streamprune.pruning.prepare import refuse_together
 from streamprune.pruning.setup import Setup, check_given, open_given
 from streamprune.pruning.target import Target
 from streamprune.settings import Calibration, Resources
@@ -110,8 +109,6 @@ def plan(
         propagate=propagate, only=only, skip=skip, resources=resources, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     setup = Setup.of(spec, checkpoint)
-    if nproc != 1:
-        refuse_together(setup, calibrates=spec.stats is None)
     if spec.stats is not None:
         check_given(open_given(spec, checkpoint)[0], setup)
     run = _Run.of(setup)

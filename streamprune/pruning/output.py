@@ -9,6 +9,7 @@ of the stage, so that the last stage's is the hash of the whole file.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ class Output:
     def part(self, stage: Stage) -> Part:
         """The stage's part of a shard."""
         return self._parts[stage.name]
+
+    def by_shard(self, stages: Sequence[Stage]) -> list[list[Stage]]:
+        """Stages that follow each other, grouped by the shard that they are in."""
+        return [list(group) for _, group in groupby(stages, lambda stage: self.part(stage).name)]
 
     def begin(self, stage: Stage) -> FilePart:
         """Opens the stage's part for writing from its beginning. May be called again to write a stage anew."""

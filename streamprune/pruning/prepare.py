@@ -18,7 +18,7 @@ from streamprune.calibration.windows import Tokens, tokens_digest
 from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.state import JobState, new_state
-from streamprune.errors import ResourceError, UnsupportedError
+from streamprune.errors import ResourceError
 from streamprune.model.budget import Layout, streaming_layout
 from streamprune.model.stages import Outline
 from streamprune.process.imports import many_imports
@@ -130,7 +130,7 @@ def together(prepared: Prepared, ranks: Ranks) -> Prepared:
     """
     if ranks.size == 1:
         return prepared
-    setup, windows, batch = prepared.setup, prepared.windows, prepared.resolved.batch
+    windows, batch = prepared.windows, prepared.resolved.batch
     told = ranks.gather((prepared.layout.resident, prepared.layout.batch))
     layout = replace(prepared.layout, resident=all(resident for resident, _ in told), layers=1)
     if windows is not None:
@@ -139,14 +139,7 @@ def together(prepared: Prepared, ranks: Ranks) -> Prepared:
             raise ResourceError(
                 f"this job has batches of {batch} windows, and a rank has memory for {least}; run it without torchrun"
             )
-    refuse_together(setup, calibrates=windows is not None)
     return replace(prepared, ranks=ranks, layout=layout)
-
-
-def refuse_together(setup: Setup, *, calibrates: bool) -> None:
-    """Raises UnsupportedError for what several ranks cannot do."""
-    if setup.model.shared and calibrates:
-        raise UnsupportedError("a model whose layers share weights is calibrated in a single process, without torchrun")
 
 
 def _resolve(setup: Setup, layout: Layout, windows: Tokens | None, text_fields: Mapping[str, Any]) -> Resolved:

@@ -25,11 +25,12 @@ def build_report(
     stage (imports, skeleton, tokens); `peak` is the highest resident memory of all runs, in bytes. `source` are the
     fields about MODEL that source_of returns, and how it was quantised. `dense` are matrices of layers that stay
     dense, by parameter name -> why (model/prunable.py), `shared` the linears that several layers use
-    (model/shared.py). `ranks` says of each of several ranks its windows, its peak memory, and how long it waited for
-    others in the last run, the exchange of data included. Optional fields of a stage: `gram_passes`, extra passes for
-    Gram matrices that did not fit into memory during the first; `pooled`, linears of experts that saw too few tokens
-    and fell back to statistics pooled over the layer's experts; `tune`, errors before and after tuning the layer
-    (methods/tuning.py), on held-out windows and on as many others.
+    (model/shared.py). `ranks` says of each of several ranks its windows (without a pass, the stages that it
+    wrote in the last run), its peak memory, and how long it waited for others in that run, the exchange of data
+    included. Optional fields of a stage: `gram_passes`, extra passes for Gram matrices that did not fit into memory
+    during the first; `pooled`, linears of experts that saw too few tokens and fell back to statistics pooled over the
+    layer's experts; `tune`, errors before and after tuning the layer (methods/tuning.py), on held-out windows and on as
+    many others.
     """
     reduced = [r.batch for r in records if r.batch]
     linears = [linear for record in records for linear in record.linears]

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain, count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,8 @@ class Run:
         self._records = list(prepared.records)
         self._given = prepared.given if prepared.windows is None else None
         self._ranks = prepared.ranks
+        self._deals = self._ranks.size > 1 and prepared.windows is None and not setup.checkpoint.streamed
+        """Whether ranks write OUT together, as stages do not depend on each other."""
         self._uncommitted: list[durable.FilePart] = []
         self._since = 0.0
         """When the current stage began (perf_counter)."""
@@ -117,13 +120,27 @@ class Run:
                 self._means.out_of_memory_named(),
                 BackgroundWorker[Commit](lambda commit: commit(), 1) as commits,
             ):
-                for position in range(done, len(stages)):
+                if self._deals and output is not None:
+                    self._deal(output.by_shard(stages[done:]), commits)
+                for position in () if self._deals else range(done, len(stages)):
                     interrupts.check()
                     self._stage(position, stages, commits)
         finally:
             for file in self._uncommitted:
                 file.abandon()
         return self._finish(startup, time.perf_counter() if done < len(stages) else begun)
+
+    def _deal(self, shards: Sequence[list[Stage]], commits: BackgroundWorker[Commit]) -> None:
+        """Without a forward pass: writes this rank's share of the stages of `shards`; rank 0 commits all of them."""
+        turns, named = self._sharing.turns(shards), {stage.name: stage for stage in chain(*shards)}
+        own, at = list(chain(*turns)), count()
+        for turn in turns:
+            for _ in turn:
+                interrupts.check()
+                self._stage(next(at), own, commits)
+            commits.drain()
+            for record in self._sharing.others(self._records[len(self._records) - len(turn) :]):
+                self._commit(named[record.stage], record, None)
 
     def _tuning(self) -> LayerTuning | None:
         if self._forward is None:
@@ -207,7 +224,7 @@ class Run:
             record.cache = forward.persists()
             forward.pruned_layer(stage, self._sharing.written(output, stage), record.cache)
             record.batch = forward.streamed.max_samples
-        if self._ranks.size == 1:
+        if self._ranks.size == 1 or self._deals:
             commits.put(lambda: self._commit(stage, record, file))
             return
         if not self._ranks.rank:
@@ -248,7 +265,7 @@ class Run:
         found = collector.finish()
         if pooled := pool(stage.experts, found, collector.groups, self._spec.expert_tokens):
             record.pooled = pooled
-        shared = sum_uses(self._model, stage, found, collector.groups, self._state.layer_stats)
+        shared = sum_uses(self._model, stage, found, collector.groups, self._state.layer_stats, self._ranks)
         if grams is not None:
             grams.leave_out([*pooled, *shared])
         if not self._ranks.rank:
@@ -263,7 +280,7 @@ class Run:
     ) -> durable.FilePart | None:
         """Writes the stage's part of a shard, not yet durable; returns its file, or None for `calibrate`."""
         file = None
-        if self._ranks.rank:
+        if self._ranks.rank and not self._deals:
             if grams is not None and self._target is not None:
                 refit = self._means.tensor_writer(self._target).refit_elsewhere
                 refit(stage, lambda name, width: self._stats(stats, name, width), grams)
@@ -286,7 +303,7 @@ class Run:
         if file is not None:
             self._durable(file)
         now = time.perf_counter()
-        record.seconds, record.peak = now - self._since, peak_resident_bytes()
+        record.seconds, record.peak = now - self._since, record.peak or peak_resident_bytes()
         self._since = now
         before = self._newest_cache()
         record.ranks = self._ranks.size if self._ranks.size > 1 else None

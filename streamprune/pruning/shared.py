@@ -11,18 +11,35 @@ from streamprune.calibration.statistics import StatisticsFile
 from streamprune.errors import UnsupportedError
 from streamprune.methods.stats import InputStats
 from streamprune.model.stages import Outline, Stage
+from streamprune.process.ranks import ALONE, Ranks
 from streamprune.pruning.spec import JobSpec
 
 
 def sum_uses(
-    model: Outline, stage: Stage, found: dict[str, InputStats], groups: dict[str, str], saved: Callable[[int], Path]
-) -> list[str]:
+    model: Outline, stage: Stage, found: dict[str, InputStats], groups: dict[str, str], saved: Callable[[int], Path],
+    ranks: Ranks = ALONE,
+) -> list[str]:  # fmt: skip
     """Gives a layer's shared linears the statistics of all their uses; returns these linears.
 
-    Changes `found` (group -> statistics) and `groups` (linear -> group). `saved(layer)` is the file with the statistics
-    of an earlier layer.
+    Changes `found` (group -> statistics) and `groups` (linear -> group), on all ranks. `saved(layer)` is the file with
+    the statistics of an earlier layer, which rank 0 has.
     """
     names = [name for name in stage.linears if name in model.shared]
+    if not names:
+        return names
+    if not ranks.rank:
+        _sum(names, model, found, groups, saved)
+    all_found, all_groups = ranks.broadcast((dict(found), dict(groups)))
+    found.clear()
+    found.update(all_found)
+    groups.clear()
+    groups.update(all_groups)
+    return names
+
+
+def _sum(
+    names: list[str], model: Outline, found: dict[str, InputStats], groups: dict[str, str], saved: Callable[[int], Path]
+) -> None:
     for name in names:
         uses = [found[groups[name]]] if name in groups else []
         for layer, other in model.shared[name]:
@@ -34,7 +51,6 @@ def sum_uses(
             found[groups[name]] = functools.reduce(operator.add, uses)
     for leader in found.keys() - set(groups.values()):
         del found[leader]
-    return names
 
 
 def check_shared(spec: JobSpec, model: Outline) -> None:

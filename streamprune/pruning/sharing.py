@@ -1,6 +1,7 @@
 """What several ranks share of one job: its settings, whether they see the same OUT, and what has been written there.
 
-Rank 0 writes OUT. The other ranks read the pruned layers there if they see the same folder, which a file with a random
+Rank 0 writes OUT, except that without a forward pass all ranks that see OUT take turns with its shards. Otherwise the
+other ranks read the pruned layers there if they see the same folder, which a file with a random
 token shows. A rank on another machine, without a shared file system, is sent the bytes of each layer; it keeps them in
 a folder of its own under the name OUT.partial, as long as it needs them.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from streamprune.disk import durable
@@ -37,6 +39,8 @@ class Sharing:
         self._ranks, self._state, self._cache = prepared.ranks, prepared.state, prepared.cache
         self._sees = True
         """Whether this rank sees the OUT of rank 0."""
+        self._stages = 0
+        """How many this rank writes, where ranks take turns."""
         if self._ranks.size > 1:
             path = self._state.folder / "token"
             mine = os.urandom(16)
@@ -44,7 +48,8 @@ class Sharing:
                 durable.replace_file(path, mine)
             token = self._ranks.broadcast(mine)
             self._sees = path.is_file() and path.read_bytes() == token
-        self._all_see = all(self._ranks.gather(self._sees))
+        self._seeing = [rank for rank, sees in enumerate(self._ranks.gather(self._sees)) if sees]
+        self._all_see = len(self._seeing) == self._ranks.size
 
     def records(self, records: Sequence[StageRecord]) -> list[StageRecord]:
         """The records of finished stages; a cache that is not there for this number of ranks is none."""
@@ -58,6 +63,22 @@ class Sharing:
                 for record in records:
                     record.cache = False
         return list(records)
+
+    def turns(self, shards: Sequence[list[Stage]]) -> list[list[Stage]]:
+        """The stages that this rank writes in each round, in which each rank that sees OUT writes one of the shards.
+
+        Rank 0 has the first one of a round, so that it can commit its own stages, and then those of the others.
+        """
+        step = len(self._seeing)
+        rounds = [list(shards[first : first + step]) for first in range(0, len(shards), step)]
+        at = self._seeing.index(self._ranks.rank) if self._sees else step
+        own = [shards[at] if at < len(shards) else [] for shards in rounds]
+        self._stages = sum(map(len, own))
+        return own
+
+    def others(self, records: Sequence[StageRecord]) -> list[StageRecord]:
+        """Of the stages that ranks have just written, `records` on each, those of the others: on rank 0, in order."""
+        return list(chain(*self._ranks.collect(list(records))[1:]))
 
     def written(self, output: Output, stage: Stage) -> Checkpoint:
         """A stage that rank 0 has written, for reading it again, on all ranks."""
@@ -93,12 +114,14 @@ class Sharing:
         """Removes what this rank has written outside of OUT; returns what each rank did, if there are several."""
         if self._ranks.size == 1:
             return []
+        self._ranks.barrier()  # a folder for --work may be shared where OUT is not
         durable.clear(self._cache)
         if not self._sees:
             durable.clear(self._state.cache)
             durable.clear(self._state.partial)
         return self._ranks.gather({
-            "rank": self._ranks.rank, "host": platform.node(), "windows": forward.share.own_windows if forward else 0,
+            "rank": self._ranks.rank, "host": platform.node(),
+            **({"windows": forward.share.own_windows} if forward else {"stages": self._stages}),
             "waited_seconds": round(self._ranks.waited, 3), "peak_rss_bytes": peak_resident_bytes(),
         })  # fmt: skip
 
