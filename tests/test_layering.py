@@ -66,6 +66,7 @@ HOUSE: dict[str, list[str]] = {
         "finite naming",
         "skeleton",
         "recorders routed shapes zeros",
+        "ends",
         "binding budget",
         "streamed",
         "blank_layer passes",

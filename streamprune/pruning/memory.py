@@ -16,6 +16,7 @@ from streamprune.methods.tuning import state_bytes
 from streamprune.model.budget import Layout, estimate, layout_for, memory_of, token_bytes, waiting_bytes
 from streamprune.model.device import cache_dtype
 from streamprune.model.differentiable import survey
+from streamprune.model.ends import ends_of
 from streamprune.model.extra_memory import RefitNeeds, TuneNeeds, least_extra
 from streamprune.model.shapes import linear_shape
 from streamprune.model.skeleton import Skeleton
@@ -168,8 +169,9 @@ def scratch_bytes(setup: Setup, layout: Layout, windows: int, length: int) -> in
     windows of `length` tokens.
 
     Scratch files hold a Gram that is larger than the room in memory (one at a time); the inputs routed to experts that
-    are refitted; with asymmetric calibration the dense model's outputs of a layer and the layer's new weights; and for
-    tuning a layer's inputs and targets, and the shard part that is replaced.
+    are refitted; with asymmetric calibration the dense model's outputs of a layer, the layer's new weights and, for a
+    refit on the CPU, both models' inputs of linears that end a part of a layer (model/ends.py); and for tuning a
+    layer's inputs and targets, and the shard part that is replaced.
     """
     skeleton, dtype, tokens = setup.skeleton, setup.dtype, windows * length
     refitted = setup.target.refitted if setup.target else frozenset[str]()
@@ -184,6 +186,9 @@ def scratch_bytes(setup: Setup, layout: Layout, windows: int, length: int) -> in
     states = 0 if layout.resident else tokens * skeleton.between.most(length) * kept_dtype.itemsize
     if setup.propagate == "asymmetric":
         found += largest_refitted(skeleton.layer_stages, refitted) + states
+        if refitted and setup.device.type == "cpu":
+            widths = (sum(end.width for end in ends_of(skeleton, stage)) for stage in skeleton.layer_stages)
+            found += 2 * tokens * max(widths, default=0) * dtype.itemsize
     if layout.windows:
         found += 2 * states + max(stage.nbytes for stage in skeleton.layer_stages)
     return found

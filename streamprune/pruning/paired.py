@@ -9,6 +9,10 @@ is processed in three steps:
        dense half with dense weights, the pruned half with the linears refitted so far; then these linears are refitted
     3  the pruned half runs with the layer's final weights; its outputs and those kept in step 1 are the next cache
 
+Attention, which is most of a small model's time, would run nine times. On a CPU the inputs of the linear that ends it
+are kept in scratch files instead, the dense half's in step 1, the pruned half's in step 2; from then on that linear
+alone runs in its place (model/ends.py). No bit depends on it.
+
 A linear is thus fitted to its dense outputs for dense inputs, given the inputs that it has in the pruned model. Linears
 that write to the residual stream also compensate for the error that it has accumulated before them. They are recognised
 by their outputs, which add up to what the layer adds to the stream. If no set of linears does (with norms after the
@@ -32,6 +36,7 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError
 from streamprune.model.activations import StateBuffer
 from streamprune.model.binding import replaced_weights
+from streamprune.model.ends import End, confirmed, ends_of, replayed
 from streamprune.model.passes import check_weights, retry_smaller
 from streamprune.model.routed import Enough
 from streamprune.model.skeleton import Skeleton
@@ -60,6 +65,12 @@ class PairedPass(CalibrationPass):
     _writers: list[str]
     """Linears of the current layer that write to the residual stream, in the order of use."""
 
+    _ends: list[End]
+    """Parts of the current layer that need not run again."""
+
+    _kept: tuple[dict[End, StateBuffer], dict[End, StateBuffer]] = ({}, {})
+    """The inputs of the linears that end them: in the dense model, and in the pruned one."""
+
     @property
     def cache_bytes(self) -> int:
         return 2 * super().cache_bytes
@@ -80,26 +91,33 @@ class PairedPass(CalibrationPass):
         check_weights(self.streamed.loader, self.streamed.skeleton, stage)
 
         def attempt() -> Collector:
-            self.placed, self.dense = {}, self._aside(stage)
-            collector, pruned_half = Collector(self._accumulate, self.share), False
+            self.placed, self.dense, self._kept = {}, self._aside(stage), ({}, {})
+            collector, dense_half, kept = Collector(self._accumulate, self.share), False, dict[str, StateBuffer]()
+            pruned_half = False
 
             def watch(name: str, x: Tensor) -> None:
                 if pruned_half:
                     collector.watch(name, x)
+                elif dense_half and name in kept:
+                    kept[name].put(x)
 
             with self.streamed.layer(stage, watch=watch) as run:
                 for chunk, states in enumerate(self.activations.read(stage.index)):
                     dense, states = states.chunk(2)
-                    pruned_half = False
-                    self.dense.put(run(dense))
+                    dense_half = pruned_half = False
                     if not chunk:
                         self._writers = self._writers_among(candidates, run, dense[:1])
-                    pruned_half = True
+                        self._ends = confirmed(skeleton, self._ends_of(stage, grams), run, dense[:1])
+                        kept = {end.linear: self._keep(0, end) for end in self._ends}
+                    dense_half = True
+                    self.dense.put(run(dense))
+                    dense_half, pruned_half = False, True
                     collector.flow(between.states(states), between.states(run(states)))
                     collector.end_batch()
             return collector
 
-        hidden, between = self.streamed.skeleton.hidden_size, self.streamed.skeleton.between
+        skeleton, between = self.streamed.skeleton, self.streamed.skeleton.between
+        hidden = skeleton.hidden_size
         candidates = [name for name, ref in stage.linears.items() if hidden in ref.shape]
         collector = retry_smaller(self.streamed, attempt)
         self._writers = self.share.ranks.broadcast(self._writers)
@@ -108,6 +126,18 @@ class PairedPass(CalibrationPass):
         self._calls = {name: collector.tokens(name) for name in collector.groups}
         self._writers = [name for name in collector.groups if name in self._writers]  # in the order of use
         return collector
+
+    def _ends_of(self, stage: Stage, grams: LayerGrams | None) -> list[End]:
+        """The parts of a layer whose inputs might be kept: on a device they run again sooner than a disk has them."""
+        return (
+            ends_of(self.streamed.skeleton, stage) if grams is not None and self.streamed.device.type == "cpu" else []
+        )
+
+    def _keep(self, half: int, end: End) -> StateBuffer:
+        """Where the inputs of a linear that ends a part are kept from now on."""
+        folder, dtype = self.activations.folder, self.streamed.dtype
+        found = self._kept[half][end] = StateBuffer(folder, self.own_tokens, end.width, dtype, resident=False)
+        return found
 
     def _writers_among(
         self, names: Collection[str], run: Callable[[Tensor], Tensor], states: Tensor
@@ -133,9 +163,12 @@ class PairedPass(CalibrationPass):
         streamed = self.streamed
         once = self._calls[name] == self.windows.size  # otherwise the pass must not stop at the first call
         before = self._writers[: self._writers.index(name)] if name in self._writers else []
+        ending = next((end for end in self._ends if end.linear == name), None)
 
         def attempt() -> GramCollector:
             collector, seen = make(), list[Tensor]()
+            keep = None if ending is None else self._keep(1, ending)
+            self._rewind()
 
             def watch(linear: str, x: Tensor) -> None:
                 if linear == name:
@@ -143,33 +176,48 @@ class PairedPass(CalibrationPass):
                     if once:
                         raise Enough
 
-            def half(run: Callable[[Tensor], Tensor], states: Tensor) -> tuple[list[Tensor], Tensor]:
+            def half(run: Callable[[Tensor], Tensor], states: Tensor, which: int) -> tuple[list[Tensor], Tensor]:
                 """Inputs of the linear, and the residual stream just before its outputs are added."""
                 seen.clear()
-                with outputs_of(streamed.skeleton, before) as made:
-                    run(states)
+                again = {
+                    end: kept.take(states) for end, kept in self._kept[which].items() if end != ending or not which
+                }
                 begun = streamed.skeleton.between.states(states).to(streamed.device).float()
+                if ending in again and not before:
+                    return [again[ending]], begun
+                with (
+                    replayed(streamed.skeleton, {end: x for end, x in again.items() if not end.holds(name)}),
+                    outputs_of(streamed.skeleton, before) as made,
+                ):
+                    run(states)
                 return list(seen), sum((made[writer] for writer in before), begun)
 
             with streamed.layer(stage, watch=watch) as run:
                 for chunk in self.activations.read(stage.index):
                     halves = (torch.split(states, streamed.max_samples or len(states)) for states in chunk.chunk(2))
                     for dense, states in zip(*halves, strict=True):
-                        wanted, stream = half(run, dense)
+                        wanted, stream = half(run, dense, 0)
                         with replaced_weights(streamed.skeleton, self.placed):
-                            given, own = half(run, states)
+                            given, own = half(run, states, 1)
                         if len(given) != len(wanted):
                             raise UnsupportedError(f"{name} is not called as often as in the dense model")
                         missing = stream - own if name in self._writers and once else None
                         for a, b in zip(wanted, given, strict=True):
                             collector.watch_pair(name, a, b, missing)
+                        if keep is not None:
+                            keep.put(given[0])
                     collector.end_batch()
             return collector
 
         return retry_smaller(streamed, attempt)
 
+    def _rewind(self) -> None:
+        for kept in (*self._kept[0].values(), *self._kept[1].values()):
+            kept.rewind()
+
     def pairs(self, stage: Stage) -> Generator[tuple[Tensor, Tensor], None, None]:
         """As CalibrationPass.pairs: the pruned model's inputs, and the dense model's outputs."""
+        self._kept = ({}, {})  # the layer will be tuned
         self.dense.rewind()
         for chunk in self.activations.read(stage.index):
             given = chunk.chunk(2)[1]
@@ -177,27 +225,35 @@ class PairedPass(CalibrationPass):
 
     def pruned_layer(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
         """Step 3."""
-        self.placed = {}
+        self.placed, kept = {}, self._kept[1]
 
         def attempt() -> None:
             self.dense.rewind()
+            self._rewind()
             with (
                 self.written(shard, stage) as (loader, sources),
                 self.streamed.layer(stage, loader=loader, sources=sources) as run,
                 self.activations.write(stage.index + 1, persist=persist) as put,
             ):
                 for states in self.activations.read(stage.index):
-                    after = run(states.chunk(2)[1])
+                    pruned = states.chunk(2)[1]
+                    parts = torch.split(pruned, self.streamed.max_samples or len(pruned))
+                    made = []
+                    for part in parts:
+                        with replayed(self.streamed.skeleton, {end: x.take(part) for end, x in kept.items()}):
+                            made.append(run(part))
+                    after = torch.cat(made)
                     put(torch.cat((self.dense.take(after).to(after.dtype), after)))
 
         retry_smaller(self.streamed, attempt)
+        self._kept = ({}, {})
         del self.dense
 
     def again(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
         """Steps 1 and 3 for a layer that is already pruned."""
 
         def attempt() -> None:
-            self.dense = self._aside(stage)
+            self.dense, self._kept = self._aside(stage), ({}, {})
             with self.streamed.layer(stage) as run:
                 for states in self.activations.read(stage.index):
                     self.dense.put(run(states.chunk(2)[0]))
