@@ -65,6 +65,8 @@ class Method:
     matrices: int
     """Peak number of matrices of the Gram's size that it holds in addition; with 0, the Gram may be in a mapped
     file."""
+    own_mask: bool
+    """Whether it chooses masks by itself, so that a recipe's score only matters where it is not applied."""
 
 
 def _metric(gram: Gram, damping: Damping) -> Prepared:
@@ -110,11 +112,11 @@ def _sparsegpt(weight: Tensor, masked: Tensor, gram: Gram, state: Factor, reques
 
 
 METHODS = {
-    "cg": Method(0.05, (0.2, 1.0), _metric, _cg, 0),
-    "gradual-cg": Method(0.05, (0.2, 1.0), _metric, _gradual, 0),
-    "obs-admm": Method(0.05, (0.2, 1.0), _operator(admm.OBS), _alternating(admm.OBS), 3),
-    "admm": Method(0.1, (0.4, 1.0), _operator(admm.PUBLISHED), _alternating(admm.PUBLISHED), 3),
-    "sparsegpt": Method(0.01, (0.1, 1.0), _sparsegpt_factor, _sparsegpt, 3),
+    "cg": Method(0.05, (0.2, 1.0), _metric, _cg, 0, False),
+    "gradual-cg": Method(0.05, (0.2, 1.0), _metric, _gradual, 0, False),
+    "obs-admm": Method(0.05, (0.2, 1.0), _operator(admm.OBS), _alternating(admm.OBS), 3, True),
+    "admm": Method(0.1, (0.4, 1.0), _operator(admm.PUBLISHED), _alternating(admm.PUBLISHED), 3, True),
+    "sparsegpt": Method(0.01, (0.1, 1.0), _sparsegpt_factor, _sparsegpt, 3, True),
 }
 
 

@@ -3,8 +3,8 @@
 A cache holds the states of both models: a batch of the dense model, then the same windows of the pruned model. A layer
 is processed in three steps:
 
-    1  both halves run with the dense weights: gathers statistics of the pruned half's inputs, and keeps the dense
-       half's outputs
+    1  the dense half runs, and its outputs are kept; the pruned half runs with the dense weights as well, for
+       statistics of its inputs. Where a refit chooses masks by itself, those of the dense half do
     2  for each input that refitted linears share, in the order of use: both halves run again up to that input, the
        dense half with dense weights, the pruned half with the linears refitted so far; then these linears are refitted
     3  the pruned half runs with the layer's final weights; its outputs and those kept in step 1 are the next cache
@@ -34,14 +34,16 @@ from streamprune.calibration.gram_sums import GramCollector
 from streamprune.calibration.grams import LayerGrams
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError
+from streamprune.methods.refits import METHODS
 from streamprune.model.activations import StateBuffer
 from streamprune.model.binding import replaced_weights
 from streamprune.model.ends import End, confirmed, ends_of, replayed
 from streamprune.model.passes import check_weights, retry_smaller
-from streamprune.model.routed import Enough
+from streamprune.model.routed import Enough, InputHook
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
 from streamprune.pruning.forward import CalibrationPass
+from streamprune.pruning.target import Target
 
 _MOST_WRITERS = 8
 """Most linears that are considered as writers to the residual stream, as all their subsets are tried."""
@@ -64,6 +66,9 @@ class PairedPass(CalibrationPass):
 
     _writers: list[str]
     """Linears of the current layer that write to the residual stream, in the order of use."""
+
+    _own_mask = False
+    """Whether a refit chooses masks by itself."""
 
     _ends: list[End]
     """Parts of the current layer that need not run again."""
@@ -92,27 +97,38 @@ class PairedPass(CalibrationPass):
 
         def attempt() -> Collector:
             self.placed, self.dense, self._kept = {}, self._aside(stage), ({}, {})
-            collector, dense_half, kept = Collector(self._accumulate, self.share), False, dict[str, StateBuffer]()
-            pruned_half = False
+            collector, kept, watching = (
+                Collector(self._accumulate, self.share),
+                dict[str, StateBuffer](),
+                list[InputHook](),
+            )
 
             def watch(name: str, x: Tensor) -> None:
-                if pruned_half:
-                    collector.watch(name, x)
-                elif dense_half and name in kept:
+                for see in watching:
+                    see(name, x)
+
+            def keep(name: str, x: Tensor) -> None:
+                if name in kept:
                     kept[name].put(x)
+
+            def passed(states: Tensor, *seeing: InputHook) -> Tensor:
+                watching[:] = seeing
+                after = run(states)
+                watching.clear()
+                if collector.watch in seeing:
+                    collector.flow(between.states(states), between.states(after))
+                return after
 
             with self.streamed.layer(stage, watch=watch) as run:
                 for chunk, states in enumerate(self.activations.read(stage.index)):
                     dense, states = states.chunk(2)
-                    dense_half = pruned_half = False
                     if not chunk:
                         self._writers = self._writers_among(candidates, run, dense[:1])
                         self._ends = confirmed(skeleton, self._ends_of(stage, grams), run, dense[:1])
                         kept = {end.linear: self._keep(0, end) for end in self._ends}
-                    dense_half = True
-                    self.dense.put(run(dense))
-                    dense_half, pruned_half = False, True
-                    collector.flow(between.states(states), between.states(run(states)))
+                    self.dense.put(passed(dense, keep, collector.watch) if self._own_mask else passed(dense, keep))
+                    if not self._own_mask:
+                        passed(states, collector.watch)
                     collector.end_batch()
             return collector
 
@@ -128,10 +144,9 @@ class PairedPass(CalibrationPass):
         return collector
 
     def _ends_of(self, stage: Stage, grams: LayerGrams | None) -> list[End]:
-        """The parts of a layer whose inputs might be kept: on a device they run again sooner than a disk has them."""
-        return (
-            ends_of(self.streamed.skeleton, stage) if grams is not None and self.streamed.device.type == "cpu" else []
-        )
+        """The parts of a layer that might be kept from running again, which on a device is faster than a disk."""
+        cpu = self.streamed.device.type == "cpu"
+        return ends_of(self.streamed.skeleton, stage) if cpu and grams is not None else []
 
     def _keep(self, half: int, end: End) -> StateBuffer:
         """Where the inputs of a linear that ends a part are kept from now on."""
@@ -148,6 +163,11 @@ class PairedPass(CalibrationPass):
         after, states = (self.streamed.skeleton.between.states(each) for each in (after, states))
         added = after.float() - states.to(after.device).float()
         return writers_of(added, {name: y for name, y in made.items() if y.shape == added.shape})
+
+    def grams_of(self, target: Target, stage: Stage, room: int) -> LayerGrams | None:
+        """As CalibrationPass.grams_of."""
+        self._own_mask = target.recipe.refit is not None and METHODS[target.recipe.refit].own_mask
+        return super().grams_of(target, stage, room)
 
     @property
     def placing(self) -> Callable[[str, Tensor], None] | None:
