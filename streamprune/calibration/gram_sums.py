@@ -30,7 +30,7 @@ _SHARE = 8
 _ROWS = 1024
 """Tokens in one product; they are converted to float32 first, which takes memory."""
 
-_BLOCK = 512
+_BLOCK = 256
 """Least width of the column blocks in which the upper triangle of a Gram is computed."""
 
 
