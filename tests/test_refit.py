@@ -367,7 +367,7 @@ def test_a_refit_that_fails_does_not_hide_a_good_one(order: tuple[float, float])
     def solve(weight: torch.Tensor, masked: torch.Tensor, gram: Gram, state: float, ask: RefitRequest) -> torch.Tensor:
         return weight + state
 
-    method = Method(1.0, (), lambda gram, damping: Prepared(order[int(damping.value)], damping), solve, 0)
+    method = Method(1.0, (), lambda gram, damping: Prepared(order[int(damping.value)], damping), solve, 0, False)
     for choice in choose(method, *case(40, same_distribution(100)), [Damping(0.0), Damping(1.0)]).values():
         assert choice.damping == Damping(float(order.index(0.0))) and choice.refit == 0.0
 
