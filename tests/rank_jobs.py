@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -29,23 +30,24 @@ class Job(dict[str, Any]):
     """A job for ranked.py."""
 
     def __init__(self, verb: str, *args: object, given: dict[str, Any], **more: Any) -> None:
-        super().__init__(verb=verb, args=list(map(str, args)), given=given, port=free_port(), **more)
+        super().__init__(verb=verb, args=list(map(str, args)), given=given, **more)
 
 
 class Run(dict[str, Any]):
-    """A run of `size` ranks for ranked.py, after folders have been copied; what they tell begins with its `name`."""
+    """A run of `size` ranks for ranked.py, after folders have been copied; what they tell is in files with its name."""
 
-    def __init__(self, name: str, size: int, jobs: list[Job], copies: dict[Path, Path] | None = None) -> None:
-        super().__init__(
-            name=name, size=size, jobs=jobs, copies=[[str(a), str(b)] for a, b in (copies or {}).items()]
-        )  # fmt: skip
+    def __init__(
+        self, name: str, size: int, jobs: list[Job], copies: dict[Path, Path] | None = None, **more: Any
+    ) -> None:
+        copied = [[str(a), str(b)] for a, b in (copies or {}).items()]
+        super().__init__(name=name, size=size, jobs=jobs, copies=copied, **more)
 
 
-def do(folder: Path, runs: list[Run]) -> None:
+def do(folder: Path, runs: list[Run], timeout: float = 900) -> None:
     """Does the jobs of all runs, one run after the other."""
     (folder / "runs.json").write_text(json.dumps(runs))
     command = [sys.executable, str(Path(__file__).parent / "ranked.py"), str(folder)]
-    done = subprocess.run(command, env=environment(), stderr=subprocess.PIPE, text=True, check=False, timeout=900)
+    done = subprocess.run(command, env=environment(), stderr=subprocess.PIPE, text=True, check=False, timeout=timeout)
     assert done.returncode == 0, done.stderr
 
 
@@ -67,6 +69,12 @@ def told(folder: Path, run: str, out: str) -> list[dict[str, Any]]:
 def files(out: Path) -> dict[str, bytes | None]:
     """An output without its report, which has times."""
     return {name: content for name, content in tree_of(out).items() if name != REPORT}
+
+
+def digest(out: Path) -> str:
+    """Of an output without its report; empty if there is none."""
+    found = files(out) if out.exists() else {}
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest() if found else ""
 
 
 def report(out: Path) -> dict[str, Any]:

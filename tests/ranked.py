@@ -2,8 +2,10 @@
 
     python ranked.py FOLDER
 
-FOLDER/runs.json lists the runs, and the jobs of each: a verb, its arguments, a port, and what goes wrong with it on
-which rank (rank_jobs.py). What becomes of a job on a rank is a line of JSON in FOLDER/RUN-RANK.
+FOLDER/runs.json lists the runs, and the jobs of each: a verb, its arguments, and what goes wrong with it on which rank
+(rank_jobs.py). What becomes of a job on a rank is a line of JSON in FOLDER/RUN-RANK. A run that `dies` counts what it
+changes on the disk, and a rank is killed right before one of these operations; what then is to be seen of its output is
+in FOLDER/RUN-seen.
 """
 
 from __future__ import annotations
@@ -21,15 +23,48 @@ from typing import Any
 
 import calls
 import torch
-from crashing import NoSync
+from crashing import OPERATIONS, NoSync
+from rank_jobs import digest, free_port
 
-from streamprune.disk import durable
+from streamprune.disk import durable, lock
 from streamprune.errors import ResourceError
 from streamprune.model import budget
+from streamprune.process import ranks
 from streamprune.pruning.paired import PairedPass
 
 SMALL = {"BATCH_TOKENS": 64, "EXPERT_TOKENS": 64}
 """Of model/budget.py: many batches, and many groups of them, of a short text."""
+
+
+class Dying(NoSync):
+    """`os`, which kills this process before the operation `at` that changes the disk, and counts them."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.counted = at, 0
+
+    def __getattr__(self, name: str) -> Any:
+        real = super().__getattr__(name)
+        if name not in OPERATIONS - {"fsync"}:
+            return real
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if name != "open" or args[1] & (os.O_WRONLY | os.O_RDWR):
+                self.step()
+            return real(*args, **kwargs)
+
+        return counted
+
+    def unlink(self, path: Path, missing_ok: bool = False) -> None:
+        """Of Path."""
+        if path.exists() or not missing_ok:
+            self.step()
+            os.unlink(path)  # noqa: PTH108
+
+    def step(self) -> None:
+        """One operation."""
+        if self.counted == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.counted += 1
 
 
 class _Stop(Exception):  # noqa: N818 - not an error
@@ -61,9 +96,14 @@ def going_wrong(how: str | None) -> Iterator[None]:
 
 def work(folder: Path, run: dict[str, Any], rank: int) -> None:
     """The jobs of one rank."""
+    dying = Dying(run["dies"].get(str(rank), -1)) if "dies" in run else None
+    if dying is not None:
+        ranks._NEWS_SECONDS = 0.3
+        durable.os = lock.os = dying  # type: ignore[attr-defined]
+        Path.unlink = dying_unlink(dying)  # type: ignore[method-assign]
     with (folder / f"{run['name']}-{rank}").open("w", buffering=1) as told:
         for job in run["jobs"]:
-            os.environ["MASTER_PORT"] = str(job["port"])
+            os.environ["MASTER_PORT"] = str(job.get("port"))
             os.environ["STREAMPRUNE_RANK_TIMEOUT"] = str(job.get("timeout", 60))
             given = job["given"] | job.get("other", {}).get(str(rank), {})
             args = job.get("places", {}).get(str(rank), job["args"])
@@ -73,7 +113,14 @@ def work(folder: Path, run: dict[str, Any], rank: int) -> None:
                 found = {"report": getattr(made, "report", None) or vars(made)}
             except Exception as e:  # noqa: BLE001 - it is told
                 found = {"error": type(e).__name__, "message": str(e), "code": getattr(e, "exit_code", 1)}
+            if dying is not None:
+                found["operations"] = dying.counted
             told.write(json.dumps(found, default=str) + "\n")
+
+
+def dying_unlink(dying: Dying) -> Any:
+    """In place of Path.unlink."""
+    return lambda path, missing_ok=False: dying.unlink(path, missing_ok)
 
 
 def main(folder: Path) -> None:
@@ -88,6 +135,8 @@ def main(folder: Path) -> None:
         if run["size"] == 1:
             work(folder, run, 0)
             continue
+        for job in run["jobs"]:
+            job["port"] = free_port()
         children = []
         for rank in range(run["size"]):
             if not (child := os.fork()):
@@ -97,6 +146,9 @@ def main(folder: Path) -> None:
             children.append(child)
         for child in children:
             os.waitpid(child, 0)
+        if "dies" in run:
+            outs = [Path(job["args"][1]) for job in run["jobs"]]
+            (folder / f"{run['name']}-seen").write_text(json.dumps([digest(out) for out in outs]))
 
 
 if __name__ == "__main__":
