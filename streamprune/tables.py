@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from streamprune.evaluation.tasks import TaskEvaluation
     from streamprune.inspection.difference import Difference
     from streamprune.inspection.report import Inspection, LinearReport, Totals
-    from streamprune.planning.cost import Split
     from streamprune.planning.plan import Plan
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -192,7 +191,7 @@ def plan_table(found: Plan) -> str:
         f"{format_bytes(found.cache_bytes)} activations while running"
         + (f", {format_bytes(found.spool_bytes)} shards from the hub at once" if found.spool_bytes else ""),
         f"arithmetic  {found.flops / 1e12:.2f} TFLOP",
-        f"time        about {format_duration(found.seconds)}: {_parts(found.split)}",
+        f"time        about {format_duration(found.seconds)}: {_parts(asdict(found.split))}",
         textwrap.fill(f"({found.rests_on})", 118, initial_indent=" " * 12, subsequent_indent=" " * 12),
         *_ranks(found),
     ]
@@ -202,12 +201,16 @@ def plan_table(found: Plan) -> str:
 def _ranks(found: Plan) -> list[str]:
     if (shared := found.shared) is None:
         return []
-    most = {"windows": "what ranks share of the windows", "refits": "what ranks share of the refits",
-            "rank 0": "pruning and writing on rank 0"}[shared.bound]  # fmt: skip
+    most = {
+        "windows": "computing, which ranks share", "refits": "refits, which ranks share",
+        "experts": "the slowest expert of each round", "tuning": "tuning on rank 0",
+        "masks": "choosing masks on rank 0" if shared.tokens else "choosing masks, which ranks share",
+        "disk": "the disk",
+    }[shared.bound]  # fmt: skip
     said = (
-        f"about {format_duration(shared.seconds)}, most of it {most}: {_parts(shared.split)}; each takes the RAM above "
-        f"and {format_bytes(shared.cache_bytes)} for activations (without what ranks exchange, and if each is as fast "
-        "as this process)"
+        f"about {format_duration(shared.seconds)}, bound by {most}: {_parts(shared.parts)}; each takes the RAM above "
+        f"and {format_bytes(shared.cache_bytes)} for activations (without what ranks exchange, if each is as fast "
+        "as this process, and all have one disk)"
     )
     return [textwrap.fill(said, 118, initial_indent=f"{f'{shared.ranks} ranks':<12}", subsequent_indent=" " * 12)]
 
@@ -219,9 +222,9 @@ def _vram(found: Plan) -> list[str]:
     return [f"peak VRAM   {format_bytes(found.vram_bytes)} ({found.layout}); least --max-vram {least}"]
 
 
-def _parts(split: Split) -> str:
+def _parts(split: Mapping[str, float]) -> str:
     """An estimated time by kind of work, largest first."""
-    parts = sorted(asdict(split).items(), key=lambda part: -part[1])
+    parts = sorted(split.items(), key=lambda part: -part[1])
     return ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts if seconds > 0)
 
 

@@ -27,6 +27,7 @@ from streamprune.model.blank_layer import LAYER_BYTES, BlankLayer, window_size
 from streamprune.model.skeleton import build_skeleton
 from streamprune.planning import speeds as measuring
 from streamprune.planning.cost import PER_BATCH, PER_COLUMN, RunShape, Speeds, Split, StageWork, stage_seconds
+from streamprune.planning.ranks import RanksPlan, with_ranks
 from streamprune.planning.refit_cost import RefitWork
 from streamprune.planning.refits import inputs_shared
 from streamprune.tables import plan_table
@@ -300,7 +301,7 @@ def test_several_ranks(models: Models) -> None:
     assert shared.split.forward == pytest.approx(0.3 * alone.split.forward), "three of ten batches"
     assert shared.split.statistics == pytest.approx(0.3 * alone.split.statistics)
     assert shared.split.selection == alone.split.selection and shared.split.disk == alone.split.disk
-    assert shared.cache_bytes == round(0.3 * alone.cache_bytes) and shared.bound == "rank 0"
+    assert shared.cache_bytes == round(0.3 * alone.cache_bytes) and shared.bound == "disk"
     assert "4 ranks     about" in plan_table(four) and four.to_json()["shared"]["ranks"] == 4
     refitted = plan(models(), nproc=2, method="obs-admm", pattern="2:4", **given)
     assert refitted.shared is not None
@@ -311,3 +312,32 @@ def test_several_ranks(models: Models) -> None:
         plan(models(), nproc=11, **given)
     with pytest.raises(UsageError, match="--nproc must be at least 1"):
         plan(models(), nproc=0, **given)
+
+
+def test_what_binds_several_ranks() -> None:
+    """Experts are refitted one at a time; rank 0 tunes; shards are dealt whole, and have one disk."""
+
+    def shared(
+        run: RunShape, works: tuple[StageWork, ...] = WORKS, *, ranks: int, shards: int = 4, speeds: Speeds = GIGA
+    ) -> RanksPlan:
+        split = sum(stage_seconds(works, run, speeds), Split())
+        return with_ranks(ranks, run, works, split, 10**6, 6, shards, speeds)
+
+    experts = tuple(replace(work, refit=RefitWork(float32=4e15, apart=3e15)) for work in WORKS)
+    one, four = shared(COURSE, experts, ranks=1), shared(COURSE, experts, ranks=4)
+    assert one.parts["experts"] == pytest.approx(3 * one.parts["refits"])
+    assert four.parts["experts"] == pytest.approx(one.parts["experts"] / 3), "six experts in two rounds"
+    assert four.parts["refits"] == pytest.approx(one.parts["refits"] * 0.26), "13 of 50 batches"
+    assert four.bound == "experts"
+    tuned = replace(COURSE, forwards=37, tuning=36, groups=48)
+    one, four = shared(tuned, ranks=1), shared(tuned, ranks=4)
+    assert one.parts["tuning"] == four.parts["tuning"] and four.bound == "tuning" and four.cache_bytes > 10**6
+    assert four.split.forward == pytest.approx(one.split.forward * (36 + 1 / 4) / 37, rel=1e-6)
+    copied = replace(COURSE, tokens=0, batches=0, groups=0, forwards=1)
+    one, two, three = (shared(copied, ranks=ranks) for ranks in (1, 2, 3))
+    assert two.parts["masks"] == pytest.approx(one.parts["masks"] / 2) and three.parts == two.parts, "four shards"
+    assert one.bound == two.bound == "disk" and two.seconds == pytest.approx(one.seconds), "there is one disk"
+    quick = replace(GIGA, reading=1e12, writing=1e12)
+    one, two = (shared(copied, ranks=ranks, speeds=quick) for ranks in (1, 2))
+    assert one.bound == "masks" and 0.5 * one.seconds < two.seconds < 0.6 * one.seconds
+    assert shared(copied, ranks=2, shards=1, speeds=quick).parts == one.parts

@@ -124,6 +124,8 @@ class RunShape:
     on_device: bool = False
     layers: int = 1
     resident: bool = False
+    tuning: int = 0
+    """Of the passes, those that tuning takes."""
 
     @property
     def cached(self) -> int:

@@ -20,6 +20,7 @@ import torch
 from streamprune.calibration.texts import positions
 from streamprune.calibration.tokens import has_bos
 from streamprune.disk.room import SLACK_BYTES
+from streamprune.disk.shards import arrange
 from streamprune.methods.allocation import LOOKS
 from streamprune.methods.recipes import Recipe
 from streamprune.model.budget import Layout
@@ -142,7 +143,7 @@ def plan(
         flops=sum(s.flops for s in stages), seconds=split.total, split=split, batch=run.layout.batch,
         dtype=str(setup.dtype).removeprefix("torch."), device=str(setup.device),
         rests_on=f"{source}: {_in_words(speeds, run.shape, target.recipe)}",
-        shared=with_ranks(nproc, run.shape, split, cache) if nproc != 1 else None,
+        shared=run.shared(nproc, works, split, cache, speeds) if nproc != 1 else None,
     )  # fmt: skip
 
 
@@ -158,6 +159,7 @@ class _Run:
     works: tuple[StageWork, ...]
     looks: int
     """How often --allocate runs the selection over all weights; 0 without it."""
+    shard_bytes: int | None
 
     @classmethod
     def of(cls, setup: Setup) -> _Run:
@@ -177,7 +179,16 @@ class _Run:
             epochs=recipe.tune_epochs or 0, gathers=gathers,
         )  # fmt: skip
         works = tuple(work_of(skeleton, s, target.selected, length, setup.dtype.itemsize) for s in skeleton.stages)
-        return cls(target, samples, length, layout, shape, works, LOOKS.get(recipe.allocate or "", 0))
+        looks = LOOKS.get(recipe.allocate or "", 0)
+        return cls(target, samples, length, layout, shape, works, looks, spec.shard_bytes)
+
+    def shared(self, nproc: int, works: Sequence[StageWork], split: Split, cache: int, speeds: Speeds) -> RanksPlan:
+        """What `nproc` ranks make of it."""
+        stages = self.target.skeleton.stages
+        refitted = [{s.expert_of[n] for n in self.target.linears_of(s) if n in s.expert_of} for s in stages]
+        shards = {part.name for part in arrange([self.target.tensors_of(s) for s in stages], self.shard_bytes)}
+        experts = max(map(len, refitted))
+        return with_ranks(nproc, self.shape, works, split, cache, experts, len(shards), speeds)
 
     def allocating(self, work: StageWork, s: Speeds) -> Split:
         """Time that --allocate spends on a stage, reading its linears and selecting from them."""
@@ -204,6 +215,7 @@ def shape_of(
         forwards={"dense": 1, "pruned": 2, "asymmetric": PAIRED_FORWARDS}[propagate] + 3 * epochs + gathers,
         state_bytes=skeleton.between.most(seqlen) * cache_dtype(skeleton.dtype, dtype).itemsize,
         threads=torch.get_num_threads(), on_device=on_device, layers=layout.layers, resident=layout.resident,
+        tuning=3 * epochs,
     )  # fmt: skip
 
 

@@ -76,11 +76,14 @@ class RefitWork:
     """Bytes of stored weights that are selected from, summed over selections."""
     columns: int = 0
     """Blocks of columns that are processed one by one; each costs the overhead of its calls."""
+    apart: float = 0.0
+    """Of the operations, those for experts, which are refitted one at a time."""
 
     def __add__(self, other: RefitWork) -> RefitWork:
         return RefitWork(
             self.passes + other.passes, self.float32 + other.float32, self.native + other.native,
             self.traffic + other.traffic, self.selected + other.selected, self.columns + other.columns,
+            self.apart + other.apart,
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def planned_refits(setup: Setup, room: int, samples: int, seqlen: int) -> list[R
                 key = tuple(linear(stage, n, "down" if n == down else "up") for n in ordered)
                 if key and key not in known:
                     known[key] = of_expert(key, sum(math.prod(linear_shape(skeleton, n, stage)) for n in up))
-                work += known.get(key, NO_REFIT)
+                found = known.get(key, NO_REFIT)
+                work += replace(found, apart=found.float32 + found.native)
         return work
 
     return [of(stage) if stage.kind == "layer" else NO_REFIT for stage in skeleton.stages]
