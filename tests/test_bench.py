@@ -356,7 +356,7 @@ def test_all_runs_the_five(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
         if "--repeat" in words:
             assert {(a.repeat, a.work, a.device) for a in seen.values()} == {(4, "/w", "cpu")}
     assert list(tool.COMMANDS) == [
-        "kernels", "refits", "stats", "startup", "calibration", "memory", "end-to-end", "peers",
+        "kernels", "refits", "stats", "startup", "calibration", "memory", "end-to-end", "ranks", "peers",
     ]  # fmt: skip
 
 
@@ -402,6 +402,7 @@ def test_figures_are_medians_and_ratios_of_rounds(tool: ModuleType) -> None:
         (["stats", "--heads", "3"], "--hidden 2048 is not"),
         (["stats", *TINY, "--layers", "1", "--pattern", "4:2"], "4:2"),
         (["calibration", *TINY, "--layers", "1", *FEW], "--layers 2 or more"),
+        (["ranks", "--ranks", "1"], "--ranks takes numbers from 2"),
         (["memory", "--layers", "0"], "--layers takes numbers from 1"),
         (["stats", "--no-such"], "--no-such"),
         (["nothing"], "nothing"),

@@ -7,6 +7,7 @@
     python tools/bench.py calibration --preset 1b            calibration against a bare forward of the same layer
     python tools/bench.py memory                             peak memory against layers, --max-ram, --max-vram
     python tools/bench.py end-to-end --preset 1b --layers 4  the whole prune, and what plan said
+    python tools/bench.py ranks --preset 1b --threads 1      one rank against two under torchrun
     python tools/bench.py peers --peer peer/bin/python       the same prune by llm-compressor
     python tools/bench.py all --quick                        each of them on small shapes, in a minute or two
 
@@ -87,10 +88,14 @@ COMMANDS = {
         ("--layers", "3", "--samples", "4"),
         _QUICK,
     ),
+    "ranks": Command(
+        "bench_ranks", "ranks", "add_options", "one rank against several under torchrun", 3,
+        {"times as fast": "times", "s waited": "waited"},
+    ),
     "peers": Command("bench_peers", "peers", "add_options", "the same prune by llm-compressor, if it is installed", 3),
 }  # fmt: skip
-APART = {"peers"}
-"""Not part of `all`, as they need other programs."""
+APART = {"ranks", "peers"}
+"""Not part of `all`, as they need cores for several ranks, or other programs."""
 
 
 class _Parser(argparse.ArgumentParser):
