@@ -17,7 +17,7 @@ from streamprune.calibration.statistics import StatisticsFile
 from streamprune.calibration.windows import Tokens, tokens_digest
 from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint
-from streamprune.disk.state import JobState, new_state
+from streamprune.disk.state import JobState, new_state, partial_of
 from streamprune.errors import ResourceError
 from streamprune.model.budget import Layout, streaming_layout
 from streamprune.model.stages import Outline
@@ -62,9 +62,11 @@ class Prepared:
 
     def told(self) -> dict[str, Any]:
         """What the other ranks need to know."""
+        cache, partial = self.state.cache, self.state.partial
+        within = cache.relative_to(partial) if cache.is_relative_to(partial) else cache
         return {
             "resolved": self.resolved.to_json(), "records": [record.to_json() for record in self.records],
-            "windows": self.windows, "cache": self.state.cache, "content": self.content,
+            "windows": self.windows, "cache": within, "content": self.content,
         }  # fmt: skip
 
 
@@ -116,8 +118,9 @@ def joining(spec: JobSpec, checkpoint: Checkpoint, told: Mapping[str, Any], rank
         from streamprune.pruning.memory import layout_of
 
         layout = layout_of(setup, resolved, (0, 1) if windows is None else windows.shape)
+    state = JobState(spec.out, partial_of(spec.out) / told["cache"])
     return Prepared(
-        setup=setup, state=JobState(spec.out, told["cache"]), begun=True, content=told["content"], spent=0.0,
+        setup=setup, state=state, begun=True, content=told["content"], spent=0.0,
         records=tuple(map(StageRecord.from_json, told["records"])), windows=windows,
         given=given, resolved=resolved, reading=0.0, layout=layout,
     )  # fmt: skip
