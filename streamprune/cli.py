@@ -161,7 +161,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     if args.json:
         print_json({
             "status": result.status, "out": str(result.out), "seconds": result.seconds,
-            "peak_rss_bytes": result.peak_rss_bytes,
+            "peak_rss_bytes": result.peak_rss_bytes, **{k: v for k, v in result.report.items() if k == "ranks"},
         })  # fmt: skip
     elif not args.quiet:
         cost = (

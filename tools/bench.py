@@ -90,7 +90,7 @@ COMMANDS = {
     ),
     "ranks": Command(
         "bench_ranks", "ranks", "add_options", "one rank against several under torchrun", 3,
-        {"times as fast": "times", "s waited": "waited"},
+        {"times as fast": "times", "% of it waiting": "waited_percent"},
     ),
     "peers": Command("bench_peers", "peers", "add_options", "the same prune by llm-compressor, if it is installed", 3),
 }  # fmt: skip

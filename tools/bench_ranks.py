@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def ranks(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Seconds of work of each job, and of each rank of several those that it waited for others."""
+    """Seconds of work of each job, and of several ranks the part that they wait for others and exchange data."""
     if arguments.ranks < 2 or arguments.threads < 1:
         raise BenchError("--ranks takes numbers from 2, --threads from 1")
     with temporary_folder(arguments) as folder:
@@ -64,15 +65,15 @@ def _one_job(arguments: argparse.Namespace, folder: Path, checkpoint: Path, job:
         "stats": ["prune", str(checkpoint), str(out), "--pattern", "2:4", "--stats", str(kept),
                   "--shard-size", "1GB"],
     }[job] + ["--device", arguments.device, "--json", "--quiet"]  # fmt: skip
-    waited: list[list[float]] = []
+    waited: list[float] = []
 
     def measured(size: int) -> dict[str, float]:
         into_page_cache(checkpoint)
         ran = _started(arguments, size, words)
         seconds = float(ran.result["seconds"])
-        if size > 1 and out.is_dir():
-            told = json.loads((out / "streamprune.json").read_text())["ranks"]
-            waited.append([rank["waited_seconds"] for rank in told])
+        if size > 1:
+            found = json.loads((out / "streamprune.json").read_text()) if out.is_dir() else ran.result
+            waited.append(statistics.fmean(rank["waited_seconds"] for rank in found["ranks"]) / seconds)
         shutil.rmtree(out) if out.is_dir() else out.unlink()
         return {_named(job, size): seconds}
 
@@ -91,7 +92,7 @@ def _one_job(arguments: argparse.Namespace, folder: Path, checkpoint: Path, job:
     for case in (one, several):
         row = figure(case, runs[case], one, runs[one], unit="s", on=on)
         times = {"times": float(f"{1 / row['ratio']:.4g}")} if case == several else {}
-        idle = {"waited": "/".join(f"{s:.1f}" for s in waited[-1])} if waited and case == several else {}
+        idle = {"waited_percent": float(f"{100 * statistics.median(waited):.4g}")} if waited and case == several else {}
         yield row | times | idle
 
 
