@@ -187,6 +187,24 @@ def test_several_side_by_side(write: Callable[..., Path], tmp_path: Path) -> Non
     assert "Error by layer" in page.text
 
 
+def test_outs_of_the_same_name_are_told_apart(write: Callable[..., Path], tmp_path: Path) -> None:
+    for folder in ("one/deep", "two/deep", "one/other"):
+        (tmp_path / folder).mkdir(parents=True)
+    outs = [write(made(), f"{folder}/out") for folder in ("one/deep", "two/deep", "one/other")]
+    page = page_of(tmp_path, *outs, write(made(), "alone"), outs[0])
+    linked = re.findall(r'<a href="#out-\d">([^<]*)</a>', (tmp_path / "page.html").read_text())[:5]
+    assert linked == ["one/deep/out", "two/deep/out", "one/other/out", "alone", "one/deep/out"]
+    assert page.text.count("two/deep/out") > 3
+
+
+def test_unfinished_work(tmp_path: Path) -> None:
+    (tmp_path / "out.partial" / ".streamprune").mkdir(parents=True)
+    with pytest.raises(StateError, match=r"out\.partial holds no .*; it is unfinished, the same command goes on"):
+        report(tmp_path / "out.partial", tmp_path / "page.html")
+    with pytest.raises(CheckpointError, match=r"no such folder: .*out\.partial is unfinished, the same command"):
+        report(tmp_path / "out", tmp_path / "page.html")
+
+
 def test_tasks_that_eval_measured(write: Callable[..., Path], tmp_path: Path) -> None:
     """What `eval --tasks --json` writes, with a reference and without, and the file of lm-eval's own command line."""
     out = write(made(), "first")
