@@ -153,6 +153,13 @@ def test_names(hub: Hub, out: Path, name: str) -> None:
         upload(out, name)
 
 
+@pytest.mark.parametrize("name", ["org/pruned", "pruned"])
+def test_nobody_is_logged_in(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match=f"^{name}: nobody is logged in to the hub; run `hf auth login`"):
+        upload(out, name, dry_run=True)
+
+
 def test_a_hub_that_refuses(hub: Hub, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub.refuse = lambda request: 403 if "create" in request else None
     assert main(["upload", str(out), "org/pruned"]) == 69

@@ -113,7 +113,8 @@ def _check_repository(api: Any, name: str, files: tuple[str, ...], private: bool
     """The full name of the repository, and whether it exists. Raises UsageError if it is not fit for these files."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    full = name if "/" in name else f"{api.whoami()['name']}/{name}"
+    user = api.whoami()["name"]  # whoever may not write anyway is told before anything is sent, in a dry run as well
+    full = name if "/" in name else f"{user}/{name}"
     try:
         found = api.model_info(full)
     except RepositoryNotFoundError:
