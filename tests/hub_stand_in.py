@@ -51,6 +51,8 @@ class Hub:
         """Called with "METHOD /path"; may return the status to answer with, or raise to end the connection."""
         self.cut: Callable[[str, bytes], bytes] = lambda path, content: content
         """Called with the path and the content of a download; what it returns is sent in its place."""
+        self.metadata: Callable[[str], list[str]] = lambda card: []
+        """Called with a card; returns what is wrong with its metadata."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -123,7 +125,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             elif path == "/api/repos/create":
                 self._create()
             elif path == "/api/validate-yaml":
-                self._json({"errors": [], "warnings": []})
+                wrong = hub.metadata(json.loads(self.body)["content"])
+                errors = [{"message": message} for message in wrong]
+                self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
             elif found := re.fullmatch(r"/lfs/(\w+)", path):
                 self._put(found[1])
             elif found := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):

@@ -135,6 +135,8 @@ def test_a_card_that_cannot_be_read(source: Path, tmp_path: Path, front: bytes) 
     ("", {}), ("# No metadata\n---\nlicense: mit\n---\n", {}), ("---\n---\n", {}), ("---\nlicense: mit", {}),
     ("---\nlicense: no\nlanguage: [no, 2020-01-01]\n---\n", {"license": "no", "language": ["no", "2020-01-01"]}),
     ("---\nlicense: {a: b}\nlanguage: [[en]]\nbase_model: ''\n---\n", {}),
+    ("---\nbase_model: ./llama\nbase_model_relation: merge\nlicense: mit\n---\n", {"license": "mit"}),
+    ("---\nbase_model: [a/b, C:/c]\n---\n", {}), ("---\nbase_model: [a/b, c]\n---\n", {"base_model": ["a/b", "c"]}),
     ("---\nlicense: \"a\\0b\"\npipeline_tag: " + 400 * "x" + "\n---\n", {}),
 ])  # fmt: skip
 def test_what_is_taken_from_a_card(tmp_path: Path, text: str, found: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ import streamprune.pruning.job as job
 from streamprune.arguments import make_parser
 from streamprune.cli import main
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UsageError
+from streamprune.evaluation.scores import TaskScore
+from streamprune.evaluation.tasks import TaskEvaluation
 from streamprune.packing.job import pack
 from streamprune.pruning.command import command_of
 from streamprune.pruning.spec import JobSpec
@@ -183,6 +185,42 @@ def test_several_side_by_side(write: Callable[..., Path], tmp_path: Path) -> Non
     assert links == ["#out-1", "#out-2", "#out-1", "#out-2", "#out-1"]
     assert [s["id"] for s in page.all("h2") if "id" in s] == ["out-1", "out-2"]
     assert "Error by layer" in page.text
+
+
+def test_outs_of_the_same_name_are_told_apart(write: Callable[..., Path], tmp_path: Path) -> None:
+    for folder in ("one/deep", "two/deep", "one/other"):
+        (tmp_path / folder).mkdir(parents=True)
+    outs = [write(made(), f"{folder}/out") for folder in ("one/deep", "two/deep", "one/other")]
+    page = page_of(tmp_path, *outs, write(made(), "alone"), outs[0])
+    linked = re.findall(r'<a href="#out-\d">([^<]*)</a>', (tmp_path / "page.html").read_text())[:5]
+    assert linked == ["one/deep/out", "two/deep/out", "one/other/out", "alone", "one/deep/out"]
+    assert page.text.count("two/deep/out") > 3
+
+
+def test_unfinished_work(tmp_path: Path) -> None:
+    (tmp_path / "out.partial" / ".streamprune").mkdir(parents=True)
+    with pytest.raises(StateError, match=r"out\.partial holds no .*; it is unfinished, the same command goes on"):
+        report(tmp_path / "out.partial", tmp_path / "page.html")
+    with pytest.raises(CheckpointError, match=r"no such folder: .*out\.partial is unfinished, the same command"):
+        report(tmp_path / "out", tmp_path / "page.html")
+
+
+def test_tasks_that_eval_measured(write: Callable[..., Path], tmp_path: Path) -> None:
+    """What `eval --tasks --json` writes, with a reference and without, and the file of lm-eval's own command line."""
+    out = write(made(), "first")
+    score = TaskScore("arc_easy", "acc", "none", 0.61, 0.02, 100, 0, True, 0.64, 0.03, -0.0312, 0.0104)
+    strict = TaskScore("gsm8k", "exact_match", "strict-match", 0.3, None, 100, 0, True)
+    measured = TaskEvaluation((score, strict), 9, 8, 70, 0, 1.0, 5, "0.4.13")
+    files = [tmp_path / name for name in ("pair.json", "alone.json", "harness.json")]
+    files[0].write_text(json.dumps(measured.to_json(out, "dense")))
+    files[1].write_text(json.dumps(measured.to_json("elsewhere")))
+    both = {"alias": "gsm8k", "exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.75}
+    files[2].write_text(json.dumps({"results": {"gsm8k": both}, "model_source": "hf", "model_name": "theirs"}))
+    page = page_of(tmp_path, out, eval=files)
+    heads = ("arc_easy: acc", "arc_easy: acc, the reference", "arc_easy: acc, difference from it",
+             "gsm8k: exact_match, strict-match", "gsm8k: exact_match, flexible-extract")  # fmt: skip
+    rows = "first0.61 ± 0.020.64 ± 0.03-0.0312 ± 0.010.3–", "elsewhere0.61 ± 0.02––0.3–", "theirs–––0.250.75"
+    assert "".join(("model", *heads, *rows)) in page.text.replace("\n", "")
 
 
 def test_what_differs_is_told(write: Callable[..., Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The slow tests install what they need from the package index, and skip what is n
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-PROGRAMS = ["transformers", "vLLM", "OpenVINO"]
+PROGRAMS = ["transformers", "vLLM", "OpenVINO", "llama.cpp"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,7 +30,7 @@ def serving(load_tool: Callable[[str], ModuleType]) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def made(serving: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return serving.models(tmp_path_factory.mktemp("models"))
+    return serving.embedded(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -41,15 +42,18 @@ def environments(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_it_loads_and_has_the_same_perplexity(serving: ModuleType, made: Any, environments: Path, program: str) -> None:
+def test_it_loads_and_has_the_same_perplexity(
+    serving: ModuleType, made: Any, environments: Path, tmp_path: Path, program: str
+) -> None:
+    """And its speed can be measured, dense and pruned in turn."""
     try:
-        python = serving.environment(program, environments)
+        found = serving.perplexities(program, made, environments, tmp_path)
     except serving.NotHereError as e:
         pytest.skip(str(e))
-    for model in (made.dense, made.pruned):
-        found = serving.served(program, python, model, made.ids)
-        assert found["perplexity"] == pytest.approx(serving.ours(model, made.ids), rel=1e-3), found
-        assert found["prompt_tokens_per_second"] > 0 and found["new_tokens_per_second"] > 0
+    for name in ("dense", "pruned"):
+        assert found[name] == pytest.approx(serving.ours(getattr(made, name), made.ids), rel=1e-3), found
+    timed = serving.speeds(program, made, environments, tmp_path)
+    assert timed["version"] == found["version"] and min(*timed["new"], *timed["prompt"]) > 0
 
 
 @pytest.mark.slow
@@ -81,10 +85,35 @@ def test_losses(load_tool: Callable[[str], ModuleType]) -> None:
     assert not np.isnan(found).any()
 
 
-def test_the_table(serving: ModuleType) -> None:
-    row = {"program": "x", "version": "x 1.0"}
-    for name, factor in (("dense", 1.0), ("pruned", 2.0)):
-        row |= {f"{name}_{what}": 10.0 * factor for what in ("perplexity", "ours", "prompt", "new")}
-    assert serving.markdown([row]).splitlines()[2] == (
-        "| x 1.0 | 10.0000 (10.0000) | 20.0000 (20.0000) | 10 → 20 (2.00 ×) | 10 → 20 (2.00 ×) |"
-    )
+CHILD = """
+import json, sys
+print(json.dumps({"version": "x 1.0"}), flush=True)
+for number, line in enumerate(sys.stdin):
+    if number == 2:
+        sys.exit("it is " + sys.argv[2].rpartition("/")[2])
+    print(json.dumps({"new": number + 1.0, "prompt": 10.0}), flush=True)
+"""
+
+
+def test_models_take_turns(serving: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each is loaded once and measures when it is asked; what it says when it fails is not lost."""
+    child = tmp_path / "child.py"
+    child.write_text(CHILD)
+    monkeypatch.setattr(serving, "CHILD", child)
+    with serving.loaded("x", Path(sys.executable), tmp_path / "big", tmp_path) as (version, measure):
+        assert (version, measure(), measure()) == ("x 1.0", {"new": 1, "prompt": 10}, {"new": 2, "prompt": 10})
+        with pytest.raises(RuntimeError, match="x does not serve big: it is big"):
+            measure()
+
+
+def test_tables(serving: ModuleType) -> None:
+    rows = [{"version": f"x {number}.0", "dense": 10.0, "pruned": 20.0} for number in (1, 2)]
+    assert serving.table_of_perplexities(*rows[:1], rows[1:]).splitlines()[2:] == [
+        "| x 1.0 | 10.000 | 20.000 |", "| x 2.0 | 10.000 | 20.000 |",
+    ]  # fmt: skip
+    same = {"version": "x 1.0", "new": [10.0, 20.0], "prompt": [10.0, 10.0]}
+    same |= {"new_ratios": [1.0, 3.0, 2.0], "prompt_ratios": [1.1, 0.9, 1.0]}
+    *_, row, _, verdict = serving.table_of_speeds([same]).splitlines()
+    assert row == "| x 1.0 | 10.0 → 20.0 | × 2.00 (1.00 to 3.00) | 10.0 → 10.0 | × 1.00 (0.90 to 1.10) |"
+    assert verdict.endswith(": none."), "one round was not faster"
+    assert serving.table_of_speeds([same | {"new_ratios": [1.1, 3.0]}]).endswith(": x 1.0.")

@@ -225,6 +225,7 @@ class TestWithLmEval:
             ("chose", {}, "knows no such task; did you mean choose"),
             ("choose,write", {}, "write: asks for generated text"),
             ("choose", {"include_path": folder / "nothing"}, "no such folder"),
+            (" , ", {}, "--tasks names no task"),
             ("choose", {"limit": 0.0}, "--limit 0 leaves no document"),
             ("choose", {"bos": "perhaps"}, "--bos perhaps"),
             ("choose", {"seqlen": 65}, "--seqlen 65"),

@@ -78,7 +78,7 @@ def test_dry_run(hub: Hub, out: Path, capsys: pytest.CaptureFixture[str]) -> Non
     found = json.loads(capsys.readouterr().out)
     assert found["name"] == "me/pruned" and found["url"] is None and not found["exists"]
     assert found["bytes"] == sum(len(content) for content in files_of(out).values())
-    assert hub.models == {} and not hub.asked("^(POST|PUT)")
+    assert hub.models == {} and hub.asked("^(POST|PUT)") == ["POST /api/validate-yaml"]
 
 
 def test_a_card_that_was_written_in(hub: Hub, out: Path) -> None:
@@ -122,10 +122,42 @@ def test_what_is_not_a_finished_output(hub: Hub, out: Path, models: Models, tmp_
     assert not hub.log
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "", "with space", "../x", "/x"])
+def test_metadata_that_the_hub_does_not_accept(hub: Hub, out: Path) -> None:
+    """It is said before anything is made there, in a dry run as well."""
+    (out / "README.md").write_text("---\nlicense: mine\nlanguage: english\n---\n")
+    hub.metadata = lambda card: ["license must be\none of []"] if "mine" in card else []
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=r"README\.md: the hub does not accept its metadata .*must be one of \[\]"):
+            upload(out, "org/pruned", dry_run=dry_run)
+    (out / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xe9")
+    with pytest.raises(UsageError, match=r"README\.md is not UTF-8"):
+        upload(out, "org/pruned")
+    assert hub.models == {}
+    (out / "README.md").write_text("---\nlicense: mit\n---\n")
+    upload(out, "org/pruned")
+
+
+def test_unfinished_work(hub: Hub, out: Path, tmp_path: Path) -> None:
+    partial = out.rename(tmp_path / "out.partial")
+    (partial / ".streamprune").mkdir()
+    (partial / "streamprune.json").unlink()
+    with pytest.raises(StateError, match=r"out\.partial is unfinished; the command that it was made with finishes it"):
+        upload(partial, "org/x")
+    with pytest.raises(CheckpointError, match=r"no such folder: .*out\.partial is unfinished"):
+        upload(out, "org/x")
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "", "with space", "../x", "/x", "org/a--b", "org/a..b", "org/.a", 97 * "a"])
 def test_names(hub: Hub, out: Path, name: str) -> None:
     with pytest.raises(UsageError, match="is no name on the hub"):
         upload(out, name)
+
+
+@pytest.mark.parametrize("name", ["org/pruned", "pruned"])
+def test_nobody_is_logged_in(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match=f"^{name}: nobody is logged in to the hub; run `hf auth login`"):
+        upload(out, name, dry_run=True)
 
 
 def test_a_hub_that_refuses(hub: Hub, out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,8 @@ def explain(error: Exception) -> str:
 
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE forbids connections; unset it"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return "nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN"
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         return explain(error.__cause__)
     if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):

@@ -89,7 +89,9 @@ def evaluate_tasks(
     }  # fmt: skip
     if limit is not None and limit <= 0:
         raise UsageError(f"--limit {limit:g} leaves no document")
-    names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
+    names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
+    if not names:
+        raise UsageError("--tasks names no task; see `lm_eval ls tasks`")
     with _quiet(), _seeded():
         first = StreampruneLM(model, progress=progress, **how)
         second = StreampruneLM(reference, progress=_of_reference(progress), **how) if reference is not None else None

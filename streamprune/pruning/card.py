@@ -17,7 +17,7 @@ from typing import Any
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.header import open_file, read_bytes
-from streamprune.disk.hub import hub_name
+from streamprune.disk.hub import hub_name, is_hub_name
 from streamprune.disk.state import CARD
 from streamprune.methods.recipes import Recipe
 from streamprune.process.versions import versions
@@ -64,9 +64,11 @@ def metadata_of(path: Path) -> Metadata | None:
     if not isinstance(found, dict):
         return None if found else {}
     kept = {key: found[key] for key in _CARRIED if key in found}
-    return {
-        key: value for key, value in kept.items() if all(map(_is_text, value if isinstance(value, list) else [value]))
-    }
+    kept = {k: value for k, value in kept.items() if all(map(_is_text, value if isinstance(value, list) else [value]))}
+    base = kept.get("base_model", [])
+    if not all(map(is_hub_name, base if isinstance(base, list) else [base])):  # a folder, which the hub refuses
+        kept = {key: value for key, value in kept.items() if not key.startswith("base_model")}
+    return kept
 
 
 def _is_text(value: object) -> bool:

@@ -44,15 +44,15 @@ def upload(out: str | Path, name: str, *, private: bool = False, dry_run: bool =
     A new repository is made public unless `private`. `dry_run` makes all checks and sends nothing.
 
     Raises:
-        UsageError: `name` is no name; its repository holds other files, or is public although `private`.
+        UsageError: `name` is no name; its repository holds other files, or is public although `private`; the hub would
+            refuse the metadata of the card.
         CheckpointError: there is no such folder.
         StateError: it is not a finished output.
         CorruptStateError: files of it are missing, or are not what was written.
         HubError: the hub cannot be reached, or refuses.
     """
     folder = Path(out)
-    if not is_hub_name(name):
-        raise UsageError(f"{show(name)} is no name on the hub; choose one such as org/model")
+    _check_name(name)
     files = _files_of(folder)
     there = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
     left_out = tuple(n for n in there if n not in files and not n.startswith("."))
@@ -62,6 +62,8 @@ def upload(out: str | Path, name: str, *, private: bool = False, dry_run: bool =
 
         api = HfApi()
         full, exists = _check_repository(api, name, files, private)
+        if CARD in files:
+            _check_card(api, folder / CARD)
         if dry_run:
             return Upload(full, None, files, size, left_out, exists)
         if not exists:
@@ -73,15 +75,29 @@ def upload(out: str | Path, name: str, *, private: bool = False, dry_run: bool =
         return Upload(full, f"{api.endpoint}/{full}", files, size, left_out, exists)
 
 
+def _check_name(name: str) -> None:
+    """Raises UsageError for what cannot be a name on the hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        allowed = is_hub_name(name)
+        validate_repo_id(name)
+    except HFValidationError:
+        allowed = False
+    if not allowed:
+        raise UsageError(f"{show(name)} is no name on the hub; choose one such as org/model")
+
+
 def _files_of(folder: Path) -> tuple[str, ...]:
     """The files of a finished output, its report last."""
     if not folder.is_dir():
         more = f"; {partial_of(folder)} is unfinished" if folder.name and partial_of(folder).is_dir() else ""
         raise CheckpointError(f"no such folder: {show(folder)}; pass an OUT of prune, pack or unpack{more}")
-    if not (folder / REPORT).is_file():
-        raise StateError(f"{show(folder)} holds no {REPORT}, so it is not a finished output; pass an OUT of prune")
     if (folder / ".streamprune").exists():
         raise StateError(f"{show(folder)} is unfinished; the command that it was made with finishes it")
+    if not (folder / REPORT).is_file():
+        raise StateError(f"{show(folder)} holds no {REPORT}, so it is not a finished output; pass an OUT of prune")
     report = read_report(folder)
     check_files(folder, report)
     for file in report.get("files", []):
@@ -97,7 +113,8 @@ def _check_repository(api: Any, name: str, files: tuple[str, ...], private: bool
     """The full name of the repository, and whether it exists. Raises UsageError if it is not fit for these files."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    full = name if "/" in name else f"{api.whoami()['name']}/{name}"
+    user = api.whoami()["name"]  # whoever may not write anyway is told before anything is sent, in a dry run as well
+    full = name if "/" in name else f"{user}/{name}"
     try:
         found = api.model_info(full)
     except RepositoryNotFoundError:
@@ -112,6 +129,24 @@ def _check_repository(api: Any, name: str, files: tuple[str, ...], private: bool
     if private and found.private is False:
         raise UsageError(f"{full} on the hub is public; choose another name, or make it private there")
     return full, True
+
+
+def _check_card(api: Any, card: Path) -> None:
+    """Raises UsageError where the hub would refuse the card: its metadata may be those of the source, or a person's."""
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    try:
+        text = card.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise UsageError(f"{card} is not UTF-8; save it as UTF-8") from None
+    response = get_session().post(
+        f"{api.endpoint}/api/validate-yaml", json={"content": text, "repoType": "model"}, headers=build_hf_headers()
+    )
+    if response.status_code == 400:
+        found = [str(error.get("message")) for error in response.json().get("errors", ())]
+        why = show(" ".join("; ".join(found).split())) if found else "no reason given"
+        raise UsageError(f"{card}: the hub does not accept its metadata ({why}); mend them in that file")
+    hf_raise_for_status(response)
 
 
 @contextmanager

@@ -45,11 +45,33 @@ def read_measured(path: Path) -> Measured:
     if not isinstance(found, dict):
         found = {}
     numbers = {key: value for key in _NUMBERS if (value := number(found.get(key))) is not None}
-    tasks = _tasks(found.get("tasks", found.get("results")))
-    if not isinstance(found.get("model"), str) or ("perplexity" not in numbers and not tasks):
+    tasks = _scores(found["scores"]) if "scores" in found else _tasks(found.get("tasks", found.get("results")))
+    model = found.get("model", found.get("model_name"))
+    if not isinstance(model, str) or ("perplexity" not in numbers and not tasks):
         raise UsageError(f"--eval {path}: says nothing of a model; make it with `eval --json > FILE`")
     text, reference = (plain(value) if (value := found.get(key)) is not None else None for key in ("text", "reference"))
-    return Measured(path, found["model"], text, reference, numbers, tasks)
+    return Measured(path, model, text, reference, numbers, tasks)
+
+
+def _scores(found: Any) -> dict[str, tuple[float, float | None]]:
+    """Of the list that `eval --tasks --json` writes; of a reference's scores, too, and of the differences."""
+    tasks: dict[str, tuple[float, float | None]] = {}
+    for score in found if isinstance(found, list) else ():
+        if not isinstance(score, dict):
+            continue
+        name = _named(score.get("task"), score.get("metric"), score.get("filter"))
+        for more, value, error in (
+            ("", "value", "stderr"), (", the reference", "reference", "reference_stderr"),
+            (", difference from it", "difference", "difference_stderr"),
+        ):  # fmt: skip
+            if (good := number(score.get(value))) is not None:
+                tasks[name + more] = good, number(score.get(error))
+    return tasks
+
+
+def _named(task: object, metric: object, kind: object) -> str:
+    """ "arc_easy: acc", and which of the task's filters, where there is one."""
+    return plain(f"{task}: {metric}" + (f", {kind}" if kind not in ("", "none", None) else ""))
 
 
 def _tasks(found: Any) -> dict[str, tuple[float, float | None]]:
@@ -62,7 +84,7 @@ def _tasks(found: Any) -> dict[str, tuple[float, float | None]]:
             if (good := number(value)) is None or name.endswith("_stderr"):
                 continue
             error = number(named.get(f"{name}_stderr,{kind}" if kind else f"{name}_stderr"))
-            tasks[plain(f"{task}: {name}" if name else task)] = good, error
+            tasks[_named(task, name, kind) if name else plain(task)] = good, error
     return tasks
 
 

@@ -160,6 +160,8 @@ def read_facts(out: Path) -> Facts:
 
 
 def _unfinished(out: Path) -> str:
+    if (out / ".streamprune").is_dir():
+        return "; it is unfinished, the same command goes on"
     partial = partial_of(out) if out.name else None
     return f"; {partial} is unfinished, the same command goes on" if partial is not None and partial.is_dir() else ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streamprune.disk import durable
@@ -12,7 +12,7 @@ from streamprune.disk.state import REPORT
 from streamprune.errors import UsageError
 from streamprune.reporting.comparison import by_kind, differences, evaluations, figures, summary
 from streamprune.reporting.evaluations import Measured, read_measured
-from streamprune.reporting.facts import Facts, read_facts
+from streamprune.reporting.facts import Facts, plain, read_facts
 from streamprune.reporting.figures import drawing
 from streamprune.reporting.markup import Html, element, page
 from streamprune.reporting.scales import with_scales
@@ -49,11 +49,25 @@ def report(
         if read.exists() and target.exists() and read.samefile(target):
             raise UsageError(f"{show(target)} is what the page is made of; give the page another name")
     with drawing():
-        models = [with_scales(read_facts(folder)) for folder in folders]
+        models = told_apart([with_scales(read_facts(folder)) for folder in folders])
         measured = [read_measured(Path(file)) for file in evals]
         data = page_of(models, measured).encode()
     durable.replace_file(target, data)
     return Page(target, len(models), len(data))
+
+
+def told_apart(models: Sequence[Facts]) -> list[Facts]:
+    """Those that have a name in common are called by more of their paths: by so many last parts that they differ."""
+    found = list(models)
+    for name in {facts.name for facts in models}:
+        alike = [i for i, facts in enumerate(models) if facts.name == name]
+        paths = [models[i].path.resolve().parts for i in alike]
+        last = 1
+        while len({path[-last:] for path in paths}) < len(set(paths)):
+            last += 1
+        for i, path in zip(alike, paths, strict=True) if last > 1 else ():
+            found[i] = replace(models[i], name=plain("/".join(path[-last:])))
+    return found
 
 
 def page_of(models: Sequence[Facts], measured: Sequence[Measured]) -> str:
