@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +95,19 @@ def test_with_statistics(models: Models, stats: Path, monkeypatch: pytest.Monkey
     assert found.peak_ram_bytes < without.peak_ram_bytes
     assert found.split.forward == found.split.statistics == 0 < found.split.selection
     assert without.split.forward > 0 and without.split.statistics > 0
+
+
+def test_memory_without_torch(models: Models, stats: Path, tmp_path: Path) -> None:
+    """Where `prune --stats` imports no torch, that is the memory to plan with: this process has far more, a new one
+    accepts what is said to be the least."""
+    plain, quantised = (plan(models(), stats=stats, **more) for more in ({}, {"quantize": "fp8"}))
+    assert plain.peak_ram_bytes == plain.least_ram_bytes < 300 << 20 < quantised.peak_ram_bytes
+    with pytest.raises(ResourceError, match="needs --max-ram"):
+        plan(models(), stats=stats, max_ram=plain.least_ram_bytes - 1)
+    assert plan(models(), stats=stats, max_ram=plain.least_ram_bytes).seconds > 0
+    limit = f"{-(-plain.least_ram_bytes >> 20)}MiB"
+    command = [sys.executable, "-m", "streamprune", "prune", str(models()), str(tmp_path / "out"), "--quiet"]
+    subprocess.run([*command, "--sparsity", "0.5", "--stats", str(stats), "--max-ram", limit], check=True)
 
 
 def test_mixed_dtypes(models: Models, tmp_path: Path) -> None:
@@ -258,7 +273,9 @@ def test_recipes_without_a_refit(models: Models, stats: Path, monkeypatch: pytes
     plain = plan(models(), **how)
     assert plan(models(), method="wanda", **how) == plan(models(), method="admm", refit="none", **how) == plain
     without = plan(models(), method="magnitude", **how)
-    assert without == (plain if more else plan(models(), **(how | {"stats": stats})))
+    other = plain if more else plan(models(), **(how | {"stats": stats}))
+    same = {"peak_ram_bytes": without.peak_ram_bytes, "least_ram_bytes": without.least_ram_bytes}
+    assert without == replace(other, **(same if not more else {}))  # a statistics file says what torch would find out
 
 
 def test_a_refit_cannot_do_with_statistics(models: Models, tmp_path: Path) -> None:

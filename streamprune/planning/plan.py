@@ -22,7 +22,7 @@ from streamprune.calibration.tokens import has_bos
 from streamprune.disk.room import SLACK_BYTES
 from streamprune.methods.allocation import LOOKS
 from streamprune.methods.recipes import Recipe
-from streamprune.model.budget import Layout
+from streamprune.model.budget import WITHOUT_TORCH, Layout, streaming_bytes, streaming_layout
 from streamprune.model.device import cache_dtype
 from streamprune.model.skeleton import Skeleton
 from streamprune.planning.cost import PAIRED_FORWARDS, RunShape, Speeds, Split, StageWork, stage_seconds, work_of
@@ -109,11 +109,16 @@ def plan(
         propagate=propagate, only=only, skip=skip, resources=resources, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     setup = Setup.of(spec, checkpoint)
+    outline = None
     if spec.stats is not None:
-        check_given(open_given(spec, checkpoint)[0], setup)
-    run = _Run.of(setup)
+        given, outline = open_given(spec, checkpoint)
+        check_given(given, setup)
+    light = outline is not None and setup.needs_no_torch
+    run = _Run.of(setup, light)
     # Before measuring, which leaves this process larger than a job's.
     peak, least, least_vram = memory_bytes(setup, run.layout, run.windows, run.length)
+    if light:
+        peak = least = streaming_bytes(WITHOUT_TORCH)
     refits = planned_refits(setup, run.layout.room, run.windows, run.length)
     works = [replace(w, refit=r) for w, r in zip(run.works, refits, strict=True)]
     source = "given" if speeds else "measured now"
@@ -160,7 +165,8 @@ class _Run:
     """How often --allocate runs the selection over all weights; 0 without it."""
 
     @classmethod
-    def of(cls, setup: Setup) -> _Run:
+    def of(cls, setup: Setup, light: bool) -> _Run:
+        """The run of a job, which is `light` if it imports no torch."""
         spec, skeleton, target = setup.spec, setup.skeleton, setup.target
         assert target is not None
         recipe, drawn = target.recipe, spec.calibration
@@ -169,7 +175,10 @@ class _Run:
         if drawn is not None:
             begins = has_bos(setup.checkpoint.path, drawn.bos, spec.trust_remote_code)
             length = positions(length, begins, setup.checkpoint.config)
-        layout = layout_of(setup, None, (samples, length))
+        if light:
+            layout = streaming_layout(spec.resources.ram, spec.resources.vram, WITHOUT_TORCH)
+        else:
+            layout = layout_of(setup, None, (samples, length))
         # --allocate gathers statistics in a pass of its own, which is the only one unless weights get new values.
         gathers = recipe.allocate is not None and spec.stats is None and recipe.aims
         shape = shape_of(
