@@ -17,7 +17,10 @@ FILES = {
 
 HOUSE: dict[str, list[str]] = {
     "errors": [],
-    "process": ["background completion console environment imports interrupts memory ranks versions", "output share"],
+    "process": [
+        "background completion console environment imports interrupts load memory ranks versions",
+        "output share",
+    ],
     "progress": [],
     "settings": [],
     "disk": [

@@ -23,6 +23,7 @@ from streamprune.model.device import resolve_device
 from streamprune.planning import speeds as measuring
 from streamprune.planning.cost import Speeds, Split
 from streamprune.planning.plan import Plan
+from streamprune.process import load
 from streamprune.pruning.memory import layout_of, models_at_once, refit_needs
 from streamprune.pruning.setup import Setup
 from streamprune.tables import plan_table, table
@@ -416,3 +417,27 @@ def test_table() -> None:
 def test_columns() -> None:
     text = table(["name", "n"], [["a", "1"], ["long name", "1000"]])
     assert text.splitlines() == ["name          n", "---------  ----", "a             1", "long name  1000"]
+
+
+def test_other_programs_make_it_a_range(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 s of all processors, 7 were used, 1 of them by this process: 0.6 by others."""
+    monkeypatch.setattr(load, "_STAT", tmp_path / "stat")
+    monkeypatch.setattr("streamprune.process.load.os.sysconf", lambda name: 100)
+    times = iter([(1.0, 0.5, 0.0, 0.0, 0.0), (1.5, 1.0, 0.0, 0.0, 0.0)] * 2)
+    monkeypatch.setattr("streamprune.process.load.os.times", lambda: next(times))
+
+    def measured(*given: Any, **more: Any) -> Speeds:
+        (tmp_path / "stat").write_text("cpu  600 0 150 400 200 0 10 40 25 0\ncpu0 1 1 1\n")
+        return EVEN
+
+    monkeypatch.setattr("streamprune.planning.plan.measure", measured)
+    (tmp_path / "stat").write_text("cpu  100 0 0 200 100 0 0 0 0 0\ncpu0 1 1 1\n")
+    found = plan(models(), samples=2, seqlen=16)
+    assert found.busy == pytest.approx(0.6)
+    assert found.to_json()["seconds_range"] == pytest.approx([0.4 * found.seconds, 1.6 * found.seconds])
+    assert "as other programs took 60 % of the processors" in plan_table(found)
+    assert "other programs" not in plan_table(replace(found, busy=0.05))
+    (tmp_path / "stat").unlink()
+    monkeypatch.setattr("streamprune.planning.plan.measure", lambda *given, **more: EVEN)
+    unknown = plan(models(), samples=2, seqlen=16)
+    assert unknown.busy is None and unknown.seconds_range == (unknown.seconds, unknown.seconds)
