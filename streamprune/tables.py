@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from streamprune.inspection.report import Inspection, LinearReport, Totals
     from streamprune.planning.plan import Plan
 
+NOTICED = 0.1
+"""Share of the processors from which other programs are mentioned."""
+
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -192,10 +195,21 @@ def plan_table(found: Plan) -> str:
         + (f", {format_bytes(found.spool_bytes)} shards from the hub at once" if found.spool_bytes else ""),
         f"arithmetic  {found.flops / 1e12:.2f} TFLOP",
         f"time        about {format_duration(found.seconds)}: {_parts(asdict(found.split))}",
+        *_busy(found),
         textwrap.fill(f"({found.rests_on})", 118, initial_indent=" " * 12, subsequent_indent=" " * 12),
         *_ranks(found),
     ]
     return "\n".join(lines)
+
+
+def _busy(found: Plan) -> list[str]:
+    if (found.busy or 0.0) < NOTICED:
+        return []
+    low, high = map(format_duration, found.seconds_range)
+    return [
+        f"            {low} to {high}, as other programs took {100 * (found.busy or 0.0):.0f} % of the processors "
+        "while this was measured"
+    ]
 
 
 def _ranks(found: Plan) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamprune.kernels import Selection, cpu, cpu_arrays, lanes, torch_ops
+from streamprune.kernels import Selection, cpu, cpu_arrays, cpu_tiles, lanes, torch_ops
 
 BACKENDS = [pytest.param(cpu, id="numba"), pytest.param(torch_ops, id="torch")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -550,25 +551,41 @@ def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
 def test_lanes() -> None:
     """What sixteen numbers at once do, against numpy."""
 
-    def loop(a: Any, b: Any, shuffled: Any, packed: Any, numbers: Any, bytes: Any) -> Any:
+    def loop(a: Any, b: Any, chosen: Any, packed: Any, numbers: Any, bytes: Any) -> Any:
         x, y = lanes.load(a, 0), lanes.load(b, 0)
-        for i, lane in enumerate((lanes.even(x, y), lanes.odd(x, y), lanes.first(x, y), lanes.last(x, y))):
-            lanes.store(shuffled, 16 * i, lane)
         lanes.pack(packed, 3, x, y < x)
         sums = lanes.as_float(lanes.as_int(lanes.load(numbers, 0) * lanes.fill(np.float32(0.5))))
         lanes.store(bytes, 0, lanes.invert(y < x))
-        lanes.store(shuffled, 64, lanes.above(lanes.load_eight(a, 0), lanes.load_eight(b, 0)))
-        lanes.store(shuffled, 72, lanes.select(x <= y, (x + 1) & 6, lanes.largest(x, y) >> lanes.columns()))
+        lanes.store(chosen, 0, lanes.select(x <= y, (x + 1) & 6, lanes.largest(x, y) >> lanes.columns()))
         return lanes.count(y < x), lanes.total(sums), lanes.top(x)
 
     random = np.random.default_rng(0)
     a, b = random.integers(0, 100, (2, 16)).astype(np.int32)
-    shuffled, packed, bytes = np.zeros(88, np.int32), np.zeros(40, np.int32), np.zeros(16, bool)
+    chosen, packed, bytes = np.zeros(16, np.int32), np.zeros(40, np.int32), np.zeros(16, bool)
     numbers = random.random(16).astype(np.float32)
-    count, total, top = numba.njit(loop)(a, b, shuffled, packed, numbers, bytes)
-    both, mixed = np.concatenate((a, b)), np.stack((a, b), 1).ravel()
-    assert (shuffled[:64] == np.concatenate((both[::2], both[1::2], mixed))).all()
-    assert (shuffled[64:72] == -(a > b)[:8].astype(int)).all() and (bytes == ~(b < a)).all()
-    assert (shuffled[72:] == np.where(a <= b, (a + 1) & 6, np.maximum(a, b) >> np.arange(16))).all()
+    count, total, top = numba.njit(loop)(a, b, chosen, packed, numbers, bytes)
+    assert (bytes == ~(b < a)).all()
+    assert (chosen == np.where(a <= b, (a + 1) & 6, np.maximum(a, b) >> np.arange(16))).all()
     assert count == (b < a).sum() and (packed[3 : 3 + count] == a[b < a]).all() and not packed[:3].any()
     assert total == pytest.approx(numbers.sum() / 2, rel=1e-6) and top == a.max()
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 16, 32])
+def test_networks_sort_and_tiles_are_turned(size: int) -> None:
+    """A network sorts if it sorts zeros and ones; all of them up to 16 numbers, and random ones beyond."""
+    bits = np.arange(2**size) if size <= 16 else np.random.default_rng(0).integers(0, 2**32, 20_000)
+    columns = [bits >> i & 1 for i in range(size)]
+    for i, j in cpu_tiles.comparators(size):
+        assert i < j
+        columns[i], columns[j] = np.minimum(columns[i], columns[j]), np.maximum(columns[i], columns[j])
+    assert all((low <= high).all() for low, high in itertools.pairwise(columns))
+    words = np.arange(8 * size).reshape(size, 8)
+    planes = cpu_tiles.separated(pick, list(words))
+    assert all((plane % size == i).all() for i, plane in enumerate(planes))
+    groups = {tuple(plane // size) for plane in planes}
+    assert len(groups) == 1 and sorted(*groups) == list(range(8)), "groups have the same order in each plane"
+    assert (np.stack(cpu_tiles.merged(pick, planes)) == words).all()
+
+
+def pick(a: np.ndarray, b: np.ndarray, picks: tuple[int, ...]) -> np.ndarray:
+    return np.concatenate((a, b))[list(picks)]

@@ -17,7 +17,10 @@ FILES = {
 
 HOUSE: dict[str, list[str]] = {
     "errors": [],
-    "process": ["background completion console environment imports interrupts memory ranks versions", "output share"],
+    "process": [
+        "background completion console environment imports interrupts load memory ranks versions",
+        "output share",
+    ],
     "progress": [],
     "settings": [],
     "disk": [
@@ -34,9 +37,8 @@ HOUSE: dict[str, list[str]] = {
     ],
     "kernels": [
         "jit lanes torch_fp8 torch_ops",
-        "cpu_bitmask cpu_eliminate cpu_pairs cpu_select cpu_stats",
-        "cpu_rows",
-        "cpu_groups",
+        "cpu_bitmask cpu_eliminate cpu_pairs cpu_select cpu_stats cpu_tiles",
+        "cpu_groups cpu_rows",
         "cpu_arrays",
         "cpu",
         "cpu_fp8",

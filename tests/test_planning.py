@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from streamprune.model.device import resolve_device
 from streamprune.planning import speeds as measuring
 from streamprune.planning.cost import Speeds, Split
 from streamprune.planning.plan import Plan
+from streamprune.process import load
 from streamprune.pruning.memory import layout_of, models_at_once, refit_needs
 from streamprune.pruning.setup import Setup
 from streamprune.tables import plan_table, table
@@ -93,6 +96,19 @@ def test_with_statistics(models: Models, stats: Path, monkeypatch: pytest.Monkey
     assert found.peak_ram_bytes < without.peak_ram_bytes
     assert found.split.forward == found.split.statistics == 0 < found.split.selection
     assert without.split.forward > 0 and without.split.statistics > 0
+
+
+def test_memory_without_torch(models: Models, stats: Path, tmp_path: Path) -> None:
+    """Where `prune --stats` imports no torch, that is the memory to plan with: this process has far more, a new one
+    accepts what is said to be the least."""
+    plain, quantised = (plan(models(), stats=stats, **more) for more in ({}, {"quantize": "fp8"}))
+    assert plain.peak_ram_bytes == plain.least_ram_bytes < 300 << 20 < quantised.peak_ram_bytes
+    with pytest.raises(ResourceError, match="needs --max-ram"):
+        plan(models(), stats=stats, max_ram=plain.least_ram_bytes - 1)
+    assert plan(models(), stats=stats, max_ram=plain.least_ram_bytes).seconds > 0
+    limit = f"{-(-plain.least_ram_bytes >> 20)}MiB"
+    command = [sys.executable, "-m", "streamprune", "prune", str(models()), str(tmp_path / "out"), "--quiet"]
+    subprocess.run([*command, "--sparsity", "0.5", "--stats", str(stats), "--max-ram", limit], check=True)
 
 
 def test_mixed_dtypes(models: Models, tmp_path: Path) -> None:
@@ -258,7 +274,9 @@ def test_recipes_without_a_refit(models: Models, stats: Path, monkeypatch: pytes
     plain = plan(models(), **how)
     assert plan(models(), method="wanda", **how) == plan(models(), method="admm", refit="none", **how) == plain
     without = plan(models(), method="magnitude", **how)
-    assert without == (plain if more else plan(models(), **(how | {"stats": stats})))
+    other = plain if more else plan(models(), **(how | {"stats": stats}))
+    same = {"peak_ram_bytes": without.peak_ram_bytes, "least_ram_bytes": without.least_ram_bytes}
+    assert without == replace(other, **(same if not more else {}))  # a statistics file says what torch would find out
 
 
 def test_a_refit_cannot_do_with_statistics(models: Models, tmp_path: Path) -> None:
@@ -399,3 +417,27 @@ def test_table() -> None:
 def test_columns() -> None:
     text = table(["name", "n"], [["a", "1"], ["long name", "1000"]])
     assert text.splitlines() == ["name          n", "---------  ----", "a             1", "long name  1000"]
+
+
+def test_other_programs_make_it_a_range(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 s of all processors, 7 were used, 1 of them by this process: 0.6 by others."""
+    monkeypatch.setattr(load, "_STAT", tmp_path / "stat")
+    monkeypatch.setattr("streamprune.process.load.os.sysconf", lambda name: 100)
+    times = iter([(1.0, 0.5, 0.0, 0.0, 0.0), (1.5, 1.0, 0.0, 0.0, 0.0)] * 2)
+    monkeypatch.setattr("streamprune.process.load.os.times", lambda: next(times))
+
+    def measured(*given: Any, **more: Any) -> Speeds:
+        (tmp_path / "stat").write_text("cpu  600 0 150 400 200 0 10 40 25 0\ncpu0 1 1 1\n")
+        return EVEN
+
+    monkeypatch.setattr("streamprune.planning.plan.measure", measured)
+    (tmp_path / "stat").write_text("cpu  100 0 0 200 100 0 0 0 0 0\ncpu0 1 1 1\n")
+    found = plan(models(), samples=2, seqlen=16)
+    assert found.busy == pytest.approx(0.6)
+    assert found.to_json()["seconds_range"] == pytest.approx([0.4 * found.seconds, 1.6 * found.seconds])
+    assert "as other programs took 60 % of the processors" in plan_table(found)
+    assert "other programs" not in plan_table(replace(found, busy=0.05))
+    (tmp_path / "stat").unlink()
+    monkeypatch.setattr("streamprune.planning.plan.measure", lambda *given, **more: EVEN)
+    unknown = plan(models(), samples=2, seqlen=16)
+    assert unknown.busy is None and unknown.seconds_range == (unknown.seconds, unknown.seconds)

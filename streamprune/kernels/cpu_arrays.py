@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from streamprune.kernels import cpu_groups, cpu_rows, cpu_stats
+from streamprune.kernels.cpu_tiles import EIGHT, in_planes
 from streamprune.kernels.lanes import COUNT
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -31,9 +32,6 @@ FORMS = {
 
 PART = 1 << 18
 """Least number of weights per unit of work, so that the cost of a call does not matter."""
-
-_CHUNK = 2048
-"""Approximate number of weights that are transposed together to compare their groups."""
 
 
 class Outcome(NamedTuple):
@@ -84,17 +82,16 @@ class Rows:
 
     def n_of_m(self, n: int, m: int) -> Outcome:
         """Keeps n of every m consecutive weights, see cpu.prune_n_of_m."""
-        width, form = self.weight.shape[1], FORMS[self.dtype]
-        halves = 2 if self.weight.itemsize == 2 and m % 2 == 0 else 1
-        chunks = max(1, width // _CHUNK)
-        groups = max(1, -(-width // (chunks * m * 2 * COUNT))) * 2 * COUNT
-        padded = self._padded(m * groups).reshape(-1, groups, m)
-        turned = np.ascontiguousarray(padded.transpose(0, 2, 1)).reshape(-1)
+        form, size = FORMS[self.dtype], 1 << (m - 1).bit_length()
+        groups = np.zeros((-(-self.weight.shape[1] // (m * EIGHT)) * EIGHT, size), np.float32)
+        groups[: self.weight.shape[1] // m, size - m :] = self._padded(1).reshape(-1, m)
+        feature = in_planes(groups.reshape(-1), size, 2 if self.weight.itemsize == 2 else 1)
+        shape = (0,) * size, (0,) * int(form[1])
 
         def part(begin: int, end: int, loss: Array) -> None:
             rows = slice(begin, end)
             cpu_groups.prune_groups(
-                self.weight[rows], turned, self.power, form, m - n, m, halves, groups, self.out[rows], self.keep[rows],
+                self.weight[rows], feature, self.power, shape, form, m - n, m, self.out[rows], self.keep[rows],
                 loss[rows],
             )  # fmt: skip
 

@@ -7,8 +7,6 @@ the same bits. They can be used in compiled functions only. Bounds are not check
 
     load(array, i)               array[i:i+16] (1-D, contiguous) as int32 or float32; uint16 is widened
     store(array, i, a)           and back; int32 into uint16 keep their low halves, masks become bytes
-    load_words(array, i)         the 64 bytes from array[i] as int32: two uint16 in each, the first one low
-    store_words(array, i, a)     and back
     will_read(array, i)          prefetches the cache line of array[i], as does will_write; any i is allowed
     fill(x), columns()           x, an int32 or float32, in every lane; 0, 1, ... 15
     a + b, a - b, a * b          of equal types; for int32 also & | ^ << and >> (of unsigned bits); b may be a scalar
@@ -18,12 +16,8 @@ the same bits. They can be used in compiled functions only. Bounds are not check
     select(mask, a, b)           a where the mask is set
     count(mask)                  how many lanes are set
     total(a), top(a)             the sum of float32 lanes, in halves; the maximum of int32 lanes
-    even(a, b), odd(a, b)        the lanes with even or odd numbers of the 32 lanes of a and b
-    first(a, b), last(a, b)      the inverse: lanes of a and b interleaved, the first 16 and the last 16
     pack(array, i, a, mask)      stores the int32 lanes where the mask is set to array[i:] without gaps; up to 16
                                  elements of the array are overwritten
-    load_eight(array, i)         8 int32 lanes, for counting comparisons; used with fill_eight(x), store, +, - and
-    above(a, b)                  -1 where a > b, else 0; a mask would have to be converted to numbers first
 """
 
 from __future__ import annotations
@@ -41,19 +35,18 @@ _I32, _F32 = ir.IntType(32), ir.FloatType()
 
 
 class Lanes(types.Type):
-    """Numba's type of 16 elements, int32, float32 or bool (a mask), or of 8."""
+    """Numba's type of 16 elements, int32, float32 or bool (a mask)."""
 
-    def __init__(self, dtype: Any, size: int = COUNT) -> None:
-        self.dtype, self.size = dtype, size
-        super().__init__(name=f"Lanes({dtype}, {size})")
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Lanes({dtype})")
 
 
-INT, FLOAT, MASK, EIGHT = Lanes(types.int32), Lanes(types.float32), Lanes(types.boolean), Lanes(types.int32, 8)
+INT, FLOAT, MASK = Lanes(types.int32), Lanes(types.float32), Lanes(types.boolean)
 _VECTOR = {
     INT: ir.VectorType(_I32, COUNT),
     FLOAT: ir.VectorType(_F32, COUNT),
     MASK: ir.VectorType(ir.IntType(1), COUNT),
-    EIGHT: ir.VectorType(_I32, 8),
 }
 
 
@@ -65,13 +58,13 @@ class _Model(models.PrimitiveModel):  # type: ignore[misc]
 register_model(Lanes)(_Model)
 
 
-def _function(declare: Callable[..., Any]) -> Any:
+def function(declare: Callable[..., Any]) -> Any:
     """Registers a function for compiled code: declare(context, *argument types) returns its signature and
-    _emits(...)."""
+    emits(...)."""
     return intrinsic(declare)
 
 
-def _emits(emit: Callable[..., Any]) -> Callable[..., Any]:
+def emits(emit: Callable[..., Any]) -> Callable[..., Any]:
     """Adapts emit(builder, *arguments) to Numba's interface for code generation. None stands for no result."""
 
     def emitter(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -86,7 +79,8 @@ def _shuffle(builder: Any, a: Any, b: Any, picks: Sequence[int]) -> Any:
     return builder.shuffle_vector(a, b, mask)
 
 
-def _splat(builder: Any, scalar: Any, size: int = COUNT) -> Any:
+def splat(builder: Any, scalar: Any, size: int = COUNT) -> Any:
+    """`size` lanes of a scalar."""
     one = builder.insert_element(ir.Constant(ir.VectorType(scalar.type, size), ir.Undefined), scalar, _I32(0))
     return _shuffle(builder, one, one, [0] * size)
 
@@ -104,10 +98,10 @@ def _operator(symbol: Any, lanes: Lanes, result: Lanes, emit: Callable[[Any, Any
 
     def with_scalar(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         right = context.cast(builder, arguments[1], signature.args[1], lanes.dtype)
-        return emit(builder, arguments[0], _splat(builder, right))
+        return emit(builder, arguments[0], splat(builder, right))
 
     type_callable(symbol)(typing)
-    lower_builtin(symbol, lanes, lanes)(_emits(emit))
+    lower_builtin(symbol, lanes, lanes)(emits(emit))
     if scalar:
         lower_builtin(symbol, lanes, scalar)(with_scalar)
 
@@ -132,8 +126,6 @@ def _register_operators() -> None:
         _operator(symbol, INT, INT, emit)
     _operator(operator.and_, MASK, MASK, build.and_)
     _operator(operator.or_, MASK, MASK, build.or_)
-    _operator(operator.add, EIGHT, EIGHT, build.add)
-    _operator(operator.sub, EIGHT, EIGHT, build.sub)
     for symbol, sign in ((operator.lt, "<"), (operator.le, "<="), (operator.eq, "==")):
         _operator(symbol, INT, MASK, _comparing(build.icmp_signed, sign))
         _operator(symbol, FLOAT, MASK, _comparing(build.fcmp_ordered, sign))
@@ -151,7 +143,7 @@ def _in_memory(array: Any) -> tuple[Any, Lanes]:
     return ir.VectorType(ir.IntType(array.dtype.bitwidth), COUNT), INT
 
 
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, content: Any) -> Any:
+def pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, content: Any) -> Any:
     """A pointer to array[index], cast to the LLVM type `content`."""
     data = cgutils.create_struct_proxy(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), content.as_pointer())
@@ -164,13 +156,13 @@ def _loading(declare: Callable[[Any], tuple[Any, Lanes]]) -> Any:
         memory, lanes = declare(array)
 
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            place = _pointer(context, builder, array, arguments[0], arguments[1], memory)
+            place = pointer(context, builder, array, arguments[0], arguments[1], memory)
             found = builder.load(place, align=1)
             return found if memory == _VECTOR[lanes] else builder.zext(found, _VECTOR[lanes])
 
         return lanes(array, types.intp), emit
 
-    return _function(loading)
+    return function(loading)
 
 
 def _storing(declare: Callable[[Any, Lanes], Any]) -> Any:
@@ -183,93 +175,81 @@ def _storing(declare: Callable[[Any, Lanes], Any]) -> Any:
             data, place, value = arguments
             if memory != value.type:
                 value = builder.zext(value, memory) if a == MASK else builder.trunc(value, memory)
-            builder.store(value, _pointer(context, builder, array, data, place, memory), align=1)
+            builder.store(value, pointer(context, builder, array, data, place, memory), align=1)
             return context.get_dummy_value()
 
         return types.void(array, types.intp, a), emit
 
-    return _function(storing)
+    return function(storing)
+
+
+def prefetch(builder: Any, address: Any, write: int) -> None:
+    """Prefetches the cache line of an i8*, to be written if `write` is 1."""
+    asking = ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32])
+    intrinsic = builder.module.declare_intrinsic("llvm.prefetch", (address.type,), asking)
+    builder.call(intrinsic, [address, _I32(write), _I32(2), _I32(1)])
 
 
 def _prefetching(write: int) -> Any:
-    byte = ir.IntType(8).as_pointer()
-
     def prefetching(typing: Any, array: Any, index: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            asking = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-            function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), asking)
-            address = _pointer(context, builder, array, arguments[0], arguments[1], ir.IntType(8))
-            builder.call(function, [address, _I32(write), _I32(2), _I32(1)])
+            prefetch(builder, pointer(context, builder, array, arguments[0], arguments[1], ir.IntType(8)), write)
             return context.get_dummy_value()
 
         return types.void(array, types.intp), emit
 
-    return _function(prefetching)
+    return function(prefetching)
 
 
-load, store = _loading(_in_memory), _storing(lambda array, a: _VECTOR[a] if a == EIGHT else _in_memory(array)[0])
-load_words, store_words = _loading(lambda array: (_VECTOR[INT], INT)), _storing(lambda array, a: _VECTOR[INT])
-load_eight = _loading(lambda array: (_VECTOR[EIGHT], EIGHT))
+load, store = _loading(_in_memory), _storing(lambda array, a: _in_memory(array)[0])
 will_read, will_write = _prefetching(0), _prefetching(1)
 
 
-@_function
+@function
 def fill(typing: Any, x: Any) -> Any:
     """x, an int32 or float32, in every lane."""
     lanes = FLOAT if isinstance(x, types.Float) else INT
-    return lanes(lanes.dtype), _emits(_splat)
+    return lanes(lanes.dtype), emits(splat)
 
 
-@_function
-def fill_eight(typing: Any, x: Any) -> Any:
-    return EIGHT(types.int32), _emits(lambda builder, x: _splat(builder, x, EIGHT.size))
-
-
-@_function
+@function
 def columns(typing: Any) -> Any:
-    return INT(), _emits(lambda builder: ir.Constant(_VECTOR[INT], [_I32(lane) for lane in range(COUNT)]))
+    return INT(), emits(lambda builder: ir.Constant(_VECTOR[INT], [_I32(lane) for lane in range(COUNT)]))
 
 
-@_function
+@function
 def as_int(typing: Any, a: Any) -> Any:
-    return INT(FLOAT), _emits(lambda builder, a: builder.bitcast(a, _VECTOR[INT]))
+    return INT(FLOAT), emits(lambda builder, a: builder.bitcast(a, _VECTOR[INT]))
 
 
-@_function
+@function
 def as_float(typing: Any, a: Any) -> Any:
-    return FLOAT(INT), _emits(lambda builder, a: builder.bitcast(a, _VECTOR[FLOAT]))
+    return FLOAT(INT), emits(lambda builder, a: builder.bitcast(a, _VECTOR[FLOAT]))
 
 
-@_function
+@function
 def largest(typing: Any, a: Any, b: Any) -> Any:
-    return INT(INT, INT), _emits(_larger)
+    return INT(INT, INT), emits(_larger)
 
 
-@_function
-def above(typing: Any, a: Any, b: Any) -> Any:
-    return EIGHT(EIGHT, EIGHT), _emits(
-        lambda builder, a, b: builder.sext(builder.icmp_signed(">", a, b), _VECTOR[EIGHT])
-    )
-
-
-@_function
+@function
 def select(typing: Any, mask: Any, a: Any, b: Any) -> Any:
-    return a(MASK, a, a), _emits(lambda builder, mask, a, b: builder.select(mask, a, b))
+    return a(MASK, a, a), emits(lambda builder, mask, a, b: builder.select(mask, a, b))
 
 
-@_function
+@function
 def invert(typing: Any, mask: Any) -> Any:
-    return MASK(MASK), _emits(lambda builder, mask: builder.not_(mask))
+    return MASK(MASK), emits(lambda builder, mask: builder.not_(mask))
 
 
-@_function
+@function
 def count(typing: Any, mask: Any) -> Any:
     """How many lanes are set, int64."""
 
     def emit(builder: Any, mask: Any) -> Any:
         return builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(COUNT))), ir.IntType(64))
 
-    return types.int64(MASK), _emits(emit)
+    return types.int64(MASK), emits(emit)
 
 
 def _by_halves(lanes: Lanes, join: Callable[[Any, Any, Any], Any]) -> Any:
@@ -283,22 +263,13 @@ def _by_halves(lanes: Lanes, join: Callable[[Any, Any, Any], Any]) -> Any:
             left = join(builder, low, high)
         return builder.extract_element(left, _I32(0))
 
-    return _function(lambda typing, a: (lanes.dtype(lanes), _emits(emit)))
+    return function(lambda typing, a: (lanes.dtype(lanes), emits(emit)))
 
 
-def _shuffling(picks: Sequence[int]) -> Any:
-    """A function of two int32 lanes that returns the lanes `picks` of their 32 elements."""
-    emit = _emits(lambda builder, a, b: _shuffle(builder, a, b, picks))
-    return _function(lambda typing, a, b: (INT(INT, INT), emit))
-
-
-_IN_TURN = [lane // 2 + COUNT * (lane % 2) for lane in range(2 * COUNT)]
 total, top = _by_halves(FLOAT, ir.IRBuilder.fadd), _by_halves(INT, _larger)
-even, odd = _shuffling(range(0, 2 * COUNT, 2)), _shuffling(range(1, 2 * COUNT, 2))
-first, last = _shuffling(_IN_TURN[:COUNT]), _shuffling(_IN_TURN[COUNT:])
 
 
-@_function
+@function
 def pack(typing: Any, array: Any, index: Any, a: Any, mask: Any) -> Any:
     """Stores the chosen lanes without gaps; overwrites up to 16 elements in all."""
 
@@ -306,11 +277,11 @@ def pack(typing: Any, array: Any, index: Any, a: Any, mask: Any) -> Any:
         data, place, values, chosen = arguments
         if "+avx512f" in context.codegen().magic_tuple()[2]:
             packed = _compress(builder, values, chosen)
-            builder.store(packed, _pointer(context, builder, array, data, place, packed.type), align=1)
+            builder.store(packed, pointer(context, builder, array, data, place, packed.type), align=1)
             return context.get_dummy_value()
         for lane in range(COUNT):
             value, step = (builder.extract_element(lanes, _I32(lane)) for lanes in (values, chosen))
-            builder.store(value, _pointer(context, builder, array, data, place, _I32))
+            builder.store(value, pointer(context, builder, array, data, place, _I32))
             place = builder.add(place, builder.zext(step, place.type))
         return context.get_dummy_value()
 

@@ -39,6 +39,9 @@ RESERVE = 208 << 20
 GROUP_BYTES = 512 << 20
 """Memory for batches that wait for a layer's experts, unless --max-ram allows more: the page cache needs some, too."""
 
+WITHOUT_TORCH = 48 << 20
+"""`base` of a process that prunes through Numba alone, for others to plan with: it has 38 MiB as it begins."""
+
 EXPERT_TOKENS = 4096
 """Tokens per expert beyond which larger groups gain nothing, if the page cache holds a layer's experts."""
 
@@ -46,7 +49,7 @@ _ROUTING = 256
 """Approximate bytes of a token's routing: experts, their weights, and temporaries to find an expert's tokens."""
 
 DEVICE_BATCH_TOKENS = 8192
-"""Tokens in a batch on a device when its memory allows; with fewer, kernel launches dominate in small layers."""
+"""Tokens in a batch on a device when its memory allows; with fewer, launching kernels dominates."""
 
 DRIVER_RAM = 1 << 30
 """RAM that a device's driver, its libraries and pinned buffers take in this process."""
@@ -274,16 +277,16 @@ def layout_for(
     raise AssertionError("the loop returns or raises")
 
 
-def streaming_layout(max_ram: int | None, max_vram: int | None) -> Layout:
-    """The layout of a job on the CPU that only reads, prunes and writes weights, in chunks. Raises as layout_for."""
+def streaming_layout(max_ram: int | None, max_vram: int | None, base: int | None = None) -> Layout:
+    """The layout of a CPU job that only streams weights; `base` as in streaming_bytes. Raises as layout_for."""
     _refuse_vram(max_vram)
-    choose_batch(Budget(resident_bytes(), RESERVE, 0, 0), 1, 1, max_ram)
+    choose_batch(Budget(resident_bytes() if base is None else base, RESERVE, 0, 0), 1, 1, max_ram)
     return Layout(1, 1, False, 0)
 
 
-def streaming_bytes() -> int:
-    """Estimated peak resident bytes of such a job."""
-    return resident_bytes() + RESERVE
+def streaming_bytes(base: int | None = None) -> int:
+    """Estimated peak resident bytes of such a job; `base` defaults to the present resident memory."""
+    return (resident_bytes() if base is None else base) + RESERVE
 
 
 def _refuse_vram(max_vram: int | None) -> None:

@@ -2,7 +2,8 @@
 
 Sizes are exact. Peak memory is the estimate that `--max-ram` and `--max-vram` are checked against (model/budget.py).
 Time is the work of each stage (planning/cost.py) divided by the speeds of this machine (planning/speeds.py), which are
-measured on parts of the model's shapes and on up to 64 MiB of the checkpoint. It assumes that writing is as fast as
+measured on parts of the model's shapes and on up to 64 MiB of the checkpoint. How much of the processors other
+programs take meanwhile makes it a range. It assumes that writing is as fast as
 reading, as nothing is written; that weights are selected by `ewma`; that the checkpoint is not in the page cache; and
 that a refit chooses its damping.
 """
@@ -23,13 +24,14 @@ from streamprune.disk.room import SLACK_BYTES
 from streamprune.disk.shards import arrange
 from streamprune.methods.allocation import LOOKS
 from streamprune.methods.recipes import Recipe
-from streamprune.model.budget import Layout
+from streamprune.model.budget import WITHOUT_TORCH, Layout, streaming_bytes, streaming_layout
 from streamprune.model.device import cache_dtype
 from streamprune.model.skeleton import Skeleton
 from streamprune.planning.cost import PAIRED_FORWARDS, RunShape, Speeds, Split, StageWork, stage_seconds, work_of
 from streamprune.planning.ranks import RanksPlan, with_ranks
 from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
+from streamprune.process.load import Others
 from streamprune.pruning.describe import HALF, describe_prune, open_model
 from streamprune.pruning.memory import activation_bytes, layout_of, memory_bytes, spool_bytes
 from streamprune.pruning.setup import Setup, check_given, open_given
@@ -87,10 +89,19 @@ class Plan:
     """Of the shards that are there at once with `fetch` "stream", else 0."""
     shared: RanksPlan | None = None
     """With several ranks: what each of them takes."""
+    busy: float | None = None
+    """Share of the processors that other programs took while speeds were measured; None if unknown, or not measured."""
+
+    @property
+    def seconds_range(self) -> tuple[float, float]:
+        """What `seconds` may become if those programs end, and if they take as much again."""
+        busy = self.busy or 0.0
+        return self.seconds * (1 - busy), self.seconds * (1 + busy)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
-        return {key: value for key, value in asdict(self).items() if key != "shared" or value is not None}
+        values = {key: value for key, value in asdict(self).items() if key != "shared" or value is not None}
+        return values | {"seconds_range": list(self.seconds_range)}
 
 
 def plan(
@@ -110,20 +121,27 @@ def plan(
         propagate=propagate, only=only, skip=skip, resources=resources, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     setup = Setup.of(spec, checkpoint)
+    outline = None
     if spec.stats is not None:
-        check_given(open_given(spec, checkpoint)[0], setup)
-    run = _Run.of(setup)
+        given, outline = open_given(spec, checkpoint)
+        check_given(given, setup)
+    light = outline is not None and setup.needs_no_torch
+    run = _Run.of(setup, light)
     # Before measuring, which leaves this process larger than a job's.
     peak, least, least_vram = memory_bytes(setup, run.layout, run.windows, run.length)
+    if light:
+        peak = least = streaming_bytes(WITHOUT_TORCH)
     refits = planned_refits(setup, run.layout.room, run.windows, run.length)
     works = [replace(w, refit=r) for w, r in zip(run.works, refits, strict=True)]
-    source = "given" if speeds else "measured now"
+    source, busy = "given" if speeds else "measured now", None
     if speeds is None:
+        others = Others()
         work = max(works[1:-1], key=lambda w: w.nbytes)
         work = replace(work, refit=max((w.refit for w in works), key=lambda r: r.float32))  # may be another layer's
         speeds = measure(
             checkpoint, setup.skeleton, setup.dtype, setup.device, work, run.shape, run.layout.batch, run.length
         )
+        busy = others.share()
     seconds = [
         found + run.allocating(work, speeds)
         for work, found in zip(works, stage_seconds(works, run.shape, speeds), strict=True)
@@ -143,7 +161,7 @@ def plan(
         flops=sum(s.flops for s in stages), seconds=split.total, split=split, batch=run.layout.batch,
         dtype=str(setup.dtype).removeprefix("torch."), device=str(setup.device),
         rests_on=f"{source}: {_in_words(speeds, run.shape, target.recipe)}",
-        shared=run.shared(nproc, works, split, cache, speeds) if nproc != 1 else None,
+        shared=run.shared(nproc, works, split, cache, speeds) if nproc != 1 else None, busy=busy,
     )  # fmt: skip
 
 
@@ -162,7 +180,8 @@ class _Run:
     shard_bytes: int | None
 
     @classmethod
-    def of(cls, setup: Setup) -> _Run:
+    def of(cls, setup: Setup, light: bool) -> _Run:
+        """The run of a job, which is `light` if it imports no torch."""
         spec, skeleton, target = setup.spec, setup.skeleton, setup.target
         assert target is not None
         recipe, drawn = target.recipe, spec.calibration
@@ -171,7 +190,10 @@ class _Run:
         if drawn is not None:
             begins = has_bos(setup.checkpoint.path, drawn.bos, spec.trust_remote_code)
             length = positions(length, begins, setup.checkpoint.config)
-        layout = layout_of(setup, None, (samples, length))
+        if light:
+            layout = streaming_layout(spec.resources.ram, spec.resources.vram, WITHOUT_TORCH)
+        else:
+            layout = layout_of(setup, None, (samples, length))
         # --allocate gathers statistics in a pass of its own, which is the only one unless weights get new values.
         gathers = recipe.allocate is not None and spec.stats is None and recipe.aims
         shape = shape_of(
