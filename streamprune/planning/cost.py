@@ -101,9 +101,11 @@ class StageWork:
     refit: RefitWork = NO_REFIT
 
 
-PAIRED_FORWARDS = 6
-"""Passes of asymmetric calibration through a layer, roughly: both models run once (2), again up to each input that
-linears share, in total about one and a half times (3), and the pruned model once more for the next cache (1)."""
+def paired_forwards(refits: bool, on_device: bool) -> int:
+    """Passes of asymmetric calibration through a layer, roughly: both models run once (2), and the pruned one once more
+    for the next cache (1). For a refit both run again up to each input that linears share, in total one and a half
+    times (3), or a third of that where attention does not run again (1; see model/ends.py)."""
+    return 3 + ((3 if on_device else 1) if refits else 0)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class RunShape:
     groups: int
     """Groups of batches; experts process a group at once."""
     forwards: int
-    """Passes of all tokens through a layer: 2 with --propagate pruned, PAIRED_FORWARDS with asymmetric."""
+    """Passes of all tokens through a layer: 2 with --propagate pruned, paired_forwards with asymmetric."""
     state_bytes: int
     """Bytes of one token's hidden state in the activation cache."""
     threads: int

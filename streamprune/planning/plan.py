@@ -27,7 +27,7 @@ from streamprune.methods.recipes import Recipe
 from streamprune.model.budget import WITHOUT_TORCH, Layout, streaming_bytes, streaming_layout
 from streamprune.model.device import cache_dtype
 from streamprune.model.skeleton import Skeleton
-from streamprune.planning.cost import PAIRED_FORWARDS, RunShape, Speeds, Split, StageWork, stage_seconds, work_of
+from streamprune.planning.cost import RunShape, Speeds, Split, StageWork, paired_forwards, stage_seconds, work_of
 from streamprune.planning.ranks import RanksPlan, with_ranks
 from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
@@ -196,10 +196,12 @@ class _Run:
             layout = layout_of(setup, None, (samples, length))
         # --allocate gathers statistics in a pass of its own, which is the only one unless weights get new values.
         gathers = recipe.allocate is not None and spec.stats is None and recipe.aims
+        on_device = setup.device.type != "cpu"
+        paired = paired_forwards(recipe.refit is not None, on_device)
+        forwards = {"dense": 1, "pruned": 2, "asymmetric": paired}[setup.propagate] + gathers
         shape = shape_of(
-            skeleton, samples, length, setup.dtype, layout, setup.propagate, setup.device.type != "cpu",
-            epochs=recipe.tune_epochs or 0, gathers=gathers,
-        )  # fmt: skip
+            skeleton, samples, length, setup.dtype, layout, forwards, on_device, epochs=recipe.tune_epochs or 0
+        )
         works = tuple(work_of(skeleton, s, target.selected, length, setup.dtype.itemsize) for s in skeleton.stages)
         looks = LOOKS.get(recipe.allocate or "", 0)
         return cls(target, samples, length, layout, shape, works, looks, spec.shard_bytes)
@@ -223,18 +225,17 @@ class _Run:
 
 
 def shape_of(
-    skeleton: Skeleton, samples: int, seqlen: int, dtype: torch.dtype, layout: Layout, propagate: str, on_device: bool,
-    epochs: int = 0, gathers: bool = False,
+    skeleton: Skeleton, samples: int, seqlen: int, dtype: torch.dtype, layout: Layout, forwards: int, on_device: bool,
+    epochs: int = 0,
 ) -> RunShape:  # fmt: skip
-    """The parameters of a run over `samples` windows in a layout; with samples = 0 there is no pass.
+    """The parameters of a run over `samples` windows in a layout, in `forwards` passes, none with samples = 0.
 
-    An epoch of tuning counts as three passes: forward, and two for backward. A run that `gathers` statistics first
-    takes one more pass.
+    An epoch of tuning counts as three more passes: forward, and two for backward.
     """
     batches = -(-samples // max(1, layout.batch))
     return RunShape(
         tokens=samples * seqlen, batches=batches, groups=-(-batches // layout.group),
-        forwards={"dense": 1, "pruned": 2, "asymmetric": PAIRED_FORWARDS}[propagate] + 3 * epochs + gathers,
+        forwards=forwards + 3 * epochs,
         state_bytes=skeleton.between.most(seqlen) * cache_dtype(skeleton.dtype, dtype).itemsize,
         threads=torch.get_num_threads(), on_device=on_device, layers=layout.layers, resident=layout.resident,
         tuning=3 * epochs,
