@@ -13,7 +13,7 @@ from typing import Any
 
 from crashing import tree_of
 
-from streamprune.disk.state import REPORT
+from streamprune.disk.report import REPORT
 
 GIVEN: dict[str, Any] = {"samples": 22, "seqlen": 16, "device": "cpu"}
 REFITTED: dict[str, Any] = {"sparsity": 0.6, "method": "obs-admm"}

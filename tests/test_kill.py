@@ -19,7 +19,8 @@ from conftest import VOCAB, save_model
 from crashing import Tree, tree_of
 
 from streamprune.disk.lock import Lock
-from streamprune.disk.state import REPORT, lock_of, partial_of
+from streamprune.disk.report import REPORT
+from streamprune.disk.state import lock_of, partial_of
 
 SAMPLES = 512
 

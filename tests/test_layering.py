@@ -27,8 +27,8 @@ HOUSE: dict[str, list[str]] = {
         "direct header room",
         "durable folder",
         "checkpoint hub journal lock places scratch shards",
-        "cache claims encoded linears remote state",
-        "spool",
+        "cache claims encoded linears remote report",
+        "spool state",
         "mapped",
         "mapping read_ahead",
         "compressed packed",
@@ -128,7 +128,16 @@ NO_TORCH += [
     "settings",
     "calibration.texts",
 ]
-NO_TORCH += ["disk.durable", "disk.header", "disk.checkpoint", "disk.hub", "disk.journal", "disk.state", "disk.shards"]
+NO_TORCH += [
+    "disk.durable",
+    "disk.header",
+    "disk.checkpoint",
+    "disk.hub",
+    "disk.journal",
+    "disk.report",
+    "disk.state",
+    "disk.shards",
+]
 NO_TORCH += ["disk.lock", "disk.direct", "disk.room", "disk.linears", "disk.packed", "packing.job", "packing.files"]
 NO_TORCH += ["reporting.page", "publishing.upload"]
 

@@ -18,7 +18,8 @@ from crashing import NoSync, Tree, replace_os, restore, tree_of
 from safetensors.torch import load_file, save_file
 
 from streamprune.disk import durable
-from streamprune.disk.state import REPORT, lock_of, partial_of
+from streamprune.disk.report import REPORT
+from streamprune.disk.state import lock_of, partial_of
 from streamprune.errors import CorruptStateError, ResourceError, StateError, StreampruneError, UsageError
 from streamprune.evaluation.evaluate import _scratch
 from streamprune.progress import Progress

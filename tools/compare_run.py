@@ -158,7 +158,8 @@ class Comparison:
     def cell(self, method: Method, amount: str, seed: int) -> Cell:
         """Prunes, evaluates, removes the pruned model. A failure's one line becomes `error`, with what was found."""
         from streamprune.disk import durable, journal
-        from streamprune.disk.state import REPORT, partial_of
+        from streamprune.disk.report import REPORT
+        from streamprune.disk.state import partial_of
 
         out = self.models / f"{method.name}-{amount_name(amount)}-{seed}"
         cell: Cell = {"method": method.name, "amount": amount, "seed": seed, "calibration": method.calibration}

@@ -22,14 +22,8 @@ from typing import Any, Protocol
 import xxhash
 
 from streamprune.disk import durable, journal
+from streamprune.disk.report import REPORT, Report, check_files, is_whole, read_report, sound_report
 from streamprune.errors import CorruptStateError, StateError, UsageError
-
-REPORT = "streamprune.json"
-
-CARD = "README.md"
-"""The model card, which people are meant to write in: an output is as it was whatever has become of it."""
-
-Report = dict[str, Any]
 
 
 class Job(Protocol):
@@ -112,7 +106,7 @@ class JobState:
         """
         self.remove_temporaries()
         for shard in shards:
-            if shard and not _is_whole(self.partial, shard):
+            if shard and not is_whole(self.partial, shard):
                 path = self.partial / shard["name"]
                 raise CorruptStateError(f"{path} is missing or damaged; start again with --restart")
 
@@ -140,15 +134,6 @@ class JobState:
         durable.clear(self.cache)
         durable.clear(self.folder)
         durable.publish(self.partial, self.out)
-
-
-def file_digest(path: Path) -> str:
-    """xxh3_128 of a file's bytes. Raises OSError."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def lock_of(out: Path) -> Path:
@@ -217,55 +202,6 @@ def differences_of(spec: Job, record: Mapping[str, Any]) -> str:
     return "" if found and spec.is_touched(recorded, record.get("content")) else found
 
 
-def report_fields(out: Path, report: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> list[Any]:
-    """The fields `kinds` of the report of `out`, in this order.
-
-    Raises CorruptStateError if one is missing or of another type.
-    """
-    for name, kind in kinds.items():
-        if not isinstance(report.get(name), kind):
-            raise CorruptStateError(f"{out / REPORT} is damaged ({name}); remove {out} and run again")
-    return [report[name] for name in kinds]
-
-
-def _sound_report(folder: Path) -> Report:
-    """A report with the fields that every report must have. Raises CorruptStateError."""
-    report = journal.read_json(folder / REPORT, "report")
-    job, files = report.get("job", {}), report.get("files", [])
-    if not (isinstance(job, dict) and isinstance(files, list) and all(map(_is_file, files))):
-        raise CorruptStateError(f"{folder / REPORT} is damaged; start again with --restart")
-    return report
-
-
-def _is_file(entry: object) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("bytes"), int)
-
-
-def read_report(folder: Path) -> Report:
-    """The report of a finished output. Raises CorruptStateError."""
-    try:
-        return _sound_report(folder)
-    except CorruptStateError as e:
-        what = str(e).removesuffix("; start again with --restart")
-        raise CorruptStateError(f"{what}; remove {folder} and run again") from e
-
-
-def check_files(folder: Path, report: Report) -> None:
-    """Raises CorruptStateError if a file of a finished output is missing or has another size."""
-    for file in report.get("files", []):
-        if file["name"] != CARD and not _is_whole(folder, file):
-            path = folder / file["name"]
-            raise CorruptStateError(
-                f"{path} is missing or not {file['bytes']} bytes long; remove {folder} and run again"
-            )
-
-
-def _is_whole(folder: Path, file: Mapping[str, Any]) -> bool:
-    """Whether a file of `folder` is there, as long as its entry in a report or journal says: name and bytes."""
-    path = folder / str(file["name"])
-    return path.is_file() and path.stat().st_size == file["bytes"]
-
-
 def find_unfinished(spec: Job, *, clears: bool = True) -> tuple[JobState, Report] | None:
     """The state and `job.json` of this job if it has begun; None if there is nothing to resume.
 
@@ -320,7 +256,7 @@ def _just_begun(partial: Path, folder: Path) -> bool:
 def _complete(spec: Job, partial: Path) -> tuple[JobState, Report] | None:
     """The state and report of a partial output that only has to be renamed. Without its `job.json` it is never deleted
     by --restart: it may be some other OUT that happens to have this name."""
-    report = read_report(partial) if not (partial / ".streamprune" / "job.json").is_file() else _sound_report(partial)
+    report = read_report(partial) if not (partial / ".streamprune" / "job.json").is_file() else sound_report(partial)
     if differences := differences_of(spec, report):
         raise StateError(f"{partial} is the work of another job: {differences}; choose another OUT or move it away")
     check_files(partial, report)

@@ -21,7 +21,7 @@ from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint, open_checkpoint
 from streamprune.disk.header import open_file, read_bytes, show
 from streamprune.disk.packed import LAYOUTS, TWO_FOUR
-from streamprune.disk.state import REPORT, file_digest
+from streamprune.disk.report import REPORT, file_digest
 from streamprune.errors import CheckpointError, CorruptStateError, UnsupportedError
 
 INDEX_SUFFIX = ".safetensors.index.json"

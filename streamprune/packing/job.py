@@ -26,9 +26,9 @@ from streamprune.disk.hub import resolve_model
 from streamprune.disk.journal import differences, is_touched
 from streamprune.disk.lock import Lock
 from streamprune.disk.packed import LAYOUTS, is_packed
+from streamprune.disk.report import REPORT, report_fields
 from streamprune.disk.room import SLACK_BYTES, check_room
 from streamprune.disk.state import (
-    REPORT,
     JobState,
     check_out,
     differences_of,
@@ -37,7 +37,6 @@ from streamprune.disk.state import (
     lock_of,
     new_state,
     partial_of,
-    report_fields,
 )
 from streamprune.errors import (
     CheckpointError,

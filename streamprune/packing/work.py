@@ -16,8 +16,9 @@ from streamprune.disk.checkpoint import Checkpoint, open_shard
 from streamprune.disk.durable import AtomicFile
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.packed import PackedTensor, find_packed
+from streamprune.disk.report import REPORT, file_digest
 from streamprune.disk.shards import write_index
-from streamprune.disk.state import REPORT, JobState, file_digest
+from streamprune.disk.state import JobState
 from streamprune.errors import CheckpointError, CorruptStateError
 from streamprune.packing.files import (
     PACKED_INDEX,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamprune.disk import journal
 from streamprune.disk.hub import hub_name, resolve_model
-from streamprune.disk.state import REPORT
+from streamprune.disk.report import REPORT
 from streamprune.errors import CorruptStateError
 from streamprune.process.memory import format_bytes
 from streamprune.pruning.card import loader_of

@@ -18,7 +18,7 @@ from typing import Any
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.header import open_file, read_bytes
 from streamprune.disk.hub import hub_name, is_hub_name
-from streamprune.disk.state import CARD
+from streamprune.disk.report import CARD
 from streamprune.methods.recipes import Recipe
 from streamprune.process.versions import versions
 from streamprune.pruning.command import command_of

@@ -16,7 +16,8 @@ from streamprune.disk.hub import resolve_model
 from streamprune.disk.journal import read_json
 from streamprune.disk.packed import is_packed
 from streamprune.disk.quantised import plain
-from streamprune.disk.state import REPORT, JobState, file_digest, statistics_of
+from streamprune.disk.report import REPORT, file_digest
+from streamprune.disk.state import JobState, statistics_of
 from streamprune.errors import CorruptStateError, UnsupportedError, UsageError
 from streamprune.methods.recipes import Recipe, check_propagate
 from streamprune.process.memory import parse_bytes

@@ -11,8 +11,9 @@ from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.float_quantized import configured
 from streamprune.disk.quantised import PlainView
+from streamprune.disk.report import CARD, file_digest
 from streamprune.disk.shards import write_index
-from streamprune.disk.state import CARD, JobState, file_digest
+from streamprune.disk.state import JobState
 from streamprune.errors import CorruptStateError
 from streamprune.model.outline import to_json
 from streamprune.model.stages import Outline

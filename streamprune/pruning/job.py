@@ -18,11 +18,8 @@ from typing import TYPE_CHECKING, Any
 from streamprune.disk import durable
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.lock import Lock
-from streamprune.disk.state import (
-    find_unfinished,
-    lock_of,
-    report_fields,
-)
+from streamprune.disk.report import report_fields
+from streamprune.disk.state import find_unfinished, lock_of
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UnsupportedError, UsageError
 from streamprune.methods.recipes import Recipe
 from streamprune.process import interrupts

@@ -16,7 +16,8 @@ from typing import Any
 
 from streamprune.disk.header import show
 from streamprune.disk.hub import explain, is_hub_name
-from streamprune.disk.state import CARD, REPORT, check_files, file_digest, partial_of, read_report
+from streamprune.disk.report import CARD, REPORT, check_files, file_digest, read_report
+from streamprune.disk.state import partial_of
 from streamprune.errors import CheckpointError, CorruptStateError, HubError, StateError, UsageError
 
 _MADE_BY_THE_HUB = {".gitattributes"}

@@ -17,7 +17,8 @@ from typing import Any
 
 from streamprune.disk import journal
 from streamprune.disk.header import show
-from streamprune.disk.state import REPORT, partial_of
+from streamprune.disk.report import REPORT
+from streamprune.disk.state import partial_of
 from streamprune.errors import CheckpointError, CorruptStateError, StateError
 from streamprune.pruning.report import notes_of
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from streamprune.disk import durable
 from streamprune.disk.header import show
-from streamprune.disk.state import REPORT
+from streamprune.disk.report import REPORT
 from streamprune.errors import UsageError
 from streamprune.reporting.comparison import by_kind, differences, evaluations, figures, summary
 from streamprune.reporting.evaluations import Measured, read_measured
