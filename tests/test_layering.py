@@ -94,6 +94,7 @@ HOUSE: dict[str, list[str]] = {
     "arguments": [],
     "tables": [],
     "demo": [],
+    "commands": [],
     "cli": [],
     "__main__": [],
 }
@@ -109,6 +110,7 @@ UNKNOWN_TO = {"methods": {"disk"}}
 NO_TORCH = [
     "errors",
     "cli",
+    "commands",
     "__main__",
     "progress",
     "process.imports",
