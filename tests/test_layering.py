@@ -79,7 +79,7 @@ HOUSE: dict[str, list[str]] = {
     "inspection": ["stored", "scales", "difference", "report", "count", "inspect"],
     "evaluation": ["requests scores two_models", "one_model", "evaluate", "likelihoods", "harness", "lm_eval tasks"],
     "pruning": [
-        "codes linears records refit spec",
+        "codes kept_codes linears records refit spec",
         "checks command describe quantise report shared target tuning windows",
         "array_shard card expert_tuning forward output setup shard",
         "allocate finish memory paired tuned_shard",

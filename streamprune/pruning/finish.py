@@ -103,7 +103,7 @@ def write_files(
         if name == "config.json" and target.quantisation is not None:
             text = configured(checkpoint.config, target.not_quantised())
             size, digest = len(text), durable.replace_file(state.partial / name, text)
-        elif name == "config.json" and isinstance(checkpoint, PlainView):
+        elif name == "config.json" and isinstance(checkpoint, PlainView) and not target.kept:
             text = checkpoint.configuration()
             size, digest = len(text), durable.replace_file(state.partial / name, text)
         else:

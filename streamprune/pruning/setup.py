@@ -75,10 +75,13 @@ class Setup:
         else:
             model = _built(spec, checkpoint, dtype)
         check_shared(spec, model)
-        target = Target.of_job(spec, model, backend)
+        target = Target.of_job(spec, checkpoint, model, backend)
         if target is not None and resolved and resolved.allocation:
             target = target.sharing(resolved.allocation)
-        return cls(spec, checkpoint, device, dtype, backend, model, target, propagated(spec.propagate, model))
+        propagate = propagated(spec.propagate, model)
+        if propagate != "dense" and target is not None and target.kept:
+            raise UsageError("--quantize keep is for --propagate dense; leave out --propagate")
+        return cls(spec, checkpoint, device, dtype, backend, model, target, propagate)
 
     @functools.cached_property
     def device(self) -> torch.device:
