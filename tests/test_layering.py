@@ -62,7 +62,7 @@ HOUSE: dict[str, list[str]] = {
         "calls configuration copies damage decoded expert_forms extra_memory pairs panels prunable routed_inputs",
         "experts",
         "stages",
-        "arithmetic array_checks outline shared",
+        "arithmetic array_checks further outline shared",
         "device",
         "activations between loader",
         "finite naming",

@@ -89,6 +89,10 @@ class Recipe:
     tune_lr: float | None = option(
         None, f"learning rate, relative to the weights' mean magnitude (default: {TUNE_LR})", metavar="R", kind=float
     )
+    mtp: str | None = option(
+        None, "layers for multi-token prediction, which transformers does not run: dense (default), copied as they "
+        "are; or prune, by magnitude, as much as other linears and without new values", metavar="HOW",
+    )  # fmt: skip
     allocate: str | None = option(
         None, "how to distribute --sparsity among layers: uniform (default), owl (layers with outliers keep more) or "
         "error (least sum of relative errors); owl and error calibrate first and read all weights once more",
@@ -112,6 +116,10 @@ class Recipe:
                 object.__setattr__(self, name, None)
         if self.allocate is not None and self.allocate not in ALLOCATIONS:
             raise UsageError(f"--allocate {self.allocate}: choose {', '.join(ALLOCATIONS)}")
+        if self.mtp not in (None, "dense", "prune"):
+            raise UsageError(f"--mtp {self.mtp}: choose dense or prune")
+        if self.mtp == "dense":
+            object.__setattr__(self, "mtp", None)
         if self.allocate == "uniform":
             object.__setattr__(self, "allocate", None)
         self._check_tune()

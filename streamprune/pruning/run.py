@@ -243,7 +243,7 @@ class Run:
         for stage in stages[: self._layout.layers] if copies else stages:
             if not copies or (stage.kind == "layer" and self._forward is not None):
                 self._loader.expect(stage.tensors if self._forward is None else stage.resident_tensors)
-            elif target is not None:
+            elif target is not None and stage.kind == "layer":
                 self._loader.expect(stage.linears[n] for n in target.linears_of(stage) if n not in stage.expert_of)
 
     def _more(self, stage: Stage) -> bool:

@@ -16,6 +16,7 @@ from streamprune.disk.header import show
 from streamprune.disk.quantised import PlainView
 from streamprune.errors import CorruptStateError, UnsupportedError, UsageError
 from streamprune.model.arithmetic import COMPUTED, compute_name, is_cpu, stored_name
+from streamprune.model.further import with_further
 from streamprune.model.outline import from_json
 from streamprune.model.stages import Outline
 from streamprune.process.imports import many_imports
@@ -74,6 +75,8 @@ class Setup:
             model = known
         else:
             model = _built(spec, checkpoint, dtype)
+        if spec.recipe is not None and spec.recipe.mtp:
+            model = with_further(model)
         check_shared(spec, model)
         target = Target.of_job(spec, checkpoint, model, backend)
         if target is not None and resolved and resolved.allocation:

@@ -5,7 +5,7 @@ Found from headers alone: nothing here reads or writes a weight. `plan` and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -105,8 +105,15 @@ class Target:
 
     def feature(self, stats: Callable[[str, int], InputStats], name: str, in_features: int) -> tuple[Feature, int]:
         """The recipe's score of each input feature of a linear, see scores.py. `stats` is asked only if needed."""
+        if name in self.unseen:
+            return SCORES["magnitude"](InputStats.zeros(in_features))
         known = stats(name, in_features) if self.recipe.needs_statistics else InputStats.zeros(in_features)
         return SCORES[self.recipe.score](known)
+
+    @property
+    def unseen(self) -> Collection[str]:
+        """Linears that no pass goes through (model/further.py), which are chosen from by magnitude."""
+        return self.skeleton.stages[-1].linears
 
     def keep(self, name: str, weight: Tensor, feature: Tensor, power: int, share: float) -> Tensor:
         """Mask of the weights that are kept at the fraction `share` of the final amount: (n, in) bool."""
@@ -173,6 +180,6 @@ class Features:
         """E[x_j²] (in,) float32 on the device; None if the recipe uses no statistics."""
         import torch
 
-        if not self._target.recipe.needs_statistics:
+        if not self._target.recipe.needs_statistics or name in self._target.unseen:
             return None
         return torch.from_numpy(self._stats(name, in_features).mean_square).float().to(self._device)
