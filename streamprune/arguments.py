@@ -138,6 +138,7 @@ def _job_options(p: argparse.ArgumentParser, saves: bool = False) -> None:
     )
     amount.add_argument("--pattern", metavar="N:M", help="keep N of every M consecutive weights of a row, such as 2:4")
     _filter_options(what)
+    add_settings(what, Recipe, only=("mtp",), with_defaults=False)
     how = p.add_argument_group("method")
     how.add_argument("--method", default="swiftprune", metavar="RECIPE",
                      help="recipes that only choose the weights to prune: swiftprune (default), hwpq (the same, in "

@@ -76,7 +76,7 @@ def going_wrong(how: str | None) -> Iterator[None]:
     """Within it, this rank dies or stops at the second layer, or sleeps or fails at the first."""
     real = PairedPass.layer
 
-    def layer(self: Any, stage: Any, *args: Any) -> Any:
+    def layer(self: Any, stage: Any, *args: Any, **more: Any) -> Any:
         if stage.index == 1 and how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if stage.index == 1 and how == "stop":
@@ -85,7 +85,7 @@ def going_wrong(how: str | None) -> Iterator[None]:
             time.sleep(8)
         if stage.index == 0 and how == "full":
             raise ResourceError("no space left")
-        return real(self, stage, *args)
+        return real(self, stage, *args, **more)
 
     PairedPass.layer = layer  # type: ignore[method-assign]
     try:

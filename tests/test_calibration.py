@@ -268,6 +268,9 @@ def test_remote_code_of_a_tokenizer(
         ({"text_config": {"max_position_embeddings": 300}}, 300, 300),
         ({"seq_length": 100, "max_position_embeddings": None}, 100, 100),
         ({"max_position_embeddings": "many"}, 2048, None),
+        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512, 512),
+        ({"model_type": "xlm-roberta", "max_position_embeddings": 514}, 512, 512),
+        ({"model_type": "camembert", "max_position_embeddings": 514, "pad_token_id": 5}, 508, 508),
     ],
 )
 def test_lengths(config: dict[str, Any], default: int, longest: int | None) -> None:

@@ -42,7 +42,7 @@ from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, StateError, UnsupportedError, UsageError
-from streamprune.model.binding import _ExpertWeights
+from streamprune.model.bound_experts import ExpertWeights
 from streamprune.model.budget import EXPERT_TOKENS, GROUP_BYTES, Budget, Layout, estimate, group_of, waiting_bytes
 from streamprune.model.expert_forms import Form, is_experts
 from streamprune.model.loader import WeightLoader
@@ -267,8 +267,8 @@ def test_refits(
     make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fused: bool, how: Job
 ) -> None:
     """Each expert's linears are refitted to the inputs routed to it; the reported output errors are right."""
-    monkeypatch.setattr("streamprune.model.routed._GATHERED_ROWS", 3)
-    monkeypatch.setattr("streamprune.model.routed._SCANNED_TOKENS", 7)
+    monkeypatch.setattr("streamprune.model.routed_inputs._GATHERED_ROWS", 3)
+    monkeypatch.setattr("streamprune.model.routed_inputs._SCANNED_TOKENS", 7)
     source = make(kind, fused=True) if fused else make(kind)
     whole, flat = in_memory(source), fused or kind == "gpt_oss"
     weighted, inputs = how.get("expert_stats") != "routed", dict[str, list[torch.Tensor]]()
@@ -608,13 +608,13 @@ def test_few_numbers_of_rows() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_rows_of_products(make: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """In bf16, numbers of rows are padded, also for refits; statistics and Grams see only the routed rows."""
-    seen, product = list[int](), _ExpertWeights.product
+    seen, product = list[int](), ExpertWeights.product
 
-    def note(weights: _ExpertWeights, name: str, x: torch.Tensor) -> torch.Tensor:
+    def note(weights: ExpertWeights, name: str, x: torch.Tensor) -> torch.Tensor:
         seen.append(len(x))
         return product(weights, name, x)
 
-    monkeypatch.setattr(_ExpertWeights, "product", note)
+    monkeypatch.setattr(ExpertWeights, "product", note)
     monkeypatch.setattr("streamprune.model.budget.BATCH_TOKENS", 5 * SEQLEN)
     source = make("mixtral")
     job = {"method": "obs-admm", "pattern": "2:4", "expert_tokens": 2, "save_stats": tmp_path / "stats"}

@@ -355,6 +355,27 @@ def test_a_model_that_overflows(models: Models, how: dict[str, Any], tmp_path: P
     assert calibrate(source, tmp_path / "s", dtype="float32", **how).status == "done"
 
 
+def test_damaged_names(models: Models, how: dict[str, Any], tmp_path: Path) -> None:
+    """A name that is no linear's in place of one, or of a tensor, is damage; the model is the right one."""
+    calibrate(models("llama"), tmp_path / "s", **how)
+    before, name = (tmp_path / "s").read_bytes(), "model.layers.1.mlp.up_proj"
+
+    def renamed(header: dict[str, Any]) -> None:
+        groups = json.loads(header["__metadata__"]["groups"])
+        groups["model.layers.1.mlp.uq_proj"] = groups.pop(name)
+        header["__metadata__"]["groups"] = json.dumps(groups)
+
+    def moved(header: dict[str, Any]) -> None:
+        header["model.layers.1.mlp.gbte_proj.sumsq"] = header.pop("model.layers.1.mlp.gate_proj.sumsq")
+
+    for change, what in ((renamed, "uq_proj.*none of model.layers.1.mlp.up_proj"), (moved, "gate_proj.sumsq.*missing")):
+        (tmp_path / "s").write_bytes(before)
+        rewrite(tmp_path / "s", change)
+        with pytest.raises(CorruptStateError, match=rf"is damaged: .*{what}; make it again"):
+            prune(models("llama"), tmp_path / "out", stats=tmp_path / "s", sparsity=0.5)
+    assert not (tmp_path / "out").exists()
+
+
 def test_linears_that_are_not_used(models: Models, how: dict[str, Any], tmp_path: Path) -> None:
     """Only what is pruned needs statistics."""
     calibrate(models("llama"), tmp_path / "s", **how)

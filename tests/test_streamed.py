@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, StreampruneError, UnsupportedError
-from streamprune.model import binding
+from streamprune.model import panels
 from streamprune.model.binding import bound
 from streamprune.model.loader import WeightLoader
 from streamprune.model.prunable import is_linear
@@ -158,7 +158,7 @@ def test_panels(models: Models, ids: torch.Tensor, monkeypatch: pytest.MonkeyPat
     """Linears converted a few rows at a time: the same result however few."""
     for kind in ("llama", "opt"):  # without and with biases
         model = AutoModelForCausalLM.from_pretrained(models(kind), dtype=torch.float32).eval()
-        monkeypatch.setattr(binding, "_PANEL_BYTES", rows * 32 * 4)
+        monkeypatch.setattr(panels, "_PANEL_BYTES", rows * 32 * 4)
         (found,) = walked(models(kind), [ids])
         with torch.no_grad():
             torch.testing.assert_close(found, model(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)

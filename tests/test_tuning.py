@@ -12,7 +12,6 @@ import torch
 from calls import plan, prune
 from conftest import VOCAB
 from families import FAMILIES
-from mixtures import MIXTURES, save_mixture
 from safetensors.torch import load_file
 from test_crash import Crasher, show
 from test_device_path import LAYOUTS, weights_of
@@ -435,16 +434,6 @@ def test_half_the_windows_are_tried_when_memory_runs_out(
 
 
 # ---- refusals
-
-
-def test_mixtures_are_refused(text: Path, tmp_path: Path) -> None:
-    kind = next(iter(MIXTURES))
-    source = save_mixture(tmp_path / "model", kind)
-    with pytest.raises(UnsupportedError, match=r"without experts.*leave it out"):
-        run(source, tmp_path / "out", text)
-    with pytest.raises(UnsupportedError, match="without experts"):
-        plan(source, tune="block", samples=4, seqlen=16)
-    assert not (tmp_path / "out.partial").exists()
 
 
 def test_layers_without_gradients_are_refused(

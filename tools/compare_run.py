@@ -43,13 +43,13 @@ Todo = tuple[Method, str, int]
 def parse_methods(text: str | None) -> list[Method]:
     """What --methods names, all recipes without it. Raises BenchError for a recipe or refit that is not there."""
     from streamprune.errors import UsageError
-    from streamprune.methods.recipes import QUANTIZE, RECIPES, REFITS, Recipe
+    from streamprune.methods.recipes import RECIPES, REFITS, Recipe
 
     found = {}
     for name in text.split(",") if text is not None else RECIPES:
         base, *more = name.split("+")
         tune = "block" if more and more[-1] == "tune" and more.pop() else None
-        quantize = more.pop() if more and more[-1] in QUANTIZE[1:] else None
+        quantize = more.pop() if more and more[-1] == "fp8" else None
         refit = more.pop() if more else None
         try:
             recipe = Recipe.named(base if not more else name, refit=refit, quantize=quantize, tune=tune)

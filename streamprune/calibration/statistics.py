@@ -83,12 +83,21 @@ class StatisticsFile(StatisticsHeader):
     def load(self, linear: str, in_features: int) -> InputStats:
         """The statistics of one linear's input.
 
-        Raises UsageError when they are missing or of another width, CorruptStateError when they are damaged.
+        The file must be of this model. Raises UsageError when they are missing or of another width, CorruptStateError
+        when they are damaged.
         """
         group = self.groups.get(linear)
         tensors = {k: self.refs.get(f"{group}.{k}") for k in ("tokens", "sum", "sumsq")}
-        if group is None or any(t is None for t in tensors.values()):
-            raise UsageError(f"{self.path} has no statistics of {linear}; it belongs to another model")
+        if group is None:
+            raise UsageError(
+                f"{self.path} has no statistics of {linear}, which was not used on the text that it was made from; "
+                "--skip it, or make the file again with `calibrate` and another text"
+            )
+        if missing := [key for key, tensor in tensors.items() if tensor is None]:
+            raise CorruptStateError(
+                f"{self.path} is damaged: {group}.{missing[0]}, the statistics of {linear}, is missing; make it again "
+                "with `calibrate`"
+            )
         values = {k: self._read(t) for k, t in tensors.items() if t is not None}
         if values["sum"].shape != (in_features,) or values["sumsq"].shape != (in_features,):
             raise UsageError(

@@ -128,9 +128,22 @@ def positions(seqlen: int, has_bos: bool, config: Mapping[str, Any]) -> int:
     return min(seqlen + has_bos, max(longest_context(config) or seqlen + 1, seqlen))
 
 
+_AFTER_PADDING = frozenset({
+    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+"""Model types that count positions from their padding token's number plus 1 on, so that fewer are left for tokens."""
+
+
 def longest_context(config: Mapping[str, Any]) -> int | None:
-    """The smallest context length that config.json names, in tokens; None where it names none."""
+    """The smallest context length that config.json names, in tokens; None where it names none.
+
+    RoBERTa and its kin use the first positions for nothing: of 514, with padding token 1, 512 are left.
+    """
     names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len")
     limits = [part.get(name) for part in (config, config.get("text_config") or {}) for name in names]
     found = [n for n in limits if isinstance(n, int) and n > 0]
-    return min(found) if found else None
+    if not found:
+        return None
+    padding = config.get("pad_token_id", 1)
+    unused = padding + 1 if config.get("model_type") in _AFTER_PADDING and isinstance(padding, int) else 0
+    return max(1, min(found) - unused)

@@ -149,13 +149,29 @@ def inspectable(checkpoint: Checkpoint, against: Checkpoint | None = None) -> Ch
         return checkpoint
 
 
+def stored_parts(view: PlainView) -> dict[str, tuple[TensorRef, ...]]:
+    """Quantised weight -> all tensors that are stored of it, the codes first; those of its inputs included."""
+    found: dict[str, tuple[TensorRef, ...]] = {}
+    for name, ref in view.tensors.items():
+        if isinstance(ref, EncodedRef):
+            names = [f"{name.removesuffix('.weight')}.{leaf}" for leaf in _beside(name)]
+            known = {part.name: part for part in ref.encoding.parts}
+            known |= {n: view.stored.tensors[n] for n in names if n in view.stored.tensors}
+            found[name] = tuple(known.values())
+    return found
+
+
+def _beside(name: str) -> tuple[str, ...]:
+    """What may be stored beside a quantised weight and its scales, by the last part of the name."""
+    return (*_OF_INPUTS, "weight_shape", "weight_zero_point") if name.endswith(".weight") else ()
+
+
 def _view(checkpoint: Checkpoint, encodings: Mapping[str, Encoding], method: str) -> PlainView:
     dtype = _dtype_of(checkpoint.config)
     tensors: dict[str, TensorRef] = {}
     parts = {part.name for encoding in encodings.values() for part in encoding.parts}
     for name in encodings:
-        module = name.removesuffix(".weight")
-        parts |= {f"{module}.{leaf}" for leaf in (*_OF_INPUTS, "weight_shape", "weight_zero_point") if module != name}
+        parts |= {f"{name.removesuffix('.weight')}.{leaf}" for leaf in _beside(name)}
     names = {encoding.codes.name: name for name, encoding in encodings.items()}
     for stored in checkpoint.tensors.values():
         if stored.name in names:

@@ -33,7 +33,7 @@ SELECTORS = ("ewma", "exact")
 PROPAGATIONS = ("dense", "pruned", "asymmetric")
 ALLOCATIONS = ("uniform", "owl", "error")
 REFITS = ("none", "cg", "obs-admm", "gradual-cg", "admm", "sparsegpt")
-QUANTIZE = ("none", "fp8")
+QUANTIZE = ("none", "fp8", "keep")
 TUNE = ("none", "block")
 TUNE_EPOCHS = 12
 TUNE_LR = 0.015
@@ -60,8 +60,9 @@ class Recipe:
         metavar="REFIT",
     )
     quantize: str | None = option(
-        None, "none, or fp8: store pruned linears in FP8 (E4M3, one scale per output channel), in the format of "
-        "compressed-tensors", metavar="HOW",
+        None, "none; fp8: store pruned linears in FP8 (E4M3, one scale per output channel), in the format of "
+        "compressed-tensors; or keep: of a checkpoint in FP8 or int8, set codes to zero and leave all else as it is",
+        metavar="HOW",
     )  # fmt: skip
     tune: str | None = option(
         None,
@@ -88,6 +89,10 @@ class Recipe:
     tune_lr: float | None = option(
         None, f"learning rate, relative to the weights' mean magnitude (default: {TUNE_LR})", metavar="R", kind=float
     )
+    mtp: str | None = option(
+        None, "layers for multi-token prediction, which transformers does not run: dense (default), copied as they "
+        "are; or prune, by magnitude, as much as other linears and without new values", metavar="HOW",
+    )  # fmt: skip
     allocate: str | None = option(
         None, "how to distribute --sparsity among layers: uniform (default), owl (layers with outliers keep more) or "
         "error (least sum of relative errors); owl and error calibrate first and read all weights once more",
@@ -111,10 +116,19 @@ class Recipe:
                 object.__setattr__(self, name, None)
         if self.allocate is not None and self.allocate not in ALLOCATIONS:
             raise UsageError(f"--allocate {self.allocate}: choose {', '.join(ALLOCATIONS)}")
+        if self.mtp not in (None, "dense", "prune"):
+            raise UsageError(f"--mtp {self.mtp}: choose dense or prune")
+        if self.mtp == "dense":
+            object.__setattr__(self, "mtp", None)
         if self.allocate == "uniform":
             object.__setattr__(self, "allocate", None)
         self._check_tune()
         self._check_fp8()
+        if self.keeps_codes and self.aims:
+            raise UsageError(
+                "--quantize keep leaves the weights that stay as they are, so it goes with a mask alone; leave out "
+                "--refit and --tune, or choose --quantize none or fp8"
+            )
         if self.damping is not None:
             if not self.needs_gram:
                 raise UsageError("--damping is for a refit, and this recipe has none; see --refit")
@@ -122,7 +136,7 @@ class Recipe:
 
     def _check_fp8(self) -> None:
         scale, rounding = self.fp8_scale, self.fp8_rounding
-        if self.quantize is None and (scale is not None or rounding is not None):
+        if not self.in_fp8 and (scale is not None or rounding is not None):
             raise UsageError("--fp8-scale and --fp8-rounding are for --quantize fp8 and --method hwpq; leave them out")
         if scale is not None and scale not in FP8_SCALES:
             raise UsageError(f"--fp8-scale {scale}: choose {' or '.join(FP8_SCALES)}")
@@ -137,7 +151,7 @@ class Recipe:
             if epochs is not None or rate is not None:
                 raise UsageError("--tune-epochs and --tune-lr are for --tune block; leave them out")
             return
-        if self.quantize is not None:
+        if self.in_fp8:
             raise UsageError(
                 "--tune block cannot tune quantised weights: tune first, then store the result in FP8 with a second "
                 "prune, with --method magnitude --sparsity 0 --quantize fp8"
@@ -152,7 +166,7 @@ class Recipe:
 
         A default of an earlier version is used where `recorded`, the options of a job that has begun, has it.
         """
-        fp8, tuned, refitted = self.quantize is not None, self.tune is not None, self.needs_gram
+        fp8, tuned, refitted = self.in_fp8, self.tune is not None, self.needs_gram
         earlier = {n: v for n, v in (recorded or {}).items() if v in EARLIER_DEFAULTS.get(n, ())}
         rate = earlier.get("tune_lr", TUNE_LR) if self.tune_lr is None else float(self.tune_lr)
         return replace(
@@ -170,6 +184,16 @@ class Recipe:
         parts = _parts(self)
         named = next((name for name, recipe in RECIPES.items() if _parts(recipe) == parts), None)
         return named or "+".join(part for part in parts if part)
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether pruned linears are stored in FP8, with new codes."""
+        return self.quantize == "fp8"
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether the source's codes are kept, but for those of pruned weights."""
+        return self.quantize == "keep"
 
     @property
     def needs_statistics(self) -> bool:

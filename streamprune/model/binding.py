@@ -15,23 +15,22 @@ what transformers holds in float32 whatever their dtype (weights that mix stream
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from streamprune.disk.float_quantized import SCALE, Scheme
 from streamprune.disk.header import TensorRef
 from streamprune.methods.fp8 import dequantise
-from streamprune.model.expert_forms import form_of
+from streamprune.model.bound_experts import bind_experts
 from streamprune.model.loader import WeightLoader
 from streamprune.model.naming import pieces_of
-from streamprune.model.routed import InputHook, Routed, immediate_forward
+from streamprune.model.panels import dequantised, in_panels, linear_in_panels
+from streamprune.model.routed import InputHook, Routed
 from streamprune.model.skeleton import Skeleton, is_table
 
-_PANEL_BYTES = 32 << 20
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -69,7 +68,7 @@ def bound(
                 continue
             full = ".".join(p for p in (prefix, path) if p)
             if full in skeleton.experts:
-                undo.append(_bind_experts(skeleton, module, full, loader, refs, watch, weighted, routed))
+                undo.append(bind_experts(skeleton, module, full, loader, refs, watch, weighted, routed))
             names = [*module._parameters, *module._buffers]
             for leaf in names:
                 name = f"{full}.{leaf}" if full else leaf
@@ -152,7 +151,7 @@ def _bind(
     release: Callable[[], object] = _nothing
     if held is None and type(module) is nn.Linear and leaf == "weight" and called:
         held = value
-        module.forward = functools.partial(_linear_in_panels, module)  # type: ignore[method-assign]
+        module.forward = functools.partial(linear_in_panels, module)  # type: ignore[method-assign]
         release = functools.partial(module.__dict__.pop, "forward", None)
     elif held is None:
         held = value.to(dtype)
@@ -161,78 +160,6 @@ def _bind(
     def restore() -> None:
         release()
         module._parameters[leaf] = before
-
-    return restore
-
-
-class _ExpertWeights:
-    """The weights of a module's experts, loaded when they are used: see routed.Weights.
-
-    Weights in FP8 or in another dtype than x are converted a panel of rows at a time. Inputs of FP8 experts are not
-    rounded to FP8: transformers, unlike vLLM, does that for nn.Linear only.
-    """
-
-    def __init__(self, skeleton: Skeleton, loader: WeightLoader, refs: Mapping[str, TensorRef]) -> None:
-        self._skeleton, self._loader, self._refs = skeleton, loader, refs
-        self._held: dict[str, tuple[Tensor, ...]] = {}
-        self.device = loader.device
-
-    def stored(self, name: str) -> tuple[TensorRef, Tensor]:
-        """A linear's weight in its stored dtype and shape."""
-        refs = self._of(name)
-        if name not in self._held:
-            self._held[name] = tuple(self._loader.tensor(ref) for ref in refs)
-        return refs[0], self._held[name][0]
-
-    def product(self, name: str, x: Tensor) -> Tensor:
-        """x (n, in) · Wᵀ: (n, out), in x's dtype."""
-        weight = self.stored(name)[1]
-        if len(self._held[name]) > 1:
-            scale = self._held[name][1]
-            return _in_panels(x, len(weight), None, lambda begin, end: _dequantised(weight, scale, begin, end, x.dtype))
-        if name in self._skeleton.transposed:
-            weight = weight.t()
-        if weight.dtype == x.dtype:
-            return F.linear(x, weight)
-        return _in_panels(x, len(weight), None, lambda begin, end: weight[begin:end].to(x.dtype))
-
-    def expect(self, names: Collection[str]) -> None:
-        """Starts prefetching weights."""
-        if names:
-            self._loader.expect(ref for name in names for ref in self._of(name))
-
-    def release(self, names: Collection[str]) -> None:
-        """Frees weights."""
-        for name in names:
-            self._held.pop(name, None)
-        self._loader.release(ref for name in names for ref in self._of(name))
-
-    def release_all(self) -> None:
-        """Frees all weights still held."""
-        self.release(list(self._held))
-
-    def _of(self, name: str) -> list[TensorRef]:
-        scale = self._refs.get(f"{name}.weight{SCALE}")
-        return [self._refs[f"{name}.weight"], *([] if scale is None else [scale])]
-
-
-def _bind_experts(
-    skeleton: Skeleton, module: nn.Module, path: str, loader: WeightLoader, refs: Mapping[str, TensorRef],
-    watch: InputHook | None, weighted: bool, routed: Routed | None,
-) -> Callable[[], None]:  # fmt: skip
-    """Makes a module of experts compute one expert at a time; returns a function that undoes it."""
-    weights, experts = _ExpertWeights(skeleton, loader, refs), skeleton.experts[path]
-    form = form_of(skeleton.model, path, module)
-    assert form is not None
-    if routed is None:
-        forward = immediate_forward(form, experts, weights, watch, weighted)
-    else:
-        forward = routed.forward_of(form, experts, weights)
-    form.caller.__dict__["forward"] = form.replaced(forward)
-
-    def restore() -> None:
-        form.caller.__dict__.pop("forward", None)
-        weights.release_all()
 
     return restore
 
@@ -247,8 +174,8 @@ def _bind_codes(
         # Some callers read the weight's dtype (DeepSeek-V3.2's indexer). If one read its values, NaN would show it.
         placeholder = codes.new_full((), torch.nan, dtype=dtype).expand(codes.shape)
         module._parameters["weight"] = nn.Parameter(placeholder, requires_grad=False)
-        module.__dict__["forward"] = lambda x: _in_panels(
-            quantised(x), len(codes), module.bias, lambda b, e: _dequantised(codes, scale, b, e, x.dtype)
+        module.__dict__["forward"] = lambda x: in_panels(
+            quantised(x), len(codes), module.bias, lambda b, e: dequantised(codes, scale, b, e, x.dtype)
         )
     else:  # a subclass with a forward of its own, or see _bind
         exact = dequantise(codes, scale, dtype)
@@ -310,25 +237,3 @@ def _rounded(x: Tensor) -> Tensor:
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
-
-
-def _dequantised(codes: Tensor, scale: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-    """Rows begin to end of scale · codes, in `dtype`."""
-    return dequantise(codes[begin:end], scale[begin:end] if scale.numel() > 1 else scale, dtype)
-
-
-def _linear_in_panels(module: nn.Linear, x: Tensor) -> Tensor:
-    """x (…, in) · Wᵀ + b with W (out, in) converted to x's dtype a panel of rows at a time."""
-    weight = module.weight
-    return _in_panels(x, len(weight), module.bias, lambda begin, end: weight[begin:end].to(x.dtype))
-
-
-def _in_panels(x: Tensor, out_features: int, bias: Tensor | None, panel: Callable[[int, int], Tensor]) -> Tensor:
-    """x (…, in) · Wᵀ + b: (…, out) in x's dtype. `panel(begin, end)` returns these rows of W in x's dtype."""
-    rows = max(1, _PANEL_BYTES // (x.shape[-1] * x.dtype.itemsize))
-    out = x.new_empty(*x.shape[:-1], out_features)
-    for begin in range(0, out_features, rows):
-        end = min(begin + rows, out_features)
-        part = None if bias is None else bias[begin:end].to(x.dtype)
-        out[..., begin:end] = F.linear(x, panel(begin, end), part)
-    return out

@@ -3,22 +3,28 @@
 `survey` checks layers before a job writes anything. It runs each kind of layer forwards and backwards on the meta
 device, where nothing is computed. That shows whether gradients reach every tuned tensor, and how many bytes autograd
 keeps per token until the backward pass.
+
+A layer's experts stay as they are, and are run one at a time (frozen_experts.py). On the meta device there are none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.header import TensorRef
 from streamprune.errors import UnsupportedError
 from streamprune.model.binding import replaced_tensors
 from streamprune.model.blank_layer import BlankLayer
+from streamprune.model.bound_experts import bound_experts
 from streamprune.model.calls import Call, mapped
+from streamprune.model.frozen_experts import FrozenExperts, NoExperts
+from streamprune.model.loader import WeightLoader
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
 from streamprune.model.streamed import StreamedModel
@@ -29,9 +35,19 @@ _LENGTH = 16
 """Tokens in the trial run: few, so that attention scores (length²) are negligible."""
 
 
+class BoundExperts(NamedTuple):
+    """The experts of a layer that is trained, and where their weights are."""
+
+    frozen: FrozenExperts
+    loader: WeightLoader
+    sources: Mapping[str, TensorRef]
+
+
 @contextmanager
-def trainable(streamed: StreamedModel, stage: Stage, tensors: Mapping[str, Tensor]) -> Iterator[Run]:
-    """Yields the layer's forward, with `tensors` (named within the layer) as its parameters.
+def trainable(
+    streamed: StreamedModel, stage: Stage, tensors: Mapping[str, Tensor], experts: BoundExperts | None = None
+) -> Iterator[Run]:  # fmt: skip
+    """Yields the layer's forward, with `tensors` (named within the layer) as its parameters, and its `experts`.
 
     It takes what is kept before the layer, (batch, seqlen, width) in the compute dtype, on the device, and gives hidden
     states (batch, seqlen, of all streams). Call it outside of inference mode.
@@ -45,15 +61,20 @@ def trainable(streamed: StreamedModel, stage: Stage, tensors: Mapping[str, Tenso
             call = known[samples] = mapped(call_for(stage.index, given), torch.clone)
         return between.rows(call.run(layer, given.hidden, given.values)[0])
 
-    with streamed.replaying() as call_for, replaced_tensors(layer, tensors):
+    paths = [each.path for each in stage.experts]
+    frozen = nullcontext() if experts is None else bound_experts(
+        streamed.skeleton, paths, experts.loader, experts.sources, experts.frozen
+    )  # fmt: skip
+    with streamed.replaying() as call_for, replaced_tensors(layer, tensors), frozen:
         yield run
 
 
 def survey(
     checkpoint: Checkpoint, skeleton: Skeleton, dtype: torch.dtype, device: torch.device,
-    tuned: Callable[[Stage], Collection[str]],
+    tuned: Callable[[Stage], Mapping[str, bool]],
 ) -> int:  # fmt: skip
-    """The most bytes per token that autograd keeps for a layer; `tuned` names the tuned tensors within a layer.
+    """The most bytes per token that autograd keeps for a layer; `tuned` names the tuned tensors within a layer: True
+    for those that gradients must reach even where there are experts, some of whose vectors only choose among them.
 
     Raises UnsupportedError for a layer that cannot be differentiated.
     """
@@ -61,22 +82,24 @@ def survey(
     trial.embed()
     found = dict[tuple[Any, ...], int]()
     for stage in skeleton.layer_stages:
-        names = tuple(sorted(tuned(stage)))
+        names = tuned(stage)
         layer = skeleton.layers[stage.index]
         parts = [(path, type(module), str(module.extra_repr())) for path, module in layer.named_modules()]
-        key = (names, *parts)
+        key = (*sorted(names), *parts)
         if names and key not in found:
             found[key] = _kept_bytes(skeleton, stage, trial.streamed, dtype, names)
     return max(found.values(), default=0)
 
 
 def _kept_bytes(
-    skeleton: Skeleton, stage: Stage, streamed: StreamedModel, dtype: torch.dtype, names: Collection[str]
+    skeleton: Skeleton, stage: Stage, streamed: StreamedModel, dtype: torch.dtype, names: Mapping[str, bool]
 ) -> int:
     layer, kept = skeleton.layers[stage.index], dict[int, tuple[Tensor, int]]()
+    paths = [each.path for each in stage.experts]
     blank = {
         name: torch.empty(p.shape, dtype=dtype if p.is_floating_point() else p.dtype, device="meta")
         for name, p in (*layer.named_parameters(), *layer.named_buffers())
+        if name in names or not any(f"{stage.prefix}.{name}".startswith(f"{path}.") for path in paths)
     }
     own = {name: blank[name].requires_grad_() for name in names}
     weights = {t.untyped_storage()._cdata for t in blank.values()}
@@ -92,7 +115,10 @@ def _kept_bytes(
     given = skeleton.between.unpack(stage.index, torch.empty(1, _LENGTH, width, dtype=dtype, device="meta"))
     reason = ""
     try:
-        with replaced_tensors(layer, blank):
+        with (
+            replaced_tensors(layer, blank),
+            bound_experts(skeleton, paths, streamed.loader, skeleton.sources, NoExperts()),
+        ):
             _backward(
                 call.run(layer, given.hidden, given.values)[0]
             )  # without hooks: they hide errors about in-place changes
@@ -100,7 +126,7 @@ def _kept_bytes(
                 _backward(call.run(layer, given.hidden, given.values)[0])
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())[:160]
-    missing = [name for name in own if own[name].grad is None]
+    missing = [name for name in own if own[name].grad is None and (names[name] or not stage.experts)]
     if reason or missing:
         kind = getattr(skeleton.model.config, "model_type", type(skeleton.model).__name__)
         reason = reason or f"no gradient reaches {missing[0]}"

@@ -56,6 +56,11 @@ class Pairs:
         self._forget(windows.tolist())
         return given, wanted, self._weights[windows.to(self._device)]
 
+    @property
+    def token_weights(self) -> Tensor:
+        """What an error of each token counts (tuning.token_weights): (samples · seqlen,) float32, on the device."""
+        return self._weights.flatten()
+
     def _forget(self, windows: list[int] | range) -> None:
         for file in self._files:
             for window in windows:

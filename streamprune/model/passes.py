@@ -20,7 +20,8 @@ from streamprune.model.activations import Activations
 from streamprune.model.copies import is_out_of_memory
 from streamprune.model.finite import finite_rows
 from streamprune.model.loader import WeightLoader
-from streamprune.model.routed import InputHook, Routed, RoutedInputs
+from streamprune.model.routed import InputHook, Routed
+from streamprune.model.routed_inputs import RoutedInputs
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
 from streamprune.model.streamed import StreamedModel

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -20,22 +19,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from streamprune.disk.header import TensorRef
-from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import UnsupportedError
 from streamprune.model.expert_forms import Form, Forward
 from streamprune.model.experts import Experts
 from streamprune.model.finite import refuse_nonfinite
+from streamprune.model.routed_inputs import RoutedInputs
 from streamprune.process.memory import give_back_free_memory
 from streamprune.process.ranks import Ranks
 
 InputHook = Callable[[str, Tensor], None]
 """Called with a linear and its input (tokens, in)."""
-
-_GATHERED_ROWS = 256
-"""Rows that are read from a file at once: if they are far apart, each maps 64 KiB."""
-
-_SCANNED_TOKENS = 1 << 16
-"""Tokens that are searched at once for those of an expert."""
 
 _LEAST_ROWS = 64
 """On the CPU, rows of a bf16 or float16 product are padded to a multiple of this."""
@@ -68,8 +61,15 @@ class Weights(Protocol):
         """Frees weights."""
 
 
+class Forwards(Protocol):
+    """Makes the forwards of modules of experts."""
+
+    def forward_of(self, form: Form, experts: Experts, weights: Weights) -> Forward:
+        """A forward of experts that computes with `weights` for as long as they are bound."""
+
+
 @dataclass
-class _Mixture:
+class Mixture:
     """A module of experts with bound weights, and its inputs and outputs for the current group of batches."""
 
     form: Form
@@ -105,16 +105,22 @@ class _Mixture:
         """What an expert is given of states x (n, hidden), and the weights of its outputs (n, 1)."""
         return (x * share, torch.ones_like(share)) if self.form.scales_inputs else (x, share)
 
+    def in_turn(self, chosen: Tensor) -> Iterator[int]:
+        """The experts among those `chosen` that have weights; each one's are prefetched before and freed after it."""
+        numbers = [e for e in torch.unique(chosen).tolist() if 0 <= e < len(self.experts.down)]  # others: no expert
+        self.weights.expect(self.experts.of(numbers[:1]))
+        for e, following in zip(numbers, [*numbers[1:], None], strict=True):
+            self.weights.expect(self.experts.of([] if following is None else [following]))
+            yield e
+            self.weights.release(self.experts.of([e]))
+
     def compute(
         self, hidden: Tensor, chosen: Tensor, shares: Tensor, watch: InputHook | None, weighted: bool, rows: int,
         check: Callable[[str], None] | None = None,
     ) -> Tensor:  # fmt: skip
         """As Forward, expert after expert, at most `rows` tokens at once. Calls `check(linear)` before its use."""
         out = torch.zeros_like(hidden)
-        numbers = [e for e in torch.unique(chosen).tolist() if 0 <= e < len(self.experts.down)]  # others: no expert
-        self.weights.expect(self.experts.of(numbers[:1]))
-        for e, following in zip(numbers, [*numbers[1:], None], strict=True):
-            self.weights.expect(self.experts.of([] if following is None else [following]))
+        for e in self.in_turn(chosen):
             if check is not None:
                 for name in self.experts.of([e]):
                     check(name)
@@ -125,7 +131,6 @@ class _Mixture:
                 intermediate = self.intermediate(e, x)
                 _show(watch, (self.experts.down[e],), intermediate, share, weighted)
                 out.index_add_(0, token, (self.output(e, intermediate) * share).to(out.dtype))
-            self.weights.release(self.experts.of([e]))
         if self.form.identities:
             beyond = (shares * (chosen >= len(self.experts.down))).sum(1, keepdim=True)
             out += (hidden * beyond).to(out.dtype)
@@ -152,7 +157,7 @@ def immediate_forward(
 
     `watch` sees the linears' inputs, multiplied by the routing weights if `weighted`.
     """
-    mixture = _Mixture(form, experts, weights)
+    mixture = Mixture(form, experts, weights)
     return lambda hidden, chosen, shares: mixture.compute(hidden, chosen, shares, watch, weighted, max(1, len(hidden)))
 
 
@@ -165,7 +170,7 @@ class Routed:
 
     def __init__(self, stored: Mapping[str, TensorRef], weighted: bool, kept: RoutedInputs | None = None) -> None:
         self._stored, self._weighted, self._kept = stored, weighted, kept
-        self._mixtures: dict[str, _Mixture] = {}
+        self._mixtures: dict[str, Mixture] = {}
         self._checked: set[str] = set()
         self._calls = 0
         """Calls of the layer in this pass over the group."""
@@ -174,7 +179,7 @@ class Routed:
 
     def forward_of(self, form: Form, experts: Experts, weights: Weights) -> Forward:
         """A forward of experts for the whole group, while `weights` are bound."""
-        mixture = self._mixtures[experts.path] = _Mixture(form, experts, weights)
+        mixture = self._mixtures[experts.path] = Mixture(form, experts, weights)
 
         def forward(hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
             if mixture.outputs is None:
@@ -237,6 +242,11 @@ class Routed:
                         _show(watch, (down,), mixture.intermediate(e, x), share, self._weighted)
                 mixture.weights.release(mixture.experts.of([e]))
 
+    def recorded(self, path: str) -> tuple[Mixture, RoutedInputs]:
+        """A module of experts, which must be bound, and what was recorded."""
+        assert self._kept is not None
+        return self._mixtures[path], self._kept
+
     def gathered(self, ranks: Ranks, tokens: int) -> None:
         """Gives all ranks the inputs recorded on any of them, `tokens` in all."""
         if self._kept is not None and ranks.size > 1:
@@ -247,71 +257,3 @@ class Routed:
             ref, tensor = weights.stored(name)
             refuse_nonfinite(ref, 0, tensor, self._stored.get(ref.name))
             self._checked.add(name)
-
-
-class RoutedInputs:
-    """Records the inputs of a layer's experts, for `tokens` tokens in all, in unnamed temporary files in `folder`.
-
-    Raises ResourceError when the disk is too small for them.
-    """
-
-    def __init__(self, folder: Path, tokens: int) -> None:
-        self._folder, self._tokens = folder, tokens
-        self._files: dict[str, tuple[ScratchMatrix, ScratchMatrix, ScratchMatrix]] = {}
-        self._used: dict[str, int] = {}
-        self._groups: dict[str, list[int]] = {}
-        """Where each group of batches that was added ends."""
-
-    def add(self, path: str, *parts: Tensor) -> None:
-        """Adds the inputs (states, chosen, shares) of the module of experts `path`; shapes as for Forward."""
-        hidden, chosen, shares = parts
-        parts = (hidden, chosen.to(torch.int32), shares)
-        if path not in self._files:
-            first, second, third = (ScratchMatrix(self._folder, self._tokens, p.shape[1], p.dtype) for p in parts)
-            self._files[path] = (first, second, third)
-        begin = self._used.get(path, 0)
-        end = self._used[path] = begin + len(hidden)
-        self._groups.setdefault(path, []).append(end)
-        if end > self._tokens:
-            raise UnsupportedError(f"{path} is given more rows than there are tokens; its experts cannot be refitted")
-        for file, part in zip(self._files[path], parts, strict=True):
-            file.tensor[begin:end] = part.cpu()
-            file.forget(begin, end)
-
-    def gathered(self, ranks: Ranks, tokens: int) -> RoutedInputs:
-        """The inputs recorded on all ranks, `tokens` in all, in the order of the groups, which ranks take in turn."""
-        whole = RoutedInputs(self._folder, tokens)
-        for path, files in self._files.items():
-            told = ranks.gather([0, *self._groups[path]])
-            for group in range(max(map(len, told)) - 1):
-                for source, ends in enumerate(told):
-                    if group + 1 == len(ends):
-                        continue
-                    here = slice(ends[group], ends[group + 1])
-                    parts = []
-                    for file in files:
-                        own = source == ranks.rank
-                        shape = here.stop - here.start, file.tensor.shape[1]
-                        part = file.tensor[here].clone() if own else file.tensor.new_empty(shape)
-                        ranks.broadcast_(part.view(-1).view(torch.uint8), source)
-                        parts.append(part)
-                    whole.add(path, *parts)
-        return whole
-
-    def inputs(self, path: str, expert: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """States (≤ rows, hidden) and routing weights (≤ rows, 1) of the tokens routed to an expert, in order."""
-        hidden, chosen, shares = self._files[path]
-        used = self._used[path]
-        found = []
-        for begin in range(0, used, _SCANNED_TOKENS):
-            token, place = torch.where(chosen.tensor[begin : min(begin + _SCANNED_TOKENS, used)] == expert)
-            found.append((token + begin, shares.tensor[token + begin, place, None]))
-        for file in (chosen, shares):
-            file.forget(0, self._tokens)
-        tokens, share = (torch.cat(parts) for parts in zip(*found, strict=True))
-        for part, weights in zip(torch.split(tokens, rows), torch.split(share, rows), strict=True):
-            x = hidden.tensor.new_empty(len(part), hidden.tensor.shape[1])
-            for begin in range(0, len(part), _GATHERED_ROWS):
-                x[begin : begin + _GATHERED_ROWS] = hidden.tensor[part[begin : begin + _GATHERED_ROWS]]
-                hidden.forget(0, self._tokens)
-            yield x, weights

@@ -96,6 +96,9 @@ class StageWork:
     """Bytes of the inputs of all linears; an input that linears share counts for each."""
     again: int = 0
     """Bytes of experts that do not stay in memory: read for each group of batches, and again for pruning."""
+    tuned: float = 1.0
+    """How long a pass of tuning takes, in passes: experts take part twice, when they are tuned and with the rest of the
+    layer, which is run once, where other passes run it twice."""
     last: bool = False
     """Whether this is the last layer, whose outputs are not needed: a pass for its statistics suffices."""
     refit: RefitWork = NO_REFIT
@@ -128,15 +131,17 @@ class RunShape:
     resident: bool = False
     tuning: int = 0
     """Of the passes, those that tuning takes."""
+    parts: int = 0
+    """Parts of batches that tuning processes, in all epochs."""
 
     @property
     def cached(self) -> int:
         """Bytes of activations that each layer writes to disk; 0 if they stay on the device."""
         return 0 if self.resident else self.tokens * self.state_bytes
 
-    def passes(self, work: StageWork) -> int:
+    def passes(self, work: StageWork) -> float:
         """How often all tokens go through a stage."""
-        return max(self.forwards - 1, 1) if work.last else self.forwards
+        return (max(self.forwards - 1, 1) if work.last else self.forwards) + self.tuning * (work.tuned - 1)
 
 
 @dataclass(frozen=True)
@@ -171,9 +176,11 @@ def work_of(skeleton: Skeleton, stage: Stage, chosen: Collection[str], seqlen: i
     shapes = [(name in routed, *linear_shape(skeleton, name, stage)) for name in stage.linears]
     computed = [(share if apart else times, rows, width) for apart, rows, width in shapes]
     states = 32 * times * skeleton.between.hidden
+    inside = sum(share * rows * width for apart, rows, width in shapes if apart)
+    products = sum(part * rows * width for part, rows, width in computed)
     return StageWork(
         kind=stage.kind, nbytes=stage.nbytes, pruned=pruned,
-        products=int(2 * sum(part * rows * width for part, rows, width in computed)),
+        products=int(2 * products), tuned=((products - inside) / times + 2 * inside) / max(products, 1),
         attention=2 * seqlen * attention_width(skeleton) * times,
         traffic=int(itemsize * (states + 4 * sum(part * rows for part, rows, _ in computed))),
         inputs=int(itemsize * sum((share if apart else 1) * width for apart, _, width in shapes)),
@@ -225,7 +232,8 @@ def _layer(work: StageWork, run: RunShape, s: Speeds, room: float) -> Split:
     prune = look + work.pruned / s.selection
     waited = max(0.0, (work.nbytes - work.again) / s.reading - room) + _flushes(work, run)
     forward = _forward(work, run, s) if work.kind == "layer" else Split()
-    waited += max(0.0, run.groups * run.passes(work) * work.again / s.reading - forward.forward)
+    reads = run.groups * (run.forwards - run.tuning) + 2 * run.parts
+    waited += max(0.0, reads * work.again / s.reading - forward.forward)
     waited += work.again / s.reading  # experts, for pruning
     fill = prune + forward.refit
     waited += _shard(work, run, s, fill, work.nbytes / s.writing) - fill

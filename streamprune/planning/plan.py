@@ -238,7 +238,7 @@ def shape_of(
         forwards=forwards + 3 * epochs,
         state_bytes=skeleton.between.most(seqlen) * cache_dtype(skeleton.dtype, dtype).itemsize,
         threads=torch.get_num_threads(), on_device=on_device, layers=layout.layers, resident=layout.resident,
-        tuning=3 * epochs,
+        tuning=3 * epochs, parts=epochs * -(-samples // layout.windows) if layout.windows else 0,
     )  # fmt: skip
 
 
@@ -248,7 +248,7 @@ def _stages(
     return tuple(
         StagePlan(
             stage.name, stage.nbytes, sum(name in chosen for name in stage.linears),
-            run.passes(work) * run.tokens * (work.products + work.attention), split.total,
+            int(run.passes(work) * run.tokens * (work.products + work.attention)), split.total,
         )
         for stage, work, split in zip(skeleton.stages, works, seconds, strict=True)
     )  # fmt: skip

@@ -96,7 +96,7 @@ def amount_of(job: Mapping[str, Any]) -> str:
 def next_steps(model: str, out: Path, job: Mapping[str, Any]) -> list[str]:
     """What can be done with the finished output `out` of the model that the user called `model`."""
     folder, expect = shlex.quote(str(out)), job.get("pattern")
-    recipe = f" --expect {expect}{',fp8' if job.get('quantize') else ''}" if expect else ""
+    recipe = f" --expect {expect}{',fp8' if job.get('quantize') == 'fp8' else ''}" if expect else ""
     return [
         f"measure it: python -m streamprune eval {folder} --text FILE --reference {shlex.quote(model)}",
         f"look into it: python -m streamprune inspect {folder}{recipe}",

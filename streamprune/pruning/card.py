@@ -124,9 +124,9 @@ def _front(spec: JobSpec, recipe: Recipe, source: Metadata) -> str:
     if "base_model" in source:
         relation = source.get("base_model_relation", "finetune")
         found |= {"base_model": source["base_model"]}
-        found["base_model_relation"] = "quantized" if recipe.quantize else relation
+        found["base_model_relation"] = "quantized" if recipe.in_fp8 else relation
     tags = ["streamprune", "pruned", "sparse", *([spec.pattern] if spec.pattern else [])]
-    tags += ["fp8", "compressed-tensors"] if recipe.quantize else []
+    tags += ["fp8", "compressed-tensors"] if recipe.in_fp8 else []
     found |= {
         "library_name": "transformers",
         "pipeline_tag": source.get("pipeline_tag", "text-generation"),
@@ -185,10 +185,10 @@ def _pattern(pattern: str) -> str:
 
 
 def _values(recipe: Recipe) -> str:
-    if not recipe.aims and not recipe.quantize:
+    if not recipe.aims and not recipe.in_fp8:
         return "unchanged, bit for bit"
     new = "new values, chosen so that outputs stay close to the dense model's" if recipe.aims else "unchanged"
-    return new + (", stored in FP8 (E4M3, a scale for each output channel)" if recipe.quantize else "")
+    return new + (", stored in FP8 (E4M3, a scale for each output channel)" if recipe.in_fp8 else "")
 
 
 def _again(spec: JobSpec, source: _Source, calibration: Mapping[str, Any]) -> str:
@@ -216,7 +216,7 @@ def _loading(spec: JobSpec, recipe: Recipe, config: Mapping[str, Any]) -> str:
              f'model = {kind}.from_pretrained("OUT", dtype="auto"{remote})\n'
              f'tokenizer = AutoTokenizer.from_pretrained("OUT"{remote})\n```',
              "OUT is this folder, or its name on the hub."]  # fmt: skip
-    if recipe.quantize:
+    if recipe.in_fp8:
         parts[-1] += (
             " The weights are in compressed-tensors' format `float-quantized`: `pip install compressed-tensors`."
         )

@@ -31,7 +31,7 @@ def coded(ref: TensorRef) -> tuple[TensorRef, TensorRef]:
 
 def check_codable(linears: Mapping[str, TensorRef], model: Outline) -> None:
     """Raises UnsupportedError for a linear that a `float-quantized` checkpoint cannot represent."""
-    homes = Counter(ref.name for stage in model.layer_stages for ref in stage.linears.values())
+    homes = Counter(ref.name for stage in model.stages for ref in stage.linears.values())
     for name, ref in linears.items():
         if homes[ref.name] > 1:
             raise UnsupportedError(

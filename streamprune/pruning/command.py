@@ -35,7 +35,7 @@ def command_of(job: Mapping[str, Any], text: object = None, model: str = "MODEL"
     words |= {key: job.get(key) for key in ("damping", "allocate", "fp8_scale")}
     rounding = "compensate" if job.get("refit") else "nearest"
     words["fp8_rounding"] = None if job.get("fp8_rounding") == rounding else job.get("fp8_rounding")
-    words |= {key: job.get(key) for key in ("tune_epochs", "tune_lr", "only", "skip")}
+    words |= {key: job.get(key) for key in ("tune_epochs", "tune_lr", "only", "skip", "mtp")}
     if job.get("calib") is not None:
         words["calib"] = None if text in (None, "built-in") else text
         words |= {key: job.get(key) for key in _DRAWN}

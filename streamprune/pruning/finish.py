@@ -15,6 +15,7 @@ from streamprune.disk.report import CARD, file_digest
 from streamprune.disk.shards import write_index
 from streamprune.disk.state import JobState
 from streamprune.errors import CorruptStateError
+from streamprune.model.further import without_further
 from streamprune.model.outline import to_json
 from streamprune.model.stages import Outline
 from streamprune.process.memory import peak_resident_bytes
@@ -85,7 +86,7 @@ def save_statistics(
         if not parts[-1].is_file() or file_digest(parts[-1]) != record.statistics:
             raise CorruptStateError(f"{parts[-1]} is missing or damaged; start again with --restart")
     job = {"job": spec.fixed(), "content": checkpoint.content()} if spec.verb == "calibrate" else {}
-    merge_statistics(path, parts, checkpoint.identity(), {**calibration, **job}, to_json(model))
+    merge_statistics(path, parts, checkpoint.identity(), {**calibration, **job}, to_json(without_further(model)))
 
 
 def write_files(
@@ -103,7 +104,7 @@ def write_files(
         if name == "config.json" and target.quantisation is not None:
             text = configured(checkpoint.config, target.not_quantised())
             size, digest = len(text), durable.replace_file(state.partial / name, text)
-        elif name == "config.json" and isinstance(checkpoint, PlainView):
+        elif name == "config.json" and isinstance(checkpoint, PlainView) and not target.kept:
             text = checkpoint.configuration()
             size, digest = len(text), durable.replace_file(state.partial / name, text)
         else:

@@ -32,7 +32,8 @@ from streamprune.model.passes import (
     retry_smaller,
     routed_to,
 )
-from streamprune.model.routed import Routed, RoutedInputs
+from streamprune.model.routed import Routed
+from streamprune.model.routed_inputs import RoutedInputs
 from streamprune.model.stages import Stage
 from streamprune.model.streamed import StreamedModel
 from streamprune.process.share import Share
@@ -132,13 +133,15 @@ class CalibrationPass:
         for stage in ends:
             check_weights(self.streamed.loader, self.streamed.skeleton, stage)
 
-    def layer(self, stage: Stage, write: bool, persist: bool, grams: LayerGrams | None = None) -> Collector:
+    def layer(
+        self, stage: Stage, write: bool, persist: bool, grams: LayerGrams | None = None, *, routed: bool = False
+    ) -> Collector:
         """Runs one layer: caches its outputs, if `write`, and gathers statistics of its linears' inputs.
 
-        Also gathers those of the `grams` that fit into memory together. If experts are refitted, the inputs routed to
-        them are kept in a file until the next pass.
+        Also gathers those of the `grams` that fit into memory together. If experts are refitted, or with `routed`, the
+        inputs routed to them are kept in a file until the next pass.
         """
-        keeps = grams is not None and grams.of_experts
+        keeps = routed or (grams is not None and grams.of_experts)
 
         def attempt() -> tuple[Collector, GramCollector | None]:
             self._routed = None  # frees its disk space before the next one needs as much
@@ -182,6 +185,12 @@ class CalibrationPass:
             return collector
 
         return retry_smaller(self.streamed, attempt)
+
+    @property
+    def routed(self) -> Routed:
+        """What was kept of the inputs routed to the last layer's experts."""
+        assert self._routed is not None
+        return self._routed
 
     def _layer(self, stage: Stage, persist: bool) -> None:
         retry_smaller(

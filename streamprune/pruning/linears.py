@@ -15,7 +15,8 @@ from streamprune.model.stages import PRUNABLE, Outline, Stage
 CHUNK_BYTES = 16 << 20
 """Bytes of a tensor's rows that are in memory at once."""
 
-_ROUTER = re.compile(r"\.(gate|router)(\.|$)|shared_expert_gate$")
+ROUTER = re.compile(r"\.(gate|router)(\.|$)|shared_expert_gate$")
+"""Matches the names of routers of mixtures of experts, and of gates of shared experts."""
 
 
 def selected_linears(stages: Sequence[Stage], only: Any, skip: Any, streams: int = 1) -> dict[str, TensorRef]:
@@ -26,7 +27,7 @@ def selected_linears(stages: Sequence[Stage], only: Any, skip: Any, streams: int
     UsageError if no linear is left, or one has a dtype that cannot be pruned.
     """
     names = {n: ref for s in stages for n, ref in s.linears.items()}
-    routers = {n for n in names if _ROUTER.search(n)} if any(stage.experts for stage in stages) else set()
+    routers = {n for n in names if ROUTER.search(n)} if any(stage.experts for stage in stages) else set()
     mixing = {n for n, ref in names.items() if streams > 1 and min(ref.shape) <= streams**2}
     named = {n for n in names if only and any(m.end() == len(n) for m in only.finditer(n))}
     names = {n: ref for n, ref in names.items() if n in named or n not in routers | mixing}

@@ -11,7 +11,7 @@ from streamprune.calibration.grams import gram_bytes, largest_at_once
 from streamprune.disk.quantised import PlainView
 from streamprune.disk.remote import RemoteCheckpoint
 from streamprune.disk.spool import shards_of, spooled_bytes
-from streamprune.errors import ResourceError, UnsupportedError
+from streamprune.errors import ResourceError
 from streamprune.methods.tuning import state_bytes
 from streamprune.model.budget import Layout, estimate, layout_for, memory_of, token_bytes, waiting_bytes
 from streamprune.model.device import cache_dtype
@@ -21,9 +21,11 @@ from streamprune.model.extra_memory import RefitNeeds, TuneNeeds, least_extra
 from streamprune.model.shapes import linear_shape
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
+from streamprune.pruning.expert_tuning import AT_ONCE
 from streamprune.pruning.records import Resolved
 from streamprune.pruning.refit import Refit, needs_of
 from streamprune.pruning.setup import Setup
+from streamprune.pruning.target import Target
 from streamprune.pruning.tuning import tuned_names, windows_a_step
 
 
@@ -122,33 +124,56 @@ def refit_needs(setup: Setup) -> RefitNeeds | None:
 def tune_needs(setup: Setup, samples: int, seqlen: int) -> TuneNeeds | None:
     """The memory that tuning with `samples` windows of `seqlen` tokens needs; None for a job that does not tune.
 
-    Raises UnsupportedError for mixtures of experts, and for layers that gradients cannot be computed through.
+    Raises UnsupportedError for layers that gradients cannot be computed through.
     """
     target = setup.target
     if not samples or target is None or target.recipe.tune is None:
         return None
     skeleton, dtype = setup.skeleton, setup.dtype
-    if skeleton.experts:
-        raise UnsupportedError(
-            "--tune block is for models without experts, as it would hold all experts of a layer at once; leave it "
-            "out, and choose a --refit, which loads one expert at a time"
-        )
     kept = survey(
         setup.checkpoint, skeleton, dtype, setup.device, lambda stage: tuned_names(skeleton, stage, target.selected)
     )
     largest = 0
     for stage in skeleton.layer_stages:
         names, layer = tuned_names(skeleton, stage, target.selected), skeleton.layers[stage.index]
-        sizes = {name: p.numel() for name, p in layer.named_parameters()}
+        apart = [each.path.removeprefix(f"{stage.prefix}.") + "." for each in stage.experts]
+        sizes = {n: p.numel() for n, p in layer.named_parameters() if n in names or not n.startswith(tuple(apart))}
         fixed = dtype.itemsize * sum(n for name, n in sizes.items() if name not in names)
         for name, masked in names.items():
             pruned = target.least_of(f"{stage.prefix}.{name.removesuffix('.weight')}").share if masked else 0.0
             stays = math.ceil(sizes[name] * (1 - pruned))
             fixed += state_bytes(sizes[name], stays, dtype.itemsize, skeleton.dtype.itemsize)
-        largest = max(largest, fixed)
+        largest = max(largest, fixed + _frozen_bytes(stage, dtype.itemsize), _expert_bytes(setup, target, stage))
     states = skeleton.between.most(seqlen) * cache_dtype(skeleton.dtype, dtype).itemsize
+    if skeleton.experts:  # their gradients by what they are given, of all tokens at once
+        kept += 4 * (
+            skeleton.hidden_size + max(ref.shape[0] for s in skeleton.layer_stages for ref in s.linears.values())
+        )
     per_window = seqlen * (kept + token_bytes(skeleton, seqlen, dtype) + 2 * states)
     return TuneNeeds(largest, per_window, windows_a_step(seqlen, samples), 2 * samples * seqlen * states)
+
+
+def _frozen_bytes(stage: Stage, itemsize: int) -> int:
+    """While the rest of a layer is tuned: an expert that computes, and the next one."""
+    sizes = [
+        sum(math.prod(stage.linears[n].shape) for n in e.of([i])) for e in stage.experts for i in range(len(e.down))
+    ]
+    return 2 * itemsize * max(sizes, default=0)
+
+
+def _expert_bytes(setup: Setup, target: Target, stage: Stage) -> int:
+    """While an expert is tuned: its weights, gradients and moments, and what its tokens take."""
+    skeleton, itemsize, most = setup.skeleton, setup.dtype.itemsize, 0
+    for experts in stage.experts:
+        for e in range(len(experts.down)):
+            found = widths = 0
+            for name in experts.of([e]):
+                size, rows = math.prod(stage.linears[name].shape), max(stage.linears[name].shape)
+                stays = math.ceil(size * (1 - (target.least_of(name).share if name in target.selected else 0.0)))
+                found += state_bytes(size, stays, itemsize, skeleton.dtype.itemsize)
+                widths += rows
+            most = max(most, found + 4 * AT_ONCE * (2 * widths + 4 * skeleton.hidden_size))
+    return most
 
 
 def largest_refitted(stages: Sequence[Stage], chosen: Collection[str]) -> int:
@@ -171,16 +196,18 @@ def scratch_bytes(setup: Setup, layout: Layout, windows: int, length: int) -> in
     Scratch files hold a Gram that is larger than the room in memory (one at a time); the inputs routed to experts that
     are refitted; with asymmetric calibration the dense model's outputs of a layer, the layer's new weights and, for a
     refit on the CPU, both models' inputs of linears that end a part of a layer (model/ends.py); and for tuning a
-    layer's inputs and targets, and the shard part that is replaced.
+    layer's inputs and targets, those of an expert, and the shard part that is replaced or new experts.
     """
     skeleton, dtype, tokens = setup.skeleton, setup.dtype, windows * length
-    refitted = setup.target.refitted if setup.target else frozenset[str]()
+    target = setup.target
+    refitted = target.refitted if target else frozenset[str]()
+    routed = target.selected if target and layout.windows else refitted  # tuned experts' inputs are recorded, too
     sizes = [0]
     kept = 0
     for stage in skeleton.layer_stages:
         names = stage.linears.keys() & refitted
         sizes += [gram_bytes([linear_shape(skeleton, name, stage)[1]]) for name in names]
-        kept = max(kept, sum(not names.isdisjoint(experts.linears) for experts in stage.experts))
+        kept = max(kept, sum(not routed.isdisjoint(experts.linears) for experts in stage.experts))
     found = max(size if size > layout.room else 0 for size in sizes) + kept * tokens * waiting_bytes(skeleton, dtype)
     kept_dtype = cache_dtype(skeleton.dtype, dtype)
     states = 0 if layout.resident else tokens * skeleton.between.most(length) * kept_dtype.itemsize
@@ -191,4 +218,5 @@ def scratch_bytes(setup: Setup, layout: Layout, windows: int, length: int) -> in
             found += 2 * tokens * max(widths, default=0) * dtype.itemsize
     if layout.windows:
         found += 2 * states + max(stage.nbytes for stage in skeleton.layer_stages)
+        found += tokens * skeleton.hidden_size * dtype.itemsize if skeleton.experts else 0
     return found

@@ -91,7 +91,9 @@ class PairedPass(CalibrationPass):
 
         retry_smaller(self.streamed, attempt)
 
-    def layer(self, stage: Stage, write: bool, persist: bool, grams: LayerGrams | None = None) -> Collector:
+    def layer(
+        self, stage: Stage, write: bool, persist: bool, grams: LayerGrams | None = None, *, routed: bool = False
+    ) -> Collector:
         """Step 1. Nothing is written."""
         check_weights(self.streamed.loader, self.streamed.skeleton, stage)
 

@@ -79,7 +79,11 @@ def notes_of(report: Mapping[str, Any]) -> list[str]:
     """Messages that the user must see about a finished job, one sentence each: fallbacks, and what was left behind."""
     found = []
     if method := report.get("dequantised"):
-        found.append(f"the source is quantised ({method}); it was dequantised before pruning")
+        kept = (report.get("job") or {}).get("quantize") == "keep"
+        zeros = "its format was kept, with the codes of pruned weights set to zero"
+        found.append(f"the source is quantised ({method}); {zeros if kept else 'it was dequantised before pruning'}")
+    if (report.get("job") or {}).get("mtp") == "prune":
+        found.append("linears of layers for multi-token prediction were chosen from by magnitude, as no text was run")
     stages: Sequence[Mapping[str, Any]] = report.get("stages", ())
     if behind := report.get("left_behind"):
         found.append(f"files not copied, as they are no part of the model: {_some(behind)}")

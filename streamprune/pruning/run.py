@@ -147,7 +147,7 @@ class Run:
             return None
         from streamprune.pruning.tuned_shard import LayerTuning
 
-        return LayerTuning.of(self._layout.windows, self._target, self._forward)
+        return LayerTuning.of(self._layout.windows, self._target, self._forward, self._spec.expert_tokens)
 
     def check(self) -> Output | None:
         """The checks before the first stage, which write nothing; returns the output, as far as it has been written."""
@@ -243,7 +243,7 @@ class Run:
         for stage in stages[: self._layout.layers] if copies else stages:
             if not copies or (stage.kind == "layer" and self._forward is not None):
                 self._loader.expect(stage.tensors if self._forward is None else stage.resident_tensors)
-            elif target is not None:
+            elif target is not None and stage.kind == "layer":
                 self._loader.expect(stage.linears[n] for n in target.linears_of(stage) if n not in stage.expert_of)
 
     def _more(self, stage: Stage) -> bool:
@@ -260,7 +260,8 @@ class Run:
             record.cache, record.batch = persist, forward.streamed.max_samples
             return {}
         write = self._more(stage) and self._setup.propagate == "dense"
-        collector = forward.layer(stage, write, persist, grams)
+        routed = self._tuner is not None and self._tuner.wants_routed(stage)
+        collector = forward.layer(stage, write, persist, grams, routed=routed)
         record.cache, record.batch = write and persist, forward.streamed.max_samples
         found = collector.finish()
         if pooled := pool(stage.experts, found, collector.groups, self._spec.expert_tokens):

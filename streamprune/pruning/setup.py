@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from streamprune.calibration.statistics import StatisticsFile
 from streamprune.disk.checkpoint import Checkpoint
+from streamprune.disk.header import show
 from streamprune.disk.quantised import PlainView
-from streamprune.errors import UnsupportedError, UsageError
+from streamprune.errors import CorruptStateError, UnsupportedError, UsageError
 from streamprune.model.arithmetic import COMPUTED, compute_name, is_cpu, stored_name
+from streamprune.model.further import with_further
 from streamprune.model.outline import from_json
 from streamprune.model.stages import Outline
 from streamprune.process.imports import many_imports
@@ -73,11 +75,16 @@ class Setup:
             model = known
         else:
             model = _built(spec, checkpoint, dtype)
+        if spec.recipe is not None and spec.recipe.mtp:
+            model = with_further(model)
         check_shared(spec, model)
-        target = Target.of_job(spec, model, backend)
+        target = Target.of_job(spec, checkpoint, model, backend)
         if target is not None and resolved and resolved.allocation:
             target = target.sharing(resolved.allocation)
-        return cls(spec, checkpoint, device, dtype, backend, model, target, propagated(spec.propagate, model))
+        propagate = propagated(spec.propagate, model)
+        if propagate != "dense" and target is not None and target.kept:
+            raise UsageError("--quantize keep is for --propagate dense; leave out --propagate")
+        return cls(spec, checkpoint, device, dtype, backend, model, target, propagate)
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -163,11 +170,19 @@ def open_given(spec: JobSpec, checkpoint: Checkpoint) -> tuple[StatisticsFile | 
 
 
 def check_given(given: StatisticsFile | None, setup: Setup) -> None:
-    """Raises as StatisticsFile.load unless the file has every linear that is pruned."""
+    """Raises as StatisticsFile.load unless the file has every linear that is pruned, and CorruptStateError if in place
+    of one it names what this model does not have."""
     if given is None or setup.target is None or not _needs_given(setup.spec):
         return
+    known = {*setup.model.modules, *(name for stage in setup.model.layer_stages for name in stage.linears)}
+    strange = sorted(given.groups.keys() - known)
     for stage in setup.model.layer_stages:
         for name, width in setup.target.linears_of(stage).items():
+            if strange and name not in given.groups:
+                raise CorruptStateError(
+                    f"{given.path} is damaged: it was made from this model, and has statistics of {show(strange[0])}, "
+                    f"which is no linear of it, and none of {name}; make it again with `calibrate`"
+                )
             given.load(name, width)
 
 

@@ -35,6 +35,7 @@ from streamprune.model.stages import Stage
 from streamprune.model.zeros import refuse_zeros
 from streamprune.process.ranks import ALONE, Ranks
 from streamprune.pruning.codes import coded
+from streamprune.pruning.kept_codes import codes_of, zeroed
 from streamprune.pruning.linears import CHUNK_BYTES, linear_report, parts_of, pieces
 from streamprune.pruning.quantise import LinearCodes
 from streamprune.pruning.refit import LayerRefit, Outcome, Refit, chunk_rows, sampled
@@ -103,6 +104,8 @@ class _StageShard:
         self._refit = self._layer_refit(grams) if grams is not None else None
         self._stored = {ref.name: ref for ref in stage.tensors}
         self._known = self._skeleton.used
+        self._kept = {part.name: part for ref in stage.tensors for part in target.kept.get(ref.name, ())}
+        """With --quantize keep: the tensors that quantised weights are stored as, by name."""
         self._linear_tensors = {ref.name for ref in stage.linears.values()}
         self._parts = parts_of(stage, target.selected)
         experts = [stage.linears[name] for name in target.linears_of(stage) if name in stage.expert_of]
@@ -115,7 +118,11 @@ class _StageShard:
 
     def content(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of `ref`, one of the part's tensors, in pieces."""
-        if ref.name in self._scales:
+        if ref.name in self._kept and ref.name not in self._parts:
+            for _ in self._checked(self._stored[ref.name]) if ref.name in self._known else ():
+                pass  # what the codes stand for
+            yield from pieces(self._loader.maps.raw(self._kept[ref.name]))
+        elif ref.name in self._scales:
             yield _bytes(torch.cat(self._scales[ref.name]))
         elif ref.name in self._parts:
             part, whole = None, self._stored[ref.name]
@@ -123,9 +130,15 @@ class _StageShard:
                 if name in self._refitted_ahead:
                     yield from pieces(self._refitted_ahead[name].tensor[0].numpy().data)
                     continue
-                yield from self._pruned(part, name) if name in self._target.selected else self._checked(part)
+                if name in self._target.selected:
+                    yield from self._pruned(part, name)
+                elif ref.name in self._kept:
+                    yield from pieces(self._loader.maps.raw(codes_of(part)))
+                else:
+                    yield from self._checked(part)
             if part is not None and part.end < whole.end:  # of experts that give back their input
-                yield from pieces(self._loader.maps.raw(replace(whole, begin=part.end)))
+                rest = replace(whole, begin=part.end)
+                yield from pieces(self._loader.maps.raw(codes_of(rest) if ref.name in self._kept else rest))
         elif ref.name in self._known:
             yield from self._checked(self._stored[ref.name])
         else:
@@ -250,6 +263,8 @@ class _StageShard:
                 wanted = refit.aim(name, begin, exact) if refit else exact
                 weight = own_codes.rows(wanted, weight, gram, own.used if own else None)
             stored = self._stream.fetch(weight.t().contiguous() if transposed else weight, None)
+            if ref.name in self._kept:
+                stored = zeroed(self._loader.maps, ref, begin, stored)
             return _Rows(
                 stored.reshape(-1).view(torch.uint8).numpy(),
                 [(result.removed, result.total) for result in found],

@@ -105,7 +105,7 @@ class JobSpec:
             "selector": recipe.selector if recipe and self.pattern is None else None,
             "refit": recipe.refit if recipe else None,
             "quantize": recipe.quantize if recipe else None,
-            **({"tune": recipe.tune} if recipe and recipe.tune else {}),
+            **({key: value for key in ("tune", "mtp") if (value := getattr(recipe, key))} if recipe else {}),
             "sparsity": self.sparsity, "pattern": self.pattern, "only": self.only, "skip": self.skip,
             "propagate": self.propagate,
             "calib": drawn.digest if drawn else None, "samples": drawn.samples if drawn else None,

@@ -5,10 +5,11 @@ Found from headers alone: nothing here reads or writes a weight. `plan` and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.encoded import written
 from streamprune.disk.header import TensorRef
 from streamprune.disk.linears import compile_filter
@@ -22,6 +23,7 @@ from streamprune.methods.stats import InputStats
 from streamprune.model.shapes import linear_shape
 from streamprune.model.stages import PRUNABLE, Outline, Stage
 from streamprune.pruning.codes import Quantisation, check_codable, coded
+from streamprune.pruning.kept_codes import Parts, parts_to_keep
 from streamprune.pruning.linears import check_widths, selected_linears
 from streamprune.pruning.spec import JobSpec
 
@@ -44,35 +46,38 @@ class Target:
     damping: str = "auto"
     """Damping of a refit, see refit.Refit."""
     quantisation: Quantisation | None = None
+    kept: Parts = field(default_factory=dict)
+    """With --quantize keep: what is stored of each quantised weight, which is written again."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """Linears with a sparsity of their own instead of `amount`, by module path."""
     least: Amount | None = None
     """The smallest sparsity that a linear may be given, while a sparsity is not allocated yet."""
 
     @classmethod
-    def of_job(cls, spec: JobSpec, skeleton: Outline, backend: str) -> Target | None:
+    def of_job(cls, spec: JobSpec, checkpoint: Checkpoint, skeleton: Outline, backend: str) -> Target | None:
         """The target of a prune job; None for `calibrate`.
 
         Raises UsageError for filters and patterns that do not fit the model, UnsupportedError for linears that cannot
-        be stored in FP8.
+        be stored in FP8, or in the source's format.
         """
         if spec.recipe is None:
             return None
         amount = Amount(spec.sparsity, parse_pattern(spec.pattern) if spec.pattern else None)
         quantisation = None
-        if spec.recipe.quantize is not None:
+        if spec.recipe.in_fp8:
             compensates = spec.recipe.fp8_rounding == "compensate"
             quantisation = Quantisation(spec.recipe.fp8_scale or "amax", compensates, backend)
         only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
         chosen = selected_linears(skeleton.stages, only, skip, skeleton.streams)
         if quantisation is not None:
             check_codable(chosen, skeleton)
+        kept = parts_to_keep(checkpoint, chosen) if spec.recipe.keeps_codes else {}
         check_widths(amount.pattern, chosen, skeleton)
         kind = spec.recipe.allocate
         least = Amount(least_share(kind, spec.sparsity)) if kind and spec.sparsity else None
         return cls(
             skeleton, frozenset(chosen), spec.recipe, amount, backend, str(spec.recipe.damping or "auto"), quantisation,
-            least=least,
+            kept, least=least,
         )  # fmt: skip
 
     def sharing(self, shares: Mapping[str, float]) -> Target:
@@ -100,8 +105,15 @@ class Target:
 
     def feature(self, stats: Callable[[str, int], InputStats], name: str, in_features: int) -> tuple[Feature, int]:
         """The recipe's score of each input feature of a linear, see scores.py. `stats` is asked only if needed."""
+        if name in self.unseen:
+            return SCORES["magnitude"](InputStats.zeros(in_features))
         known = stats(name, in_features) if self.recipe.needs_statistics else InputStats.zeros(in_features)
         return SCORES[self.recipe.score](known)
+
+    @property
+    def unseen(self) -> Collection[str]:
+        """Linears that no pass goes through (model/further.py), which are chosen from by magnitude."""
+        return self.skeleton.stages[-1].linears
 
     def keep(self, name: str, weight: Tensor, feature: Tensor, power: int, share: float) -> Tensor:
         """Mask of the weights that are kept at the fraction `share` of the final amount: (n, in) bool."""
@@ -114,6 +126,8 @@ class Target:
 
     def tensors_of(self, stage: Stage) -> list[TensorRef]:
         """The tensors of a stage in the output; quantised tensors have no file offset yet."""
+        if self.kept:
+            return [part for ref in stage.tensors for part in self.kept.get(ref.name, (ref,))]
         tensors = [written(ref) for ref in stage.tensors]
         if self.quantisation is None:
             return tensors
@@ -166,6 +180,6 @@ class Features:
         """E[x_j²] (in,) float32 on the device; None if the recipe uses no statistics."""
         import torch
 
-        if not self._target.recipe.needs_statistics:
+        if not self._target.recipe.needs_statistics or name in self._target.unseen:
             return None
         return torch.from_numpy(self._stats(name, in_features).mean_square).float().to(self._device)

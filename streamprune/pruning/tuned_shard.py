@@ -1,7 +1,8 @@
 """The tuning side of a job: from a layer's shard, through tuning.py, to its shard once more.
 
     1  what the layer is given and what is wanted of it, window by window: both from the pass (CalibrationPass.pairs)
-    2  the layer's weights come from the shard that has just been written; they are tuned
+    2  the layer's weights come from the shard that has just been written; they are tuned: experts first, one after the
+       other, on what the pass has recorded for them, then the rest of the layer
     3  the shard is filled again, the tuned tensors new and all others byte for byte
 
 Of several ranks, each passes its windows through the layer, and rank 0 does the rest: a step depends on the one before
@@ -13,6 +14,7 @@ Nothing within this is kept when a job is interrupted: the layer begins again, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +25,13 @@ from streamprune.disk.header import TensorRef
 from streamprune.disk.shards import Part, fill_in_order
 from streamprune.errors import ResourceError
 from streamprune.model.copies import is_out_of_memory
+from streamprune.model.differentiable import BoundExperts
+from streamprune.model.frozen_experts import FrozenExperts, SpareWeight
 from streamprune.model.loader import WeightLoader
+from streamprune.model.naming import pieces_of
 from streamprune.model.pairs import Pairs
 from streamprune.model.stages import Stage
+from streamprune.pruning.expert_tuning import ExpertTuner, put_back
 from streamprune.pruning.forward import CalibrationPass
 from streamprune.pruning.linears import CHUNK_BYTES
 from streamprune.pruning.output import Output
@@ -35,21 +41,28 @@ from streamprune.pruning.tuning import BlockTuner, New, Tuning, tuned_names
 
 
 class LayerTuning:
-    """Tunes the layers of one job, `most` windows at a time; fewer once memory has run out."""
+    """Tunes the layers of one job, `most` windows at a time; fewer once memory has run out.
 
-    def __init__(self, target: Target, forward: CalibrationPass, tuning: Tuning, most: int) -> None:
+    Experts that see fewer than `least` tokens stay as they are.
+    """
+
+    def __init__(self, target: Target, forward: CalibrationPass, tuning: Tuning, most: int, least: int) -> None:
         self._target, self._forward, self._tuning, self._most = target, forward, tuning, most
-        self._whole = most
+        self._whole, self._least = most, least
         self._ranks = forward.share.ranks
 
     @classmethod
     def of(
-        cls, windows: int, target: Target | None, forward: CalibrationPass | None
+        cls, windows: int, target: Target | None, forward: CalibrationPass | None, least: int
     ) -> LayerTuning | None:  # fmt: skip
         """That of a job, None where it tunes nothing; `windows` are what memory allows at once."""
         if target is None or forward is None or (recipe := target.recipe).tune_epochs is None or recipe.tune_lr is None:
             return None
-        return cls(target, forward, Tuning(recipe.tune_epochs, recipe.tune_lr), windows)
+        return cls(target, forward, Tuning(recipe.tune_epochs, recipe.tune_lr), windows, least)
+
+    def wants_routed(self, stage: Stage) -> bool:
+        """Whether the pass has to record what a layer's experts are given."""
+        return not self._target.selected.isdisjoint(stage.expert_of)
 
     def layer(self, stage: Stage, output: Output, record: StageRecord) -> FilePart | None:
         """Tunes a layer whose part of `output` is durable: the part anew, all but committed, and in `record`.
@@ -58,7 +71,8 @@ class LayerTuning:
         pruned.
         """
         names = tuned_names(self._forward.streamed.skeleton, stage, self._target.selected)
-        if not names:
+        wants_routed = self.wants_routed(stage)
+        if not names and not wants_routed:
             return None
         if self._ranks.rank:
             for _ in self._forward.all_pairs(stage):
@@ -68,29 +82,35 @@ class LayerTuning:
         pairs = self._pairs(stage)
         there = output.written(stage)
         with self._forward.written(there, stage) as (loader, sources):
-            within = {n.removeprefix(stage.prefix + "."): ref for n, ref in sources.items()}
-
-            def tensors() -> Iterator[tuple[str, Tensor]]:
-                for name, ref in within.items():
-                    yield name, loader.tensor(ref)
-                    loader.release([ref])
-
-            made, record.tune = self._tune(stage, tensors, names, pairs)
+            renewed, told = dict[str, SpareWeight](), dict[str, Any]()
+            if wants_routed:
+                tuner = ExpertTuner(
+                    self._forward.streamed, self._tuning, self._least, self._forward.activations.folder,
+                    self._ranks.at_work,
+                )  # fmt: skip
+                renewed, told = tuner.tune(stage, self._target.selected, self._forward.routed, pairs, loader, sources)
+            bound = BoundExperts(FrozenExperts(renewed), loader, sources) if stage.experts else None
+            made, record.tune = self._tune(stage, lambda: _tensors(stage, loader, sources), names, pairs, bound)
             self._ranks.at_work(done=True)
-            if not made:
+            kept = bound.frozen.new if bound is not None else {}
+            if wants_routed:
+                record.tune["experts"] = told if kept or not renewed else put_back(told)
+            if not made and not kept:
                 return None
-            new = {within[n].name: make for n, make in made.items()}
-            file = self._fill(output.begin(stage), output.part(stage), new, loader)
+            new = {sources[f"{stage.prefix}.{n}"].name: make for n, make in made.items()}
+            parts = {sources[f"{name}.weight"]: weight for name, weight in kept.items()}
+            file = _fill(output.begin(stage), output.part(stage), new, parts, loader)
         record.shard = output.entry(stage, file)
         return file
 
     def _tune(
-        self, stage: Stage, tensors: Callable[[], Iterator[tuple[str, Tensor]]], names: Mapping[str, bool], pairs: Pairs
+        self, stage: Stage, tensors: Callable[[], Iterator[tuple[str, Tensor]]], names: Mapping[str, bool],
+        pairs: Pairs, experts: BoundExperts | None,
     ) -> tuple[dict[str, New], dict[str, Any]]:  # fmt: skip
         while True:
             try:
                 tuner = BlockTuner(self._forward.streamed, self._tuning, self._most, self._ranks.at_work)
-                made, report = tuner.tune(stage, tensors(), names, pairs)
+                made, report = tuner.tune(stage, tensors(), names, pairs, experts)
             except (torch.OutOfMemoryError, RuntimeError) as e:
                 if not is_out_of_memory(e):
                     raise
@@ -117,17 +137,55 @@ class LayerTuning:
             pairs.put(given, wanted)
         return pairs
 
-    def _fill(self, file: FilePart, part: Part, new: Mapping[str, New], loader: WeightLoader) -> FilePart:
-        """Writes the part over the bytes that it reads; each piece is copied before it is overwritten."""
 
-        def content(ref: TensorRef) -> Iterator[Buffer]:
-            if ref.name in new:
-                made = new[ref.name](loader.tensor(ref)).cpu()
-                data: memoryview = made.reshape(-1).view(torch.uint8).numpy().data
-            else:
-                data = loader.maps.raw(ref)
-            for begin in range(0, len(data), CHUNK_BYTES):
-                yield bytes(data[begin : begin + CHUNK_BYTES])
+def _tensors(
+    stage: Stage, loader: WeightLoader, sources: Mapping[str, TensorRef]
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """The tensors of a layer but its experts', by their names within it; those stored in pieces put together."""
+    experts = {f"{name}.weight" for name in stage.expert_of}
+    for full, ref in sources.items():
+        whole, piece, _ = full.partition("[")
+        if full in experts or (piece and not full.endswith("[0]")):
+            continue
+        refs = pieces_of(sources, whole) if piece else [ref]
+        stored = [loader.tensor(each) for each in refs]
+        yield whole.removeprefix(f"{stage.prefix}."), stored[0] if len(stored) == 1 else torch.cat(stored)
+        loader.release(refs)
+
+
+def _fill(
+    file: FilePart, part: Part, new: Mapping[str, New], parts: Mapping[TensorRef, SpareWeight], loader: WeightLoader
+) -> FilePart:  # fmt: skip
+    """Writes the part over the bytes that it reads; each piece is copied before it is overwritten.
+
+    `new` makes whole tensors, by name; `parts` replaces experts' matrices, which may be parts of tensors.
+    """
+    within: dict[str, list[tuple[TensorRef, SpareWeight]]] = {}
+    for own, weight in sorted(parts.items(), key=lambda item: item[0].begin):
+        within.setdefault(own.name, []).append((own, weight))
+
+    def content(ref: TensorRef) -> Iterator[Buffer]:
+        if ref.name in new:
+            yield from _copied(_bytes(new[ref.name](loader.tensor(ref)).cpu()))
             loader.release([ref])
+            return
+        begin = ref.begin
+        for own, weight in within.get(ref.name, ()):
+            yield from _copied(loader.maps.raw(replace(ref, begin=begin, end=own.begin)))
+            yield from _copied(_bytes(weight.tensor))
+            weight.forget()
+            begin = own.end
+        yield from _copied(loader.maps.raw(replace(ref, begin=begin)))
+        loader.release([ref])
 
-        return fill_in_order(file, part.header, part.tensors, content)
+    return fill_in_order(file, part.header, part.tensors, content)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return view
+
+
+def _copied(data: memoryview) -> Iterator[bytes]:
+    for begin in range(0, len(data), CHUNK_BYTES):
+        yield bytes(data[begin : begin + CHUNK_BYTES])
