@@ -98,7 +98,7 @@ def test_by_torchrun_with_ranks_that_are_killed(models: Models, text: Path, tmp_
             break
         except subprocess.TimeoutExpired:
             os.kill(int(chance.choice(children.read_text().split())), signal.SIGKILL)
-        output, errors = run.communicate(timeout=60)
+        output, errors = run.communicate(timeout=240)
         assert run.returncode == 1 and output == "" and not (tmp_path / "out").exists()
         assert errors.count("streamprune: error: ") <= 1, "none if the agent was faster"
     assert run.returncode == 0 and json.loads(output)["status"] == "done", errors
@@ -116,7 +116,7 @@ def test_by_torchrun_with_ranks_that_are_killed(models: Models, text: Path, tmp_
 def test_what_torchrun_cannot_do(models: Models, tmp_path: Path, words: list[str]) -> None:
     """One line, from rank 0."""
     run = _torchrun(2, *({"MODEL": models(), "OUT": tmp_path / "out"}.get(word, word) for word in words))
-    output, errors = run.communicate(timeout=120)
+    output, errors = run.communicate(timeout=300)
     said = [line for line in errors.splitlines() if line.startswith("streamprune: error: ")]
     assert run.returncode == 1 and output == "" and len(said) == 1
     assert "exitcode  : 2" in errors
