@@ -21,7 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamprune.kernels import Selection, cpu, cpu_arrays, cpu_tiles, lanes, torch_ops
+from streamprune.kernels import Selection, cpu, cpu_arrays, cpu_select, cpu_tiles, lanes, torch_ops
 
 BACKENDS = [pytest.param(cpu, id="numba"), pytest.param(torch_ops, id="torch")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -568,6 +568,22 @@ def test_lanes() -> None:
     assert (chosen == np.where(a <= b, (a + 1) & 6, np.maximum(a, b) >> np.arange(16))).all()
     assert count == (b < a).sum() and (packed[3 : 3 + count] == a[b < a]).all() and not packed[:3].any()
     assert total == pytest.approx(numbers.sum() / 2, rel=1e-6) and top == a.max()
+
+
+def test_distances_order_like_keys() -> None:
+    """Wherever `as_distance` says so; zeros have two keys, and the selections of nothing and of all are no numbers."""
+    tiny = np.float32(1e-45)
+    numbers = [np.float32(x) for x in (-np.inf, -1.5, -tiny, -0.0, 0.0, tiny, 1.5, np.inf)]
+    keys = [int(cpu_select.ordered(z)) for z in numbers]
+    assert keys == sorted(keys) and keys[3:5] == [-1, 0]
+    for threshold in {key + step for key in keys for step in (-1, 0, 1)}:
+        ordinary, limit, behind = cpu_select.as_distance(threshold)
+        for z, key in zip(numbers, keys, strict=True):
+            if ordinary:
+                assert (z <= limit, z <= behind) == (key <= threshold, key < threshold)
+        assert ordinary or not keys[0] <= threshold <= keys[-1] or threshold in (-1, 0)
+    for beyond in (cpu_select.LOWEST, cpu_select.HIGHEST - 1):
+        assert not cpu_select.as_distance(beyond)[0]
 
 
 @pytest.mark.parametrize("size", [2, 4, 8, 16, 32])

@@ -13,21 +13,26 @@ from typing import Any
 import numpy as np
 
 from streamprune.kernels import lanes
-from streamprune.kernels.cpu_select import BLOCK, HIGHEST, LOWEST, find_threshold, follow, keys_at, write_keys
+from streamprune.kernels.cpu_moving import PER_BLOCK, follow
+from streamprune.kernels.cpu_select import BLOCK, HIGHEST, LOWEST, as_distance, distances, find_threshold, write_keys
 from streamprune.kernels.jit import jit
 from streamprune.kernels.lanes import COUNT, as_float, fill, load, select, store
 
 
 @jit(inline=True)
 def scored(size: Any, feature: Any, square: Any) -> Any:
-    """|w|**power * feature, lanes of float32; `square` is a mask, set if power is 2."""
-    return size * select(square, size, fill(np.float32(1.0))) * feature
+    """|w|**power * feature, lanes of float32; `square`: whether power is 2."""
+    if square:
+        return size * size * feature
+    return size * feature
 
 
 @jit(inline=True)
 def as_loss(value: Any, rooted: Any) -> Any:
-    """L from lanes of scores; `rooted` is a mask, set if the score is the root of L."""
-    return value * select(rooted, value, fill(np.float32(1.0)))
+    """L from lanes of scores; `rooted`: whether the score is the root of L."""
+    if rooted:
+        return value * value
+    return value
 
 
 @jit()
@@ -39,16 +44,15 @@ def copy(source: Any, target: Any) -> None:
 
 @jit()
 def _load_scores(
-    row: Any, n: Any, out: Any, feature: Any, power: Any, root: Any, form: Any, score: Any, sums: Any, by_lanes: Any
+    row: Any, n: Any, out: Any, feature: Any, power: Any, root: Any, form: Any, score: Any, means: Any, by_lanes: Any
 ) -> Any:
-    """score[j] = |w_j|**power * feature[j]; if by_lanes, sums[b] = sum of the scores of block b, of BLOCK columns.
+    """score[j] = |w_j|**power * feature[j]; if by_lanes, means[b] = mean score of block b, of BLOCK columns.
 
     Prefetches the next row (n weights further on) and the output of this one. Returns (sum of L, sum of |w|, whether
     all weights are finite); L is the score, or its square if `root`.
     """
     mask, shift, factor, infinity = form
-    square, nothing = fill(np.int32(power)) == 2, fill(np.float32(0.0))
-    rooted = fill(np.int32(root)) == 1
+    square, rooted, nothing = power == 2, root == 1, fill(np.float32(0.0))
     total, sizes, top, left = nothing, nothing, fill(np.int32(0)), nothing
     for j in range(0, score.size, COUNT):
         lanes.will_read(row, j + n)
@@ -61,33 +65,52 @@ def _load_scores(
         total = total + as_loss(value, rooted)
         sizes = sizes + size
         if by_lanes and j % BLOCK:
-            sums[j // BLOCK] = np.float64(lanes.total(left + value))
+            means[j // BLOCK] = lanes.total(left + value) * PER_BLOCK
         left = value
     return np.float64(lanes.total(total)), np.float64(lanes.total(sizes)), lanes.count(top < infinity) == COUNT
 
 
 @jit()
 def _emit(
-    row: Any, threshold: Any, cut: Any, mask: Any, key: Any, score: Any, est: Any, inverse: Any, by_lanes: Any,
-    root: Any, out: Any, keep: Any,
+    row: Any, threshold: Any, cut: Any, mask: Any, key: Any, score: Any, root: Any, out: Any, keep: Any
 ) -> Any:  # fmt: skip
     """Copies the bits of kept weights; pruned weights, and all zeros, become +0.0.
 
     Pruned are keys <= threshold left of column `cut`, and keys < threshold from there on. Returns the sum of L of the
     pruned weights.
     """
-    removed, nothing = fill(np.float32(0.0)), fill(np.float32(0.0))
-    rooted = fill(np.int32(root)) == 1
+    removed, rooted = fill(np.float32(0.0)), root == 1
     limit, behind = fill(np.int32(threshold)), fill(np.int32(threshold - 1))
     for j in range(0, key.size, COUNT):
         if j + COUNT > cut:
             limit = select(lanes.columns() < np.int32(max(cut - j, 0)), limit, behind)
-        bits, gone = load(row, j), keys_at(j, key, score, est, inverse, by_lanes) <= limit
-        store(out, j, select(gone | ((bits & mask) == 0), fill(np.int32(0)), bits))
-        removed = removed + select(gone, as_loss(load(score, j), rooted), nothing)
-        if keep.size:
-            store(keep, j, lanes.invert(gone))
+        removed = removed + _clear(row, j, load(key, j) <= limit, mask, score, rooted, out, keep)
     return np.float64(lanes.total(removed))
+
+
+@jit()
+def _emit_distances(
+    row: Any, limits: Any, cut: Any, mask: Any, score: Any, est: Any, inverse: Any, root: Any, out: Any, keep: Any
+) -> Any:  # fmt: skip
+    """_emit for z; limits: the largest that is pruned left of column `cut`, and from there on."""
+    removed, rooted = fill(np.float32(0.0)), root == 1
+    limit, behind = fill(limits[0]), fill(limits[1])
+    for j in range(0, score.size, COUNT):
+        if j + COUNT > cut:
+            limit = select(lanes.columns() < np.int32(max(cut - j, 0)), limit, behind)
+        gone = distances(j, score, est, inverse) <= limit
+        removed = removed + _clear(row, j, gone, mask, score, rooted, out, keep)
+    return np.float64(lanes.total(removed))
+
+
+@jit(inline=True)
+def _clear(row: Any, j: Any, gone: Any, mask: Any, score: Any, rooted: Any, out: Any, keep: Any) -> Any:
+    """Writes columns j.. without those that are `gone`; returns L of these, and 0 elsewhere."""
+    bits, nothing = load(row, j), fill(np.int32(0))
+    store(out, j, select(gone | ((bits & mask) == 0), nothing, bits))
+    if keep.size:
+        store(keep, j, lanes.invert(gone))
+    return select(gone, as_loss(load(score, j), rooted), as_float(nothing))
 
 
 @jit(entry=True)
@@ -107,7 +130,7 @@ def prune_rows(
     score = np.empty(size, np.float32)
     key = score.view(np.int32) if block == 0 else np.empty(size, np.int32)
     found, blocks = np.empty(size + COUNT, np.int32), n // max(block, 1)
-    sums, state = np.empty(blocks, np.float64), np.empty(blocks + 1, np.float64)
+    state = np.empty(blocks + 1, np.float64)
     est, inverse = np.empty(blocks + 1, np.float32), np.empty(blocks + 1, np.float32)
     means = np.empty(-(-blocks // COUNT) * COUNT, np.float32)
     middle, spread, track = 0.0, 1.0, np.empty(2, np.float64)
@@ -119,9 +142,9 @@ def prune_rows(
         if n < size:
             copy(row, line)
             row, row_out, row_keep = line, line_out, line_keep
-        total, sizes, finite = _load_scores(row, n, row_out, feature, power, root, form, score, sums, by_lanes)
+        total, sizes, finite = _load_scores(row, n, row_out, feature, power, root, form, score, means, by_lanes)
         if block > 0:
-            middle, spread = follow(score, block, alpha, by_lanes, sums, state, means, est, inverse)
+            middle, spread = follow(score, block, alpha, by_lanes, state, means, est, inverse)
             if not by_lanes:
                 write_keys(score, n, block, est, inverse, key)
         for j in range(n, size):
@@ -132,7 +155,14 @@ def prune_rows(
         elif count > 0:
             unit = ((sizes / n) ** power, middle, spread)
             threshold, cut = find_threshold(key, score, block, est, inverse, by_lanes, count, unit, track, found)
-        removed = _emit(row, threshold, cut, form[0], key, score, est, inverse, by_lanes, root, row_out, row_keep)
+        ordinary, limit, behind = as_distance(threshold)
+        if by_lanes and ordinary:
+            limits = limit, behind
+            removed = _emit_distances(row, limits, cut, form[0], score, est, inverse, root, row_out, row_keep)
+        else:
+            if by_lanes:
+                write_keys(score, n, block, est, inverse, key)
+            removed = _emit(row, threshold, cut, form[0], key, score, root, row_out, row_keep)
         loss[r, 0], loss[r, 1], loss[r, 2] = removed, total, np.float64(finite)
         if n < size:
             copy(line_out, out[r])

@@ -10,8 +10,7 @@ pass counts the keys below a bracket around the prediction, and packs those with
 threshold is then found by counting, on the list, or on the whole row if it lies outside the bracket. The result does
 not depend on the prediction.
 
-Rounding: strict IEEE float32, sums over a block in a fixed tree, moving means in float64 and then rounded, so that
-every processor computes the same bits. Sums and means of equal numbers are exact: a constant row has dev = 0.
+Rounding: strict IEEE float32, so that every processor computes the same bits.
 """
 
 from __future__ import annotations
@@ -20,141 +19,38 @@ from typing import Any
 
 import numpy as np
 
-from streamprune.kernels import LARGEST_BLOCK, TYPICAL_BITS, lanes
+from streamprune.kernels import lanes
 from streamprune.kernels.jit import jit
-from streamprune.kernels.lanes import COUNT, as_float, as_int, fill, load, pack
+from streamprune.kernels.lanes import COUNT, as_int, fill, load, pack, store
 
 LOWEST = -(2**31)
 HIGHEST = 2**31 - 1
 BLOCK = 2 * COUNT  # the usual block of EWMA: its loops are written with lanes
-_TINY = np.float32(np.finfo(np.float32).tiny)
-_SIGNLESS = 0x7FFFFFFF
-
-
-@jit()
-def _moving(values: Any, alpha: Any, start: Any, state: Any) -> None:
-    """state[b] = the moving mean of values before block b, state (values.size + 1,); state[0] = start.
-
-    Four steps at a time: now = keep**4 now + four, so that the chain of dependent operations has one product and one
-    sum per four blocks instead of eight operations. In float64, so that a constant row has a constant mean.
-    """
-    keep, now = 1.0 - alpha, start
-    keep_2, keep_3, keep_4 = keep * keep, keep * keep * keep, keep * keep * keep * keep
-    state[0] = now
-    whole = values.size // 4 * 4
-    for b in range(0, whole, 4):
-        one = alpha * values[b]
-        two = keep * one + alpha * values[b + 1]
-        three = keep * two + alpha * values[b + 2]
-        four = keep * three + alpha * values[b + 3]
-        state[b + 1] = keep * now + one
-        state[b + 2] = keep_2 * now + two
-        state[b + 3] = keep_3 * now + three
-        now = keep_4 * now + four
-        state[b + 4] = now
-    for b in range(whole, values.size):
-        now = keep * now + alpha * values[b]
-        state[b + 1] = now
-
-
-@jit()
-def _block_sums(score: Any, est: Any, sums: Any) -> None:
-    """sums[b] = sum of |score - est[b]| over block b, for blocks of BLOCK columns; est is float32."""
-    for b in range(sums.size):
-        middle = fill(est[b])
-        left = as_int(load(score, b * BLOCK) - middle) & _SIGNLESS
-        right = as_int(load(score, b * BLOCK + COUNT) - middle) & _SIGNLESS
-        sums[b] = np.float64(lanes.total(as_float(left) + as_float(right)))
-
-
-@jit()
-def _plain_sums(score: Any, block: Any, est: Any, sums: Any) -> None:
-    """_block_sums for blocks of any size."""
-    for b in range(sums.size):
-        total = 0.0
-        for j in range(b * block, (b + 1) * block):
-            total += np.float64(abs(score[j] - est[b]))
-        sums[b] = total
-
-
-@jit()
-def _typical(bits: Any, n: Any) -> Any:
-    """The median of the nonzero ones of n numbers, its TYPICAL_BITS low bits cleared; 0 if all are 0.
-
-    bits (n, padded to whole lanes with HIGHEST) int32 are the bits of float32 numbers >= 0.
-    """
-    zeros = _at_most(bits, np.int32(0))
-    rank, found = zeros + (n - zeros + 1) // 2, np.int64(0)
-    for place in range(30, TYPICAL_BITS - 1, -1):
-        if _at_most(bits, np.int32(found | ((1 << place) - 1))) < rank:
-            found |= 1 << place
-    return np.float64(np.int32(found).view(np.float32))
-
-
-@jit()
-def _at_most(bits: Any, trial: Any) -> Any:
-    """How many of `bits` are <= trial."""
-    number = np.int64(0)
-    for j in range(0, bits.size, COUNT):
-        number += lanes.count(load(bits, j) <= trial)
-    return number
-
-
-@jit()
-def _mean_states(sums: Any, block: Any, alpha: Any, state: Any, rounded: Any, means: Any) -> Any:
-    """state (float64) and rounded (float32) = the moving mean before each block; returns approximately its mean.
-
-    means (blocks, padded to whole lanes) float32 is scratch.
-    """
-    for b in range(sums.size):
-        means[b] = np.float32(sums[b] / block)
-    bits = means.view(np.int32)
-    for b in range(sums.size, means.size):
-        bits[b] = HIGHEST
-    cap, total = LARGEST_BLOCK * _typical(bits, sums.size), 0.0
-    for b in range(sums.size):
-        mean = np.float64(means[b])
-        sums[b] = cap if mean > cap else mean
-        total += sums[b]
-    _moving(sums, alpha, total / sums.size, state)
-    total, size = 0.0, 0
-    for b in range(sums.size + 1):
-        rounded[b] = np.float32(state[b])
-    for b in range(0, state.size, 8):
-        total += state[b]
-        size += 1
-    return total / size
-
-
-@jit()
-def follow(
-    score: Any, block: Any, alpha: Any, by_lanes: Any, sums: Any, state: Any, means: Any, est: Any, inverse: Any
-) -> Any:  # fmt: skip
-    """Computes est and 1 / dev before each block, (n // block + 1,) float32; returns approximately their means.
-
-    sums (n // block,), state float64 and means float32 are scratch; if by_lanes, sums already holds the sums of the
-    blocks of scores.
-    """
-    if not by_lanes:
-        for b in range(est.size):
-            est[b] = np.float32(0.0)
-        _plain_sums(score, block, est, sums)
-    middle = _mean_states(sums, block, alpha, state, est, means)
-    if by_lanes:
-        _block_sums(score, est, sums)
-    else:
-        _plain_sums(score, block, est, sums)
-    spread = _mean_states(sums, block, alpha, state, inverse, means)
-    for b in range(inverse.size):
-        inverse[b] = np.float32(1.0) / (inverse[b] if inverse[b] > _TINY else _TINY)
-    return middle, spread
+SIGNLESS = 0x7FFFFFFF
+_INFINITE_KEY = 0x7F800000
 
 
 @jit()
 def ordered(z: Any) -> Any:
     """The bits of a float32 as an int32 that orders like it."""
     bits = np.float32(z).view(np.int32)
-    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(_SIGNLESS)))
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(SIGNLESS)))
+
+
+@jit()
+def _value(key: Any) -> Any:
+    """The float32 with this key, as float64."""
+    return np.float64(np.int32(ordered(np.int32(key).view(np.float32))).view(np.float32))
+
+
+@jit()
+def as_distance(threshold: Any) -> Any:
+    """(whether z order like keys about this threshold, its z as float32, and that of the next lower key).
+
+    They do not about zeros, which are equal but have two keys, and for thresholds that are beyond all z.
+    """
+    ordinary = _INFINITE_KEY >= threshold >= -_INFINITE_KEY - 1 and not -1 <= threshold <= 0
+    return ordinary, np.float32(_value(threshold)), np.float32(_value(threshold - 1))
 
 
 @jit()
@@ -166,28 +62,41 @@ def write_keys(score: Any, n: Any, block: Any, est: Any, inverse: Any, key: Any)
 
 
 @jit(inline=True)
-def keys_at(j: Any, key: Any, score: Any, est: Any, inverse: Any, by_lanes: Any) -> Any:
-    """The keys of columns j.. from `key`, or, if by_lanes, those that write_keys would write there."""
-    if not by_lanes:
-        return load(key, j)
-    bits = as_int((load(score, j) - fill(est[j // BLOCK])) * fill(inverse[j // BLOCK]))
-    return lanes.select(bits < 0, bits ^ _SIGNLESS, bits)
+def distances(j: Any, score: Any, est: Any, inverse: Any) -> Any:
+    """z of columns j.., for blocks of BLOCK columns."""
+    return (load(score, j) - fill(est[j // BLOCK])) * fill(inverse[j // BLOCK])
 
 
 @jit()
-def _pack_bracket(
-    key: Any, score: Any, est: Any, inverse: Any, by_lanes: Any, low: Any, high: Any, found: Any
-) -> Any:  # fmt: skip
+def _pack_bracket(key: Any, low: Any, high: Any, found: Any) -> Any:
     """(number of keys <= low, number with low < key <= high); the latter are packed into `found` (keys + COUNT,)."""
     below = inside = np.int64(0)
     bottom, top = fill(np.int32(low)), fill(np.int32(high))
     for j in range(0, key.size, COUNT):
-        keys = keys_at(j, key, score, est, inverse, by_lanes)
+        keys = load(key, j)
         above = bottom < keys
         chosen = above & (keys <= top)
         pack(found, inside, keys, chosen)
         inside += lanes.count(chosen)
         below += COUNT - lanes.count(above)
+    return below, inside
+
+
+@jit()
+def _pack_distances(score: Any, est: Any, inverse: Any, low: Any, high: Any, found: Any) -> Any:
+    """_pack_bracket for the keys that write_keys would write, from the z; neither bound is the key of a zero."""
+    below = inside = np.int64(0)
+    bottom, top = fill(np.float32(_value(low))), fill(np.float32(_value(high)))
+    for j in range(0, score.size, COUNT):
+        z = distances(j, score, est, inverse)
+        above = bottom < z
+        chosen = above & (z <= top)
+        pack(found, inside, as_int(z), chosen)
+        inside += lanes.count(chosen)
+        below += COUNT - lanes.count(above)
+    for j in range(0, inside, COUNT):
+        bits = load(found, j)
+        store(found, j, lanes.select(bits < 0, bits ^ SIGNLESS, bits))
     return below, inside
 
 
@@ -272,14 +181,19 @@ def find_threshold(
 ) -> Any:
     """(threshold, cut): the k smallest keys are those <= threshold left of column cut, < threshold from there on.
 
-    0 < k < n; arrays as in keys_at, found (key.size + COUNT,) int32 is scratch. unit (scale, est, dev) holds the row's
-    scale and the means of its states: a key is that of (score - est) / dev. track, two float64, is learned from earlier
-    rows: the mean threshold on score / scale, and the mean distance of thresholds from it.
+    0 < k < n; if by_lanes, `key` is scratch, and keys are those that write_keys would write there. found
+    (key.size + COUNT,) int32 is scratch. unit (scale, est, dev) holds the row's scale and the means of its states: a
+    key is that of (score - est) / dev. track, two float64, is learned from earlier rows: the mean threshold on
+    score / scale, and the mean distance of thresholds from it.
     """
     scale, middle, spread = unit
     guess, reach = (track[0] * scale - middle) / spread, 5.0 * track[1] * scale / spread
     low, high = np.int64(ordered(np.float32(guess - reach))), np.int64(ordered(np.float32(guess + reach)))
-    below, inside = _pack_bracket(key, score, est, inverse, by_lanes, low, high, found)
+    if by_lanes:
+        low, high = (low - 2 if -1 <= low <= 0 else low), (high + 2 if -1 <= high <= 0 else high)
+        below, inside = _pack_distances(score, est, inverse, low, high, found)
+    else:
+        below, inside = _pack_bracket(key, low, high, found)
     slope = np.float64(inside) / np.float64(abs(high - low) + 1)
     hit = below < k <= below + inside
     if hit:
@@ -293,12 +207,6 @@ def find_threshold(
         threshold, ties = _search(key, k, np.int64(ordered(np.float32(guess))), slope)
     _learn(track, (_value(threshold) * spread + middle) / scale)
     return threshold, (_column_of_tie(key, threshold, ties) if ties > 0 else key.size)
-
-
-@jit()
-def _value(key: Any) -> Any:
-    """The float32 with this key, as float64."""
-    return np.float64(np.int32(ordered(np.int32(key).view(np.float32))).view(np.float32))
 
 
 @jit()
