@@ -39,8 +39,8 @@ RESERVE = 208 << 20
 GROUP_BYTES = 512 << 20
 """Memory for batches that wait for a layer's experts, unless --max-ram allows more: the page cache needs some, too."""
 
-WITHOUT_TORCH = 48 << 20
-"""`base` of a process that prunes through Numba alone, for others to plan with: it has 38 MiB as it begins."""
+WITHOUT_TORCH = 96 << 20
+"""`base` of a process that prunes through Numba alone: 38 MiB as it begins; Numba and its kernels come later."""
 
 EXPERT_TOKENS = 4096
 """Tokens per expert beyond which larger groups gain nothing, if the page cache holds a layer's experts."""
@@ -280,13 +280,13 @@ def layout_for(
 def streaming_layout(max_ram: int | None, max_vram: int | None, base: int | None = None) -> Layout:
     """The layout of a CPU job that only streams weights; `base` as in streaming_bytes. Raises as layout_for."""
     _refuse_vram(max_vram)
-    choose_batch(Budget(resident_bytes() if base is None else base, RESERVE, 0, 0), 1, 1, max_ram)
+    choose_batch(Budget(streaming_bytes(base) - RESERVE, RESERVE, 0, 0), 1, 1, max_ram)
     return Layout(1, 1, False, 0)
 
 
 def streaming_bytes(base: int | None = None) -> int:
-    """Estimated peak resident bytes of such a job; `base` defaults to the present resident memory."""
-    return (resident_bytes() if base is None else base) + RESERVE
+    """Estimated peak resident bytes of such a job; `base` defaults to what this process has, or soon will."""
+    return (max(resident_bytes(), WITHOUT_TORCH) if base is None else base) + RESERVE
 
 
 def _refuse_vram(max_vram: int | None) -> None:
