@@ -124,10 +124,11 @@ class Ran:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The JSON object on stdout. Raises BenchError with the last line of stderr if it failed."""
+        """The JSON object on stdout. Raises BenchError with our error or the last line of stderr if it failed."""
         if self.code:
-            last = self.errors.strip().splitlines()[-1:] or [f"a child process ended with {self.code}"]
-            raise BenchError(last[0].removeprefix("streamprune: error: "))
+            lines = self.errors.strip().splitlines() or [f"a child process ended with {self.code}"]
+            ours = [line for line in lines if line.startswith("streamprune: error: ")]  # torchrun adds lines of its own
+            raise BenchError([*lines, *ours][-1].removeprefix("streamprune: error: "))
         found: dict[str, Any] = json.loads(self.out)
         return found
 
