@@ -102,7 +102,7 @@ def test_memory_without_torch(models: Models, stats: Path, tmp_path: Path) -> No
     """Where `prune --stats` imports no torch, that is the memory to plan with: this process has far more, a new one
     accepts what is said to be the least."""
     plain, quantised = (plan(models(), stats=stats, **more) for more in ({}, {"quantize": "fp8"}))
-    assert plain.peak_ram_bytes == plain.least_ram_bytes < 300 << 20 < quantised.peak_ram_bytes
+    assert plain.peak_ram_bytes == plain.least_ram_bytes < 320 << 20 < quantised.peak_ram_bytes
     with pytest.raises(ResourceError, match="needs --max-ram"):
         plan(models(), stats=stats, max_ram=plain.least_ram_bytes - 1)
     assert plan(models(), stats=stats, max_ram=plain.least_ram_bytes).seconds > 0
