@@ -69,12 +69,18 @@ def test_what_only_seems_to_end_a_part(layer: Layer) -> None:
     assert confirmed(skeleton, [END], layer, torch.randn(2, 3, 4)) == []
 
 
-@pytest.mark.parametrize("refit", ["obs-admm", "gradual-cg"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma2", "falcon", "bloom", "qwen3"])
+@pytest.mark.parametrize(
+    ("kind", "refit", "quantize"),
+    [
+        *((kind, "obs-admm", "none") for kind in ("llama", "gpt2", "gpt_neox", "gemma2", "falcon", "bloom", "qwen3")),
+        *((kind, "gradual-cg", "none") for kind in ("llama", "gpt_neox", "falcon")),
+        *((kind, "obs-admm", "fp8") for kind in ("llama", "qwen3")),
+    ],
+)
 def test_no_bit_depends_on_it(
-    models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, refit: str
-) -> None:
-    """Also what is added to each Gram, so that it is not by chance."""
+    models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, refit: str, quantize: str
+) -> None:  # fmt: skip
+    """Also what is added to each Gram, so that it is not by chance. With FP8, inputs are rounded once all is stored."""
     added: list[torch.Tensor] = []
     watch = GramCollector.watch_pair
 
@@ -90,7 +96,7 @@ def test_no_bit_depends_on_it(
 
     monkeypatch.setattr(GramCollector, "watch_pair", see)
     monkeypatch.setattr("streamprune.pruning.paired.confirmed", seen)
-    how = {"refit": refit, "sparsity": 0.5, "propagate": "asymmetric", "damping": 0.05}
+    how = {"refit": refit, "sparsity": 0.5, "propagate": "asymmetric", "damping": 0.05, "quantize": quantize}
     source = models(kind, 2)
     ours = run(source, tmp_path / "ours", text, **how)
     assert all(tried) == (kind != "bloom"), "attention that adds the residual stream by itself runs again"

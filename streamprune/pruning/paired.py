@@ -70,6 +70,9 @@ class PairedPass(CalibrationPass):
     _own_mask = False
     """Whether a refit chooses masks by itself."""
 
+    _coded = False
+    """Whether linears are stored in FP8, which rounds their inputs as well: not so before step 3."""
+
     _ends: list[End]
     """Parts of the current layer that need not run again."""
 
@@ -99,11 +102,8 @@ class PairedPass(CalibrationPass):
 
         def attempt() -> Collector:
             self.placed, self.dense, self._kept = {}, self._aside(stage), ({}, {})
-            collector, kept, watching = (
-                Collector(self._accumulate, self.share),
-                dict[str, StateBuffer](),
-                list[InputHook](),
-            )
+            collector = Collector(self._accumulate, self.share)
+            kept, watching = dict[str, StateBuffer](), list[InputHook]()
 
             def watch(name: str, x: Tensor) -> None:
                 for see in watching:
@@ -169,6 +169,7 @@ class PairedPass(CalibrationPass):
     def grams_of(self, target: Target, stage: Stage, room: int) -> LayerGrams | None:
         """As CalibrationPass.grams_of."""
         self._own_mask = target.recipe.refit is not None and METHODS[target.recipe.refit].own_mask
+        self._coded = target.quantisation is not None
         return super().grams_of(target, stage, room)
 
     @property
@@ -247,7 +248,7 @@ class PairedPass(CalibrationPass):
 
     def pruned_layer(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
         """Step 3."""
-        self.placed, kept = {}, self._kept[1]
+        self.placed, kept = {}, {} if self._coded else self._kept[1]
 
         def attempt() -> None:
             self.dense.rewind()
