@@ -111,9 +111,13 @@ def test_tables(serving: ModuleType) -> None:
     assert serving.table_of_perplexities(*rows[:1], rows[1:]).splitlines()[2:] == [
         "| x 1.0 | 10.000 | 20.000 |", "| x 2.0 | 10.000 | 20.000 |",
     ]  # fmt: skip
-    same = {"version": "x 1.0", "new": [10.0, 20.0], "prompt": [10.0, 10.0]}
-    same |= {"new_ratios": [1.0, 3.0, 2.0], "prompt_ratios": [1.1, 0.9, 1.0]}
+    same = {"version": "x 1.0", "new": [10.0, 20.0, 10.1], "prompt": [10.0, 10.0, 10.0]}
+    same |= {"new_ratios": [1.0, 2.0, 3.0], "prompt_ratios": [0.9, 1.0, 1.1]}
+    same |= {"new_control": [0.9, 1.0, 1.2], "prompt_control": [1.0, 1.0, 1.0]}
     *_, row, _, verdict = serving.table_of_speeds([same]).splitlines()
-    assert row == "| x 1.0 | 10.0 → 20.0 | × 2.00 (1.00 to 3.00) | 10.0 → 10.0 | × 1.00 (0.90 to 1.10) |"
+    assert row == ("| x 1.0 | 10.0 → 20.0 | 1.00 to 3.00 | 0.90 to 1.20 | 10.0 → 10.0 | 0.90 to 1.10 | 1.00 to 1.00 |")
     assert verdict.endswith(": none."), "one round was not faster"
-    assert serving.table_of_speeds([same | {"new_ratios": [1.1, 3.0]}]).endswith(": x 1.0.")
+    assert serving.table_of_speeds([same | {"new_ratios": [1.1, 1.2, 3.0]}]).endswith(": none."), (
+        "the control is as fast"
+    )
+    assert serving.table_of_speeds([same | {"new_ratios": [1.3, 1.3, 3.0]}]).endswith(": x 1.0 (new tokens).")
