@@ -26,6 +26,7 @@ from streamprune.calibration.gram_sums import GramCollector, GramSum, HoldOut
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.errors import CheckpointError, UsageError
 from streamprune.methods.gram import Debt, Gram, Mapped
+from streamprune.process.ranks import ALONE
 from streamprune.process.share import Share
 
 Rerun = Callable[[Callable[[], GramCollector], Set[str]], GramCollector]
@@ -202,7 +203,8 @@ class LayerGrams:
         for name in list(collector.sums):
             found = collector.sums.pop(name)
             found.finish()
-            gram = Gram(found.sum, _joined(found), found.tokens, products=self._products, drift=found.drift)
+            ranks = self._share.ranks if self._share is not None and name not in self._experts else ALONE
+            gram = Gram(found.sum, _joined(found), found.tokens, None, self._products, found.drift, ranks=ranks)
             if found.drift is not None:
                 gram.held_dense = torch.cat(found.held_dense) if found.held_dense else gram.held
             if found.debt is not None:

@@ -38,8 +38,9 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import UsageError
-from streamprune.methods.inverse import Damping, feature_scale, normalised_inverse
+from streamprune.methods.inverse import Damping, Factor, feature_scale, inverse_diagonal, normalised_inverse
 from streamprune.methods.selection import Amount, Pattern, check_pattern, prune_count, select
+from streamprune.process.ranks import ALONE, Ranks
 
 _DAMPING = Damping(0.1)
 _SAFE = 3e38  # a finite score above all others: never pruned
@@ -76,12 +77,14 @@ class Operator(NamedTuple):
 
 
 def prepare(
-    gram: Tensor, damping: Damping = _DAMPING, variant: Variant = PUBLISHED, products: torch.dtype = torch.float32
-) -> Operator:
+    gram: Tensor, damping: Damping = _DAMPING, variant: Variant = PUBLISHED, products: torch.dtype = torch.float32,
+    diagonal: Factor | None = None, ranks: Ranks = ALONE,
+) -> Operator:  # fmt: skip
     """The operator for the Gram matrix (in, in) float32 of a linear's inputs; serves any number of calls of `solve`.
 
     `products` is the dtype of solve's matrix products: bfloat16 is as good (the perplexity of a small model changed by
-    0.2 %, in either direction), and several times as fast on processors with bf16 arithmetic.
+    0.2 %, in either direction), and several times as fast on processors with bf16 arithmetic. `diagonal` is what
+    inverse_diagonal(gram, damping) gives, if it is known. All `ranks` must call this together.
 
     Raises UnsupportedError where the Gram matrix is not finite or cannot be factorised, see inverse.py, and ValueError
     unless rho > 0.
@@ -91,12 +94,10 @@ def prepare(
     scale = feature_scale(gram)
     score, used = torch.ones_like(scale), damping
     if variant.saliency:
-        inverse, value = normalised_inverse(gram, damping, 0.0)
-        diagonal = inverse.diagonal().clone()
-        score, used = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0), damping._replace(value=value)
-        del inverse  # before the next one is made
+        inverse, value = diagonal or inverse_diagonal(gram, damping, ranks)
+        score, used = torch.where(inverse > 0, inverse.rsqrt(), 0.0), damping._replace(value=value)
     rho = variant.rho + variant.follow * used.value
-    matrix, value = normalised_inverse(gram, used, rho)
+    matrix, value = normalised_inverse(gram, used, rho, ranks)
     return Operator(matrix.mul_(rho).to(products), scale, score, value)
 
 

@@ -25,7 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from streamprune.methods.inverse import Damping, feature_scale, normalised_inverse
+from streamprune.methods.inverse import Damping, Factor, feature_scale, normalised_inverse
+from streamprune.process.ranks import ALONE, Ranks
 
 PULL = 0.15
 """Fraction of the way from the dense weights W to the weights V that fully correct the errors of earlier layers."""
@@ -73,12 +74,14 @@ class Gram:
     """(held, in): the dense model's inputs of the held-out tokens; None unless calibration is asymmetric."""
     debts: dict[str, Debt] = field(default_factory=dict)
     """By name of the linear, for those that write into the residual stream."""
+    ranks: Ranks = ALONE
+    """Those that have the same Gram, and share the arithmetic with it."""
     diagonal: Tensor = field(init=False)
     """(in,) float32, on the refit's device."""
 
     def __post_init__(self) -> None:
         self.diagonal = self._diagonal()
-        self._pull: Tensor | None = None
+        self._pull: tuple[Tensor, Factor] | None = None
 
     def aim(self, rows: Tensor, name: str = "", which: Tensor | slice = slice(None)) -> Tensor:
         """The target weights (n, in) float32 of a refit: W + PULL (V − W), or `rows` itself if there is no drift.
@@ -87,15 +90,30 @@ class Gram:
         """
         if self.drift is None:
             return rows
-        if self._pull is None:
-            scale = feature_scale(self.matrix)
-            reciprocal = torch.where(scale > 0, 1 / scale, 0.0)
-            inverse = normalised_inverse(self.matrix, PULL_DAMPING, 0.0).matrix
-            self._pull = inverse.mul_(PULL * reciprocal).mul_(reciprocal[:, None])
+        pull, _ = self._pulling()
         missing = rows @ self.drift
         if name in self.debts:
             missing += self.debts[name].sum[which]
-        return torch.addmm(rows, missing, self._pull)
+        return torch.addmm(rows, missing, pull)
+
+    def _pulling(self) -> tuple[Tensor, Factor]:
+        """The matrix that turns what is missing into a change of the weights, and the diagonal of the inverse."""
+        if self._pull is None:
+            scale = feature_scale(self.matrix)
+            reciprocal = torch.where(scale > 0, 1 / scale, 0.0)
+            inverse = normalised_inverse(self.matrix, PULL_DAMPING, 0.0, self.ranks)
+            diagonal = inverse._replace(matrix=inverse.matrix.diagonal().clone())
+            self._pull = inverse.matrix.mul_(PULL * reciprocal).mul_(reciprocal[:, None]), diagonal
+        return self._pull
+
+    def known_diagonal(self, damping: Damping) -> Factor | None:
+        """What inverse_diagonal(matrix, damping) gives, where `aim` needs that inverse as well."""
+        return self._pulling()[1] if self.drift is not None and damping == PULL_DAMPING else None
+
+    def settle(self) -> None:
+        """Does what all ranks must do together, before each of them calls `aim` for rows of its own."""
+        if self.drift is not None:
+            self._pulling()
 
     @property
     def device(self) -> torch.device:

@@ -19,13 +19,15 @@ counts as failed even if the pivot is positive; it is then repeated with ten tim
 value that was used in the end, for the report. Peak memory: twice the Gram matrix, result included.
 
 Factors and inverses are made of matrix products and of blocks that are factorised on a single thread: LAPACK's results
-depend on the number of threads, those of products of such sizes do not.
+depend on the number of threads, those of products of such sizes do not. Products are cut into the same parts for any
+number of ranks; several ranks share them, so all must call these functions together.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -33,6 +35,8 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import UnsupportedError
+from streamprune.process.ranks import ALONE, Ranks
+from streamprune.process.share import parts_of, share_
 
 _TRIES = 8
 _SMALLEST = 1e-6  # damping to try after a failure with none
@@ -63,30 +67,39 @@ def feature_scale(gram: Tensor) -> Tensor:
     return torch.where((diagonal > 0).any(), diagonal, torch.ones_like(diagonal)).sqrt()
 
 
-def upper_factor(gram: Tensor, damping: Damping) -> Factor:
+def upper_factor(gram: Tensor, damping: Damping, ranks: Ranks = ALONE) -> Factor:
     """U, upper triangular (in, in), with (G + damping)⁻¹ = UᵀU; rows and columns of dead features are 0.
 
     SparseGPT (arXiv 2301.00774) inverts A, then takes the Cholesky factor of the inverse. Here A is factorised with its
     features in reverse order, A = R Rᵀ with R upper triangular, and U = R⁻¹. This gives the same U with a third of the
     arithmetic, without the rounding errors of an explicit inverse. Raises UnsupportedError, see _cholesky.
     """
-    lower, reciprocal, used = _cholesky(gram, damping, 0.0, reverse=True)
-    _invert_lower(lower)
+    lower, reciprocal, used = _cholesky(gram, damping, 0.0, ranks, reverse=True)
+    _invert_lower(lower, ranks)
     return Factor(lower.flip(0, 1).mul_(reciprocal), used)
 
 
-def normalised_inverse(gram: Tensor, damping: Damping, ridge: float) -> Factor:
+def normalised_inverse(gram: Tensor, damping: Damping, ridge: float, ranks: Ranks = ALONE) -> Factor:
     """(D⁻¹ (G + damping) D⁻¹ + ridge·I)⁻¹ with D = diag feature_scale(gram), symmetric (in, in).
 
     Rows and columns of dead features are 0. Raises UnsupportedError, see _cholesky.
     """
-    lower, reciprocal, used = _cholesky(gram, damping, ridge, reverse=False)
+    lower, reciprocal, used = _cholesky(gram, damping, ridge, ranks)
     scale = feature_scale(gram) * reciprocal
-    _invert_lower(lower)
-    return Factor(_gram_of_lower(lower).mul_(scale).mul_(scale[:, None]), used)
+    _invert_lower(lower, ranks)
+    return Factor(_gram_of_lower(lower, ranks).mul_(scale).mul_(scale[:, None]), used)
 
 
-def _cholesky(gram: Tensor, damping: Damping, ridge: float, reverse: bool) -> tuple[Tensor, Tensor, float]:
+def inverse_diagonal(gram: Tensor, damping: Damping, ranks: Ranks = ALONE) -> Factor:
+    """The diagonal (in,) of normalised_inverse(gram, damping, 0), for two thirds of the arithmetic."""
+    lower, reciprocal, used = _cholesky(gram, damping, 0.0, ranks)
+    _invert_lower(lower, ranks)
+    return Factor(lower.square_().sum(0).mul_((feature_scale(gram) * reciprocal).square_()), used)
+
+
+def _cholesky(
+    gram: Tensor, damping: Damping, ridge: float, ranks: Ranks, *, reverse: bool = False
+) -> tuple[Tensor, Tensor, float]:
     """L with L Lᵀ = N (features in reverse order if `reverse`); 1/s (in,), 0 for dead features; the damping used.
 
     Raises UnsupportedError if the Gram matrix is not finite, or not positive definite even with 10⁷ times the requested
@@ -102,7 +115,7 @@ def _cholesky(gram: Tensor, damping: Damping, ridge: float, reverse: bool) -> tu
         matrix, reciprocal = _normalised(gram.detach(), damping._replace(value=value), ridge)
         if reverse:
             matrix = matrix.flip(0, 1)
-        if _factorise(matrix) and bool((matrix.diagonal().square() > tolerance).all()):
+        if _factorise(matrix, ranks) and bool((matrix.diagonal().square() > tolerance).all()):
             return matrix, reciprocal, value
         largest, value = value, max(float(f"{10 * value:g}"), _SMALLEST)
     raise UnsupportedError(
@@ -123,7 +136,7 @@ def _normalised(gram: Tensor, damping: Damping, ridge: float) -> tuple[Tensor, T
     return matrix, reciprocal
 
 
-def _factorise(matrix: Tensor) -> bool:
+def _factorise(matrix: Tensor, ranks: Ranks) -> bool:
     """Replaces N, symmetric (n, n), by L, lower triangular with L Lᵀ = N, in place; False if that failed.
 
     Block column by block column: what the columns before contribute is subtracted, the block on the diagonal is
@@ -131,27 +144,39 @@ def _factorise(matrix: Tensor) -> bool:
     """
     for begin in range(0, len(matrix), _LEAF):
         end = min(begin + _LEAF, len(matrix))
-        column = matrix[begin:, begin:end]
-        column.sub_(matrix[begin:, :begin] @ matrix[begin:end, :begin].T)
+        before = matrix[begin:end, :begin].T
         with _one_thread():
-            block, info = torch.linalg.cholesky_ex(column[: end - begin])
+            block, info = torch.linalg.cholesky_ex(matrix[begin:end, begin:end] - matrix[begin:end, :begin] @ before)
             inverse = block.clone()
-            _invert_lower(inverse)
+            _invert_lower(inverse, ALONE)
         if bool(info):
             return False
-        matrix[end:, begin:end] = column[end - begin :] @ inverse.T
-        column[: end - begin] = block
+        below = [matrix[part, :end] for part in parts_of(end, len(matrix), _LEAF)]
+        column = functools.partial(_rows_below, below, before, inverse)
+        share_([rows[:, begin:] for rows in below], column, ranks)
+        matrix[begin:end, begin:end] = block
         matrix[begin:end, end:] = 0
     return True
 
 
-def _gram_of_lower(lower: Tensor) -> Tensor:
+def _rows_below(below: Sequence[Tensor], before: Tensor, inverse: Tensor, i: int) -> Tensor:
+    """Rows of a block column of L: `below` are rows of N, of L where `before` has the rows of the block above."""
+    done = len(before)
+    return (below[i][:, done:] - below[i][:, :done] @ before) @ inverse.T
+
+
+def _gram_of_lower(lower: Tensor, ranks: Ranks) -> Tensor:
     """LᵀL of L, lower triangular (n, n): without the products of blocks that are zero."""
     product = torch.empty_like(lower)
-    for begin in range(0, len(lower), _LEAF):
-        end = min(begin + _LEAF, len(lower))
-        product[:end, begin:end] = lower[begin:, :end].T @ lower[begin:, begin:end]
-        product[begin:end, :begin] = product[:begin, begin:end].T
+    blocks = [slice(begin, min(begin + _LEAF, len(lower))) for begin in range(0, len(lower), _LEAF)]
+
+    def upper(i: int) -> Tensor:
+        begin, end = blocks[i].start, blocks[i].stop
+        return lower[begin:, :end].T @ lower[begin:, begin:end]
+
+    share_([product[: block.stop, block] for block in blocks], upper, ranks)
+    for block in blocks:
+        product[block, : block.start] = product[: block.start, block].T
     return product
 
 
@@ -166,10 +191,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _invert_lower(lower: Tensor) -> None:
+def _invert_lower(lower: Tensor, ranks: Ranks) -> None:
     """Replaces L, lower triangular (n, n), by L⁻¹ in place.
 
-    Recursively, by halves: [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹BA⁻¹, C⁻¹]].
+    Recursively, by halves: [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹BA⁻¹, C⁻¹]], without most of the products of zeros.
     """
     n = len(lower)
     if n <= _LEAF:
@@ -178,13 +203,22 @@ def _invert_lower(lower: Tensor) -> None:
             lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
         return
     half = n // 2
-    first, second = lower[:half, :half], lower[half:, half:]
-    _invert_lower(first)
-    _invert_lower(second)
-    lower[half:, :half] = second @ (lower[half:, :half] @ first).neg_()
+    first, second, between = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert_lower(first, ranks)
+    _invert_lower(second, ranks)
+    columns, rows = parts_of(0, half, _LEAF), parts_of(0, n - half, _LEAF)
+
+    def left(i: int) -> Tensor:
+        begin = columns[i].start  # what is before it may have been replaced already
+        product = (between[:, begin:] @ first[begin:, columns[i]]).neg_()
+        return torch.cat([second[part, : part.stop] @ product[: part.stop] for part in rows])
+
+    share_([between[:, part] for part in columns], left, ranks)
 
 
 def _check_finite(gram: Tensor) -> None:
+    if bool(torch.isfinite(gram.sum())):
+        return
     finite = torch.isfinite(gram)
     if not bool(finite.all()):
         good = finite.all(1) if bool(finite.diagonal().all()) else finite.diagonal()

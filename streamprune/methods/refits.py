@@ -25,6 +25,7 @@ from streamprune.methods.conjugate import Metric, descend, gradually
 from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping, Factor
 from streamprune.methods.selection import Pattern
+from streamprune.process.share import parts_of, share_
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class RefitRequest:
 
 
 _STRETCHES = 8
+_LEAST_ROWS = 64  # of a part of a sample; ranks share the parts
 _TINY = 1e-300
 
 
@@ -85,7 +87,8 @@ def _gradual(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, request:
 def _operator(variant: admm.Variant) -> Callable[[Gram, Damping], Prepared]:
     def prepare(gram: Gram, damping: Damping) -> Prepared:
         products = gram.products if variant is admm.OBS else torch.float32
-        operator = admm.prepare(gram.matrix, damping, variant, products)
+        known = gram.known_diagonal(damping)
+        operator = admm.prepare(gram.matrix, damping, variant, products, known, gram.ranks)
         return Prepared(operator, damping._replace(value=operator.damping))
 
     return prepare
@@ -101,7 +104,7 @@ def _alternating(variant: admm.Variant) -> Callable[[Tensor, Tensor, Gram, admm.
 
 
 def _sparsegpt_factor(gram: Gram, damping: Damping) -> Prepared:
-    factor = sparsegpt.prepare(gram.matrix, damping)
+    factor = sparsegpt.prepare(gram.matrix, damping, gram.ranks)
     return Prepared(factor, damping._replace(value=factor.damping))
 
 
@@ -139,6 +142,11 @@ class Sample(NamedTuple):
     masked: Tensor
     which: Tensor | slice = slice(None)
 
+    def part(self, rows: slice) -> Sample:
+        """Some of its rows."""
+        which = self.which[rows] if isinstance(self.which, Tensor) else rows
+        return Sample(self.weight[rows], self.masked[rows], which)
+
 
 def choose(
     method: Method,
@@ -154,27 +162,69 @@ def choose(
     exceeds the smallest error by no more than one standard error of the difference, estimated over eight stretches of
     the held-out tokens (the one-standard-error rule of Breiman et al. 1984: among candidates that cannot be told apart,
     the one closest to the original weights). If no tokens are held out, dampings[0] is used without a comparison.
+    All of the Gram's ranks must call this together.
     """
     if not len(gram.held):
         return dict.fromkeys(samples, Choice(dampings[0], None, None))
-    whole = {name: gram.held_by_token(sample.weight).sum() for name, sample in samples.items()}
-    aims = {name: gram.aim(sample.weight, name, sample.which) for name, sample in samples.items()}
-
-    def errors(name: str, fitted: Tensor) -> Tensor:
-        """Contributions of the stretches of tokens to the relative error, which is their sum: (stretches,) float64."""
-        by_token = gram.held_by_token(samples[name].weight, fitted, name, samples[name].which)
-        return torch.stack([part.sum() for part in by_token.chunk(_STRETCHES)]) / whole[name].clamp_min(_TINY)
-
+    judged = {name: _Judged(name, sample, method, gram, requests[name]) for name, sample in samples.items()}
+    gram.settle()
     tried: dict[str, list[tuple[Damping | None, Tensor]]] = {name: [] for name in samples}
     for damping in sorted(dampings, key=lambda d: d.value):
         state = method.prepare(gram, damping).state
-        for name, sample in samples.items():
-            fitted = method.solve(aims[name], sample.masked, gram, state, requests[name])
-            tried[name].append((damping, errors(name, fitted)))
+        for name, found in tried.items():
+            found.append((damping, judged[name].refitted(state)))
         if all(len(found) > 1 and found[-1][1].sum() >= found[-2][1].sum() for found in tried.values()):
             break
-    masks = {name: errors(name, sample.masked) for name, sample in samples.items()}
+    masks = {name: linear.masked() for name, linear in judged.items()}
     return {name: _first_as_good([(None, masks[name]), *reversed(found)]) for name, found in tried.items()}
+
+
+class _Judged:
+    """The errors of refits of one linear's sample on the held-out tokens; ranks share parts of its rows.
+
+    Errors are (stretches,) float64: what stretches of tokens contribute to the relative error, which is their sum.
+    """
+
+    def __init__(self, name: str, sample: Sample, method: Method, gram: Gram, request: RefitRequest) -> None:
+        self._name, self._method, self._gram, self._request = name, method, gram, request
+        self._parts = [sample.part(rows) for rows in parts_of(0, len(sample.weight), _LEAST_ROWS)]
+        self._aims: dict[int, Tensor] = {}
+        """Of the parts that this rank refits."""
+        self._whole = self._sums(lambda i: gram.held_by_token(self._parts[i].weight)).sum().clamp_min(_TINY)
+
+    def refitted(self, state: Any) -> Tensor:
+        """Errors of the refit; `state` is what the method has prepared."""
+
+        def fit(i: int) -> Tensor:
+            part = self._parts[i]
+            if i not in self._aims:
+                self._aims[i] = self._gram.aim(part.weight, self._name, part.which)
+            return self._method.solve(self._aims[i], part.masked, self._gram, state, self._request)
+
+        return self._errors(fit)
+
+    def masked(self) -> Tensor:
+        """Errors of the mask without a refit."""
+        return self._errors(lambda i: self._parts[i].masked)
+
+    def _errors(self, fitted: Callable[[int], Tensor]) -> Tensor:
+        """Errors of `fitted` weights (n, in), by the index of their part."""
+
+        def by_token(i: int) -> Tensor:
+            part = self._parts[i]
+            return self._gram.held_by_token(part.weight, fitted(i), self._name, part.which)
+
+        return self._sums(by_token) / self._whole
+
+    def _sums(self, by_token: Callable[[int], Tensor]) -> Tensor:
+        """Sums (stretches,) over tokens and parts, of (held,) for the index of a part."""
+        found = torch.empty(len(self._parts), min(_STRETCHES, len(self._gram.held)), dtype=torch.float64)
+
+        def sums(i: int) -> Tensor:
+            return torch.stack([stretch.sum() for stretch in by_token(i).cpu().tensor_split(found.shape[1])])
+
+        share_(list(found), sums, self._gram.ranks)
+        return found.sum(0)
 
 
 def _first_as_good(tried: Sequence[tuple[Damping | None, Tensor]]) -> Choice:

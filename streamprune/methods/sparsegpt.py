@@ -34,17 +34,19 @@ from torch import Tensor
 from streamprune.errors import UsageError
 from streamprune.methods.inverse import Damping, Factor, upper_factor
 from streamprune.methods.selection import Pattern, check_pattern, prune_count, select
+from streamprune.process.ranks import ALONE, Ranks
 
 _LEAF = 32  # columns; a leaf is swept column by column
 _DAMPING = Damping(0.01)
 
 
-def prepare(gram: Tensor, damping: Damping = _DAMPING) -> Factor:
+def prepare(gram: Tensor, damping: Damping = _DAMPING, ranks: Ranks = ALONE) -> Factor:
     """U with (G + damping)⁻¹ = UᵀU; serves any number of calls of `solve`. gram (in, in) float32, of a linear's inputs.
 
-    Raises UnsupportedError where the Gram matrix is not finite or cannot be factorised, see inverse.py.
+    All `ranks` must call this together. Raises UnsupportedError where the Gram matrix is not finite or cannot be
+    factorised, see inverse.py.
     """
-    return upper_factor(gram, damping)
+    return upper_factor(gram, damping, ranks)
 
 
 def solve(

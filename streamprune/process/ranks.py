@@ -72,6 +72,11 @@ class Ranks:
 
     def broadcast_(self, tensor: Tensor, source: int) -> None:
         """Fills `tensor`, of one shape on all ranks, with that of rank `source`."""
+        self.broadcasting_(tensor, source)()
+
+    def broadcasting_(self, tensor: Tensor, source: int) -> Callable[[], None]:
+        """As broadcast_, which it only begins; returns what waits for it."""
+        return lambda: None
 
     def add_in_order_(self, total: Tensor, part: Tensor, owner: int, present: int) -> None:
         """Adds the parts of ranks 0 to `present` − 1, in this order, to the `total` of rank `owner`.
@@ -128,12 +133,18 @@ class Together(Ranks):
             dist.broadcast_object_list(held, src=source)
         return held[0]
 
-    def broadcast_(self, tensor: Tensor, source: int) -> None:
+    def broadcasting_(self, tensor: Tensor, source: int) -> Callable[[], None]:
         import torch.distributed as dist
 
         with self._talking():
             self._settle()
-            dist.broadcast(tensor, src=source)
+            work = dist.broadcast(tensor, src=source, async_op=True)
+
+        def wait() -> None:
+            with self._talking():
+                work.wait()
+
+        return wait
 
     def add_in_order_(self, total: Tensor, part: Tensor, owner: int, present: int) -> None:
         import torch.distributed as dist

@@ -1,12 +1,20 @@
-"""Which batches each of several ranks passes through a model."""
+"""What each of several ranks does of a common work: batches that are passed through a model, and parts of arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from streamprune.errors import UsageError
 from streamprune.process.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PARTS = 8
+"""Most parts that an array is cut into."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +88,35 @@ class Share:
     def last_round(self) -> int:
         """How many ranks have a group in the last round; of those, each may own a sum."""
         return self.present(self.batches - 1)
+
+
+def parts_of(begin: int, end: int, least: int) -> list[slice]:
+    """Cuts `begin` to `end` into parts, of at least `least` unless it is shorter: the same for any number of ranks."""
+    size = end - begin
+    step = max(1, -(-size // max(1, min(PARTS, size // least))))
+    return [slice(at, min(at + step, end)) for at in range(begin, end, step)]
+
+
+def share_(parts: Sequence[Tensor], make: Callable[[int], Tensor], ranks: Ranks) -> None:
+    """Fills each of `parts` (any strides) with what `make` returns for its index, on all ranks.
+
+    The ranks take turns, forwards and backwards, so that each has as much to do where parts grow or shrink. What others
+    have made arrives meanwhile: by index, so that `make` may use what it replaces in parts behind its own.
+    """
+    sent: deque[tuple[Tensor, Tensor, Callable[[], None]]] = deque()
+    size = ranks.size
+
+    def arrive() -> None:
+        part, made, wait = sent.popleft()
+        wait()
+        part.copy_(made)
+
+    for i, part in enumerate(parts):
+        turn, at = divmod(i, size)
+        owner = size - 1 - at if turn % 2 else at
+        made = make(i).contiguous() if owner == ranks.rank else part.new_empty(part.shape)
+        sent.append((part, made, ranks.broadcasting_(made, owner)))
+        while len(sent) > (2 * size if size > 1 else 0):
+            arrive()
+    while sent:
+        arrive()

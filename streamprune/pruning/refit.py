@@ -155,6 +155,7 @@ class LayerRefit:
             self._chosen |= choose(self.refit.method, samples, gram, asks, self.refit.dampings)
         if len(gram.held):
             gram.absorb_held_()
+        gram.settle()
         choice = self._chosen[name]
         used = self._prepare(gram, choice.damping).damping if choice.damping else None
         return Outcome(choice, used)
