@@ -14,6 +14,7 @@ from references import lowest, lowest_of_groups
 from test_sparsegpt import PATTERNS, correlated, counts, mask_only, normal
 
 from streamprune.errors import UnsupportedError, UsageError
+from streamprune.kernels.cpu import Alternation
 from streamprune.methods import admm
 from streamprune.methods.admm import OBS, PUBLISHED, Variant, prepare, solve
 from streamprune.methods.inverse import Damping
@@ -165,7 +166,7 @@ def test_the_gradual_schedule_is_used(
 
     monkeypatch.setattr(admm, "select", watched)
     monkeypatch.setattr(admm, "_choose", counted)
-    fit(weight, gram, amount, variant)
+    fit(weight, gram, amount, variant, "torch")
     shares = [1 - (1 - t / variant.gradual) ** 3 for t in range(1, variant.gradual + 1)]
     if isinstance(amount, Pattern):
         assert patterns == [amount] * variant.gradual
@@ -178,6 +179,55 @@ def test_the_gradual_schedule_is_used(
     for share, count in zip(shares, pruned, strict=True):
         assert final * share - 1 - 1e-9 <= count <= final * share + 1e-9
     assert pruned[-1] == final
+
+
+@pytest.mark.parametrize("steps", [1, 2, 17])
+@pytest.mark.parametrize("amount", [0.1, 0.5, 0.7, *PATTERNS], ids=str)
+def test_compiled_iterations_choose_the_same_masks(amount: float | Pattern, steps: int) -> None:
+    """Also halfway: in each iteration's mask is what the schedule asks for. 3:5 of rows that are not whole lanes."""
+    width = 96 if amount != Pattern(3, 5) else 80
+    weight, gram = normal(24, width), correlated(width)
+    operator = prepare(gram, Damping(0.05), OBS)
+    variant = OBS._replace(iterations=steps, gradual=steps)
+    (fitted, keep), (expected, chosen) = (
+        solve(weight, operator, variant=variant, backend=backend, **of(amount)) for backend in (None, "torch")
+    )
+    assert torch.equal(keep, chosen)
+    torch.testing.assert_close(fitted, expected, rtol=1e-4, atol=1e-6)
+
+
+@backends
+def test_of_equal_weights_the_lowest_columns_are_pruned_first(backend: str) -> None:
+    weight, variant = torch.ones(3, 32), Variant(iterations=1, gradual=0)
+    operator = prepare(torch.eye(32), Damping(0.1), variant)
+    for amount, expected in ((0.5, 16 * [False] + 16 * [True]), (Pattern(2, 4), 8 * [False, False, True, True])):
+        _, keep = solve(weight, operator, variant=variant, backend=backend, **of(amount))
+        assert keep.tolist() == 3 * [expected]
+
+
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", [None, Pattern(2, 4)])
+def test_compiled_steps(products: torch.dtype, pattern: Pattern | None) -> None:
+    """What is multiplied is 2z − x − start, rounded to nearest even; the same for any number of threads."""
+    start, score = normal(1200, 48), torch.linspace(0.5, 2, 48)
+    made, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            work = Alternation(start, score, 1.5, products)
+            first = work.step(None, 7, *(pattern or ())).clone()
+            chosen, second = work.keep.clone(), work.step(normal(1200, 48).to(products), -1).clone()
+            made.append((first, chosen, second, work.x.clone()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(*made, strict=True))
+    first, chosen, second, x = made[0]
+    z = start.where(chosen, 0.0)
+    assert counts(chosen) == [7]
+    assert torch.equal(first, (2 * z - start - start).to(products))
+    expected = start - z * 1.5 + start * 1.5 + normal(1200, 48).to(products).float() * 1.5
+    assert torch.equal(x, expected)
+    assert torch.equal(second, (2 * x.where(chosen, 0.0) - x - start).to(products))
 
 
 @variants

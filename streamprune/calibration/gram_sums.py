@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,9 @@ _SHARE = 8
 
 _ROWS = 1024
 """Tokens in one product; they are converted to float32 first, which takes memory."""
+
+_MOST_CONVERTED = 32 << 20
+"""Bytes of inputs in float32 that are held for all blocks."""
 
 _BLOCK = 256
 """Least width of the column blocks in which the upper triangle of a Gram is computed."""
@@ -107,7 +111,8 @@ class GramSum:
         """Adds the inputs (tokens, in) of batch `number`, of which the first is token `at` of all.
 
         With asymmetric calibration also the dense model's (tokens, in), and what the residual stream lacks (tokens,
-        out). `add_(sum, product, owner)` adds products to sums.
+        out): products of these are in bf16 where the inputs are, as they only say where a refit aims, and nothing is
+        inverted. `add_(sum, product, owner)` adds products to sums.
         """
         pieces: list[slice] = []
         for begin, end, held_out in hold.cut(at, at + len(rows)):
@@ -124,11 +129,14 @@ class GramSum:
             pieces += [slice(i, min(i + _ROWS, here.stop)) for i in range(here.start, here.stop, _ROWS)]
         width = rows.shape[1]
         whole = self.end - self.begin == width
+        precision = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
+        small = 4 * rows.numel() <= _MOST_CONVERTED
+        converted = [rows[piece].float() for piece in pieces] if small else []
         for i, (begin, end) in enumerate(_blocks(self.begin, self.end, width)):
             left = begin if whole else 0  # of the whole, the upper triangle; `finish` mirrors it
             product = rows.new_zeros(end - begin, width - left, dtype=torch.float32)
-            for piece in pieces:
-                x = rows[piece, left:].float()
+            for piece, x in zip_longest(pieces, converted):
+                x = rows[piece, left:].float() if x is None else x[:, left:]
                 product.addmm_(x[:, begin - left : end - left].T, x)
             add_(self.sum[begin - self.begin : end - self.begin, left:], product, self.owner + i)
         for total, rest in ((self.drift, dense), (self.debt, missing)):
@@ -137,8 +145,8 @@ class GramSum:
             for i, (begin, end) in enumerate(_blocks(0, len(total), width)):
                 product = rows.new_zeros(end - begin, width, dtype=torch.float32)
                 for piece in pieces:
-                    x, other = rows[piece].float(), rest[piece, begin:end].float()
-                    product.addmm_((other - x[:, begin:end] if total is self.drift else other).T, x)
+                    x, other = (each.to(precision) for each in (rows[piece], rest[piece, begin:end]))
+                    product += (other - x[:, begin:end] if total is self.drift else other).T @ x
                 add_(total[begin:end], product, self.owner + i)
 
     def move_to(self, whole: GramSum, add_: Add) -> None:

@@ -28,11 +28,13 @@ functions for any device.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from streamprune.kernels import EWMA_ALPHA, EWMA_BLOCK, Selection, cpu_arrays, cpu_eliminate, cpu_stats
+from streamprune.kernels import EWMA_ALPHA, EWMA_BLOCK, Selection, cpu_alternate, cpu_arrays, cpu_eliminate, cpu_stats
 from streamprune.kernels.lanes import COUNT
 
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -134,6 +136,61 @@ def eliminate(
 
     step = max(1, (cpu_arrays.PART >> 3) // max(1, weight.shape[1]))
     cpu_arrays.share(len(weight), step, part, torch.get_num_threads())
+
+
+class Alternation:
+    """The iterations of ADMM (methods/admm.py) on rows of one linear, all but their matrix products.
+
+    start (rows, in_features) and score (in_features,) float32, not negative; in_features is a multiple of COUNT;
+    `products` is the dtype of the matrix products, bf16 or float32. `keep` (rows, in_features) bool is the mask, x the
+    current weights.
+    """
+
+    def __init__(self, start: Tensor, score: Tensor, kappa: float, products: torch.dtype) -> None:
+        if start.shape[1] % COUNT or products not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"rows of {start.shape[1]} weights, or products in {products}, are not supported")
+        self.x = start.clone(memory_format=torch.contiguous_format)
+        self.keep = torch.ones(start.shape, dtype=torch.bool)
+        self._step = torch.empty(start.shape, dtype=products)
+        self._shift = 16 if products == torch.bfloat16 else 0
+        self._start, self._score = start.contiguous().numpy(), score.contiguous().numpy() + np.float32(0)
+        self._kappa = np.float32(kappa)
+        self._groups: dict[int, Any] = {}
+
+    def step(self, product: Tensor | None, count: int, n: int = 0, m: int = 0) -> Tensor:
+        """One iteration: what is to be multiplied with M next, (rows, in_features).
+
+        `product` is that of the iteration before, None in the first one. The new mask prunes the `count` lowest
+        |x|·score of each row, of equal ones the lowest column first; but with n and m none of the n highest of every m.
+        With count −1 the mask stays.
+        """
+        width = self.x.shape[1]
+        arrays = (
+            self.x.numpy(), self._start, np.empty((len(self.x), 0), np.uint16) if product is None else bits_of(product),
+            self.keep.view(torch.uint8).numpy(), bits_of(self._step),
+        )  # fmt: skip
+        groups: tuple[Any, ...] = ()
+        if m and count >= 0:
+            if m not in self._groups:
+                self._groups[m] = cpu_arrays.in_groups(self._score, m, "F32")
+            groups = (*self._groups[m], cpu_arrays.FORMS["F32"], m - n, m)
+
+        def part(begin: int, end: int) -> None:
+            x, start, given, keep, step = (array[begin:end] for array in arrays)
+            common = (x, start, given, self._shift, self._kappa, self._score, count, keep, step)
+            if groups:
+                cpu_alternate.alternate_groups(*common, x.view(np.uint32), *groups)
+            else:
+                cpu_alternate.alternate_rows(*common)
+
+        rows = max(1, (cpu_arrays.PART >> 3) // width)
+        cpu_arrays.share(len(self.x), rows, part, torch.get_num_threads())
+        return self._step
+
+    def end(self, product: Tensor) -> Tensor:
+        """x after the last iteration, (rows, in_features); `product` is that iteration's."""
+        self.step(product, -1)
+        return self.x
 
 
 def first_nonfinite(weight: Tensor) -> int | None:

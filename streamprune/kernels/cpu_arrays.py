@@ -82,11 +82,8 @@ class Rows:
 
     def n_of_m(self, n: int, m: int) -> Outcome:
         """Keeps n of every m consecutive weights, see cpu.prune_n_of_m."""
-        form, size = FORMS[self.dtype], 1 << (m - 1).bit_length()
-        groups = np.zeros((-(-self.weight.shape[1] // (m * EIGHT)) * EIGHT, size), np.float32)
-        groups[: self.weight.shape[1] // m, size - m :] = self._padded(1).reshape(-1, m)
-        feature = in_planes(groups.reshape(-1), size, 2 if self.weight.itemsize == 2 else 1)
-        shape = (0,) * size, (0,) * int(form[1])
+        form = FORMS[self.dtype]
+        feature, shape = in_groups(self._padded(1), m, self.dtype)
 
         def part(begin: int, end: int, loss: Array) -> None:
             rows = slice(begin, end)
@@ -110,6 +107,14 @@ class Rows:
         share(rows, max(1, PART // width), lambda begin, end: part(begin, end, loss), self.threads)
         removed, total = (math.fsum(loss[:, i]) for i in range(2))
         return Outcome(removed, total, bool(loss[:, 2].all()))
+
+
+def in_groups(feature: Array, m: int, dtype: str) -> tuple[Array, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(feature, shape) as cpu_groups.prune_groups wants them, of a feature (n,) whose zeros are +0.0, n % m == 0."""
+    size, shift = 1 << (m - 1).bit_length(), int(FORMS[dtype][1])
+    groups = np.zeros((-(-feature.size // (m * EIGHT)) * EIGHT, size), np.float32)
+    groups[: feature.size // m, size - m :] = feature.reshape(-1, m)
+    return in_planes(groups.reshape(-1), size, 2 if shift else 1), ((0,) * size, (0,) * shift)
 
 
 def first_nonfinite(bits: Array, dtype: str, threads: int) -> int | None:

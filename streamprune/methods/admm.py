@@ -43,6 +43,7 @@ from streamprune.methods.selection import Amount, Pattern, check_pattern, prune_
 from streamprune.process.ranks import ALONE, Ranks
 
 _DAMPING = Damping(0.1)
+_LANES = 16  # compiled loops take rows of whole lanes
 _SAFE = 3e38  # a finite score above all others: never pruned
 
 
@@ -128,23 +129,54 @@ def solve(
     if pattern is not None:
         check_pattern(pattern, width)
     amount = Amount(sparsity, pattern)
-    keep = torch.ones((rows, width), dtype=torch.bool, device=weight.device)
     if sparsity is not None and not prune_count(sparsity, width):
-        return weight.detach().clone(), keep
-    scale, score, kappa = operator.scale, operator.score, variant.relax
-    start = weight.detach() * scale
-    x = start.clone()
-    for t in range(1, variant.iterations + 1):
-        if t <= max(1, variant.gradual):
-            share = 1 - (1 - t / variant.gradual) ** 3 if variant.gradual else 1.0
-            keep = _choose(x, score, share, amount, backend)
+        return weight.detach().clone(), torch.ones((rows, width), dtype=torch.bool, device=weight.device)
+    start = weight.detach() * operator.scale
+    if backend != "torch" and weight.device.type == "cpu" and width % _LANES == 0 and variant.iterations:
+        x, keep = _alternate_compiled(start, operator, amount, variant)
+    else:
+        x, keep = _alternate(start, operator, amount, variant, backend)
+    fitted = torch.where(operator.scale > 0, x.div_(operator.scale), weight.detach())
+    return fitted.masked_fill_(~keep, 0.0), keep
+
+
+def _shares(variant: Variant) -> list[float | None]:
+    """For each iteration the share of the final amount that its mask prunes, None if the mask stays."""
+    chosen = max(1, variant.gradual)
+    shares = [1 - (1 - t / variant.gradual) ** 3 if variant.gradual else 1.0 for t in range(1, chosen + 1)]
+    return [*shares, *[None] * (variant.iterations - chosen)]
+
+
+def _alternate(
+    start: Tensor, operator: Operator, amount: Amount, variant: Variant, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """(X, mask) after all iterations."""
+    kappa, x = variant.relax, start.clone()
+    keep = torch.ones(x.shape, dtype=torch.bool, device=x.device)
+    for share in _shares(variant)[: variant.iterations]:
+        if share is not None:
+            keep = _choose(x, operator.score, share, amount, backend)
         z = x.masked_fill(~keep, 0.0)
         step = (2 * z).sub_(x).sub_(start)
         x.sub_(z, alpha=kappa).add_(start, alpha=kappa).add_(_product(step, operator.matrix), alpha=kappa)
     if not variant.iterations:
-        keep = _choose(x, score, 1.0, amount, backend)
-    fitted = torch.where(scale > 0, x.div_(scale), weight.detach())
-    return fitted.masked_fill_(~keep, 0.0), keep
+        keep = _choose(x, operator.score, 1.0, amount, backend)
+    return x, keep
+
+
+def _alternate_compiled(start: Tensor, operator: Operator, amount: Amount, variant: Variant) -> tuple[Tensor, Tensor]:
+    """The same by compiled loops, on the CPU."""
+    from streamprune.kernels.cpu import Alternation
+
+    work = Alternation(start, operator.score, variant.relax, operator.matrix.dtype)
+    product: Tensor | None = None
+    for share in _shares(variant):
+        count = -1
+        if share is not None:
+            count = prune_count(share * amount.share if amount.pattern else amount.at(share).share, start.shape[1])
+        product = work.step(product, count, *(amount.pattern or ())) @ operator.matrix
+    assert product is not None
+    return work.end(product), work.keep
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
     Grams     for each input that linears share: tokens · in² multiply-adds; little more than half of them if the
               Gram fits into memory, as only one triangle is computed then
-    inverses  in³ multiply-adds each: once per Gram, and once more for each damping that is tried
+    inverses  in³ / 2 multiply-adds each, in many small products; in³ / 3 for a factor, or where only the diagonal is
+              needed: once per Gram, and once more for each damping that is tried
     rows      rows · in² multiply-adds per product; as much for the sampled rows, for each damping
     errors    of the sampled rows on held-out inputs; three products of all rows for the report
 
@@ -26,18 +27,20 @@ class Effort(NamedTuple):
     selections: int
     """How often it selects the weights to keep."""
     inverses: float = 0.0
-    """Factorisation and inverse of a Gram, in³ / 3 and 2 in³ / 3 multiply-adds."""
+    """Multiply-adds in in³, as if they were as fast as one large product."""
     native: bool = False
     """Whether these products are computed in bf16 if the pass is."""
     swept: int = 0
     """Bytes moved per weight besides those of products, in refits that work column by column."""
+    compiled: int = 0
+    """Bytes moved per weight in an iteration besides its product, by compiled loops on the CPU; 0 if there are none."""
 
 
 EFFORTS = {
     "cg": Effort(1 + 10, 1),
     "gradual-cg": Effort(15 * (1 + 5) + 1 + 10, 16),
-    "obs-admm": Effort(20, 18, 2.0, native=True),
-    "admm": Effort(20, 15, 1.0),
+    "obs-admm": Effort(20, 18, 1.5, native=True, compiled=30),
+    "admm": Effort(20, 15, 0.9, compiled=30),
     "sparsegpt": Effort(1, 1, 2 / 3, swept=96),
 }
 """By name of the refit (methods/refits.py). SparseGPT's one product is half a product, in blocks of 128 columns; a
@@ -158,7 +161,7 @@ def refit_work(effort: Effort, linears: Sequence[Refitted], room: int, tokens: i
         tried = trials.dampings * sampled
         solved += 2.0 * effort.products * (rows + tried) * width**2
         float32 += 2.0 * JUDGED * rows * width**2 + 2.0 * (2 * sampled + tried) * trials.held * width
-        moved = PER_PRODUCT * effort.products + effort.swept
+        moved = (effort.compiled or PER_PRODUCT) * effort.products + effort.swept
         traffic += (rows + tried) * width * moved + rows * width * JUDGED * PER_PRODUCT
         columns += -(-width // _BLOCK) * (chunks + trials.dampings) if effort.swept else 0
         selected += nbytes * effort.selections * (1 + tried / rows)

@@ -38,7 +38,8 @@ def planned_refits(setup: Setup, room: int, samples: int, seqlen: int) -> list[R
     if target is None or (refit := target.recipe.refit) is None:
         return [NO_REFIT] * len(skeleton.stages)
     effort = EFFORTS[refit]
-    effort = effort._replace(native=effort.native and dtype == torch.bfloat16)
+    native, compiled = effort.native and dtype == torch.bfloat16, effort.compiled * (setup.device.type == "cpu")
+    effort = effort._replace(native=native, compiled=compiled)
     tokens, dampings = samples * seqlen, min(TRIED, len(Refit(refit, target.damping).dampings))
     routed = int(tokens * routed_share(skeleton))
     trials = Trials(dampings, HoldOut.of(tokens, seqlen).kept_out(tokens))

@@ -33,7 +33,7 @@ _ARRAYS = 10
 
 PARTS = 8
 """Parts of a linear that ranks share, of at least _LEAST_ROWS rows."""
-_LEAST_ROWS = 64
+_LEAST_ROWS = 192
 
 _LEAST_ROOM = 16 << 20
 """Smallest panel that a larger Gram is gathered in."""
