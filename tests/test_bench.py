@@ -326,10 +326,13 @@ def test_peers(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     peer.chmod(0o755)
     words = ["peers", "--samples", "4", "--seqlen", "32", "--repeat", "1", "--json", "--work", str(tmp_path)]
-    assert tool.main([*words, "--peer", str(peer), "--methods", "obs-admm"]) == 0
+    text = tmp_path / "text.txt"
+    text.write_text(200 * "Some words to read. ")
+    more = ["--peer", str(peer), "--methods", "obs-admm", "--text", str(text)]
+    assert tool.main([*words, *more]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [row["case"] for row in rows] == ["obs-admm, beside sparsegpt"] * 2
-    assert [row["unit"] for row in rows] == ["s", "MiB"]
+    assert [row["case"] for row in rows] == ["obs-admm, beside sparsegpt"] * 3
+    assert [row["unit"] for row in rows] == ["s", "MiB", "perplexity"]
     assert all(row["ratio"] > 0 for row in rows)
     for wrong in (["--peer", "nowhere"], ["--peer", str(peer), "--methods", "magic"]):
         assert tool.main([*words, *wrong]) == 2

@@ -87,6 +87,16 @@ def test_values_of_all_dtypes(
     assert found.status == ("equal" if same else "changed")
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e30])
+@pytest.mark.parametrize("rows", [1, 48, 700])
+def test_bf16_by_the_compiled_loop(tmp_path: Path, rows: int, scale: float) -> None:
+    """Whole lanes, runs that do not fill a block, and numbers whose squares float32 does not hold."""
+    source = (weights(rows, 112, seed=rows, zeros=0.1) * scale).bfloat16()
+    mine = source.where(weights(rows, 112, seed=1) < 0.5, (source.float() * 1.25 + 0.01 * scale).bfloat16())
+    mine[weights(rows, 112, seed=2) < 0] = 0
+    check(one(tmp_path, {WEIGHT: mine}, {WEIGHT: source}), mine.double(), source.double())
+
+
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(37, 1), (37,), ()])
 def test_fp8_is_compared_dequantised(tmp_path: Path, scale_dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -4,8 +4,9 @@
     python tools/bench.py peers --peer peer/bin/python --model smollm2 --calib c4.txt --samples 32 --seqlen 512
 
 Both get the same windows of token ids and prune to 2:4 with the method of the same name; obs-admm, which llm-compressor
-does not have, is compared with its SparseGPT. Seconds are those of the whole process, imports included. The two
-programs need not be installed in the same environment.
+does not have, is compared with its SparseGPT. wanda+pruned calibrates on the pruned layers before, as llm-compressor
+does. Seconds are those of the whole process, imports included; with --text, `eval` finds perplexities afterwards. The
+two programs need not be installed in the same environment.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pathlib import Path
 
 from bench_rig import ROOT, BenchError, Ran, Row, figure, interleaved, run, streamprune, temporary_folder
 
-PEERS = {"wanda": "wanda", "sparsegpt": "sparsegpt", "obs-admm": "sparsegpt"}
-"""Our recipes, and what each is measured against."""
+PEERS = {"wanda": "wanda", "wanda+pruned": "wanda", "sparsegpt": "sparsegpt", "obs-admm": "sparsegpt"}
+"""Our recipes, some with the inputs they are calibrated on, and what each is measured against."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,11 +33,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calib", metavar="FILE", help="calibration text (default: the built-in one)")
     parser.add_argument("--samples", type=int, default=32, metavar="N", help="windows (default: %(default)s)")
     parser.add_argument("--seqlen", type=int, default=512, metavar="N", help="their length (default: %(default)s)")
+    parser.add_argument("--text", metavar="FILE", help="text for perplexities of what was pruned")
     parser.add_argument("--methods", default=",".join(PEERS), metavar="A,B", help="(default: %(default)s)")
 
 
 def peers(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Seconds and peak memory of each recipe and of its peer, in turns."""
+    """Seconds, peak memory and perplexity of each recipe and of its peer, in turns."""
     methods = arguments.methods.split(",")
     if unknown := [m for m in methods if m not in PEERS]:
         raise BenchError(f"--methods {unknown[0]}: choose from {', '.join(PEERS)}")
@@ -48,10 +50,10 @@ def peers(arguments: argparse.Namespace) -> Iterator[Row]:
         _write_windows(arguments, model, ids)
         theirs = dict.fromkeys(PEERS[m] for m in methods)
         measures = [partial(_ours, model, ids, arguments, method, folder) for method in methods]
-        measures += [partial(_theirs, model, ids, arguments.peer, method, folder) for method in theirs]
+        measures += [partial(_theirs, model, ids, arguments, method, folder) for method in theirs]
         runs = interleaved(measures, arguments.repeat)
     on = f"{model.resolve().name}, 2:4, {arguments.samples} windows of {arguments.seqlen} tokens"
-    for unit in ("s", "MiB"):
+    for unit in ("s", "MiB", *(["perplexity"] if arguments.text else [])):
         for method in methods:
             other, base = PEERS[method], runs[f"llm-compressor {PEERS[method]} {unit}"]
             case = method if method == other else f"{method}, beside {other}"
@@ -77,23 +79,40 @@ def _write_windows(arguments: argparse.Namespace, model: Path, path: Path) -> No
 
 def _ours(model: Path, ids: Path, arguments: argparse.Namespace, method: str, folder: Path) -> dict[str, float]:
     out = folder / "out"
-    given = ["--method", method, "--pattern", "2:4", "--calib", str(ids), "--bos", "never", "--work", str(folder)]
+    name, _, inputs = method.partition("+")
+    given = [
+        "--method",
+        name,
+        *(["--propagate", inputs] if inputs else []),
+        "--pattern",
+        "2:4",
+        "--calib",
+        str(ids),
+        "--bos",
+        "never",
+        "--work",
+        str(folder),
+    ]
     sizes = ["--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen)]
     ran = streamprune("prune", str(model), str(out), *given, *sizes)
-    return _figures(method, ran, out)
+    return _figures(method, ran, out, arguments)
 
 
-def _theirs(model: Path, ids: Path, python: str, method: str, folder: Path) -> dict[str, float]:
+def _theirs(model: Path, ids: Path, arguments: argparse.Namespace, method: str, folder: Path) -> dict[str, float]:
     out = folder / "theirs"
     child = str(ROOT / "tools" / "bench_peers_child.py")
     ran = run(child, json.dumps({"model": str(model), "ids": str(ids), "method": method, "out": str(out)}),
-              python=python)  # fmt: skip
-    return _figures(f"llm-compressor {method}", ran, out)
+              python=arguments.peer)  # fmt: skip
+    return _figures(f"llm-compressor {method}", ran, out, arguments)
 
 
-def _figures(name: str, ran: Ran, out: Path) -> dict[str, float]:
+def _figures(name: str, ran: Ran, out: Path, arguments: argparse.Namespace) -> dict[str, float]:
     if ran.code:
         last = ran.errors.strip().splitlines()[-1:] or ["it said nothing"]
         raise BenchError(f"{name} ended with {ran.code}: {last[0]}")
+    found = {f"{name} s": ran.seconds, f"{name} MiB": (ran.hwm or 0) / 2**20}
+    if arguments.text:
+        done = streamprune("eval", str(out), "--text", arguments.text, "--seqlen", str(arguments.seqlen))
+        found[f"{name} perplexity"] = float(done.result["perplexity"])
     shutil.rmtree(out)
-    return {f"{name} s": ran.seconds, f"{name} MiB": (ran.hwm or 0) / 2**20}
+    return found

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from streamprune.disk.mapping import SAFETENSORS_DTYPES, ShardMaps
 from streamprune.inspection.scales import WeightScales, read_scales
 from streamprune.inspection.stored import BitStream, StoredTensor
+from streamprune.kernels.cpu_compare import compare
+from streamprune.kernels.lanes import COUNT
 
 EQUAL, CHANGED, MISSING, EXTRA = "equal", "changed", "missing", "extra"
 OTHER_SHAPE, OTHER_DTYPE = "other shape", "other dtype"
@@ -26,6 +28,7 @@ OTHER_SHAPE, OTHER_DTYPE = "other shape", "other dtype"
 _BLOCK_BYTES = 2**18
 _ITEMS = 2**16  # values compared at a time: half a megabyte as float64
 _DOT = 8192
+_SURELY = 1e-20  # sums of squares above it are not of numbers so small that float32 loses them
 _CODES = {
     name: torch.arange(256, dtype=torch.uint8).view(SAFETENSORS_DTYPES[name]).float().numpy()
     for name in ("F8_E4M3", "F8_E5M2")
@@ -129,6 +132,7 @@ class LinearComparison:
         self._stream = BitStream(source_maps, source)
         self._same_kind = tensor.dtype == source.dtype and _same_scales(maps, tensor, source_maps, source)
         self._equal = self._same_kind
+        self._plain = self._same_kind and tensor.dtype == "BF16" and not scales
         self._changed = self._revived = 0
         self._error = self._norm = 0.0
 
@@ -139,6 +143,13 @@ class LinearComparison:
             self._add(row + top, piece, self._stream.take(piece.size).reshape(piece.shape))
 
     def _add(self, row: int, bits: NDArray[Any], source_bits: NDArray[Any]) -> None:
+        if self._plain and bits.size % COUNT == 0:
+            differing, changed, revived, error, norm = compare(bits.reshape(-1), source_bits.reshape(-1))
+            if _SURELY < norm < math.inf and (not differing or _SURELY < error < math.inf):
+                self._equal &= not differing
+                self._changed, self._revived = self._changed + changed, self._revived + revived
+                self._error, self._norm = self._error + error, self._norm + norm
+                return
         same = self._same_kind and np.array_equal(bits, source_bits)
         self._equal &= same
         if not self._known:

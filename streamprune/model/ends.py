@@ -18,7 +18,7 @@ from streamprune.model.shapes import linear_shape
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
 
-_WIDEST = 4
+_WIDEST = 2
 """Inputs wider than this many hidden states are not kept: they would take more disk than they save time."""
 
 
