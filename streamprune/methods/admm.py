@@ -22,8 +22,8 @@ solution on the support follows.
                weight: low for a weight that other weights can compensate. 20 iterations, T = 18, κ = 1.5,
                damping δ = 0.05, ρ = 0.55 + δ
 
-On the CPU an iteration is one product and one compiled loop (kernels/cpu_alternate.py); elsewhere, and for rows that are
-not whole lanes, it is a product and some ten operations on arrays. In float32 both choose the same masks up to
+On the CPU an iteration is one product and one compiled loop (kernels/cpu_alternate.py); elsewhere, and for rows that
+are not whole lanes, it is a product and some ten operations on arrays. In float32 both choose the same masks up to
 rounding.
 
 What differs from the published code:
