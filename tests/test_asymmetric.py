@@ -20,9 +20,9 @@ from streamprune.calibration.gram_sums import GramCollector, HoldOut
 from streamprune.errors import UnsupportedError, UsageError
 from streamprune.methods import gram as gram_module
 from streamprune.methods.gram import Debt, Gram
+from streamprune.model.residual import writers_of
 from streamprune.progress import Progress
 from streamprune.pruning.job import JobResult
-from streamprune.pruning.paired import writers_of
 
 Models = Callable[..., Path]
 AIM: dict[str, Any] = {"refit": "cg", "sparsity": 0.5, "propagate": "asymmetric"}

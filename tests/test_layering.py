@@ -68,7 +68,7 @@ HOUSE: dict[str, list[str]] = {
         "activations between loader",
         "finite naming",
         "skeleton",
-        "recorders routed shapes zeros",
+        "recorders residual routed shapes zeros",
         "ends",
         "bound_experts frozen_experts",
         "binding budget",

@@ -14,20 +14,16 @@ are kept in scratch files instead, the dense half's in step 1, the pruned half's
 alone runs in its place (model/ends.py). No bit depends on it.
 
 A linear is thus fitted to its dense outputs for dense inputs, given the inputs that it has in the pruned model. Linears
-that write to the residual stream also compensate for the error that it has accumulated before them. They are recognised
-by their outputs, which add up to what the layer adds to the stream. If no set of linears does (with norms after the
-sublayers, or scaled residuals), this error is not compensated for.
+that write to the residual stream also compensate for the error that it has accumulated before them. Where none is
+recognised (model/residual.py), this error is not compensated for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Set
-from contextlib import contextmanager
-from itertools import combinations
-from typing import Any
+from collections.abc import Callable, Generator, Set
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamprune.calibration.collector import Collector
 from streamprune.calibration.gram_sums import GramCollector
@@ -39,17 +35,11 @@ from streamprune.model.activations import StateBuffer
 from streamprune.model.binding import replaced_weights
 from streamprune.model.ends import End, confirmed, ends_of, replayed
 from streamprune.model.passes import check_weights, retry_smaller
+from streamprune.model.residual import outputs_of, writers_among
 from streamprune.model.routed import Enough, InputHook
-from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
 from streamprune.pruning.forward import CalibrationPass
 from streamprune.pruning.target import Target
-
-_MOST_WRITERS = 8
-"""Most linears that are considered as writers to the residual stream, as all their subsets are tried."""
-
-_UNEXPLAINED = 0.1
-"""Relative difference allowed between what a layer adds to a token and the sum of writers' outputs: rounding."""
 
 
 class PairedPass(CalibrationPass):
@@ -125,7 +115,7 @@ class PairedPass(CalibrationPass):
                 for chunk, states in enumerate(self.activations.read(stage.index)):
                     dense, states = states.chunk(2)
                     if not chunk:
-                        self._writers = self._writers_among(candidates, run, dense[:1])
+                        self._writers = writers_among(skeleton, candidates, run, dense[:1])
                         self._ends = confirmed(skeleton, self._ends_of(stage, grams), run, dense[:1])
                         kept = {end.linear: self._keep(0, end) for end in self._ends}
                     self.dense.put(passed(dense, keep, collector.watch) if self._own_mask else passed(dense, keep))
@@ -155,16 +145,6 @@ class PairedPass(CalibrationPass):
         folder, dtype = self.activations.folder, self.streamed.dtype
         found = self._kept[half][end] = StateBuffer(folder, self.own_tokens, end.width, dtype, resident=False)
         return found
-
-    def _writers_among(
-        self, names: Collection[str], run: Callable[[Tensor], Tensor], states: Tensor
-    ) -> list[str]:  # fmt: skip
-        """Those of the linears `names` that write to the residual stream, judged by the dense layer on `states`."""
-        with outputs_of(self.streamed.skeleton, names) as made:
-            after = run(states)
-        after, states = (self.streamed.skeleton.between.states(each) for each in (after, states))
-        added = after.float() - states.to(after.device).float()
-        return writers_of(added, {name: y for name, y in made.items() if y.shape == added.shape})
 
     def grams_of(self, target: Target, stage: Stage, room: int) -> LayerGrams | None:
         """As CalibrationPass.grams_of."""
@@ -288,38 +268,3 @@ class PairedPass(CalibrationPass):
         states, length = self.activations, self.windows.shape[1]
         width = self.streamed.skeleton.between.width(stage.index + 1, length)
         return StateBuffer(states.folder, self.own_tokens, width, self.streamed.cache_dtype, resident=states.resident)
-
-
-@contextmanager
-def outputs_of(skeleton: Skeleton, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
-    """While open, collects the latest output of each of the linears `names`, (…, out) float32."""
-    found: dict[str, Tensor] = {}
-
-    def seeing(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], made: Tensor) -> None:
-            found[name] = made.float()
-
-        return hook
-
-    hooks = [skeleton.model.get_submodule(name).register_forward_hook(seeing(name)) for name in names]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def writers_of(added: Tensor, outputs: Mapping[str, Tensor]) -> list[str]:
-    """The linears whose `outputs` (batch, seqlen, hidden) add up to what a layer `added` to its states (same shape).
-
-    Of all sets, the one with the smallest median relative error over tokens; empty if that exceeds _UNEXPLAINED.
-    """
-    names, size = list(outputs)[:_MOST_WRITERS], torch.linalg.vector_norm(added, dim=-1).clamp_min(1e-30)
-    best, least = list[str](), _UNEXPLAINED
-    for number in range(1, len(names) + 1):
-        for some in combinations(names, number):
-            rest = added - sum(outputs[name] for name in some)
-            part = float((torch.linalg.vector_norm(rest, dim=-1) / size).median())
-            if part < least:
-                best, least = list(some), part
-    return best
