@@ -449,7 +449,7 @@ def test_rows_are_read_once_and_in_pieces(
 ) -> None:
     """Chunks of a few rows write what whole linears do."""
     whole = tensors(job("whole", method="hwpq", pattern="2:4").out)
-    monkeypatch.setattr("streamprune.pruning.shard.CHUNK_BYTES", 5 * 64)
+    monkeypatch.setattr("streamprune.pruning.pruned_linears.CHUNK_BYTES", 5 * 64)
     parts = tensors(job("parts", method="hwpq", pattern="2:4").out)
     for name, tensor in whole.items():
         assert np.array_equal(tensor.view(torch.uint8).numpy(), parts[name].view(torch.uint8).numpy()), name

@@ -82,9 +82,9 @@ HOUSE: dict[str, list[str]] = {
     "pruning": [
         "codes kept_codes linears records refit spec",
         "checks command describe quantise report shared target tuning windows",
-        "array_shard card expert_tuning forward output setup shard",
-        "allocate finish memory paired tuned_shard",
-        "prepare",
+        "array_shard card expert_tuning forward output pruned_linears setup",
+        "allocate finish memory paired refitted_ahead tuned_shard",
+        "prepare shard",
         "means sharing",
         "announce run",
         "rehearse",

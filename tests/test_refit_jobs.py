@@ -356,7 +356,7 @@ def test_rows_in_chunks(models: Models, text: Path, tmp_path: Path, monkeypatch:
         return descend(weight, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamprune.pruning.shard.sampled", lambda count: torch.arange(min(count, 7)))
+        patch.setattr("streamprune.pruning.pruned_linears.sampled", lambda count: torch.arange(min(count, 7)))
         patch.setattr("streamprune.methods.refits.descend", watched)
         result = run(source, tmp_path / "out", text, refit="cg", sparsity=0.5, damping="0.05")
     assert max(rows) <= 7
