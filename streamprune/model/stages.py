@@ -103,6 +103,10 @@ class Outline:
     def layer_stages(self) -> tuple[Stage, ...]:
         return self.stages[1:-1]
 
+    def layer_after(self, stage: Stage) -> bool:
+        """Whether another layer comes after the layer `stage`; False for other stages."""
+        return stage.kind == "layer" and stage.index + 1 < len(self.layer_stages)
+
     @property
     def has_experts(self) -> bool:
         return any(stage.experts for stage in self.stages)

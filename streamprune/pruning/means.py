@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from streamprune.disk.mapped import MappedFiles
 from streamprune.disk.read_ahead import ReadAhead
 from streamprune.errors import ResourceError
+from streamprune.model.stages import Stage
 from streamprune.process.imports import many_imports
 from streamprune.process.share import Share
 from streamprune.pruning.prepare import Prepared
@@ -56,6 +57,18 @@ class Means:
         from streamprune.pruning.memory import stages_at_work
 
         return stages_at_work(self.job.setup, self.job.layout)
+
+    def expect(self, stages: Sequence[Stage], target: Target | None) -> None:
+        """Starts prefetching the weights of a stage and the next, of which `target` is pruned.
+
+        To a device, only those of layers.
+        """
+        copies = self.loader.copies
+        for stage in stages[: self.job.layout.layers] if copies else stages:
+            if not copies or (stage.kind == "layer" and self.forward is not None):
+                self.loader.expect(stage.tensors if self.forward is None else stage.resident_tensors)
+            elif target is not None and stage.kind == "layer":
+                self.loader.expect(stage.linears[n] for n in target.linears_of(stage) if n not in stage.expert_of)
 
     def spool_bytes(self, done: Sequence[StageRecord]) -> int:
         """See memory.spool_bytes."""
