@@ -13,7 +13,7 @@ from streamprune.process.memory import format_bytes
 from streamprune.progress import format_duration
 
 if TYPE_CHECKING:
-    from streamprune.evaluation.evaluate import Evaluation
+    from streamprune.evaluation.result import Evaluation
     from streamprune.evaluation.tasks import TaskEvaluation
     from streamprune.inspection.difference import Difference
     from streamprune.inspection.report import Inspection, LinearReport, Totals

@@ -10,9 +10,9 @@ from typing import Any
 from streamprune.evaluation import evaluate as evaluation
 from streamprune.evaluation import likelihoods as of_requests
 from streamprune.evaluation import tasks as of_tasks
-from streamprune.evaluation.evaluate import Evaluation
 from streamprune.evaluation.likelihoods import Likelihoods
 from streamprune.evaluation.requests import Request
+from streamprune.evaluation.result import Evaluation
 from streamprune.evaluation.tasks import TaskEvaluation
 from streamprune.methods.recipes import Recipe
 from streamprune.planning import plan as planning

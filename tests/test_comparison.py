@@ -26,7 +26,7 @@ from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 from streamprune.evaluation import evaluate as evaluation
 from streamprune.evaluation import two_models as comparison
-from streamprune.evaluation.evaluate import Evaluation
+from streamprune.evaluation.result import Evaluation
 from streamprune.evaluation.two_models import Subject, divergence, fit_two, predictions, ram_of_two
 from streamprune.model.budget import CONTEXT, RESERVE, Layout, estimate, memory_of
 from streamprune.model.loader import WeightLoader

@@ -78,7 +78,14 @@ HOUSE: dict[str, list[str]] = {
     ],
     "packing": ["files rows", "survey", "shards", "work", "job"],
     "inspection": ["stored", "scales", "difference", "report", "count", "inspect"],
-    "evaluation": ["requests scores two_models", "one_model", "evaluate", "likelihoods", "harness", "lm_eval tasks"],
+    "evaluation": [
+        "requests scores two_models",
+        "one_model result",
+        "evaluate",
+        "likelihoods",
+        "harness",
+        "lm_eval tasks",
+    ],
     "pruning": [
         "codes kept_codes linears records refit spec",
         "checks command describe quantise report shared target tuning windows",

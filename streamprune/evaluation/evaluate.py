@@ -11,16 +11,14 @@ applied to the same positions.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +34,9 @@ from streamprune.disk.places import cache_folder
 from streamprune.disk.quantised import computable
 from streamprune.disk.room import SLACK_BYTES, check_room
 from streamprune.disk.scratch import ScratchTokens
-from streamprune.errors import CheckpointError, LockedError, UsageError
+from streamprune.errors import LockedError, UsageError
 from streamprune.evaluation.one_model import Run, disk_bytes
+from streamprune.evaluation.result import Evaluation, check_finite, compared, perplexity
 from streamprune.evaluation.two_models import (
     Divergence,
     Subject,
@@ -66,44 +65,6 @@ LOGITS_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
 """Memory for the float32 logits of one call of the head and a copy; larger on a GPU, which needs more work per call."""
 
 _RESOURCES = Resources()
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The result of `evaluate`. `tokens` is the number of predicted tokens, `nll` their mean −log p in nats.
-
-    `kl`, `kl_stderr`, `top1_agreement` and `reference_perplexity` are None without a reference.
-    """
-
-    perplexity: float
-    nll: float
-    tokens: int
-    windows: int
-    seqlen: int
-    seconds: float
-    peak_rss_bytes: int
-    kl: float | None = None
-    """KL(p_reference ‖ p_model), nats per predicted token."""
-    kl_stderr: float | None = None
-    """Standard error of `kl` over windows; None for a single window."""
-    top1_agreement: float | None = None
-    """Fraction of the predicted positions at which both models' most likely token is the same, 0 to 1."""
-    reference_perplexity: float | None = None
-    bos: bool = False
-    """Whether windows began with a BOS token, so that the first token of the text is predicted as well."""
-    replaced: int = 0
-    """Number of bytes of the text that were not valid characters and were replaced by U+FFFD."""
-    window_nll: tuple[float, ...] = ()
-    """Mean −log p in nats of each window, in text order, for paired comparisons of two models."""
-
-    def to_json(
-        self, model: str | Path, text: str | Path, reference: str | Path | None, *, by_window: bool
-    ) -> dict[str, Any]:
-        """All of it, after what was evaluated; without a reference, what compares with one is left out."""
-        compares = {"kl", "kl_stderr", "top1_agreement", "reference_perplexity"}
-        left_out = (compares if reference is None else set()) | (set() if by_window else {"window_nll"})
-        given = {"model": str(model), "text": str(text)} | ({"reference": str(reference)} if reference else {})
-        return given | {k: v for k, v in asdict(self).items() if k not in left_out}
 
 
 @exact_products()
@@ -170,10 +131,10 @@ def _evaluate(
     tokens = len(cut) * (cut.shape[1] - 1)
     nll = check_finite(float(nats.sum()) / tokens, checkpoint)
     found = Evaluation(
-        _perplexity(nll), nll, tokens, len(cut), length, time.perf_counter() - begun, peak_resident_bytes(),
+        perplexity(nll), nll, tokens, len(cut), length, time.perf_counter() - begun, peak_resident_bytes(),
         bos=cut.has_bos, replaced=named.tally.replaced, window_nll=tuple((nats / (cut.shape[1] - 1)).tolist()),
     )  # fmt: skip
-    return _compared(found, apart, checkpoint, dense) if apart and dense else found
+    return compared(found, apart, checkpoint, dense) if apart and dense else found
 
 
 def _shared(
@@ -229,31 +190,6 @@ def _lay_out(
         subjects[0], subjects[1], length, samples, target, max_ram, max_vram, LOGITS_BYTES[target.type]
     )
     return [first, second], keep
-
-
-def check_finite(value: float, checkpoint: Checkpoint) -> float:
-    """`value`. Raises CheckpointError where it is NaN or infinite."""
-    if not math.isfinite(value):
-        raise CheckpointError(f"{checkpoint.path}: the model's predictions are not finite; try --dtype float32")
-    return value
-
-
-def _perplexity(nll: float) -> float:
-    return math.exp(min(nll, 700.0))
-
-
-def _compared(found: Evaluation, apart: Divergence, checkpoint: Checkpoint, dense: Checkpoint) -> Evaluation:
-    """The evaluation with the fields that compare it with the reference `dense`."""
-    reference_nll, kl = check_finite(float(apart.reference_nll.sum()) / found.tokens, dense), float(apart.kl.mean())
-    if not math.isfinite(kl):
-        raise CheckpointError(f"{checkpoint.path}: its divergence from {dense.path} is not finite; try --dtype float32")
-    return replace(
-        found,
-        kl=kl,
-        kl_stderr=float(apart.kl.std()) / math.sqrt(found.windows) if found.windows > 1 else None,
-        top1_agreement=apart.agreed / found.tokens,
-        reference_perplexity=_perplexity(reference_nll),
-    )
 
 
 def _stream(runs: list[Run], batches: Sequence[Tensor], progress: ProgressCallback) -> tuple[Tensor, Divergence | None]:

@@ -25,9 +25,10 @@ from streamprune.disk.hub import resolve_model
 from streamprune.disk.places import cache_folder
 from streamprune.disk.quantised import computable
 from streamprune.errors import UsageError
-from streamprune.evaluation.evaluate import LOGITS_BYTES, check_disk, check_finite, subject_of
+from streamprune.evaluation.evaluate import LOGITS_BYTES, check_disk, subject_of
 from streamprune.evaluation.one_model import Run
 from streamprune.evaluation.requests import RaggedBatches, Request, Sequences, Wanted, border_of
+from streamprune.evaluation.result import check_finite
 from streamprune.model.activations import RaggedActivations
 from streamprune.model.budget import layout_for
 from streamprune.model.decoded import maps_of
