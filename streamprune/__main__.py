@@ -23,7 +23,7 @@ def run() -> NoReturn:
     interrupts.listen(interrupts.leave)  # before more is imported
     from streamprune.cli import main
     from streamprune.process.console import steady_streams
-    from streamprune.process.ranks import prepare_environment
+    from streamprune.process.torchrun import prepare_environment
 
     _steady_heap()
     own_process()

@@ -16,7 +16,7 @@ from streamprune.process import interrupts
 from streamprune.process.console import print_stderr
 from streamprune.process.environment import check_environment
 from streamprune.process.output import forget_output, output
-from streamprune.process.ranks import is_follower, settle_ranks
+from streamprune.process.torchrun import is_follower, settle_ranks
 
 
 def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:

@@ -19,7 +19,8 @@ HOUSE: dict[str, list[str]] = {
     "errors": [],
     "process": [
         "background completion console environment imports interrupts load memory ranks versions",
-        "output share",
+        "share torchrun",
+        "output",
     ],
     "progress": [],
     "settings": [],
@@ -128,6 +129,7 @@ NO_TORCH = [
     "process.console",
     "process.output",
     "process.ranks",
+    "process.torchrun",
 ]
 NO_TORCH += [
     "methods.recipes",

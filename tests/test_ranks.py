@@ -12,8 +12,9 @@ import pytest
 from rank_jobs import GIVEN, REFITTED, Job, Run, do, files, report, told
 
 from streamprune.disk.state import partial_of
-from streamprune.process.ranks import Ranks, started_together
+from streamprune.process.ranks import Ranks
 from streamprune.process.share import Share
+from streamprune.process.torchrun import started_together
 
 Models = Callable[..., Path]
 

@@ -55,8 +55,9 @@ from streamprune.model.streamed import StreamedModel
 from streamprune.model.tracing import traced
 from streamprune.process import interrupts
 from streamprune.process.memory import give_back_free_memory, peak_resident_bytes
-from streamprune.process.ranks import Ranks, joined
+from streamprune.process.ranks import Ranks
 from streamprune.process.share import Share
+from streamprune.process.torchrun import joined
 from streamprune.process.versions import versions
 from streamprune.progress import Progress, ProgressCallback, no_progress
 from streamprune.settings import Resources

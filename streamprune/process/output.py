@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from streamprune.errors import ResourceError
 from streamprune.process.console import can_print
-from streamprune.process.ranks import is_follower
+from streamprune.process.torchrun import is_follower
 
 
 @contextlib.contextmanager

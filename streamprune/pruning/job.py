@@ -25,7 +25,8 @@ from streamprune.methods.recipes import Recipe
 from streamprune.process import interrupts
 from streamprune.process.imports import many_imports
 from streamprune.process.memory import peak_resident_bytes
-from streamprune.process.ranks import Ranks, joined
+from streamprune.process.ranks import Ranks
+from streamprune.process.torchrun import joined
 from streamprune.process.versions import versions
 from streamprune.progress import ProgressCallback, no_progress
 from streamprune.pruning.checks import check_places, check_saved, find_done
