@@ -25,7 +25,7 @@ HOUSE: dict[str, list[str]] = {
     "progress": [],
     "settings": [],
     "disk": [
-        "direct header room",
+        "direct header os_errors room",
         "durable folder",
         "checkpoint hub journal lock places scratch shards",
         "cache claims encoded linears remote report",
@@ -151,7 +151,16 @@ NO_TORCH += [
     "disk.state",
     "disk.shards",
 ]
-NO_TORCH += ["disk.lock", "disk.direct", "disk.room", "disk.linears", "disk.packed", "packing.job", "packing.files"]
+NO_TORCH += [
+    "disk.lock",
+    "disk.direct",
+    "disk.os_errors",
+    "disk.room",
+    "disk.linears",
+    "disk.packed",
+    "packing.job",
+    "packing.files",
+]
 NO_TORCH += ["reporting.page", "publishing.upload"]
 
 LIBRARIES = {"torch", "transformers", "safetensors", "tokenizers", "huggingface_hub"}

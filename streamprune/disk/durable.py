@@ -21,15 +21,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 import xxhash
 
 from streamprune.disk.direct import ALIGNMENT, DirectWriter
-from streamprune.errors import CheckpointError, ResourceError, StateError
+from streamprune.disk.os_errors import disk_errors
+from streamprune.errors import CheckpointError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -41,38 +40,6 @@ _LARGE_PIECE = 1 << 20
 
 _FLUSH_BYTES = 32 << 20
 """Writeback is started after every so many bytes, so that the final fsync is short."""
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns OSError into errors of ours that say what to do.
-
-    Raises ResourceError for a full disk or quota, StateError for a folder that cannot be written.
-    """
-    try:
-        yield
-    except OSError as e:
-        where = e.filename or path
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(
-                f"no space left while writing {where}: free some and run the same command again, it resumes"
-            ) from e
-        if e.errno in (
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOTDIR,
-            errno.ENOENT,
-            errno.ENAMETOOLONG,
-            errno.ELOOP,
-            errno.EISDIR,
-            errno.ENOTEMPTY,
-            errno.EEXIST,
-            errno.EBUSY,
-            errno.EXDEV,
-        ):
-            raise StateError(f"cannot write {where}: {e.strerror}; choose a folder that can be written") from e
-        raise ResourceError(f"writing {where} failed: {e.strerror}; run the same command again, it resumes") from e
 
 
 class _Stream:

@@ -9,7 +9,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from streamprune.disk.durable import disk_errors
+from streamprune.disk.os_errors import disk_errors
 from streamprune.errors import LockedError
 from streamprune.process import interrupts
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from streamprune.disk.durable import disk_errors
+from streamprune.disk.os_errors import disk_errors
 
 if TYPE_CHECKING:
     import torch
