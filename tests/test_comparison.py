@@ -28,8 +28,10 @@ from streamprune.evaluation import evaluate as evaluation
 from streamprune.evaluation import two_models as comparison
 from streamprune.evaluation.result import Evaluation
 from streamprune.evaluation.two_models import Subject, divergence, fit_two, predictions, ram_of_two
-from streamprune.model.budget import CONTEXT, RESERVE, Layout, estimate, memory_of
+from streamprune.model.budget import RESERVE, Layout, estimate
+from streamprune.model.extra_memory import CONTEXT
 from streamprune.model.loader import WeightLoader
+from streamprune.model.pass_memory import memory_of
 from streamprune.model.skeleton import build_skeleton
 from streamprune.progress import Progress
 

@@ -24,8 +24,10 @@ from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, ResourceError, UsageError
 from streamprune.model import budget, device, passes
 from streamprune.model.activations import Activations
-from streamprune.model.budget import Layout, device_layout, memory_of
+from streamprune.model.budget import Layout, device_layout
+from streamprune.model.extra_memory import CONTEXT
 from streamprune.model.loader import WeightLoader
+from streamprune.model.pass_memory import memory_of
 from streamprune.model.skeleton import build_skeleton
 from streamprune.progress import Progress
 from streamprune.pruning.job import JobResult
@@ -466,7 +468,7 @@ def test_the_allocator_is_told_the_limit_by_number(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (6 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, index: told.append((share, index)))
-    device.limit_memory((4 << 30) + budget.CONTEXT, torch.device("cuda"))
+    device.limit_memory((4 << 30) + CONTEXT, torch.device("cuda"))
     device.limit_memory(None, torch.device("cuda", 2))
     device.limit_memory(1 << 20, CPU)
     assert told == [(0.5, 1), (1.0, 2)]

@@ -43,9 +43,10 @@ from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import CheckpointError, StateError, UnsupportedError, UsageError
 from streamprune.model.bound_experts import ExpertWeights
-from streamprune.model.budget import EXPERT_TOKENS, GROUP_BYTES, Budget, Layout, estimate, group_of, waiting_bytes
+from streamprune.model.budget import EXPERT_TOKENS, GROUP_BYTES, Budget, Layout, estimate, group_of
 from streamprune.model.expert_forms import Form, is_experts
 from streamprune.model.loader import WeightLoader
+from streamprune.model.pass_memory import waiting_bytes
 from streamprune.model.routed import Routed, padded_rows
 from streamprune.model.skeleton import build_skeleton
 from streamprune.pruning.forward import CalibrationPass

@@ -69,7 +69,7 @@ HOUSE: dict[str, list[str]] = {
         "activations between loader",
         "finite naming",
         "skeleton",
-        "recorders residual routed shapes zeros",
+        "pass_memory recorders residual routed shapes zeros",
         "ends",
         "bound_experts frozen_experts",
         "binding budget",

@@ -16,9 +16,10 @@ from calls import evaluate, prune
 from stand_in import Card, DeviceTensor, Fault, plugged_in
 
 from streamprune.errors import ResourceError
-from streamprune.model import budget
+from streamprune.model import budget, pass_memory
 from streamprune.model.budget import Layout
 from streamprune.model.copies import CopyStream, Sent
+from streamprune.model.extra_memory import CONTEXT
 from streamprune.model.loader import WeightLoader
 from streamprune.pruning.job import JobResult
 
@@ -140,15 +141,15 @@ def test_less_memory_gives_the_same(
     models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The least that is accepted is obeyed: the allocator refuses more."""
-    monkeypatch.setattr(budget, "KERNELS", 64 << 10)  # what of it small linears need
+    monkeypatch.setattr(pass_memory, "KERNELS", 64 << 10)  # what of it small linears need
     job(models(), text, tmp_path / "cpu", "cpu", only=None)
     with plugged_in(Card()) as card:
         with pytest.raises(ResourceError) as caught:
-            job(models(), text, tmp_path / "out", only=None, max_vram=budget.CONTEXT)
+            job(models(), text, tmp_path / "out", only=None, max_vram=CONTEXT)
         least = int(str(caught.value).rsplit("--max-vram ", 1)[1].removesuffix("MiB")) << 20
         job(models(), text, tmp_path / "out", only=None, max_vram=least)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "cpu")
-    assert 0 < card.peak <= card.limit < least - budget.CONTEXT + (1 << 20)
+    assert 0 < card.peak <= card.limit < least - CONTEXT + (1 << 20)
 
 
 def test_memory_that_another_takes_away(

@@ -34,10 +34,10 @@ from streamprune.model.budget import (
     device_layout,
     estimate,
     group_of,
-    memory_of,
 )
 from streamprune.model.device import cache_dtype, free_on, limit_memory
 from streamprune.model.extra_memory import CONTEXT
+from streamprune.model.pass_memory import memory_of
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.streamed import StreamedModel
 from streamprune.process.memory import format_bytes

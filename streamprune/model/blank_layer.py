@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
-from streamprune.model.budget import token_bytes
 from streamprune.model.loader import WeightLoader
+from streamprune.model.pass_memory import token_bytes
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.streamed import StreamedModel
 

@@ -5,11 +5,9 @@ peak = base + reserve + grams + max(stage + batch · seqlen · (per_token + (gro
 base       resident memory of this process once everything is imported and the skeleton is built
 reserve    compiling kernels, row chunks of weights, workspaces of the matrix library
 stage      bytes of the largest stage: its weights are mapped, and resident while it computes
-per_token  peak activations of a layer's forward pass: nine states as they are kept between layers, of which three are
-           being read or written in the background, and four activations of the widest linear, in the compute dtype;
-           for models with more than hidden states also what is looked up by the tokens, and streams in float32
+per_token  peak activations of a layer's forward pass (pass_memory.token_bytes)
 group      batches whose tokens a layer's experts process together (model/routed.py)
-waiting    for a token of a waiting batch: two states of the hidden size and the routing; 0 without experts
+waiting    for a token of a waiting batch (pass_memory.waiting_bytes)
 grams      for a refit: the Gram matrices that are held at once, and the inputs held out of them
 working    for a refit: its arrays, once the forward pass is over; for tuning: a layer's weights, gradients and moments,
            and what autograd keeps for a microbatch
@@ -21,7 +19,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from streamprune.errors import ResourceError, UsageError
-from streamprune.model.extra_memory import CONTEXT, RefitNeeds, TuneNeeds, extra_choices
+from streamprune.model.extra_memory import RefitNeeds, TuneNeeds, extra_choices
+from streamprune.model.pass_memory import memory_of, token_bytes, waiting_bytes
 from streamprune.model.shapes import routed_share, uncached_experts
 from streamprune.process.memory import available_bytes, format_bytes, resident_bytes
 
@@ -45,17 +44,11 @@ WITHOUT_TORCH = 96 << 20
 EXPERT_TOKENS = 4096
 """Tokens per expert beyond which larger groups gain nothing, if the page cache holds a layer's experts."""
 
-_ROUTING = 256
-"""Approximate bytes of a token's routing: experts, their weights, and temporaries to find an expert's tokens."""
-
 DEVICE_BATCH_TOKENS = 8192
 """Tokens in a batch on a device when its memory allows; with fewer, launching kernels dominates."""
 
 DRIVER_RAM = 1 << 30
 """RAM that a device's driver, its libraries and pinned buffers take in this process."""
-
-KERNELS = 384 << 20
-"""Device memory for temporaries of the selection kernels (kernels/torch_ops.py)."""
 
 
 @dataclass(frozen=True)
@@ -112,27 +105,6 @@ def estimate(
 def _enough(skeleton: Skeleton, seqlen: int) -> int:
     """Samples that give each expert EXPERT_TOKENS tokens on average."""
     return -(-int(EXPERT_TOKENS / routed_share(skeleton)) // seqlen)
-
-
-def waiting_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
-    """Bytes of a token that waits for a layer's experts: their input, their output, and the routing."""
-    return 2 * skeleton.hidden_size * dtype.itemsize + _ROUTING if skeleton.experts else 0
-
-
-def token_bytes(skeleton: Skeleton, seqlen: int, dtype: torch.dtype) -> int:
-    """Peak bytes of activations per token in a layer's forward pass."""
-    widths = [max(ref.shape) for s in skeleton.layer_stages for ref in s.linears.values()]
-    between = skeleton.between
-    per_token = (9 * between.most(seqlen) + 4 * max(widths, default=skeleton.hidden_size)) * dtype.itemsize
-    if not skeleton.ordinary:
-        per_token += 3 * between.hidden * 4 + 4 * between.aside * dtype.itemsize  # streams are mixed in float32
-    per_token += waiting_bytes(skeleton, dtype)
-    config = skeleton.model.config.get_text_config()  # type: ignore[union-attr, operator]
-    if getattr(config, "_attn_implementation", "sdpa") == "eager":
-        per_token += (
-            3 * seqlen * int(getattr(config, "num_attention_heads", None) or 0) * 4
-        )  # scores, mask and softmax in full
-    return per_token
 
 
 def choose_batch(budget: Budget, samples: int, seqlen: int, max_ram: int | None) -> int:
@@ -320,21 +292,3 @@ def _room(budget: Budget, needs: RefitNeeds | None, max_ram: int | None, tune: T
 def batch_within(seqlen: int, samples: int) -> int:
     """Samples in a batch on a device with ample memory."""
     return max(1, min(samples, DEVICE_BATCH_TOKENS // seqlen))
-
-
-def memory_of(
-    skeleton: Skeleton, seqlen: int, samples: int, dtype: torch.dtype, layers: int, resident: bool, batch: int,
-    *, head: bool = False,
-) -> int:  # fmt: skip
-    """Estimated peak device bytes of a layout, see Layout. Resident states count twice: a layer's input and output."""
-    from streamprune.model.device import cache_dtype
-
-    weights = max((layers * s.resident for s in skeleton.layer_stages), default=0)
-    if head:  # its weight may be tied to the embedding's
-        weights = max(
-            weights, *(t.nbytes for s in (skeleton.stages[0], skeleton.stages[-1]) for t in s.resident_tensors)
-        )
-    state = seqlen * skeleton.between.most(seqlen) * cache_dtype(skeleton.dtype, dtype).itemsize
-    states = 2 * samples * state if resident else 0
-    in_flight = 4 * batch * state
-    return CONTEXT + KERNELS + weights + states + in_flight + batch * seqlen * token_bytes(skeleton, seqlen, dtype)

@@ -13,11 +13,12 @@ from streamprune.disk.remote import RemoteCheckpoint
 from streamprune.disk.spool import shards_of, spooled_bytes
 from streamprune.errors import ResourceError
 from streamprune.methods.tuning import state_bytes
-from streamprune.model.budget import Layout, estimate, layout_for, memory_of, token_bytes, waiting_bytes
+from streamprune.model.budget import Layout, estimate, layout_for
 from streamprune.model.device import cache_dtype
 from streamprune.model.differentiable import survey
 from streamprune.model.ends import ends_of
 from streamprune.model.extra_memory import RefitNeeds, TuneNeeds, least_extra
+from streamprune.model.pass_memory import memory_of, token_bytes, waiting_bytes
 from streamprune.model.shapes import linear_shape
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
