@@ -210,8 +210,9 @@ def check_eval(args: argparse.Namespace) -> None:
 def _inspect_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--expect", metavar="WHAT", action="append",
-        help="exit with 2 unless every linear has this pattern (2:4), sparsity (0.5) or format (fp8), or all of "
-             "several: 2:4,fp8; with --against, also if anything but linears differs",
+        help="exit with 2 unless every linear (in an output of prune, every one that was pruned) has this pattern "
+             "(2:4), sparsity (0.5) or format (fp8), or all of several: 2:4,fp8; with --against, also if anything but "
+             "linears differs",
     )  # fmt: skip
     p.add_argument(
         "--against", metavar="SOURCE",

@@ -107,7 +107,9 @@ def inspection_table(found: Inspection) -> str:
     if found.against:
         lines += _difference_lines(found.against)
     if found.ok is not None:
-        lines.append(f"expected {found.expect}: {'yes' if found.ok else 'NO'}")
+        left = len(found.left_dense)
+        of = f" ({t.linears - left} linears; {left} more were left dense, as streamprune.json says)" if left else ""
+        lines.append(f"expected {found.expect}: {'yes' if found.ok else 'NO'}{of}")
     return "\n".join(lines)
 
 

@@ -78,7 +78,7 @@ HOUSE: dict[str, list[str]] = {
         "differentiable tracing",
     ],
     "packing": ["files rows", "survey", "shards", "work", "job"],
-    "inspection": ["stored", "scales", "difference", "report", "count", "inspect"],
+    "inspection": ["pruned stored", "scales", "difference", "report", "count", "inspect"],
     "evaluation": [
         "requests scores two_models",
         "one_model result",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,41 @@ def read_report(folder: Path) -> Report:
     except CorruptStateError as e:
         what = str(e).removesuffix("; start again with --restart")
         raise CorruptStateError(f"{what}; remove {folder} and run again") from e
+
+
+def report_of_pruning(folder: Path) -> Report | None:
+    """The report that `prune` wrote, also where `pack` has put it into its own; None if there is none.
+
+    Raises CorruptStateError, whose message does not say what mends it.
+    """
+    path = folder / REPORT
+    if not path.is_file():
+        return None
+    try:
+        report = journal.read_json(path, "report")
+    except CorruptStateError as e:
+        raise CorruptStateError(str(e).removesuffix("; start again with --restart")) from e
+    packed = report.get("packed")
+    if isinstance(packed, dict):
+        report = before_packing(path, packed) or {}
+    return report if "linears" in report else None
+
+
+def before_packing(path: Path, packed: Mapping[str, Any]) -> Report | None:
+    """The report of prune, which `pack` keeps as text in its own at `path`; None if what was packed had none.
+
+    Raises CorruptStateError.
+    """
+    try:
+        files = packed["original"]["files"]
+        if REPORT not in files:
+            return None
+        report = json.loads(files[REPORT]["text"])
+        if report.get("format") != "streamprune-report" or report.get("version") != 1:
+            raise TypeError
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise CorruptStateError(f"{path} is of a packed model, and does not say how that was pruned") from None
+    return dict(report)
 
 
 def check_files(folder: Path, report: Report) -> None:

@@ -21,6 +21,7 @@ from streamprune.disk.hub import resolve_model
 from streamprune.disk.linears import FLOATING, by_number, compile_filter, is_transposed
 from streamprune.disk.mapping import ShardMaps
 from streamprune.disk.quantised import inspectable
+from streamprune.disk.report import REPORT
 from streamprune.errors import UnsupportedError, UsageError
 from streamprune.inspection.count import inspect_linear, parse_expectation
 from streamprune.inspection.difference import (
@@ -35,6 +36,7 @@ from streamprune.inspection.difference import (
     relative_error,
     same_bytes,
 )
+from streamprune.inspection.pruned import find_pruned
 from streamprune.inspection.report import Inspection, LinearReport, totals_of
 from streamprune.inspection.stored import StoredTensor, find_tensors, linears_of
 from streamprune.model.decoded import maps_of
@@ -61,12 +63,14 @@ def inspect(
     `expect` is "N:M" (at most N nonzeros in every M inputs), a sparsity such as "0.5" (at least floor(0.5 · in) zeros
     in every row), "fp8" (F8_E4M3 with a weight_scale), or several of them as "2:4,fp8" or a list. NaN, Inf, -0.0 and
     bad scales fail any expectation; with `against`, so does every tensor that is missing, extra or of another shape,
-    and every difference in a tensor other than a linear. `on_linear` is called after each linear.
+    and every difference in a tensor other than a linear. Of linears that were not pruned, by the report in the folder
+    of an output of prune (`left_dense`), only NaN, Inf and bad scales fail it. `on_linear` is called after each linear.
 
     Raises:
         UsageError: `expect`, `only` or `skip` is malformed, or no linear is selected.
         UnsupportedError: the checkpoint has no linears as defined in disk/linears.py.
         CheckpointError: the checkpoint or `against` cannot be read.
+        CorruptStateError: the report of an output of prune is damaged, and something is expected.
     """
     expected = None if expect is None else parse_expectation(expect)
     chosen = _Filter(compile_filter("--only", only), compile_filter("--skip", skip))
@@ -75,7 +79,11 @@ def inspect(
     with contextlib.ExitStack() as stack:
         mine = _open(resolve_model(model, revision=revision, quiet=quiet), stack)
         source = None if against is None else _open(resolve_model(against, quiet=quiet), stack, mine.checkpoint)
-        for name in _choose(mine, chosen):
+        names = _choose(mine, chosen)
+        left = _left_dense(mine, names) if expected else {}
+        if left and len(left) == len(names):
+            failures.append(f"none of these linears was pruned ({len(left)}), says {mine.checkpoint.path / REPORT}")
+        for name in names:
             interrupts.check()
             tensor = mine.linears[name]
             other = source.tensors.get(tensor.name) if source else None
@@ -86,7 +94,7 @@ def inspect(
                 mine.maps,
                 tensor,
                 transposed=is_transposed(mine.checkpoint, name),
-                expected=expected,
+                expected=expected.of_dense if expected and name in left else expected,
                 comparison=comparison,
             )
             reports.append(report)
@@ -100,7 +108,9 @@ def inspect(
         ]
     ok = None if expected is None else not failures
     text = expected.text if expected else None
-    return Inspection(mine.checkpoint.path, tuple(reports), totals_of(reports), text, ok, tuple(failures), difference)
+    return Inspection(
+        mine.checkpoint.path, tuple(reports), totals_of(reports), text, ok, tuple(failures), difference, tuple(left)
+    )
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,13 @@ def _choose(opened: _Opened, chosen: _Filter) -> list[str]:
             f"--only and --skip leave none of {len(found)} linears; the first is {show(next(iter(found)))}"
         )
     return names
+
+
+def _left_dense(opened: _Opened, names: Sequence[str]) -> dict[str, None]:
+    """Those of the linears `names` that were not pruned, as the report of an output says, in their order."""
+    shapes = {name: (tensor.shape[0], tensor.shape[1]) for name, tensor in opened.linears.items()}
+    pruned = find_pruned(opened.checkpoint.path, shapes)
+    return {} if pruned is None else dict.fromkeys(name for name in names if name not in pruned)
 
 
 def _comparable(tensor: StoredTensor, other: StoredTensor) -> bool:

@@ -115,6 +115,7 @@ class Inspection:
     """The result of `inspect`. `ok` is None if nothing was expected; `failures` has a line for each failed expectation.
 
     `expect` is what was expected, joined by commas; `against` is the difference from the source, if one was given.
+    `left_dense` are linears of which no zeros were expected, as the report of an output says that they were not pruned.
     """
 
     model: Path
@@ -124,6 +125,7 @@ class Inspection:
     ok: bool | None
     failures: tuple[str, ...]
     against: Difference | None
+    left_dense: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values, with a format name and version.
@@ -138,6 +140,7 @@ class Inspection:
             "expect": self.expect,
             "ok": self.ok,
             "failures": list(self.failures),
+            "left_dense": list(self.left_dense),
             "totals": asdict(self.totals),
             "against": self.against and self.against.to_json(),
             "linears": [

@@ -7,7 +7,6 @@ longer than one of eight. A report may come from anywhere: every field is looked
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 from streamprune.disk import journal
 from streamprune.disk.header import show
-from streamprune.disk.report import REPORT
+from streamprune.disk.report import REPORT, before_packing
 from streamprune.disk.state import partial_of
 from streamprune.errors import CheckpointError, CorruptStateError, StateError
 from streamprune.pruning.report import notes_of
@@ -151,7 +150,7 @@ def read_facts(out: Path) -> Facts:
     except CorruptStateError as e:
         raise CorruptStateError(str(e).replace("start again with --restart", _mend(out))) from e
     if isinstance(packed := report.get("packed"), dict):
-        report = _before_packing(path, packed)
+        report = before_packing(path, packed) or {}
     if "linears" not in report:
         raise CorruptStateError(f"{path} says nothing of pruning; pass an OUT of prune")
     try:
@@ -173,18 +172,6 @@ def _named(out: Path) -> str:
 
 def _mend(out: Path) -> str:
     return f"leave {show(out)} out, or remove it and prune again"
-
-
-def _before_packing(path: Path, packed: Mapping[str, Any]) -> dict[str, Any]:
-    """The report of prune, which `pack` keeps as text."""
-    try:
-        text = packed["original"]["files"][REPORT]["text"]
-        report = json.loads(text)
-        if report.get("format") != "streamprune-report" or report.get("version") != 1:
-            raise TypeError
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        raise CorruptStateError(f"{path} is of a packed model, and does not say how that was pruned") from None
-    return dict(report)
 
 
 class _DamagedError(Exception):
