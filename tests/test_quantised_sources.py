@@ -357,7 +357,7 @@ def _spoil(name: str, place: int, value: float) -> Callable[[Tensors], None]:
     def change(tensors: Tensors) -> None:
         flat = tensors[name].clone()
         if flat.dtype == FP8:
-            flat.view(torch.uint8).view(-1)[place] = 0x7F
+            flat.view(torch.uint8).view(-1)[place] = int(value)
         else:
             flat.view(-1)[place] = value
         tensors[name] = flat
@@ -373,7 +373,10 @@ def _spoil(name: str, place: int, value: float) -> Callable[[Tensors], None]:
         ("blocks", lambda t: t.update({f"{Q}.weight_scale_inv": torch.ones(2, 2).double()}), ("F64", "no scales")),
         ("blocks", _spoil(f"{Q}.weight_scale_inv", 2, math.nan), (f"{Q}.weight_scale_inv is nan", "row 1, column 0")),
         ("blocks", _spoil(f"{Q}.weight_scale_inv", 0, math.inf), (f"{Q}.weight_scale_inv is inf",)),
-        ("blocks", _spoil(f"{Q}.weight", 33, 0), (f"{Q}.weight is nan at [1, 1]",)),
+        ("blocks", _spoil(f"{Q}.weight_scale_inv", 3, -1), (f"{Q}.weight_scale_inv is -1.0", "row 1, column 1")),
+        ("blocks", _spoil(f"{Q}.weight_scale_inv", 3, 0), (f"{Q}.weight_scale_inv is zero", "row 1, column 1")),
+        ("blocks", _spoil(f"{Q}.weight", 33, 0x7F), (f"{Q}.weight is nan at [1, 1]",)),
+        ("blocks", _spoil(f"{Q}.weight", 33, 0xFF), (f"{Q}.weight is nan at [1, 1]",)),
         ("float channel", lambda t: t.pop(f"{Q}.weight_scale"), (f"{Q}.weight_scale", "without")),
         ("float channel", lambda t: t.update({f"{Q}.weight_scale": torch.ones(31, 1)}), ("[31, 1]", "no scales")),
         ("packed 4, zeros", lambda t: t.pop(f"{Q}.weight_shape"), (f"{Q}.weight_shape", "without")),
@@ -381,6 +384,9 @@ def _spoil(name: str, place: int, value: float) -> Callable[[Tensors], None]:
         ("packed 4, zeros", lambda t: t.update({f"{Q}.weight_shape": torch.tensor([32, 64])}), ("[32, 64]",)),
         ("packed 4, zeros", lambda t: t.update({f"{Q}.weight_zero_point": torch.ones(3, 4).int()}), ("zero points",)),
         ("packed 4, zeros", lambda t: t.pop(f"{Q}.weight_zero_point"), (f"{Q}.weight_zero_point", "without")),
+        ("float channel", _spoil(f"{Q}.weight_scale", 5, -2), (f"{Q}.weight_scale is -2.0", "row 5, column 0")),
+        ("int channel", _spoil(f"{Q}.weight_scale", 5, 0), (f"{Q}.weight_scale is zero", "row 5, column 0")),
+        ("packed 4, zeros", _spoil(f"{Q}.weight_scale", 5, 0), (f"{Q}.weight_scale is zero", "row 1, column 1")),
         ("packed 4, zeros", _spoil(f"{Q}.weight_scale", 5, math.nan), (f"{Q}.weight_scale is nan", "row 1, column 1")),
     ],
 )
@@ -413,6 +419,103 @@ def test_damaged_mxfp4(
 ) -> None:
     model = rewritten(experts("gpt_oss")[0], tmp_path / "model", change)
     refused(CheckpointError, lambda: prune(model, tmp_path / "out", calib=text, **GIVEN), *needles)
+
+
+def described(model: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes config.json."""
+    config = json.loads((model / "config.json").read_text())
+    change(config)
+    (model / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "needles"),
+    [
+        ("blocks", lambda c: c["quantization_config"].update(weight_block_size=[64, 64]), ("one for 64 x 64 weights",)),
+        ("blocks", lambda c: c["quantization_config"].pop("weight_block_size"), ("as config.json has it",)),
+        (
+            "packed 4, groups",
+            lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(group_size=8),
+            ("one for 1 x 8 weights",),
+        ),
+        (
+            "blocks",
+            lambda c: c.update(compression_config={"quant_method": "compressed-tensors"}),
+            ("quantization_config and compression_config contradict each other", "fp8, compressed-tensors"),
+        ),
+        (
+            "blocks",
+            lambda c: c.update(text_config={"quantization_config": {"weight_block_size": [32, 16]}}),
+            ("and text_config.quantization_config contradict each other", "[16, 16], [32, 16]"),
+        ),
+        ("blocks", lambda c: c.update(text_config={"quantization_config": "awq"}), ("contradict", "awq")),
+        ("blocks", lambda c: c.update(quantization_config={"quant_method": "mxfp4"}), ("(mxfp4), and no tensor is",)),
+    ],
+)
+def test_configurations_of_other_weights(
+    form: str, change: Any, needles: tuple[str, ...], made: Callable[[str], Both], text: Path, tmp_path: Path
+) -> None:
+    model = rewritten(made(form)[0], tmp_path / "model", lambda tensors: None)
+    described(model, change)
+    _refused_by_all(model, text, tmp_path, *needles)
+
+
+def _refused_by_all(model: Path, text: Path, tmp_path: Path, *needles: str) -> None:
+    for call in (
+        lambda: prune(model, tmp_path / "out", calib=text, **GIVEN),
+        lambda: prune(model, tmp_path / "out", method="magnitude", pattern="2:4", quantize="keep"),
+        lambda: evaluate(model, text, seqlen=24),
+        lambda: plan(model, pattern="2:4"),
+    ):
+        refused(CheckpointError, call, *needles)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("form", ["blocks", "float channel", "packed 4, zeros"])
+def test_said_to_be_quantised_and_is_not(form: str, made: Callable[[str], Both], text: Path, tmp_path: Path) -> None:
+    """As after dequantising with a script that leaves config.json as it was; `inspect` reads what is there."""
+    coded, dense = made(form)
+    model = rewritten(dense, tmp_path / "model", lambda tensors: None)
+    (model / "config.json").write_bytes((coded / "config.json").read_bytes())
+    _refused_by_all(model, text, tmp_path, "config.json", "no tensor is", "remove quantization_config")
+    assert inspect(model).totals == inspect(dense).totals
+
+
+def test_the_same_said_twice(made: Callable[[str], Both], tmp_path: Path) -> None:
+    coded, dense = made("blocks")
+    model = rewritten(coded, tmp_path / "model", lambda tensors: None)
+    described(model, lambda c: c.update(text_config={"quantization_config": {"quant_method": "fp8", "ignored": 1}}))
+    check_numbers(model, dense)
+
+
+def test_scales_of_zero_where_all_codes_are(made: Callable[[str], Both], text: Path, tmp_path: Path) -> None:
+    """They lose nothing: the weights are zeros. `eval` computes with such codes as they are."""
+
+    def zeros(leaf: str, of: tuple[int, ...], rows: int) -> Callable[[Tensors], None]:
+        def change(tensors: Tensors) -> None:
+            codes, scale = tensors[f"{Q}.weight"].clone(), tensors[f"{Q}.{leaf}"].clone()
+            codes.view(torch.uint8)[:rows, :16], scale[of] = 0x80, 0
+            codes.view(torch.uint8)[0] = 0
+            tensors |= {f"{Q}.weight": codes, f"{Q}.{leaf}": scale}
+
+        return change
+
+    model = rewritten(made("blocks")[0], tmp_path / "blocks", zeros("weight_scale_inv", (0, 0), 16))
+    view = plain(open_checkpoint(model))
+    with maps_of(view) as maps:
+        found = maps.tensor(view.tensors[f"{Q}.weight"])
+    assert not found[:16, :16].any() and found[1:16, 16:].all(1).any()
+    assert prune(model, tmp_path / "out", method="magnitude", pattern="2:4").status == "done"
+    channels = rewritten(made("float channel")[0], tmp_path / "channels", zeros("weight_scale", (0, 0), 1))
+    assert math.isfinite(evaluate(channels, text, seqlen=24, windows=2).nll)
+
+
+@pytest.mark.parametrize(("value", "says"), [(-1.0, "is -1.0"), (0.0, "is 0.0"), (math.nan, "is nan")])
+def test_bad_scales_of_codes_that_are_computed_with(
+    value: float, says: str, made: Callable[[str], Both], text: Path, tmp_path: Path
+) -> None:
+    model = rewritten(made("float channel")[0], tmp_path / "model", _spoil(f"{Q}.weight_scale", 3, value))
+    refused(CheckpointError, lambda: evaluate(model, text, seqlen=24), f"{Q}.weight_scale {says}")
 
 
 WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}

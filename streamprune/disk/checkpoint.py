@@ -193,15 +193,33 @@ def open_shard(path: Path) -> Checkpoint:
 def quantisation_of(checkpoint: Checkpoint) -> tuple[str, Any] | None:
     """(key, value) of the quantisation in config.json, also within a section such as text_config; None without one.
 
-    A description that only counts zeros (a `sparsity_config` of format "dense") is no quantisation.
+    A description that only counts zeros (a `sparsity_config` of format "dense") is no quantisation. Raises
+    CheckpointError if there are several that contradict each other.
     """
     sections = [("", checkpoint.config)]
     sections += [(f"{key}.", value) for key, value in checkpoint.config.items() if isinstance(value, dict)]
+    found: list[tuple[str, Any]] = []
     for prefix, section in sections:
         for key in ("quantization_config", "compression_config"):
-            found = section.get(key)
-            if found and not (isinstance(found, dict) and _is_plain(found)):
-                return f"{prefix}{key}", found
+            said = section.get(key)
+            if said and not (isinstance(said, dict) and _is_plain(said)):
+                found.append((f"{prefix}{key}", said))
+    for where, other in found[1:]:
+        if (what := _contradiction(found[0][1], other)) is not None:
+            raise CheckpointError(
+                f"{checkpoint.path / 'config.json'}: {found[0][0]} and {where} contradict each other ({show(what)}); "
+                "remove the one that does not describe these weights"
+            )
+    return found[0] if found else None
+
+
+def _contradiction(one: Any, other: Any) -> str | None:
+    """In what two descriptions of a quantisation contradict each other; what only one of them says does not count."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return None if one == other else f"{one}, {other}"
+    for key in ("quant_method", "format", "bits", "weight_block_size"):
+        if key in one and key in other and one[key] != other[key]:
+            return f"{key} {one[key]}, {other[key]}"
     return None
 
 

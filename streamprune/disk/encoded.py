@@ -108,11 +108,20 @@ def missing_tensor(checkpoint: Checkpoint, ref: TensorRef, other: str) -> Checkp
     )
 
 
+def bad_scale(scale: TensorRef, codes: TensorRef, says: object, row: int, column: int) -> CheckpointError:
+    """The error for a scale with which codes stand for no numbers, or for zeros alone."""
+    return CheckpointError(
+        f"{scale.shard}: tensor {show(scale.name)} is {says} for {show(codes.name)} (row {row}, column {column} of "
+        "scales); the checkpoint is damaged, download it again"
+    )
+
+
 def wrong_scales(checkpoint: Checkpoint, encoding: Encoding) -> CheckpointError:
     """The error for scales that do not fit their codes."""
     scale, codes = encoding.scale, encoding.codes
+    said = "" if encoding.kind == PAIRS else ", as config.json has it"
     return damaged_tensor(
         checkpoint, scale,
         f"is {scale.dtype} {list(scale.shape)}, which are no scales of {show(codes.name)} {list(codes.shape)}: "
-        f"wanted are {list(encoding.scales)}",
+        f"wanted are {list(encoding.scales)}, one for {encoding.block[0]} x {encoding.block[1]} weights{said}",
     )  # fmt: skip

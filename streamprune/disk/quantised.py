@@ -38,7 +38,7 @@ from streamprune.disk.encoded import (
 )
 from streamprune.disk.float_quantized import FORMAT, read_scheme
 from streamprune.disk.header import TensorRef, show
-from streamprune.errors import UnsupportedError
+from streamprune.errors import CheckpointError, UnsupportedError
 
 _SECTION_KEYS = ("quantization_config", "compression_config")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -80,12 +80,26 @@ def plain(checkpoint: Checkpoint) -> Checkpoint:
 
     Raises:
         UnsupportedError: it is quantised in a way that is not supported.
-        CheckpointError: scales are missing, or do not fit their codes.
+        CheckpointError: scales are missing, or do not fit their codes; or nothing is quantised, against config.json.
     """
     found = quantisation_of(checkpoint)
     if found is None:
         return checkpoint
-    where, description = found
+    method, encodings = _read(checkpoint, *found)
+    if not encodings:
+        raise _nothing_quantised(checkpoint, found[0], method)
+    return _view(checkpoint, encodings, method)
+
+
+def _nothing_quantised(checkpoint: Checkpoint, where: str, method: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.path / 'config.json'}: {where} says that the weights are quantised ({show(method)}), and no "
+        f"tensor is; remove {where} if they have been dequantised, or pass the quantised checkpoint"
+    )
+
+
+def _read(checkpoint: Checkpoint, where: str, description: Any) -> tuple[str, dict[str, Encoding]]:
+    """What config.json calls a quantisation, and the weights that are stored in it. Raises as `plain`."""
     config = checkpoint.path / "config.json"
     if not isinstance(description, dict):
         raise UnsupportedError(f"{config}: {where} says that the weights are quantised ({show(description)}); {_MENDS}")
@@ -107,7 +121,7 @@ def plain(checkpoint: Checkpoint) -> Checkpoint:
         encodings = _find_pairs(checkpoint)
     else:
         raise refuse(f"the weights are quantised ({method})")
-    return _view(checkpoint, encodings, method)
+    return method, encodings
 
 
 _MENDS = (
@@ -122,20 +136,23 @@ def computable(checkpoint: Checkpoint) -> Checkpoint:
     Raises as `plain`.
     """
     try:
-        read_scheme(checkpoint)
+        scheme = read_scheme(checkpoint)
     except UnsupportedError:
         view = plain(checkpoint)
         if view is checkpoint:  # packed
             raise
         return view
+    if scheme is not None and not any(ref.dtype == "F8_E4M3" for ref in checkpoint.tensors.values()):
+        return plain(checkpoint)
     return checkpoint
 
 
 def inspectable(checkpoint: Checkpoint, against: Checkpoint | None = None) -> Checkpoint:
     """Returns what `inspect` reads: FP8 of compressed-tensors unchanged, to report faulty scales; else `plain`.
 
-    Unsupported formats are unchanged, too. If a dense checkpoint is compared with it (`against`), FP8 is dequantised,
-    as that checkpoint was made from rounded numbers. Raises CheckpointError as `plain`.
+    Unsupported formats are unchanged, too, and so is what config.json calls quantised and is not. If a dense checkpoint
+    is compared with it (`against`), FP8 is dequantised, as that checkpoint was made from rounded numbers. Raises
+    CheckpointError as `plain`.
     """
     found = quantisation_of(checkpoint)
     if found is None:
@@ -144,9 +161,10 @@ def inspectable(checkpoint: Checkpoint, against: Checkpoint | None = None) -> Ch
     if as_it_is and (against is None or quantisation_of(against) is not None):
         return checkpoint
     try:
-        return plain(checkpoint)
+        method, encodings = _read(checkpoint, *found)
     except UnsupportedError:
         return checkpoint
+    return _view(checkpoint, encodings, method) if encodings else checkpoint
 
 
 def stored_parts(view: PlainView) -> dict[str, tuple[TensorRef, ...]]:

@@ -25,6 +25,7 @@ from streamprune.disk.float_quantized import SCALE, Scheme
 from streamprune.disk.header import TensorRef
 from streamprune.methods.fp8 import dequantise
 from streamprune.model.bound_experts import bind_experts
+from streamprune.model.finite import refuse_bad_scales
 from streamprune.model.loader import WeightLoader
 from streamprune.model.naming import pieces_of
 from streamprune.model.panels import dequantised, in_panels, linear_in_panels
@@ -84,6 +85,7 @@ def bound(
                 if scale is not None:
                     used.append(scale)
                     codes, scales = loader.tensor(ref), loader.tensor(scale)
+                    refuse_bad_scales(scale, scales, ref, codes)
                     undo.append(_bind_codes(module, codes, scales, skeleton.scheme, dtype, called))
                 elif (
                     leaf == "weight"

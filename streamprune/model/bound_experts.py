@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from streamprune.disk.float_quantized import SCALE
 from streamprune.disk.header import TensorRef
 from streamprune.model.expert_forms import form_of
+from streamprune.model.finite import refuse_bad_scales
 from streamprune.model.loader import WeightLoader
 from streamprune.model.panels import dequantised, in_panels, product
 from streamprune.model.routed import Forwards, InputHook, immediate_forward
@@ -29,10 +30,13 @@ class ExpertWeights:
         self.device = loader.device
 
     def stored(self, name: str) -> tuple[TensorRef, Tensor]:
-        """A linear's weight in its stored dtype and shape."""
+        """A linear's weight in its stored dtype and shape. Raises CheckpointError for bad scales."""
         refs = self._of(name)
         if name not in self._held:
             self._held[name] = tuple(self._loader.tensor(ref) for ref in refs)
+            if len(refs) > 1:
+                codes, scales = self._held[name]
+                refuse_bad_scales(refs[1], scales, refs[0], codes)
         return refs[0], self._held[name][0]
 
     def product(self, name: str, x: Tensor) -> Tensor:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from streamprune.disk.checkpoint import Checkpoint
-from streamprune.disk.encoded import FLOAT, PACKED, EncodedRef, Encoding
-from streamprune.disk.header import TensorRef, show
+from streamprune.disk.encoded import FLOAT, PACKED, EncodedRef, Encoding, bad_scale
+from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import SAFETENSORS_DTYPES, ShardMaps
 from streamprune.disk.quantised import PlainView
 from streamprune.disk.remote import RemoteCheckpoint
 from streamprune.disk.spool import Spool
-from streamprune.errors import CheckpointError
 from streamprune.methods.decoding import decode_floats, decode_integers, decode_pairs, unpack_words
 
 _AT_ONCE = 1 << 20
@@ -38,7 +37,8 @@ def maps_of(checkpoint: Checkpoint, folder: Path | None = None) -> ShardMaps:
 
 
 class DecodedMaps(ShardMaps):
-    """ShardMaps of a PlainView. Also raises CheckpointError for scales that are NaN or infinite."""
+    """ShardMaps of a PlainView. Also raises CheckpointError for scales that are NaN, infinite or negative, or zero for
+    codes that are not."""
 
     def tensor(self, ref: TensorRef) -> Tensor:
         if not isinstance(ref, EncodedRef):
@@ -95,6 +95,10 @@ class DecodedMaps(ShardMaps):
             begin, end = top + at, min(top + len(out), top + at + step)
             which = torch.arange(begin, end) // encoding.block[0]
             scale, zero = self._scales(encoding, number, which), self._zeros(encoding, which)
+            nil = scale == 0
+            some_nil = bool(nil.any())
+            if some_nil:  # 1 leaves zeros as they are, and shows what is none
+                scale = scale.masked_fill(nil, 1)
             first = number * high
             codes = self._codes(encoding, first + begin, first + end)
             dtype = out.dtype if encoding.rounded == "F32" else SAFETENSORS_DTYPES[encoding.rounded]
@@ -104,6 +108,8 @@ class DecodedMaps(ShardMaps):
                 if encoding.kind == PACKED:
                     codes = unpack_words(codes, encoding.bits, width)
                 out[at : at + end - begin] = decode_integers(codes, scale, zero, encoding.block[1], dtype)
+            if some_nil:
+                _refuse_lost(encoding, which, nil, out[at : at + end - begin])
             self._let_go(encoding, first + begin, first + end)
 
     def _decode_across(self, encoding: Encoding, number: int, top: int, out: Tensor) -> None:
@@ -135,14 +141,11 @@ class DecodedMaps(ShardMaps):
         low = int(which[0])
         some = super().tensor(encoding.scale).reshape(-1, high, wide)[number, low : int(which[-1]) + 1]
         found = (some if encoding.transposed else some.float())[which - low]
-        bad = found == _NAN if encoding.transposed else ~torch.isfinite(found)
+        bad = found == _NAN if encoding.transposed else ~(torch.isfinite(found) & (found >= 0))
         if bool(bad.any()):
             row, column = (int(n) for n in bad.nonzero()[0])
             says = "nan" if encoding.transposed else float(found[row, column])
-            raise CheckpointError(
-                f"{encoding.scale.shard}: tensor {show(encoding.scale.name)} is {says} for {show(encoding.codes.name)} "
-                f"(row {int(which[row])}, column {column} of scales); the checkpoint is damaged, download it again"
-            )
+            raise bad_scale(encoding.scale, encoding.codes, says, int(which[row]), column)
         return found
 
     def _zeros(self, encoding: Encoding, which: Tensor) -> Tensor | None:
@@ -153,6 +156,14 @@ class DecodedMaps(ShardMaps):
         if encoding.kind == PACKED:
             stored = unpack_words(stored.reshape(-1, wide).t(), encoding.bits, high).t()
         return stored.reshape(high, wide)[which].float()
+
+
+def _refuse_lost(encoding: Encoding, which: Tensor, nil: Tensor, rows: Tensor) -> None:
+    """Raises CheckpointError for a scale of zero (`nil`) of weights that are not zero in `rows`, where it is 1."""
+    lost = (nil.repeat_interleave(encoding.block[1], 1)[:, : rows.shape[1]] & (rows != 0)).nonzero()
+    if len(lost):
+        row, column = (int(n) for n in lost[0])
+        raise bad_scale(encoding.scale, encoding.codes, "zero", int(which[row]), column // encoding.block[1])
 
 
 def _rows_of(codes: TensorRef, axes: int, begin: int, end: int) -> TensorRef:

@@ -1,4 +1,4 @@
-"""Reads stored tensors in chunks of rows, and finds the first weight that is NaN or Inf."""
+"""Reads stored tensors in chunks of rows, and finds the first weight that is NaN or Inf, or the first bad scale."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from streamprune.disk.encoded import bad_scale
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
 from streamprune.kernels import cpu, torch_ops
@@ -46,3 +47,18 @@ def refuse_nonfinite(ref: TensorRef, begin: int, rows: Tensor, whole: TensorRef 
     if flat is None:
         return
     raise nonfinite(ref, begin, tuple(rows.shape), flat, float(rows.reshape(-1)[flat]), whole)
+
+
+def refuse_bad_scales(ref: TensorRef, scales: Tensor, codes: TensorRef, values: Tensor) -> None:
+    """Raises CheckpointError for a scale that is NaN, infinite or negative, or zero where a code of its row is not.
+
+    `scales` are one, or one for each row of `values` (out, in), which are float8_e4m3fn; `ref` and `codes` name both.
+    """
+    each = scales.reshape(-1).float()
+    bad, nil = ~(torch.isfinite(each) & (each >= 0)), each == 0
+    if bool(nil.any()):
+        used = ((values.view(torch.uint8) & 0x7F) != 0).any(1)
+        bad |= nil & (used if len(each) > 1 else used.any())
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise bad_scale(ref, codes, float(each[row]), row, 0)
