@@ -95,7 +95,7 @@ def _ours(model: Path, ids: Path, arguments: argparse.Namespace, method: str, fo
     ]
     sizes = ["--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen)]
     ran = streamprune("prune", str(model), str(out), *given, *sizes)
-    return _figures(method, ran, out, arguments)
+    return _figures(method, ran, out, model, arguments)
 
 
 def _theirs(model: Path, ids: Path, arguments: argparse.Namespace, method: str, folder: Path) -> dict[str, float]:
@@ -103,15 +103,17 @@ def _theirs(model: Path, ids: Path, arguments: argparse.Namespace, method: str, 
     child = str(ROOT / "tools" / "bench_peers_child.py")
     ran = run(child, json.dumps({"model": str(model), "ids": str(ids), "method": method, "out": str(out)}),
               python=arguments.peer)  # fmt: skip
-    return _figures(f"llm-compressor {method}", ran, out, arguments)
+    return _figures(f"llm-compressor {method}", ran, out, model, arguments)
 
 
-def _figures(name: str, ran: Ran, out: Path, arguments: argparse.Namespace) -> dict[str, float]:
+def _figures(name: str, ran: Ran, out: Path, tokenizer: Path, arguments: argparse.Namespace) -> dict[str, float]:
     if ran.code:
         last = ran.errors.strip().splitlines()[-1:] or ["it said nothing"]
         raise BenchError(f"{name} ended with {ran.code}: {last[0]}")
     found = {f"{name} s": ran.seconds, f"{name} MiB": (ran.hwm or 0) / 2**20}
     if arguments.text:
+        for each in tokenizer.glob("*token*"):  # which llm-compressor does not write
+            shutil.copy(each, out)
         done = streamprune("eval", str(out), "--text", arguments.text, "--seqlen", str(arguments.seqlen))
         found[f"{name} perplexity"] = float(done.result["perplexity"])
     shutil.rmtree(out)
