@@ -48,13 +48,23 @@ def test_without_a_card_of_its_own(source: Path, text: Path, tmp_path: Path) -> 
     }  # fmt: skip
     for words in (
         "# tiny-llama, pruned", "2 of every 4 consecutive inputs are kept", "50.00 % of", "unchanged, bit for bit",
-        f"python -m streamprune prune tiny-llama OUT --pattern 2:4 --calib {text.name} --samples 4 --seqlen 16",
+        "python -m streamprune prune tiny-llama OUT --pattern 2:4 --calib TEXT --samples 4 --seqlen 16",
         "4 windows of 16 tokens", "AutoModelForCausalLM.from_pretrained", "names a licence", "vllm serve", "torch 2",
     ):  # fmt: skip
         assert words in card.text, words
     assert "README.source" not in card.text and not (out / "README.source.md").exists()
     report = json.loads((out / "streamprune.json").read_text())
     assert "README.md" in {file["name"] for file in report["files"]} and "base_model" not in report
+
+
+def test_what_the_text_is_called_does_not_matter(source: Path, text: Path, tmp_path: Path) -> None:
+    """Equal words under another name give equal outputs, card included; the report has the name."""
+    other = tmp_path / "other-name.txt"
+    other.write_bytes(text.read_bytes())
+    how = {"pattern": "2:4", "samples": 4, "seqlen": 16}
+    one, two = (prune(source, tmp_path / path.stem, calib=path, **how).out for path in (text, other))
+    assert (one / "README.md").read_bytes() == (two / "README.md").read_bytes()
+    assert "other-name.txt" in (two / "streamprune.json").read_text()
 
 
 def test_of_a_model_on_the_hub(source: Path, tmp_path: Path) -> None:
@@ -91,8 +101,8 @@ def test_with_statistics_from_a_file(source: Path, text: Path, tmp_path: Path) -
     """The card says what they are of, and is that of a job that calibrates by itself."""
     calibrate(source, tmp_path / "s", calib=text, samples=4, seqlen=16)
     card = card_in(prune(source, tmp_path / "out", sparsity=0.5, stats=tmp_path / "s", only="mlp").out)
-    assert f"`{text.name}`: 4 windows of 16 tokens, seed 0" in card.text and "| only linears | `mlp` |" in card.text
-    made = f"prune tiny-llama OUT --sparsity 0.5 --only mlp --calib {text.name} --samples 4 --seqlen 16"
+    assert "| calibrated on | 4 windows of 16 tokens, seed 0 |" in card.text and "| only linears | `mlp` |" in card.text
+    made = "prune tiny-llama OUT --sparsity 0.5 --only mlp --calib TEXT --samples 4 --seqlen 16"
     assert made in card.text, "the command of a job that calibrates by itself, which gives the same"
 
 

@@ -172,7 +172,8 @@ def _table(spec: JobSpec, recipe: Recipe, calibration: Mapping[str, Any], record
     rows += [(f"{what} linears", _code(text)) for what, text in (("only", spec.only), ("not", spec.skip)) if text]
     if calibration.keys() >= {"text", "samples", "seqlen", "seed"}:
         windows = f"{calibration['samples']} windows of {calibration['seqlen']} tokens, seed {calibration['seed']}"
-        rows.append(("calibrated on", f"{_code(str(calibration['text']))}: {windows}"))
+        of = ", of the built-in text" if calibration["text"] == "built-in" else ""
+        rows.append(("calibrated on", windows + of))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions().items())))
     return "\n".join(
         ["| | |", "|---|---|", *(f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows)]
@@ -195,7 +196,8 @@ def _again(spec: JobSpec, source: _Source, calibration: Mapping[str, Any]) -> st
     job, drawn = spec.fixed(), ("samples", "seqlen", "seed")
     if spec.stats is not None and calibration.keys() >= {"digest", *drawn}:  # as if it had calibrated by itself
         job |= {"stats": None, "calib": calibration["digest"], **{key: calibration[key] for key in drawn}}
-    made = command_of(job, calibration.get("text"), source.name)
+    text = calibration.get("text")  # whose name is nobody's business but the report's, and no bytes depend on it
+    made = command_of(job, text if text in (None, "built-in") else "TEXT", source.name)
     made = "".join(c if c.isprintable() else "?" for c in made)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", made)), default=0))
     return f"Made with\n\n{fence}\n{made}\n{fence}"
