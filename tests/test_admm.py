@@ -230,6 +230,18 @@ def test_compiled_steps(products: torch.dtype, pattern: Pattern | None) -> None:
     assert torch.equal(second, (2 * x.where(chosen, 0.0) - x - start).to(products))
 
 
+@backends
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_a_nan_of_any_bits_survives_products_in_bf16(bits: int, backend: str) -> None:
+    """Rounded as if it were a number, one whose bits are all ones would become zero."""
+    weight = normal(3, 64)
+    weight.view(torch.int32)[1, 5] = bits
+    operator = prepare(correlated(64), Damping(0.05), OBS, torch.bfloat16)
+    fitted, keep = solve(weight, operator, sparsity=0.5, variant=OBS, backend=backend)
+    assert bool(fitted[1][keep[1]].isnan().all())
+    assert bool(fitted[[0, 2]].isfinite().all())
+
+
 @variants
 @pytest.mark.parametrize("amount", [0.7, Pattern(2, 4), Pattern(4, 8)], ids=str)
 def test_the_gradual_schedule_helps(amount: float | Pattern, variant: Variant) -> None:

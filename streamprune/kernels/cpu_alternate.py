@@ -46,12 +46,8 @@ def _rank(x: Any, score: Any, spared: Any, key: Any) -> Any:
 @jit()
 def _keep_above(key: Any, threshold: Any, cut: Any, keep: Any) -> None:
     """Prunes keys <= threshold left of column `cut`, and keys < threshold from there on."""
-    limit, behind, one, zero = (
-        fill(np.int32(threshold)),
-        fill(np.int32(threshold - 1)),
-        fill(np.int32(1)),
-        fill(np.int32(0)),
-    )
+    limit, behind = fill(np.int32(threshold)), fill(np.int32(threshold - 1))
+    one, zero = fill(np.int32(1)), fill(np.int32(0))
     for j in range(0, key.size, COUNT):
         if j + COUNT > cut:
             limit = select(lanes.columns() < np.int32(max(cut - j, 0)), limit, behind)
@@ -61,12 +57,14 @@ def _keep_above(key: Any, threshold: Any, cut: Any, keep: Any) -> None:
 @jit()
 def _next_step(x: Any, start: Any, keep: Any, shift: Any, step: Any) -> None:
     """step = 2z − x − start, where z is x if kept, else 0; rounded to nearest even if it is bf16."""
-    minus, one = fill(np.float32(-1.0)), np.int32(1)
+    minus, one, nan = fill(np.float32(-1.0)), np.int32(1), fill(np.int32(0x7FC0))
     for j in range(0, x.size, COUNT):
         value = load(x, j)
-        bits = as_int(select(load(keep, j) == one, value, value * minus) - load(start, j))
+        made = select(load(keep, j) == one, value, value * minus) - load(start, j)
+        bits = as_int(made)
         if shift:
             bits = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & one)) >> np.int32(16)
+            bits = select(made == made, bits, nan)  # the carry would turn some NaN into zero
         store(step, j, bits)
 
 
@@ -114,12 +112,8 @@ def alternate_groups(
     """
     rows, n = x.shape
     key, found, none = np.empty(n, np.int32), np.empty(n + COUNT, np.int32), np.empty(0, np.float32)
-    spared, track, out, loss = (
-        np.empty((1, n), np.bool_),
-        np.full(2, np.nan),
-        np.empty((1, n), np.uint32),
-        np.empty((1, 3)),
-    )
+    track, spared = np.full(2, np.nan), np.empty((1, n), np.bool_)
+    out, loss = np.empty((1, n), np.uint32), np.empty((1, 3), np.float64)
     for r in range(rows):
         if product.shape[1]:
             _advance(x[r], start[r], product[r], shift, keep[r], kappa)
