@@ -35,7 +35,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import bench_rig  # noqa: E402
 from bench_rig import BenchError, say  # noqa: E402
-from compare_report import markdown, write_plot  # noqa: E402
+from compare_plot import write_plot  # noqa: E402
+from compare_report import markdown  # noqa: E402
 from compare_run import (  # noqa: E402
     INTERRUPTED,
     Comparison,
