@@ -107,7 +107,7 @@ class Gram:
         return self._pull
 
     def known_diagonal(self, damping: Damping) -> Factor | None:
-        """What inverse_diagonal(matrix, damping) gives, where `aim` needs that inverse as well."""
+        """What inverse_diagonal(matrix, damping) gives, if `aim` needs that inverse anyway; else None."""
         return self._pulling()[1] if self.drift is not None and damping == PULL_DAMPING else None
 
     def settle(self) -> None:

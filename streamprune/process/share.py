@@ -100,8 +100,9 @@ def parts_of(begin: int, end: int, least: int) -> list[slice]:
 def share_(parts: Sequence[Tensor], make: Callable[[int], Tensor], ranks: Ranks) -> None:
     """Fills each of `parts` (any strides) with what `make` returns for its index, on all ranks.
 
-    The ranks take turns, forwards and backwards, so that each has as much to do where parts grow or shrink. What others
-    have made arrives meanwhile: by index, so that `make` may use what it replaces in parts behind its own.
+    The ranks take turns, in alternating order, so that each has as much to do where parts grow or shrink. Parts are
+    replaced in the order of their indices while later ones are made: `make` may read parts with a higher index as they
+    were before, but none with a lower one.
     """
     sent: deque[tuple[Tensor, Tensor, Callable[[], None]]] = deque()
     size = ranks.size

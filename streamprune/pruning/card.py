@@ -196,7 +196,7 @@ def _again(spec: JobSpec, source: _Source, calibration: Mapping[str, Any]) -> st
     job, drawn = spec.fixed(), ("samples", "seqlen", "seed")
     if spec.stats is not None and calibration.keys() >= {"digest", *drawn}:  # as if it had calibrated by itself
         job |= {"stats": None, "calib": calibration["digest"], **{key: calibration[key] for key in drawn}}
-    text = calibration.get("text")  # whose name is nobody's business but the report's, and no bytes depend on it
+    text = calibration.get("text")  # its name is in the report; here, equal texts would make different outputs
     made = command_of(job, text if text in (None, "built-in") else "TEXT", source.name)
     made = "".join(c if c.isprintable() else "?" for c in made)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", made)), default=0))
