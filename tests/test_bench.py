@@ -313,6 +313,18 @@ def test_kernels_of_a_gpu(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
     assert cases.keys() >= KERNELS and [timed(work) for work in cases.values()] == [1.0] * len(cases)
 
 
+def test_eval(
+    tool: ModuleType, children: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Both take the same windows, or the benchmark refuses."""
+    words = ["eval", *TINY, "--layers", "2", *FEW, "--repeat", "2", "--device", "cpu", "--work", str(tmp_path)]
+    cases = by_case(rows_of(tool, capsys, *words))
+    assert list(cases) == ["transformers, whole", "transformers, its pass", "eval"]
+    assert all("3 windows of 32" in row["on"] and row["runs"] == 2 for row in cases.values())
+    assert cases["eval"]["percent_of_theirs"] == pytest.approx(100 / cases["eval"]["ratio"], rel=1e-3)
+    assert [c[2] for c in children] == ["eval"] * 3 and list(tmp_path.iterdir()) == []
+
+
 # ---- all of them, and how results look
 
 
@@ -359,7 +371,7 @@ def test_all_runs_the_five(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
         if "--repeat" in words:
             assert {(a.repeat, a.work, a.device) for a in seen.values()} == {(4, "/w", "cpu")}
     assert list(tool.COMMANDS) == [
-        "kernels", "refits", "stats", "startup", "calibration", "memory", "end-to-end", "ranks", "peers",
+        "kernels", "refits", "stats", "startup", "calibration", "eval", "memory", "end-to-end", "ranks", "peers",
     ]  # fmt: skip
 
 
