@@ -37,6 +37,7 @@ from streamprune.methods.selection import Pattern, select
 from streamprune.model import budget
 from streamprune.model.budget import Layout
 from streamprune.model.device import exact_products
+from streamprune.process.ranks import ALONE
 from streamprune.pruning.job import JobResult
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,7 +235,7 @@ def test_refits(device: torch.device, name: str, amount: dict[str, Any]) -> None
             assert found is not None
             return found
 
-        state = method.prepare(gram, Damping(method.damping)).state
+        state = method.prepare(gram, Damping(method.damping), ALONE).state
         ask = RefitRequest(amount.get("sparsity"), amount.get("pattern"), keep, "torch")
         masked = weight.masked_fill(~keep(weight, 1.0), 0.0)
         return method.solve(weight, masked, gram, state, ask).cpu()

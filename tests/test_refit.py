@@ -28,6 +28,7 @@ from streamprune.methods.inverse import Damping
 from streamprune.methods.refits import METHODS, Choice, Method, Prepared, RefitRequest, Sample, choose
 from streamprune.methods.selection import Amount, Pattern, prune_count, select
 from streamprune.process.memory import resident_bytes
+from streamprune.process.ranks import ALONE
 
 RELATIVE, ABSOLUTE = Damping(0.05), Damping(0.05, relative=False)
 PATTERNS = [Pattern(1, 2), Pattern(2, 4), Pattern(4, 8), Pattern(3, 5)]
@@ -310,7 +311,7 @@ def test_the_best_on_held_out_inputs_is_chosen(name: str, tokens: int, other: bo
     climbed: list[Damping] = []
     before = dict.fromkeys(samples, math.inf)
     for damping in sorted(dampings, key=lambda d: d.value):
-        state = method.prepare(gram, damping).state
+        state = method.prepare(gram, damping, ALONE).state
         now = {n: judged(s.weight, method.solve(*s[:2], gram, state, asks[n]), held) for n, s in samples.items()}
         climbed.append(damping)
         if all(now[n] >= before[n] for n in samples):
@@ -318,7 +319,9 @@ def test_the_best_on_held_out_inputs_is_chosen(name: str, tokens: int, other: bo
         before = now
     for linear, sample in samples.items():
         strongest_first = sorted(climbed, key=lambda d: -d.value)
-        fits = [method.solve(*sample[:2], gram, method.prepare(gram, d).state, asks[linear]) for d in strongest_first]
+        fits = [
+            method.solve(*sample[:2], gram, method.prepare(gram, d, ALONE).state, asks[linear]) for d in strongest_first
+        ]
         tried = [by_stretch(sample.weight, fitted, held) for fitted in (sample.masked, *fits)]
         best = min(tried, key=np.sum)
         more = [errors - best for errors in tried]
@@ -367,7 +370,7 @@ def test_a_refit_that_fails_does_not_hide_a_good_one(order: tuple[float, float])
     def solve(weight: torch.Tensor, masked: torch.Tensor, gram: Gram, state: float, ask: RefitRequest) -> torch.Tensor:
         return weight + state
 
-    method = Method(1.0, (), lambda gram, damping: Prepared(order[int(damping.value)], damping), solve, 0, False)
+    method = Method(1.0, (), lambda gram, damping, ranks: Prepared(order[int(damping.value)], damping), solve, 0, False)
     for choice in choose(method, *case(40, same_distribution(100)), [Damping(0.0), Damping(1.0)]).values():
         assert choice.damping == Damping(float(order.index(0.0))) and choice.refit == 0.0
 

@@ -16,6 +16,7 @@ from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping
 from streamprune.methods.refits import METHODS, RefitRequest
 from streamprune.planning.refit_cost import EFFORTS, Refitted, RefitWork, Trials, gathered, refit_work, triangle
+from streamprune.process.ranks import ALONE
 
 
 class Counted(TorchDispatchMode):
@@ -47,7 +48,7 @@ def test_efforts_are_what_methods_do(name: str) -> None:
 
     method, effort = METHODS[name], EFFORTS[name]
     with Counted() as prepared:
-        state = method.prepare(gram, Damping(method.damping)).state
+        state = method.prepare(gram, Damping(method.damping), ALONE).state
     weight = torch.randn(rows, width)
     with Counted() as solved:
         method.solve(weight, torch.where(keep(weight, 1.0), weight, 0.0), gram, state, RefitRequest(0.5, None, keep))

@@ -5,22 +5,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from queue import Queue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping, inverse_diagonal, normalised_inverse, upper_factor
+from streamprune.methods.refits import METHODS, Choice, Prepared, RefitRequest, Sample, choose
 from streamprune.process.ranks import Ranks
 from streamprune.process.share import PARTS, parts_of, share_
 
 Value = TypeVar("Value")
 
 
-Letters = dict[tuple[int, int], Queue[Tensor]]
+Letters = dict[tuple[int, int], Queue[Any]]
 """What a rank has sent to another one, in order."""
 
 
@@ -29,6 +32,12 @@ class Threads(Ranks):
 
     def __init__(self, rank: int, size: int, letters: Letters) -> None:
         self.rank, self.size, self._letters = rank, size, letters
+
+    def gather(self, value: Value) -> list[Value]:
+        everybody = range(self.size)
+        for rank in everybody:
+            self._letters[self.rank, rank].put(value)
+        return [self._letters[rank, self.rank].get(timeout=30) for rank in everybody]
 
     def broadcasting_(self, tensor: Tensor, source: int) -> Callable[[], None]:
         assert tensor.is_contiguous()
@@ -106,3 +115,37 @@ def test_inverses_do_not_depend_on_the_number_of_ranks(width: int) -> None:
     scale = gram.double().diagonal().sqrt()
     normal = gram.double() / (scale * scale[:, None]) + 0.05 * torch.eye(width, dtype=torch.float64)
     torch.testing.assert_close(alone[2].double(), torch.linalg.inv(normal).diagonal(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("decreasing", [True, False], ids=["all three are tried", "two are tried"])
+def test_ranks_try_dampings_at_the_same_time(decreasing: bool) -> None:
+    """The choice is that of one rank, which tries them one after the other; none is prepared twice without need."""
+    made = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(400, 64, generator=made), torch.randn(40, 64, generator=made)
+    errors = {1.0: 0.3, 2.0: 0.2 if decreasing else 0.4, 3.0: 0.1}
+    prepared, lock = list[tuple[float, int]](), threading.Lock()
+
+    def prepare(gram: Gram, damping: Damping, ranks: Ranks) -> Prepared:
+        with lock:
+            prepared.append((damping.value, ranks.size))
+        return Prepared(errors[damping.value], damping)
+
+    def solve(weight: Tensor, masked: Tensor, gram: Gram, state: float, request: RefitRequest) -> Tensor:
+        return weight * (1 - state)
+
+    method = replace(METHODS["cg"], prepare=prepare, solve=solve)
+    ask = RefitRequest(0.5, None, lambda rows, _: rows.abs() > 1)
+
+    def work(ranks: Ranks) -> dict[str, Choice]:
+        gram = Gram(x.T @ x, x[:64], len(x), ranks=ranks)
+        samples = {"q": Sample(weight, 0 * weight)}
+        return choose(method, samples, gram, {"q": ask}, [Damping(value) for value in errors])
+
+    (alone,) = on_ranks(1, work)
+    assert prepared == [(1.0, 1), (2.0, 1), (3.0, 1)][: 3 if decreasing else 2]
+    assert alone["q"].damping == Damping(3.0 if decreasing else 1.0)
+    for size, told in ((2, [(1.0, 1), (2.0, 1)]), (3, [(1.0, 1), (2.0, 1), (3.0, 1)])):
+        prepared.clear()
+        assert on_ranks(size, work) == [alone] * size
+        together = [(3.0, 2), (3.0, 2)] if size == 2 and decreasing else []
+        assert sorted(prepared) == told + together

@@ -28,6 +28,7 @@ def refits(arguments: argparse.Namespace) -> Iterator[Row]:
     from streamprune.methods.inverse import Damping
     from streamprune.methods.refits import METHODS, RefitRequest
     from streamprune.methods.selection import Amount, select
+    from streamprune.process.ranks import ALONE
 
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", arguments.shape)
     if not found:
@@ -60,11 +61,11 @@ def refits(arguments: argparse.Namespace) -> Iterator[Row]:
             torch.cuda.synchronize(device)
         return {name: time.perf_counter() - begun}
 
-    states = {name: method.prepare(gram, Damping(method.damping)).state for name, method in METHODS.items()}
+    states = {name: method.prepare(gram, Damping(method.damping), ALONE).state for name, method in METHODS.items()}
     measures = [lambda: timed(PRODUCT, lambda: weight @ gram.matrix)]
     for name, method in METHODS.items():
         measures += [
-            lambda n=name, m=method: timed(f"{n}, prepare", lambda: m.prepare(gram, Damping(m.damping))),
+            lambda n=name, m=method: timed(f"{n}, prepare", lambda: m.prepare(gram, Damping(m.damping), ALONE)),
             lambda n=name, m=method: timed(f"{n}, rows", lambda: m.solve(weight, masked, gram, states[n], ask)),
         ]
     runs = interleaved(measures, arguments.repeat)

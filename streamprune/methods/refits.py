@@ -13,7 +13,7 @@ mask without a refit where no refit is better.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from streamprune.methods.conjugate import Metric, descend, gradually
 from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping, Factor
 from streamprune.methods.selection import Pattern
+from streamprune.process.ranks import ALONE, Ranks
 from streamprune.process.share import parts_of, share_
 
 
@@ -41,7 +42,8 @@ class RefitRequest:
 
 
 _STRETCHES = 8
-_LEAST_ROWS = 64  # of a part of a sample; ranks share the parts
+_LEAST_ROWS, _LEAST_WORK = 16, 1 << 29
+"""Of a part of a sample, which ranks share: rows, and rows x in^2."""
 _TINY = 1e-300
 
 
@@ -60,7 +62,8 @@ class Method:
     """Default, relative: the published one, or ours."""
     others: tuple[float, ...]
     """Stronger relative dampings for `choose` to try."""
-    prepare: Callable[[Gram, Damping], Prepared]
+    prepare: Callable[[Gram, Damping, Ranks], Prepared]
+    """(Gram, damping, the ranks that share the work, and call it together) -> what `solve` needs."""
     solve: Callable[[Tensor, Tensor, Gram, Any, RefitRequest], Tensor]
     """(target weights, weights masked by the recipe's mask, Gram, state, request) -> new weights; all (n, in)
     float32."""
@@ -71,7 +74,7 @@ class Method:
     """Whether it chooses masks by itself, so that a recipe's score only matters where it is not applied."""
 
 
-def _metric(gram: Gram, damping: Damping) -> Prepared:
+def _metric(gram: Gram, damping: Damping, ranks: Ranks) -> Prepared:
     return Prepared(Metric.of(gram, damping), damping)
 
 
@@ -84,11 +87,11 @@ def _gradual(weight: Tensor, masked: Tensor, gram: Gram, state: Metric, request:
     return gradually(weight, request.select, state, steps=16, iterations=5, last=10)
 
 
-def _operator(variant: admm.Variant) -> Callable[[Gram, Damping], Prepared]:
-    def prepare(gram: Gram, damping: Damping) -> Prepared:
+def _operator(variant: admm.Variant) -> Callable[[Gram, Damping, Ranks], Prepared]:
+    def prepare(gram: Gram, damping: Damping, ranks: Ranks) -> Prepared:
         products = gram.products if variant is admm.OBS else torch.float32
         known = gram.known_diagonal(damping)
-        operator = admm.prepare(gram.matrix, damping, variant, products, known, gram.ranks)
+        operator = admm.prepare(gram.matrix, damping, variant, products, known, ranks)
         return Prepared(operator, damping._replace(value=operator.damping))
 
     return prepare
@@ -103,8 +106,8 @@ def _alternating(variant: admm.Variant) -> Callable[[Tensor, Tensor, Gram, admm.
     return solve
 
 
-def _sparsegpt_factor(gram: Gram, damping: Damping) -> Prepared:
-    factor = sparsegpt.prepare(gram.matrix, damping, gram.ranks)
+def _sparsegpt_factor(gram: Gram, damping: Damping, ranks: Ranks) -> Prepared:
+    factor = sparsegpt.prepare(gram.matrix, damping, ranks)
     return Prepared(factor, damping._replace(value=factor.damping))
 
 
@@ -162,21 +165,38 @@ def choose(
     exceeds the smallest error by no more than one standard error of the difference, estimated over eight stretches of
     the held-out tokens (the one-standard-error rule of Breiman et al. 1984: among candidates that cannot be told apart,
     the one closest to the original weights). If no tokens are held out, dampings[0] is used without a comparison.
-    All of the Gram's ranks must call this together.
+    All of the Gram's ranks must call this together. While there are dampings for all of them, each rank tries one;
+    what is left they try together.
     """
     if not len(gram.held):
         return dict.fromkeys(samples, Choice(dampings[0], None, None))
     judged = {name: _Judged(name, sample, method, gram, requests[name]) for name, sample in samples.items()}
     gram.settle()
     tried: dict[str, list[tuple[Damping | None, Tensor]]] = {name: [] for name in samples}
-    for damping in sorted(dampings, key=lambda d: d.value):
-        state = method.prepare(gram, damping).state
+    for damping, errors in _trials(judged, method, gram, sorted(dampings, key=lambda d: d.value)):
         for name, found in tried.items():
-            found.append((damping, judged[name].refitted(state)))
+            found.append((damping, errors[name]))
         if all(len(found) > 1 and found[-1][1].sum() >= found[-2][1].sum() for found in tried.values()):
             break
     masks = {name: linear.masked() for name, linear in judged.items()}
     return {name: _first_as_good([(None, masks[name]), *reversed(found)]) for name, found in tried.items()}
+
+
+def _trials(
+    judged: Mapping[str, _Judged], method: Method, gram: Gram, dampings: Sequence[Damping]
+) -> Iterator[tuple[Damping, dict[str, Tensor]]]:
+    """Each of the dampings with the errors (stretches,) of each linear, in this order."""
+
+    def errors(damping: Damping, ranks: Ranks) -> dict[str, Tensor]:
+        state = method.prepare(gram, damping, ranks).state
+        return {name: linear.refitted(state, ranks) for name, linear in judged.items()}
+
+    ranks = gram.ranks
+    alone = len(dampings) // ranks.size * ranks.size if ranks.size > 1 else 0
+    for first in range(0, alone, ranks.size):
+        yield from zip(dampings[first:], ranks.gather(errors(dampings[first + ranks.rank], ALONE)), strict=False)
+    for damping in dampings[alone:]:
+        yield damping, errors(damping, ranks)
 
 
 class _Judged:
@@ -187,13 +207,16 @@ class _Judged:
 
     def __init__(self, name: str, sample: Sample, method: Method, gram: Gram, request: RefitRequest) -> None:
         self._name, self._method, self._gram, self._request = name, method, gram, request
-        self._parts = [sample.part(rows) for rows in parts_of(0, len(sample.weight), _LEAST_ROWS)]
+        rows, width = sample.weight.shape
+        least = max(_LEAST_ROWS, min(4 * _LEAST_ROWS, _LEAST_WORK // max(1, width) ** 2))
+        self._parts = [sample.part(rows) for rows in parts_of(0, rows, least)]
         self._aims: dict[int, Tensor] = {}
         """Of the parts that this rank refits."""
-        self._whole = self._sums(lambda i: gram.held_by_token(self._parts[i].weight)).sum().clamp_min(_TINY)
+        whole = self._sums(lambda i: gram.held_by_token(self._parts[i].weight), gram.ranks)
+        self._whole = whole.sum().clamp_min(_TINY)
 
-    def refitted(self, state: Any) -> Tensor:
-        """Errors of the refit; `state` is what the method has prepared."""
+    def refitted(self, state: Any, ranks: Ranks) -> Tensor:
+        """Errors of the refit, which `ranks` share; `state` is what the method has prepared."""
 
         def fit(i: int) -> Tensor:
             part = self._parts[i]
@@ -201,29 +224,29 @@ class _Judged:
                 self._aims[i] = self._gram.aim(part.weight, self._name, part.which)
             return self._method.solve(self._aims[i], part.masked, self._gram, state, self._request)
 
-        return self._errors(fit)
+        return self._errors(fit, ranks)
 
     def masked(self) -> Tensor:
         """Errors of the mask without a refit."""
-        return self._errors(lambda i: self._parts[i].masked)
+        return self._errors(lambda i: self._parts[i].masked, self._gram.ranks)
 
-    def _errors(self, fitted: Callable[[int], Tensor]) -> Tensor:
+    def _errors(self, fitted: Callable[[int], Tensor], ranks: Ranks) -> Tensor:
         """Errors of `fitted` weights (n, in), by the index of their part."""
 
         def by_token(i: int) -> Tensor:
             part = self._parts[i]
             return self._gram.held_by_token(part.weight, fitted(i), self._name, part.which)
 
-        return self._sums(by_token) / self._whole
+        return self._sums(by_token, ranks) / self._whole
 
-    def _sums(self, by_token: Callable[[int], Tensor]) -> Tensor:
+    def _sums(self, by_token: Callable[[int], Tensor], ranks: Ranks) -> Tensor:
         """Sums (stretches,) over tokens and parts, of (held,) for the index of a part."""
         found = torch.empty(len(self._parts), min(_STRETCHES, len(self._gram.held)), dtype=torch.float64)
 
         def sums(i: int) -> Tensor:
             return torch.stack([stretch.sum() for stretch in by_token(i).cpu().tensor_split(found.shape[1])])
 
-        share_(list(found), sums, self._gram.ranks)
+        share_(list(found), sums, ranks)
         return found.sum(0)
 
 

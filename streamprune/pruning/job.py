@@ -174,6 +174,7 @@ def _carry_out(
             from streamprune.pruning.prepare import prepare, together
             from streamprune.pruning.run import Run
 
+        ranks.broadcast(unfinished[1]["resolved"] if unfinished else None)
         prepared = prepare(spec, checkpoint, unfinished, before)
         if tell is not None:
             for line in intentions(prepared):
@@ -193,10 +194,13 @@ def _follow(spec: JobSpec, checkpoint: Checkpoint, ranks: Ranks) -> JobResult:
         told = ranks.broadcast(None)
     if isinstance(told, JobResult):
         return told
-    from streamprune.pruning.prepare import joining, together
-    from streamprune.pruning.run import Run
+    with many_imports():
+        from streamprune.pruning.prepare import joining, set_up_ahead, together
+        from streamprune.pruning.run import Run
 
-    prepared = joining(spec, checkpoint, told, ranks)
+    setup = set_up_ahead(spec, checkpoint, told)
+    told = ranks.broadcast(None)
+    prepared = joining(spec, checkpoint, told, setup)
     with interrupts.work(), Run(together(prepared, ranks), no_progress) as run:
         run.work(0.0)
     told = ranks.broadcast(None)

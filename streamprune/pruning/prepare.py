@@ -18,7 +18,7 @@ from streamprune.calibration.windows import Tokens, tokens_digest
 from streamprune.disk import durable, journal
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.state import JobState, new_state, partial_of
-from streamprune.errors import ResourceError
+from streamprune.errors import ResourceError, StreampruneError
 from streamprune.model.budget import Layout, streaming_layout
 from streamprune.model.stages import Outline
 from streamprune.process.imports import many_imports
@@ -108,11 +108,28 @@ def _windows(
     return windows_of(spec, checkpoint, setup.skeleton.vocab_size, state.tokens, resolved, lay_out)
 
 
-def joining(spec: JobSpec, checkpoint: Checkpoint, told: Mapping[str, Any], ranks: Ranks) -> Prepared:
-    """Prepares another rank than 0, from what that has `told`. Raises as `prepare`."""
+def set_up_ahead(spec: JobSpec, checkpoint: Checkpoint, chosen: Mapping[str, Any] | None) -> Setup | None:
+    """The setup on another rank than 0, while that rank makes its own, with what an unfinished job has `chosen`.
+
+    None where the job is refused: rank 0 will say why.
+    """
+    try:
+        return Setup.of(
+            spec, checkpoint, Resolved.from_json(chosen) if chosen else None, open_given(spec, checkpoint)[1]
+        )
+    except StreampruneError:
+        return None
+
+
+def joining(spec: JobSpec, checkpoint: Checkpoint, told: Mapping[str, Any], setup: Setup | None) -> Prepared:
+    """Prepares another rank than 0, from what that has `told`, with the `setup` that was made ahead if it will do.
+
+    Raises as `prepare`.
+    """
     resolved, windows = Resolved.from_json(told["resolved"]), told["windows"]
     given, outline = open_given(spec, checkpoint)
-    setup = Setup.of(spec, checkpoint, resolved, outline)
+    if setup is None or (setup.device_name, setup.dtype_name) != (resolved.device, resolved.dtype):
+        setup = Setup.of(spec, checkpoint, resolved, outline)
     layout = streaming_layout(None, None)
     if type(setup.model) is not Outline:
         from streamprune.pruning.memory import layout_of

@@ -44,8 +44,11 @@ _PART_SAMPLED = 16
 
 
 def chunk_rows(in_features: int, out_features: int) -> int:
-    """Rows that are refitted at once: of a linear at most about an eighth, so that ranks can share them."""
-    return max(1, min(WORKING_BYTES // (4 * _ARRAYS * in_features), max(_LEAST_ROWS, -(-out_features // PARTS))))
+    """Rows that are refitted at once: of a linear at most about an eighth, so that ranks can share them equally."""
+    most = max(1, min(WORKING_BYTES // (4 * _ARRAYS * in_features), max(_LEAST_ROWS, -(-out_features // PARTS))))
+    chunks = -(-out_features // most)
+    chunks += chunks > PARTS // 2 and chunks % 2  # as many for each of two ranks
+    return -(-out_features // max(1, chunks))
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class LayerRefit:
     def _prepare(self, gram: Gram, damping: Damping) -> Prepared:
         if self._prepared is None or self._prepared[0] is not gram or self._prepared[1] != damping:
             self._prepared = None  # frees its memory before the next one is made
-            self._prepared = (gram, damping, self.refit.method.prepare(gram, damping))
+            self._prepared = (gram, damping, self.refit.method.prepare(gram, damping, gram.ranks))
         return self._prepared[2]
 
 
