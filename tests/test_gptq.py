@@ -407,6 +407,7 @@ def test_what_is_not_known_is_refused_by_name(
     [
         ("gptq", {"dynamic": {"-:.*lm_head": {}}, "pack_dtype": "int32", "format": "gptq", "checkpoint_format": None}),
         ("gptq", {"checkpoint_format": "GPTQ", "sym": None}),
+        ("gptq, channel, zeros", {"group_size": 10**30}),
         ("awq", {"bits": None, "w_bit": 4, "group_size": None, "q_group_size": 16, "version": None}),
     ],
 )

@@ -107,7 +107,7 @@ def _encoding(
         inputs *= each
     else:
         outputs *= each
-    size = inputs if layout.group_size == -1 else layout.group_size
+    size = inputs if layout.group_size == -1 else min(layout.group_size, inputs)
     found = Encoding(
         layout.kind, (outputs, inputs), (size, 1), ref, scale, zero, layout.bits,
         scale.dtype if scale.dtype in _SCALES else "F32", groups, layout.symmetric, layout.less_one,

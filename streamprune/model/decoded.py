@@ -43,8 +43,8 @@ from streamprune.methods.decoding import (
 _AT_ONCE = 1 << 20
 """Weights that are decoded at once; they stay in the processor's caches."""
 
-_MAPPED = 1 << 22
-"""Bytes of codes of which some columns are read before their pages are released."""
+_OUTPUTS, _MAPPED = 1 << 10, 1 << 22
+"""Columns that are read at once of codes that are stored inputs first, and bytes whose pages are mapped for them."""
 
 _NAN = 255
 """The exponent that says NaN where scales are exponents."""
@@ -104,7 +104,8 @@ class DecodedMaps(ShardMaps):
             if encoding.kind == PAIRS:
                 self._decode_across(encoding, number, top, into)
             elif encoding.transposed:
-                self._decode_words(encoding, top, into)
+                for at in range(0, count, _OUTPUTS):
+                    self._decode_words(encoding, top + at, into[at : at + _OUTPUTS])
             else:
                 self._decode(encoding, number, top, into)
             done += count
@@ -155,7 +156,7 @@ class DecodedMaps(ShardMaps):
         """As _decode_across, of GPTQ and AWQ; only the groups that a block of inputs belongs to are decoded for it."""
         count, (high, _) = len(out), encoding.matrix
         unit = 32 // encoding.bits if encoding.kind == GPTQ else 1  # inputs in a row of codes
-        step = min(_AT_ONCE // count, _MAPPED * high // encoding.codes.nbytes)
+        step = min(_AT_ONCE // 2 // count, _MAPPED * high // encoding.codes.nbytes)
         step = max(unit, step - step % unit)
         groups, dtype = self._groups(encoding), SAFETENSORS_DTYPES[encoding.rounded]
         for begin in range(0, high, step):
