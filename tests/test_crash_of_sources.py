@@ -11,6 +11,7 @@ import pytest
 from calls import prune
 from conftest import VOCAB
 from families import save_model
+from gptq_files import gptq
 from mixtures import save_mixture
 from quantised_files import FUSED, blocks_of, pairs_of, quantise
 from test_crash import Crasher, show
@@ -27,6 +28,10 @@ def _mxfp4(folder: Path) -> Path:
     return quantise(source, folder, *pairs_of(), FUSED)[0]
 
 
+def _gptq(folder: Path) -> Path:
+    return quantise(save_model(folder / "source", "llama", 2), folder, *gptq(desc_act=True))[0]
+
+
 def _gemma(folder: Path) -> Path:
     return save_model(folder / "source", "gemma3n_text", 4)
 
@@ -39,6 +44,7 @@ JOBS: dict[str, tuple[Make, dict[str, Any]]] = {
         lambda folder: save_model(folder / "source", "gemma3n_text", 4),
         {"propagate": "pruned"},
     ),
+    "GPTQ": (_gptq, {"propagate": "pruned"}),
     "indices": (lambda folder: save_mixture(folder / "source", "glm_moe_dsa", "bfloat16"), {}),
     "streams, experts by tokens": (lambda folder: save_mixture(folder / "source", "deepseek_v4", "bfloat16"), {}),
 }

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from calls import calibrate, plan, prune
+from gptq_files import gptq
 from hub_stand_in import COMMIT, Hub, Repository
 from quantised_files import blocks_of, quantise
 from safetensors.torch import load_file, save_file
@@ -201,9 +202,10 @@ def test_one_file_outside_lfs(hub: Hub, models: Models, tmp_path: Path, monkeypa
     assert weights(found) == weights(wanted)
 
 
-def test_a_quantised_model(hub: Hub, models: Models, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", [blocks_of, gptq])
+def test_a_quantised_model(form: Any, hub: Hub, models: Models, text: Path, tmp_path: Path) -> None:
     """Scales may be in another shard than their codes."""
-    coded, _ = quantise(models(), tmp_path / "q", *blocks_of())
+    coded, _ = quantise(models(), tmp_path / "q", *form())
     tensors = load_file(coded / "model.safetensors")
     (coded / "model.safetensors").unlink()
     hub.models["org/coded"] = Repository.of(split(coded, tensors))

@@ -32,7 +32,7 @@ HOUSE: dict[str, list[str]] = {
         "spool state",
         "mapped",
         "mapping read_ahead",
-        "compressed packed",
+        "compressed gptq packed",
         "float_quantized",
         "quantised",
     ],

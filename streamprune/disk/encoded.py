@@ -20,6 +20,8 @@ from streamprune.errors import CheckpointError
 
 FLOAT, INTEGER, PACKED, PAIRS = "float", "integer", "packed", "pairs"
 """Kinds of codes: FP8 numbers; integers of a byte; integers in words of 32 bits; FP4 numbers, two in a byte."""
+GPTQ, AWQ = "gptq", "awq"
+"""Two more: integers in words of 32 bits along the inputs, the first axis, or along the outputs, the second."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Encoding:
 
     kind: str
     shape: tuple[int, ...]
-    """Of the dense weight; `pairs` are stored with the last two axes exchanged."""
+    """Of the dense weight; `pairs`, `gptq` and `awq` are stored with the last two axes exchanged."""
     block: tuple[int, int]
     """Rows and columns, as they are stored, that share a scale."""
     codes: TensorRef
@@ -37,11 +39,17 @@ class Encoding:
     bits: int = 8
     rounded: str = "F32"
     """The dtype to which the product is rounded before it is converted to the weight's dtype."""
+    groups: TensorRef | None = None
+    """The group, a row of scales, of each input; without it, inputs that follow each other are a group."""
+    symmetric: bool = False
+    """Whether every zero point is half of the codes' range, whatever is stored."""
+    less_one: bool = False
+    """Whether zero points are stored less one: a word less the word of ones, borrowing between its codes."""
 
     @property
     def transposed(self) -> bool:
         """Whether the weight's last axis is the codes' last but one."""
-        return self.kind == PAIRS
+        return self.kind in (PAIRS, GPTQ, AWQ)
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -58,7 +66,7 @@ class Encoding:
     @property
     def parts(self) -> tuple[TensorRef, ...]:
         """All that is stored of it."""
-        return (self.codes, self.scale, *([] if self.zero is None else [self.zero]))
+        return (self.codes, self.scale, *(part for part in (self.zero, self.groups) if part is not None))
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,22 @@ def bad_scale(scale: TensorRef, codes: TensorRef, says: object, row: int, column
     return CheckpointError(
         f"{scale.shard}: tensor {show(scale.name)} is {says} for {show(codes.name)} (row {row}, column {column} of "
         "scales); the checkpoint is damaged, download it again"
+    )
+
+
+def bad_zero(zero: TensorRef, codes: TensorRef, says: int, row: int, column: int) -> CheckpointError:
+    """The error for a zero point of codes that are symmetric."""
+    return CheckpointError(
+        f"{zero.shard}: tensor {show(zero.name)} has {says} for {show(codes.name)} (group {row}, output {column}), but "
+        "by config.json codes are symmetric (sym); correct config.json, or download the checkpoint again"
+    )
+
+
+def bad_group(groups: TensorRef, codes: TensorRef, says: int, place: int, count: int) -> CheckpointError:
+    """The error for an input whose group has no scales."""
+    return CheckpointError(
+        f"{groups.shard}: tensor {show(groups.name)} puts input {place} of {show(codes.name)} into group {says}, where "
+        f"groups are 0 to {count - 1}; the checkpoint is damaged, download it again"
     )
 
 

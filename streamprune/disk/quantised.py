@@ -12,6 +12,13 @@
     mxfp4 (gpt-oss)
         `NAME_blocks` U8 (experts, out, in / 32, 16), the lower half of a byte first; `NAME_scales` U8 (experts, out,
         in / 32), exponents plus 127; NAME is (experts, in, out)
+    gptq (GPTQModel, AutoGPTQ; checkpoint_format gptq or gptq_v2)
+        `P.qweight` I32 (in x bits / 32, out) with 4 or 8 bits a weight, along the inputs, the first one lowest;
+        `P.scales` (groups, out); `P.qzeros` I32 (groups, out x bits / 32), along the outputs, less one unless gptq_v2;
+        `P.g_idx` I32 (in,) the group of each input, else groups follow each other
+    awq (AutoAWQ; version gemm)
+        `P.qweight` I32 (in, out / 8) with 4 bits a weight, along the outputs, eight of them in the order 0, 2, 4, 6,
+        1, 3, 5, 7; `P.qzeros` I32 (groups, out / 8) likewise; `P.scales` (groups, out)
 
 Weights are dequantised when they are read (model/decoded.py). How the inputs of linears are rounded when such a model
 runs does not matter here. Imports neither torch nor numpy.
@@ -37,12 +44,16 @@ from streamprune.disk.encoded import (
     wrong_scales,
 )
 from streamprune.disk.float_quantized import FORMAT, read_scheme
+from streamprune.disk.folder import SideFiles
+from streamprune.disk.gptq import METHODS, find_words, read_layout
 from streamprune.disk.header import TensorRef, show
 from streamprune.errors import CheckpointError, UnsupportedError
 
 _SECTION_KEYS = ("quantization_config", "compression_config")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _PAIR_BLOCK = 32
+_DESCRIPTIONS = ("quantize_config.json", "quant_config.json")
+"""Side files in which AutoGPTQ and AutoAWQ describe a quantisation once more."""
 _OF_INPUTS = ("input_scale", "activation_scale", "input_zero_point", "output_scale", "output_zero_point")
 
 
@@ -69,6 +80,13 @@ class PlainView(Checkpoint):
     def identity(self) -> dict[str, str]:
         """As Checkpoint.identity, of what is stored."""
         return self.stored.identity()
+
+    def side_files(self) -> SideFiles:
+        """As Checkpoint.side_files; a further description of the quantisation is left behind."""
+        found = super().side_files()
+        gone = set(_DESCRIPTIONS if self.method in METHODS else ()).intersection(found.carried)
+        kept = tuple(name for name in found.carried if name not in gone)
+        return SideFiles(kept, tuple(sorted({*found.left_behind, *gone})))
 
     def configuration(self) -> bytes:
         """The text of config.json for dense weights."""
@@ -119,14 +137,16 @@ def _read(checkpoint: Checkpoint, where: str, description: Any) -> tuple[str, di
         encodings = _find_fp8(checkpoint, _block_size(description, refuse))
     elif method == "mxfp4":
         encodings = _find_pairs(checkpoint)
+    elif method in METHODS:
+        encodings = find_words(checkpoint, read_layout(method, description, refuse))
     else:
         raise refuse(f"the weights are quantised ({method})")
     return method, encodings
 
 
 _MENDS = (
-    "of quantised checkpoints, only compressed-tensors (float-, int-, naive- and pack-quantized), FP8 and MXFP4 ones "
-    "can be read; pass the unquantised checkpoint"
+    "of quantised checkpoints, only compressed-tensors (float-, int-, naive- and pack-quantized), FP8, MXFP4, GPTQ "
+    "(gptq and gptq_v2, 4 or 8 bits) and AWQ (gemm, 4 bits) ones can be read; pass the unquantised checkpoint"
 )
 
 

@@ -14,16 +14,37 @@ import torch
 from torch import Tensor
 
 from streamprune.disk.checkpoint import Checkpoint
-from streamprune.disk.encoded import FLOAT, PACKED, EncodedRef, Encoding, bad_scale
+from streamprune.disk.encoded import (
+    FLOAT,
+    GPTQ,
+    PACKED,
+    PAIRS,
+    EncodedRef,
+    Encoding,
+    bad_group,
+    bad_scale,
+    bad_zero,
+)
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import SAFETENSORS_DTYPES, ShardMaps
 from streamprune.disk.quantised import PlainView
 from streamprune.disk.remote import RemoteCheckpoint
 from streamprune.disk.spool import Spool
-from streamprune.methods.decoding import decode_floats, decode_integers, decode_pairs, unpack_words
+from streamprune.methods.decoding import (
+    decode_floats,
+    decode_grouped,
+    decode_integers,
+    decode_pairs,
+    one_more,
+    unpack_columns,
+    unpack_words,
+)
 
 _AT_ONCE = 1 << 20
 """Weights that are decoded at once; they stay in the processor's caches."""
+
+_OUTPUTS, _MAPPED = 1 << 10, 1 << 22
+"""Columns that are read at once of codes that are stored inputs first, and bytes whose pages are mapped for them."""
 
 _NAN = 255
 """The exponent that says NaN where scales are exponents."""
@@ -80,8 +101,11 @@ class DecodedMaps(ShardMaps):
             number, top = divmod(first + done, high)
             count = min(high - top, len(matrix) - done)
             into = matrix[done : done + count]
-            if encoding.transposed:
+            if encoding.kind == PAIRS:
                 self._decode_across(encoding, number, top, into)
+            elif encoding.transposed:
+                for at in range(0, count, _OUTPUTS):
+                    self._decode_words(encoding, top + at, into[at : at + _OUTPUTS])
             else:
                 self._decode(encoding, number, top, into)
             done += count
@@ -128,6 +152,74 @@ class DecodedMaps(ShardMaps):
             out[:, begin:end] = decode_pairs(codes, scale)[:, left : left + len(out)].t()
             self._let_go(encoding, first + begin, first + end)
 
+    def _decode_words(self, encoding: Encoding, top: int, out: Tensor) -> None:
+        """As _decode_across, of GPTQ and AWQ; only the groups that a block of inputs belongs to are decoded for it."""
+        count, (high, _) = len(out), encoding.matrix
+        unit = 32 // encoding.bits if encoding.kind == GPTQ else 1  # inputs in a row of codes
+        step = min(_AT_ONCE // 2 // count, _MAPPED * high // encoding.codes.nbytes)
+        step = max(unit, step - step % unit)
+        groups, dtype = self._groups(encoding), SAFETENSORS_DTYPES[encoding.rounded]
+        for begin in range(0, high, step):
+            end = min(high, begin + step)
+            which, place = torch.unique(groups[begin:end], return_inverse=True)
+            scale, zero = self._scales_of(encoding, which, top, count), self._zeros_of(encoding, which, top, count)
+            nil = scale == 0
+            some_nil = bool(nil.any())
+            words = self._codes(encoding, begin // unit, end // unit)
+            codes = _codes_in(encoding, words, top, count, end - begin)
+            rows = decode_grouped(codes, scale.masked_fill(nil, 1) if some_nil else scale, zero, place, dtype)
+            if some_nil and len(lost := (nil[:, place] & (rows != 0)).nonzero()):
+                row, column = (int(n) for n in lost[0])
+                raise bad_scale(encoding.scale, encoding.codes, "zero", int(which[place[column]]), top + row)
+            out[:, begin:end] = rows
+            self._let_go(encoding, begin // unit, end // unit)
+
+    def _groups(self, encoding: Encoding) -> Tensor:
+        """The group of each input."""
+        (high, _), (_, count, _) = encoding.matrix, encoding.scales
+        if encoding.groups is None:
+            return torch.arange(high) // encoding.block[0]
+        found = super().tensor(encoding.groups).long()
+        if len(bad := ((found < 0) | (found >= count)).nonzero()):
+            place = int(bad[0])
+            raise bad_group(encoding.groups, encoding.codes, int(found[place]), place, count)
+        return found
+
+    def _scales_of(self, encoding: Encoding, which: Tensor, top: int, count: int) -> Tensor:
+        """Scales (count, len(which)) of these groups and of `count` outputs from `top` on."""
+        _, high, wide = encoding.scales
+        stored = super().tensor(encoding.scale).reshape(high, wide)
+        found = stored[:, top : top + count].index_select(0, which).t().float().contiguous()
+        bad = ~torch.isfinite(found) if encoding.symmetric else ~(torch.isfinite(found) & (found >= 0))
+        if bool(bad.any()):
+            row, column = (int(n) for n in bad.nonzero()[0])
+            says = float(found[row, column])
+            raise bad_scale(encoding.scale, encoding.codes, says, int(which[column]), top + row)
+        return found
+
+    def _zeros_of(self, encoding: Encoding, which: Tensor, top: int, count: int) -> Tensor | None:
+        """As _scales_of, zero points less half of the range; None if they are all 0."""
+        assert encoding.zero is not None
+        _, high, wide = encoding.scales
+        each = 32 // encoding.bits
+        first = top // each
+        stored = super().tensor(encoding.zero).reshape(high, wide // each)
+        words = stored[:, first : -(-(top + count) // each)].index_select(0, which)
+        if encoding.less_one and not encoding.symmetric:
+            words = one_more(words, encoding.bits)
+        if encoding.kind == GPTQ:
+            found = unpack_words(words, encoding.bits, each * words.shape[1]).t()
+        else:
+            found = unpack_columns(words)
+        found = found[top - first * each :][:count]
+        if not encoding.symmetric:
+            return found.float().contiguous()
+        if len(bad := ((found != 0) & (found != -1)).nonzero()):
+            row, column = (int(n) for n in bad[0])
+            says = int(found[row, column]) + (1 << encoding.bits - 1)
+            raise bad_zero(encoding.zero, encoding.codes, says, int(which[column]), top + row)
+        return None
+
     def _codes(self, encoding: Encoding, begin: int, end: int) -> Tensor:
         """Rows of codes, counted through all matrices."""
         return super().tensor(_rows_of(encoding.codes, len(encoding.shape) - 1, begin, end))
@@ -140,11 +232,12 @@ class DecodedMaps(ShardMaps):
         _, high, wide = encoding.scales
         low = int(which[0])
         some = super().tensor(encoding.scale).reshape(-1, high, wide)[number, low : int(which[-1]) + 1]
-        found = (some if encoding.transposed else some.float())[which - low]
-        bad = found == _NAN if encoding.transposed else ~(torch.isfinite(found) & (found >= 0))
+        exponents = encoding.kind == PAIRS
+        found = (some if exponents else some.float())[which - low]
+        bad = found == _NAN if exponents else ~(torch.isfinite(found) & (found >= 0))
         if bool(bad.any()):
             row, column = (int(n) for n in bad.nonzero()[0])
-            says = "nan" if encoding.transposed else float(found[row, column])
+            says = "nan" if exponents else float(found[row, column])
             raise bad_scale(encoding.scale, encoding.codes, says, int(which[row]), column)
         return found
 
@@ -156,6 +249,15 @@ class DecodedMaps(ShardMaps):
         if encoding.kind == PACKED:
             stored = unpack_words(stored.reshape(-1, wide).t(), encoding.bits, high).t()
         return stored.reshape(high, wide)[which].float()
+
+
+def _codes_in(encoding: Encoding, words: Tensor, top: int, count: int, inputs: int) -> Tensor:
+    """Codes (count, inputs) less half of their range, of rows of words: those of `count` outputs from `top` on."""
+    if encoding.kind == GPTQ:
+        return unpack_words(words[:, top : top + count].t(), encoding.bits, inputs)
+    each = 32 // encoding.bits
+    first = top // each
+    return unpack_columns(words[:, first : -(-(top + count) // each)])[top - first * each :][:count]
 
 
 def _refuse_lost(encoding: Encoding, which: Tensor, nil: Tensor, rows: Tensor) -> None:

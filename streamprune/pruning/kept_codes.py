@@ -2,6 +2,9 @@
 
 Works for formats with a byte a weight, in which the code 0 is the weight 0 whatever the scale: FP8 (with scales for
 blocks, channels or tensors) and int8 without zero points. Kept weights are exactly those that were there.
+
+Not for integers in words: their zero points are codes, so that zeros would be exact, too, but a word holds several
+weights, and in GPTQ and AWQ inputs come first, whereas rows are pruned and written one after the other.
 """
 
 from __future__ import annotations
