@@ -375,6 +375,24 @@ def test_ids_get_a_bos_only_when_asked(models: Models, tmp_path: Path) -> None:
     assert cut(tmp_path / "ids.npy", adds, 199, 9, bos="always").shape == (21, 10)
 
 
+def test_rows_of_ids_are_windows_already(models: Models, tmp_path: Path) -> None:
+    """Where they are as long as windows, and there are enough of them; otherwise they are one text."""
+    rows, path = np.random.default_rng(0).integers(0, 199, (7, 9)).astype(np.int32), tmp_path / "ids.npy"
+    np.save(path, rows)
+    for seed in (0, 1):
+        assert (drawn(path, models(), 199, 7, 9, seed) == rows).all()
+        three = drawn(path, models(), 199, 3, 9, seed).tolist()
+        places = [rows.tolist().index(row) for row in three]
+        assert all(begin - 1 < place < begin + 7 / 3 for begin, place in zip((0, 7 / 3, 14 / 3), places, strict=True))
+    adds = _with_bos(models(), tmp_path / "adds", adds=True)
+    assert (drawn(path, adds, 199, 7, 9, 0, bos="always")[:, 1:] == rows).all()
+    flat = tmp_path / "flat.npy"
+    np.save(flat, rows.reshape(-1))
+    for samples, seqlen in ((8, 9), (3, 8)):
+        assert (drawn(path, models(), 199, samples, seqlen, 0) == drawn(flat, models(), 199, samples, seqlen, 0)).all()
+    refused(UsageError, lambda: drawn(path, models(), int(rows.max()), 7, 9, 0), "ids.npy holds token id")
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_bos_in_jobs(models: Models, text: Path, tmp_path: Path, kind: str) -> None:
     """Both verbs say whether windows began with BOS, each mode is a job of its own, and predictions are one more."""

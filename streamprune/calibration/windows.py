@@ -5,6 +5,9 @@ stretches, and in each one window begins at a random place (NumPy's PCG64, seede
 with independent places. At most STREAM_WINDOWS times the requested tokens are read. Evaluation cuts the whole text into
 windows without overlap and drops the remainder.
 
+Token ids in rows of just that many tokens, at least `samples` rows of them, are windows already: then one row of each
+stretch of rows is drawn, and all rows, in their order, if there are as many as windows.
+
 Each window begins with a BOS token if the model's tokenizer adds one to a text by itself (tokens.bos_of): a model that
 was trained with it predicts much worse without. Text given as token ids gets one only on request. Calibration's tokens
 and evaluation's windows are on disk, 4 bytes a token, so that a text of any size takes bounded memory.
@@ -61,14 +64,23 @@ class Source:
             blocks = (self._checked(block) for block in ids)
         return Opened(self, blocks, bos, seqlen, (samples, positions(seqlen, bos is not None, self.config)))
 
+    def rows_of(self, width: int) -> NDArray[Any] | None:
+        """The token ids in rows of `width`, mapped; None if the text is something else."""
+        array = _mapped_ids(self.text.ids) if self.text.ids else None
+        return array if array is not None and array.ndim == 2 and array.shape[1] == width else None
+
     def _checked(self, ids: Tokens | Ids) -> Ids:
+        self.check(ids)
+        return ids.astype(np.uint32)
+
+    def check(self, ids: Tokens | Ids) -> None:
+        """Raises UsageError or CheckpointError for ids that are not in the vocabulary."""
         if len(ids) and not 0 <= (low := int(ids.min())) <= (high := int(ids.max())) < self.vocab_size:
             name = self.text.path or "the built-in text"
             what = f"token id {low if low < 0 else high}, the model's vocabulary has {self.vocab_size}"
             if self.text.ids:
                 raise UsageError(f"{name} holds {what}; make the ids with this model's tokenizer")
             raise CheckpointError(f"{name} gives {what}; the tokenizer belongs to another model")
-        return ids.astype(np.uint32)
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,15 @@ def draw_windows(opened: Opened, seed: int, folder: Path) -> Tokens:
     shorter than one window, CheckpointError when the tokenizer's ids exceed the vocabulary.
     """
     inside, (samples, length) = opened.inside, opened.shape
+    generator = np.random.Generator(np.random.PCG64(seed))
+    at = np.arange(samples) + generator.random(samples)  # in which stretch, and where in it
+    windows = np.full(opened.shape, opened.bos or 0, dtype=np.int64)
+    rows = opened.source.rows_of(inside)
+    if rows is not None and len(rows) >= samples:
+        opened.source.text.tally.tokens = rows.size
+        windows[:, length - inside :] = rows[np.minimum(at * len(rows) / samples, len(rows) - 1).astype(np.int64)]
+        opened.source.check(windows[:, length - inside :])
+        return windows
     limit = samples * opened.seqlen * STREAM_WINDOWS
     with ScratchTokens(folder) as stream:
         for block in opened.blocks:
@@ -131,9 +152,7 @@ def draw_windows(opened: Opened, seed: int, folder: Path) -> Tokens:
                 break
         opened.check(len(stream))
         opened.source.text.tally.tokens = len(stream)
-        generator = np.random.Generator(np.random.PCG64(seed))
-        places = (np.arange(samples) + generator.random(samples)) * (len(stream) - inside + 1) / samples
-        windows = np.full(opened.shape, opened.bos or 0, dtype=np.int64)
+        places = at * (len(stream) - inside + 1) / samples
         for window, start in zip(windows, places.astype(np.int64).tolist(), strict=True):
             window[length - inside :] = stream.read(start, start + inside)
     return windows
@@ -163,18 +182,20 @@ def cut_windows(source: Source, seqlen: int, ids: ScratchTokens, max_windows: in
 
 def _load_ids(path: Path) -> Iterator[Tokens]:
     at = 0
-    while True:
-        try:
-            ids = np.lib.format.open_memmap(path, mode="r")  # reopened for each block: unmaps pages that were read
-        except (OSError, ValueError) as e:
-            raise UsageError(f"{path}: cannot be read as an array of token ids ({e})") from e
-        if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
-            what = f"{ids.dtype} {ids.shape}"
-            raise UsageError(f"{path}: token ids must be integers in one or two dimensions, not {what}")
-        if at >= ids.size:
-            return
+    while at < (ids := _mapped_ids(path)).size:  # mapped for each block: unmaps pages that were read
         yield np.array(ids.reshape(-1)[at : at + _BLOCK], dtype=np.int64)
         at += _BLOCK
+
+
+def _mapped_ids(path: Path) -> NDArray[Any]:
+    try:
+        ids = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{path}: cannot be read as an array of token ids ({e})") from e
+    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
+        what = f"{ids.dtype} {ids.shape}"
+        raise UsageError(f"{path}: token ids must be integers in one or two dimensions, not {what}")
+    return ids
 
 
 def tokens_digest(windows: Tokens | Windows) -> str:
