@@ -109,9 +109,13 @@ def _windows(
 
 
 def joining(spec: JobSpec, checkpoint: Checkpoint, told: Mapping[str, Any], ranks: Ranks) -> Prepared:
-    """Prepares another rank than 0, from what that has `told`. Raises as `prepare`."""
+    """Prepares another rank than 0, from what that has `told`. Raises as `prepare`.
+
+    Statistics that rank 0 has gathered for --allocate may be on its machine alone; only there are they needed.
+    """
     resolved, windows = Resolved.from_json(told["resolved"]), told["windows"]
-    given, outline = open_given(spec, checkpoint)
+    elsewhere = spec.gathers and spec.stats_path is not None and not spec.stats_path.is_file()
+    given, outline = (None, None) if elsewhere else open_given(spec, checkpoint)
     setup = Setup.of(spec, checkpoint, resolved, outline)
     layout = streaming_layout(None, None)
     if type(setup.model) is not Outline:
