@@ -166,6 +166,10 @@ def _carry_out(
             return ranks.broadcast(_result(spec, unfinished[1], "done"))
         before = 0.0
         if spec.gathers and spec.stats_path is not None:
+            if unfinished is None:
+                with many_imports():
+                    from streamprune.pruning.prepare import check_before_gathering
+                check_before_gathering(spec, checkpoint)
             if tell is not None:
                 tell("calibrates first, as the sparsity is shared out by what the layers do")
             before = _gather(spec, spec.stats_path, checkpoint, progress, ranks)

@@ -92,6 +92,19 @@ def prepare(
     )  # fmt: skip
 
 
+def check_before_gathering(spec: JobSpec, checkpoint: Checkpoint) -> None:
+    """Refuses, before statistics are gathered for --allocate, what `prepare` would refuse only after that.
+
+    Raises as Setup.of and layout_of.
+    """
+    setup = Setup.of(spec, checkpoint)
+    with many_imports():
+        from streamprune.pruning.memory import layout_of
+
+    drawn = calibration_for_pass(spec)
+    layout_of(setup, None, (0, 1) if drawn is None else (drawn.samples, drawn.seqlen))
+
+
 def _windows(
     setup: Setup, state: JobState, resolved: Resolved | None
 ) -> tuple[Tokens | None, Mapping[str, Any], Layout]:

@@ -10,7 +10,7 @@ from streamprune.disk.lock import check_free
 from streamprune.disk.state import find_unfinished, lock_of
 from streamprune.progress import no_progress
 from streamprune.pruning.checks import check_places, check_saved, find_done
-from streamprune.pruning.prepare import prepare
+from streamprune.pruning.prepare import check_before_gathering, prepare
 from streamprune.pruning.run import Run
 from streamprune.pruning.spec import JobSpec
 
@@ -36,6 +36,8 @@ def rehearse(spec: JobSpec, checkpoint: Checkpoint) -> Rehearsal:
         check_saved(spec)
         return Rehearsal("would finish")
     if spec.gathers:
+        if unfinished is None:
+            check_before_gathering(spec, checkpoint)
         found = rehearse(spec.gathering(), checkpoint)
         if found.status != "up-to-date":
             return found
