@@ -28,12 +28,12 @@ def rehearse(spec: JobSpec, checkpoint: Checkpoint) -> Rehearsal:
     check_places(spec, checkpoint)
     durable.check_folder(spec.out.absolute().parent)
     check_free(lock_of(spec.out))
-    if find_done(spec) is not None:
-        check_saved(spec)
+    if (finished := find_done(spec)) is not None:
+        check_saved(spec, checkpoint, finished)
         return Rehearsal("up-to-date")
     unfinished = find_unfinished(spec, clears=False)
     if unfinished is not None and unfinished[0].is_complete:
-        check_saved(spec)
+        check_saved(spec, checkpoint, unfinished[1])
         return Rehearsal("would finish")
     if spec.gathers:
         if unfinished is None:
