@@ -199,12 +199,18 @@ def _eval_options(p: argparse.ArgumentParser) -> None:
 
 
 def check_eval(args: argparse.Namespace) -> None:
-    """Raises UsageError for what is said of tasks beside a text, or of a text beside tasks."""
-    of_others = ("num_fewshot", "limit", "include_path") if args.tasks is None else ("windows", "by_window")
+    """Raises UsageError for what is said of tasks beside a text, of a text beside tasks, or of JSON that is not asked
+    for."""
+    of_others = ("num_fewshot", "limit", "include_path") if args.tasks is None else (
+        "windows", "by_window", "text_field",
+    )  # fmt: skip
     for name in of_others:
-        if not any(getattr(args, name) is unset for unset in (None, False)):
+        value = getattr(args, name)
+        if value is not None and value is not False and value != Calibration.text_field:
             what = "--tasks" if args.tasks is None else "--text"
             raise UsageError(f"--{name.replace('_', '-')} is for {what}; leave it out")
+    if args.by_window and not args.json:
+        raise UsageError("--by-window adds to what --json prints; add that, or leave it out")
 
 
 def _inspect_options(p: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ from streamprune.disk import durable, lock
 from streamprune.errors import ResourceError
 from streamprune.model import budget
 from streamprune.process import ranks
+from streamprune.pruning.allocate import _Allocation
 from streamprune.pruning.paired import PairedPass
 
 SMALL = {"BATCH_TOKENS": 64, "EXPERT_TOKENS": 64}
@@ -73,8 +74,9 @@ class _Stop(Exception):  # noqa: N818 - not an error
 
 @contextmanager
 def going_wrong(how: str | None) -> Iterator[None]:
-    """Within it, this rank dies or stops at the second layer, or sleeps or fails at the first."""
-    real = PairedPass.layer
+    """Within it, this rank dies or stops at the second layer, or sleeps or fails at the first; or it ponders over how
+    to share a sparsity out."""
+    real, weights = PairedPass.layer, _Allocation._weights
 
     def layer(self: Any, stage: Any, *args: Any, **more: Any) -> Any:
         if stage.index == 1 and how == "kill":
@@ -87,11 +89,15 @@ def going_wrong(how: str | None) -> Iterator[None]:
             raise ResourceError("no space left")
         return real(self, stage, *args, **more)
 
-    PairedPass.layer = layer  # type: ignore[method-assign]
+    def pondering(self: Any, linears: Any) -> int:
+        time.sleep(3 if how == "ponder" else 0)
+        return weights(self, linears)
+
+    PairedPass.layer, _Allocation._weights = layer, pondering  # type: ignore[method-assign]
     try:
         yield
     finally:
-        PairedPass.layer = real  # type: ignore[method-assign]
+        PairedPass.layer, _Allocation._weights = real, weights  # type: ignore[method-assign]
 
 
 def work(folder: Path, run: dict[str, Any], rank: int) -> None:

@@ -117,6 +117,15 @@ def test_patterns_hold_in_every_group(pattern: Pattern, variant: Variant, backen
     assert torch.equal(fitted != 0, keep)
 
 
+@backends
+@pytest.mark.parametrize("pattern", [Pattern(4, 5), Pattern(5, 6), Pattern(1, 12)], ids=str)
+def test_patterns_whose_sparsity_no_float_is(pattern: Pattern, backend: str) -> None:
+    """1 - 4/5 is a little less than 1/5, which is 16 of 80 weights, not 15."""
+    gram = correlated(16 * pattern.m)
+    fitted, keep = fit(normal(5, len(gram)), gram, pattern, OBS, backend)
+    assert (keep.reshape(5, -1, pattern.m).sum(-1) == pattern.n).all() and torch.equal(fitted != 0, keep)
+
+
 @variants
 @pytest.mark.parametrize("amount", AMOUNTS, ids=str)
 @pytest.mark.parametrize("seed", range(3))

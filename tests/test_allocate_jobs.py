@@ -18,7 +18,9 @@ from streamprune.calibration.collector import Collector
 from streamprune.calibration.statistics import StatisticsFile
 from streamprune.cli import main
 from streamprune.errors import StateError, UsageError
+from streamprune.model.stages import Stage
 from streamprune.progress import Progress
+from streamprune.pruning.forward import CalibrationPass
 
 GIVEN: dict[str, Any] = {"samples": 4, "seqlen": 32, "dtype": "float32"}
 
@@ -74,6 +76,42 @@ def test_given_statistics_lead_to_the_same(models: Callable[..., Path], text: Pa
             continue
         assert (tmp_path / "a" / file["name"]).read_bytes() == (tmp_path / "b" / file["name"]).read_bytes()
     assert (tmp_path / "s").is_file(), "that one is the user's"
+
+
+def test_what_is_wrong_is_refused_before_anything_is_gathered(
+    models: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    steps: list[Progress] = []
+    for dry in (True, False):
+        with pytest.raises(UsageError, match="leave no linear to prune"):
+            prune(models("llama", 2), tmp_path / "out", sparsity=0.5, allocate="owl", only="nothing", calib=text,
+                  dry_run=dry, progress=steps.append, **GIVEN)  # fmt: skip
+    assert not steps and not any(tmp_path.iterdir())
+
+
+def test_what_is_gathered_can_be_saved(
+    models: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a pass more; also when that is asked for only after the job has begun."""
+    source, real, passed = models("llama", 2), CalibrationPass.layer, list[str]()
+
+    def layer(self: Any, stage: Stage, *args: Any, **more: Any) -> Collector:
+        passed.append(stage.name)
+        return real(self, stage, *args, **more)
+
+    monkeypatch.setattr(CalibrationPass, "layer", layer)
+    calibrate(source, tmp_path / "s", calib=text, **GIVEN)
+    job: dict[str, Any] = {"sparsity": 0.5, "allocate": "error", "calib": text, **GIVEN}
+    prune(source, tmp_path / "a", save_stats=tmp_path / "saved-a", **job)
+    with pytest.raises(StoppedError):  # 3 stages gather, 2 layers are weighed up, then there are 4 stages
+        prune(source, tmp_path / "b", progress=stop_at(7), **job)
+    prune(source, tmp_path / "b", save_stats=tmp_path / "saved-b", **job)
+    assert passed == 3 * ["layer 0", "layer 1"]
+    plain, *saved = (StatisticsFile(tmp_path / name).metadata for name in ("s", "saved-a", "saved-b"))
+    for found in saved:
+        assert found.keys() == plain.keys()
+        assert all(found[key] == plain[key] for key in plain if key != "calibration")
+        assert "job" not in json.loads(found["calibration"])
 
 
 def test_uniform_is_no_allocation(models: Callable[..., Path], text: Path, tmp_path: Path) -> None:

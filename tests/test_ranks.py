@@ -23,6 +23,7 @@ PRUNED: dict[str, dict[str, Any]] = {
     "refitted": REFITTED,
     "dealt": {"pattern": "2:4", "shard_size": 40_000},
     "tuned": {"pattern": "2:4", "tune": "block", "tune_epochs": 2},
+    "allocated": {"sparsity": 0.5, "allocate": "error"},
     "experts": {"sparsity": 0.5, "method": "obs-admm", "expert_tokens": 16, "tune": "block", "tune_epochs": 1},
 }
 
@@ -50,6 +51,10 @@ def folder(models: Models, text: Path, tmp_path_factory: pytest.TempPathFactory)
         against = {"reference": str(model), "seqlen": 16, "device": "cpu", "windows": 22}
         return [*found, Job("evaluate", root / "saved-1", text, given=against)]
 
+    shared_out = [
+        pruning("unshared-allocated", amount=PRUNED["allocated"], places=there),
+        pruning("pondered", amount=PRUNED["allocated"], wrong={"0": "ponder"}, timeout=4),
+    ]
     wrong = [
         pruning("other", other={"1": {"calib": str(other)}}),
         pruning("few", amount=REFITTED | {"samples": 2}),
@@ -62,7 +67,7 @@ def folder(models: Models, text: Path, tmp_path_factory: pytest.TempPathFactory)
     copies = {partial_of(root / "stopped"): partial_of(root / "alone")}
     do(root, [
         Run("one", 1, [*jobs(1), pruning("resumed", wrong={"0": "stop"})]),
-        Run("two", 2, [*jobs(2), pruning("unshared", places=there), *wrong]),
+        Run("two", 2, [*jobs(2), pruning("unshared", places=there), *shared_out, *wrong]),
         Run("again", 2, going_on, copies),
         Run("after", 1, [pruning("alone")]),
     ])  # fmt: skip
@@ -103,6 +108,13 @@ def test_machines_that_share_no_folder(folder: Path) -> None:
     assert [path.name for path in (folder / "elsewhere").iterdir()] == ["model"]
     ranks = report(folder / "unshared")["ranks"]
     assert [rank["rank"] for rank in ranks] == [0, 1] and sum(rank["windows"] for rank in ranks) == GIVEN["samples"]
+
+
+@pytest.mark.parametrize("out", ["unshared-allocated", "pondered"])
+def test_a_sparsity_that_is_shared_out(folder: Path, out: str) -> None:
+    """Rank 1 does not see the statistics that rank 0 does so by; it waits for longer than any message may take."""
+    assert files(folder / out) == files(folder / "allocated-1")
+    assert [path.name for path in (folder / "elsewhere").iterdir()] == ["model"]
 
 
 def test_shards_that_are_dealt_out(folder: Path) -> None:

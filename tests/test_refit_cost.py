@@ -10,12 +10,22 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from streamprune.calibration import gram_sums
 from streamprune.calibration.gram_sums import GramCollector, HoldOut
 from streamprune.calibration.grams import LayerGrams
 from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping
 from streamprune.methods.refits import METHODS, RefitRequest
-from streamprune.planning.refit_cost import EFFORTS, Refitted, RefitWork, Trials, gathered, refit_work, triangle
+from streamprune.planning.refit_cost import (
+    EFFORTS,
+    LEAST_BLOCK,
+    Refitted,
+    RefitWork,
+    Trials,
+    gathered,
+    refit_work,
+    triangle,
+)
 from streamprune.process.ranks import ALONE
 
 
@@ -99,13 +109,13 @@ def test_refit_work() -> None:
     (one,) = (linear for linear in LINEARS if linear.shares == "d")
     found = refit_work(EFFORTS["admm"], [one], 1 << 30, 10_000, Trials(3, 1000))
     product, inverse = 2 * 1024**2, 2 * 1024**3
-    grams = 9000 * 0.75 * product + 1000 * product  # two blocks of 512 columns: three quarters
+    grams = 9000 * 0.625 * product + 1000 * product  # four blocks of 256 columns: five eighths
     judged = 2 * 1000 * 1024 * 64 * (2 + 3) + 3 * 512 * product
     assert found.float32 == pytest.approx(grams + 4 * 0.9 * inverse + judged + 20 * (512 + 3 * 64) * product)
     assert (found.passes, found.native, found.selected) == (0, 0, one.nbytes * 15 * (1 + 3 * 64 / 512))
     assert found.columns == 0
     assert refit_work(EFFORTS["sparsegpt"], [one], 1 << 30, 10_000, Trials(3, 1000)).columns == 8 * (2 + 3)
-    assert triangle(512) == 1 and triangle(8192) == 9 / 16
+    assert LEAST_BLOCK == gram_sums._BLOCK and triangle(256) == 1 and triangle(8192) == 9 / 16
     works = {n: refit_work(e, LINEARS, 1 << 30, 10_000, Trials(3, 1000)) for n, e in EFFORTS.items()}
     assert works["obs-admm"].native > 0 == works["gradual-cg"].native
     assert works["gradual-cg"].float32 > works["admm"].float32 > works["cg"].float32

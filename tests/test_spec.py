@@ -121,8 +121,11 @@ def test_parse_bytes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "much", "0", "0GiB", "-1GiB", "1XB", "GiB", "1 GiB 2", "nan", "inf", "1e400", "1e400GiB", "1,5GB", "0x10"],
-)
+    [
+        "", "much", "0", "0GiB", "-1GiB", "1XB", "GiB", "1 GiB 2", "nan", "inf", "1e400", "1e400GiB", "1,5GB", "0x10",
+        "0.5",
+    ],
+)  # fmt: skip
 def test_parse_bytes_refuses(text: str) -> None:
     with pytest.raises(UsageError, match="8GiB"):
         parse_bytes(text)

@@ -20,6 +20,7 @@ from streamprune.calibration.collector import Collector
 from streamprune.calibration.statistics import StatisticsFile, merge_statistics, write_statistics
 from streamprune.calibration.statistics_header import _data_digest
 from streamprune.disk.header import read_shard
+from streamprune.disk.state import partial_of
 from streamprune.errors import CheckpointError, CorruptStateError, StateError, UsageError
 from streamprune.kernels import cpu
 from streamprune.methods.stats import InputStats
@@ -139,6 +140,8 @@ def test_what_does_not_go_together(models: Models, given: Path, text: Path, tmp_
     for more in ({"calib": text}, {"save_stats": tmp_path / "s"}, {"propagate": "pruned"}):
         with pytest.raises(UsageError, match="--stats"):
             prune(models("llama"), tmp_path / "out", stats=given, sparsity=0.5, **more)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"leave out --samples, --seqlen and --seed, which `calibrate` takes"):
+        prune(models("llama"), tmp_path / "out", stats=given, sparsity=0.5, samples=5, seqlen=24, seed=2)
     for bad in (tmp_path / "none", tmp_path):
         with pytest.raises(UsageError, match="--stats"):
             prune(models("llama"), tmp_path / "out", stats=bad, sparsity=0.5)
@@ -154,6 +157,33 @@ def test_save_stats_names_a_place(models: Models, how: dict[str, Any], tmp_path:
     (tmp_path / "s").unlink()
     with pytest.raises(UsageError, match="calibrate"):
         prune(model, tmp_path / "out", sparsity=0.5, save_stats=tmp_path / "s", **how)
+
+
+def test_statistics_that_are_not_the_jobs_are_neither_replaced_nor_taken_for_its_own(
+    models: Models, how: dict[str, Any], given: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(UsageError, match="is not a statistics file"):
+        prune(models("llama"), tmp_path / "out", sparsity=0.5, save_stats=tmp_path / "mine", **how)
+    assert {p.name for p in tmp_path.iterdir()} == {"mine"} and (tmp_path / "mine").read_text() == "precious"
+    job = {"sparsity": 0.5, **how, "seed": 1}
+    out = prune(models("llama"), tmp_path / "out", save_stats=tmp_path / "s", **job).out
+    for place in (out, partial_of(out)):  # finished, and all but renamed
+        out.rename(place)
+        for dry in (True, False):
+            with pytest.raises(UsageError, match=r"finished, and .* holds statistics of another job"):
+                prune(models("llama"), out, save_stats=given, dry_run=dry, **job)
+    assert prune(models("llama"), out, save_stats=tmp_path / "s", **job).status == "done"
+
+
+def test_flags_that_make_no_difference_are_named(models: Models, how: dict[str, Any], tmp_path: Path) -> None:
+    given = how | {"samples": 128, "expert_tokens": 3}
+    notes = prune(models("llama"), tmp_path / "a", sparsity=0.5, method="magnitude", **given).notes
+    assert notes == ("magnitude needs no calibration, so that --calib, --seqlen, --seed and --expert-tokens made no "
+                     "difference",)  # fmt: skip
+    notes = prune(models("llama", 2), tmp_path / "b", sparsity=0.5, **how, expert_tokens=3).notes
+    assert "the model has no experts, so that --expert-tokens made no difference" in notes
+    assert prune(models("llama", 2), tmp_path / "c", sparsity=0.5, method="magnitude").notes == ()
 
 
 def test_shared_inputs_are_stored_once(given: Path) -> None:

@@ -317,6 +317,8 @@ def test_without_lm_eval(models: Models, monkeypatch: pytest.MonkeyPatch, capsys
     [
         (["--tasks", "a", "--windows", "3"], "--windows is for --text"),
         (["--tasks", "a", "--by-window"], "--by-window is for --text"),
+        (["--tasks", "a", "--text-field", "body"], "--text-field is for --text"),
+        (["--text", "a", "--by-window"], "--by-window adds to what --json prints"),
         (["--text", "a", "--limit", "3"], "--limit is for --tasks"),
         (["--text", "a", "--num-fewshot", "0"], "--num-fewshot is for --tasks"),
         (["--text", "a", "--include-path", "x"], "--include-path is for --tasks"),

@@ -172,12 +172,12 @@ def _alternate_compiled(start: Tensor, operator: Operator, amount: Amount, varia
     """The same by compiled loops, on the CPU."""
     from streamprune.kernels.cpu import Alternation
 
-    work = Alternation(start, operator.score, variant.relax, operator.matrix.dtype)
+    work, width = Alternation(start, operator.score, variant.relax, operator.matrix.dtype), start.shape[1]
     product: Tensor | None = None
     for share in _shares(variant):
         count = -1
-        if share is not None:
-            count = prune_count(share * amount.share if amount.pattern else amount.at(share).share, start.shape[1])
+        if share is not None:  # of a pattern, the share is a float: 1 - 4/5 of 80 would be 15
+            count = amount.count(width) if share == 1.0 else prune_count(share * amount.share, width)
         product = work.step(product, count, *(amount.pattern or ())) @ operator.matrix
     assert product is not None
     return work.end(product), work.keep

@@ -69,6 +69,12 @@ class Amount(NamedTuple):
         """The fraction of the weights that is pruned; approximate, as each row prunes a whole number of weights."""
         return self.sparsity or 0.0 if self.pattern is None else 1 - self.pattern.n / self.pattern.m
 
+    def count(self, in_features: int) -> int:
+        """How many weights of each row are pruned, exactly. With a pattern, in_features must be a multiple of M."""
+        if self.pattern is None:
+            return prune_count(self.sparsity or 0.0, in_features)
+        return in_features // self.pattern.m * (self.pattern.m - self.pattern.n)
+
     def at(self, share: float) -> Amount:
         """The amount for a step of gradual pruning: `share` (0 to 1) of the final sparsity.
 
@@ -157,7 +163,7 @@ def select_bits(rows: Rows, amount: Amount, selector: str) -> Outcome:
     """As `select` with Numba, for rows of weights as arrays of numpy (kernels/cpu_arrays.py)."""
     if amount.pattern is not None:
         return rows.n_of_m(*amount.pattern)
-    count = prune_count(amount.sparsity or 0.0, rows.weight.shape[1])
+    count = amount.count(rows.weight.shape[1])
     return rows.ewma(count, EWMA_BLOCK if selector == "ewma" else 0, EWMA_ALPHA if selector == "ewma" else 0.0)
 
 

@@ -59,8 +59,9 @@ PER_PRODUCT = 90
 """Bytes moved per weight in an iteration besides its product: about twenty sums and products of float32 arrays that are
 larger than the CPU's caches."""
 
-BLOCKS, LEAST_BLOCK = 8, 512
-"""A Gram's triangle is computed in blocks of an eighth of its columns, but at least so many (calibration/grams.py)."""
+BLOCKS, LEAST_BLOCK = 8, 256
+"""A Gram's triangle is computed in blocks of an eighth of its columns, but at least so many
+(calibration/gram_sums.py)."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", text)
     unit = found.group(2).upper() if found else "?"
     unit = {"K": "KIB", "M": "MIB", "G": "GIB", "T": "TIB"}.get(unit, unit)
-    if not found or unit not in _UNITS or not 0 < float(found.group(1)) * _UNITS[unit] < 2**63:
+    if not found or unit not in _UNITS or not 1 <= float(found.group(1)) * _UNITS[unit] < 2**63:
         raise UsageError(f"{text!r} is not an amount of memory; write for example 8GiB or 500MB")
     return int(float(found.group(1)) * _UNITS[unit])
 

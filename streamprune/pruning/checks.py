@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.state import check_out, differences_of, find_finished, partial_of
 from streamprune.errors import CorruptStateError, StateError, UsageError
 from streamprune.pruning.spec import JobSpec
+
+if TYPE_CHECKING:
+    from streamprune.calibration.statistics_header import StatisticsHeader
 
 
 def check_places(spec: JobSpec, checkpoint: Checkpoint) -> None:
@@ -31,6 +36,7 @@ def check_places(spec: JobSpec, checkpoint: Checkpoint) -> None:
         read = (spec.calibration.path if spec.calibration else None, spec.stats_path)
         if any(p is not None and p.resolve() == spec.save_stats.resolve() for p in read):
             raise UsageError(f"--save-stats {spec.save_stats} is also read by this job; choose another file")
+        _there(spec.save_stats)
 
 
 def find_done(spec: JobSpec) -> dict[str, Any] | None:
@@ -55,9 +61,30 @@ def find_done(spec: JobSpec) -> dict[str, Any] | None:
     return {"recipe": None, "sparsity": None, "seconds": 0.0, "peak_rss_bytes": 0}
 
 
-def check_saved(spec: JobSpec) -> None:
-    """Raises UsageError if a job is finished and the statistics that it was to save are gone."""
-    if spec.save_stats is not None and not spec.save_stats.is_file():
+def check_saved(spec: JobSpec, checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
+    """Raises UsageError if a job is finished, with this `report`, and where it was to save its statistics are none, or
+    those of another job."""
+    if spec.save_stats is None:
+        return
+    there, advice = _there(spec.save_stats), "with `calibrate`"
+    if there is None:
+        raise UsageError(f"{spec.out} is finished, and its statistics are gone; make {spec.save_stats} {advice}")
+    if there.model != checkpoint.identity() or there.calibration != report.get("calibration"):
         raise UsageError(
-            f"{spec.out} is finished, and its statistics are gone; make {spec.save_stats} with `calibrate`"
+            f"{spec.out} is finished, and {spec.save_stats} holds statistics of another job; leave out --save-stats, "
+            f"or make them under another name {advice}"
         )
+
+
+def _there(saved: Path) -> StatisticsHeader | None:
+    """The statistics where a job is to save its own; None if there is no file. Raises UsageError for any other one."""
+    from streamprune.calibration.statistics_header import StatisticsHeader
+
+    if not saved.exists():
+        return None
+    try:
+        return StatisticsHeader(saved)
+    except (UsageError, CorruptStateError) as e:
+        raise UsageError(
+            f"--save-stats {saved} exists and is not a statistics file; choose another name or move it away"
+        ) from e

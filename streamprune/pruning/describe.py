@@ -22,7 +22,7 @@ from streamprune.errors import CorruptStateError, UnsupportedError, UsageError
 from streamprune.methods.recipes import Recipe, check_propagate
 from streamprune.process.memory import parse_bytes
 from streamprune.pruning.spec import DrawnText, JobSpec
-from streamprune.settings import Calibration, Resources
+from streamprune.settings import Calibration, Resources, flags_of
 
 SHARD_SIZE = "5GB"
 
@@ -76,14 +76,15 @@ def describe_prune(
     if stats is not None:
         if calibration.text is not None or save_stats is not None or propagation != "dense":
             raise UsageError("--stats replaces calibration: leave out --calib, --save-stats and --propagate")
-        if any(getattr(calibration, name) != getattr(Calibration, name) for name in ("expert_stats", "expert_tokens")):
-            raise UsageError(
-                "--stats are finished statistics: leave out --expert-stats and --expert-tokens, which `calibrate` takes"
-            )
+        if given := _given(calibration):
+            raise UsageError(f"--stats are finished statistics: leave out {given}, which `calibrate` takes")
     needs_pass = stats is None and (
         recipe.needs_statistics or recipe.aims or save_stats is not None or propagation == "pruned"
         or recipe.allocate is not None
     )  # fmt: skip
+    notes = list[str]()
+    if stats is None and not needs_pass and (given := _given(calibration)):
+        notes.append(f"{recipe.name} needs no calibration, so that {given} made no difference")
     known = Path(stats) if stats is not None else statistics_of(out) if recipe.allocate is not None else None
     drawn = _drawn(checkpoint, calibration)
     return JobSpec(
@@ -94,6 +95,7 @@ def describe_prune(
         source=checkpoint.path, out=out, save_stats=Path(save_stats) if save_stats is not None else None,
         shard_bytes=parse_bytes(str(shard_size)),
         restart=restart, trust_remote_code=trust_remote_code, content=checkpoint.content, allow_zeros=allow_zeros,
+        notes=notes,
     )  # fmt: skip
 
 
@@ -151,6 +153,13 @@ def _check_new_values(recipe: Recipe, stats: str | Path | None, samples: int) ->
         raise UsageError("--stats has no hidden states, which --tune needs: leave one of them out")
     if samples < 2 and recipe.tune is not None:
         raise UsageError("--tune holds out a window to measure its success: --samples must be at least 2")
+
+
+def _given(calibration: Calibration) -> str:
+    """The flags of a calibration that differ from their defaults: `--samples and --seed`."""
+    flags = flags_of(Calibration)
+    found = [flag.name for name, default, flag in flags if getattr(calibration, name) != default]
+    return " and ".join(filter(None, (", ".join(found[:-1]), *found[-1:])))
 
 
 def _drawn(checkpoint: Checkpoint, calibration: Calibration) -> DrawnText:

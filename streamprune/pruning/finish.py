@@ -42,7 +42,11 @@ def finish(
     calibration = calibration_of(spec, resolved, given, setup.propagate)
     statistics = spec.save_stats if target else spec.out
     if statistics is not None:
-        save_statistics(statistics, spec, state, checkpoint, setup.model, records, calibration)
+        if given is None:
+            save_statistics(statistics, spec, state, checkpoint, setup.model, records, calibration)
+        else:  # those that were gathered for --allocate
+            outline = to_json(without_further(setup.model))
+            merge_statistics(statistics, [given.path], checkpoint.identity(), calibration, outline)
     files = []
     if target is not None and output is not None:
         card = card_of(spec, checkpoint, calibration, records)

@@ -153,19 +153,23 @@ def _carry_out(
         if finished is not None:
             if spec.verb == "calibrate":
                 _discard_leftovers(spec)
-            check_saved(spec)
+            check_saved(spec, checkpoint, finished)
             _drop_own_statistics(spec)
             took = time.perf_counter() - begun
             found = replace(_result(spec, finished, "up-to-date"), seconds=took, peak_rss_bytes=peak_resident_bytes())
             return ranks.broadcast(found)
         unfinished = find_unfinished(spec)
         if unfinished is not None and unfinished[0].is_complete:
-            check_saved(spec)
+            check_saved(spec, checkpoint, unfinished[1])
             unfinished[0].publish()
             _drop_own_statistics(spec)
             return ranks.broadcast(_result(spec, unfinished[1], "done"))
         before = 0.0
         if spec.gathers and spec.stats_path is not None:
+            if unfinished is None:
+                with many_imports():
+                    from streamprune.pruning.prepare import check_before_gathering
+                check_before_gathering(spec, checkpoint)
             if tell is not None:
                 tell("calibrates first, as the sparsity is shared out by what the layers do")
             before = _gather(spec, spec.stats_path, checkpoint, progress, ranks)

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamprune.disk.header import TensorRef
 from streamprune.errors import UsageError
-from streamprune.methods.selection import Amount, Pattern, check_pattern, prune_count
+from streamprune.methods.selection import Amount, Pattern, check_pattern
 from streamprune.model.stages import PRUNABLE, Outline, Stage
 
 CHUNK_BYTES = 16 << 20
@@ -66,19 +66,11 @@ def pieces(data: memoryview) -> Iterator[memoryview]:
         yield data[begin : begin + CHUNK_BYTES]
 
 
-def prune_per_row(amount: Amount, in_features: int) -> int:
-    """Number of weights pruned in each row. With a pattern N:M, in_features must be a multiple of M."""
-    if amount.pattern is not None:
-        return in_features // amount.pattern.m * (amount.pattern.m - amount.pattern.n)
-    assert amount.sparsity is not None
-    return prune_count(amount.sparsity, in_features)
-
-
 def linear_report(
     name: str, rows: int, in_features: int, amount: Amount, removed: float, total: float
 ) -> dict[str, Any]:
     """What streamprune.json says of a linear: `removed` of `total` is the score that its pruned weights had."""
-    per_row = prune_per_row(amount, in_features)
+    per_row = amount.count(in_features)
     return {
         "name": name, "rows": rows, "in_features": in_features, "pruned": per_row * rows,
         "sparsity": per_row / in_features, "removed_score": _share(removed, total),

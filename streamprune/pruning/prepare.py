@@ -92,6 +92,19 @@ def prepare(
     )  # fmt: skip
 
 
+def check_before_gathering(spec: JobSpec, checkpoint: Checkpoint) -> None:
+    """Refuses, before statistics are gathered for --allocate, what `prepare` would refuse only after that.
+
+    Raises as Setup.of and layout_of.
+    """
+    setup = Setup.of(spec, checkpoint)
+    with many_imports():
+        from streamprune.pruning.memory import layout_of
+
+    drawn = calibration_for_pass(spec)
+    layout_of(setup, None, (0, 1) if drawn is None else (drawn.samples, drawn.seqlen))
+
+
 def _windows(
     setup: Setup, state: JobState, resolved: Resolved | None
 ) -> tuple[Tokens | None, Mapping[str, Any], Layout]:
@@ -114,9 +127,8 @@ def set_up_ahead(spec: JobSpec, checkpoint: Checkpoint, chosen: Mapping[str, Any
     None where the job is refused: rank 0 will say why.
     """
     try:
-        return Setup.of(
-            spec, checkpoint, Resolved.from_json(chosen) if chosen else None, open_given(spec, checkpoint)[1]
-        )
+        outline = _given_here(spec, checkpoint)[1]
+        return Setup.of(spec, checkpoint, Resolved.from_json(chosen) if chosen else None, outline)
     except StreampruneError:
         return None
 
@@ -127,7 +139,7 @@ def joining(spec: JobSpec, checkpoint: Checkpoint, told: Mapping[str, Any], setu
     Raises as `prepare`.
     """
     resolved, windows = Resolved.from_json(told["resolved"]), told["windows"]
-    given, outline = open_given(spec, checkpoint)
+    given, outline = _given_here(spec, checkpoint)
     if setup is None or (setup.device_name, setup.dtype_name) != (resolved.device, resolved.dtype):
         setup = Setup.of(spec, checkpoint, resolved, outline)
     layout = streaming_layout(None, None)
@@ -141,6 +153,13 @@ def joining(spec: JobSpec, checkpoint: Checkpoint, told: Mapping[str, Any], setu
         records=tuple(map(StageRecord.from_json, told["records"])), windows=windows,
         given=given, resolved=resolved, reading=0.0, layout=layout,
     )  # fmt: skip
+
+
+def _given_here(spec: JobSpec, checkpoint: Checkpoint) -> tuple[StatisticsFile | None, Outline | None]:
+    """As open_given. Statistics that rank 0 has gathered for --allocate may be on its machine alone; only there are
+    they needed."""
+    elsewhere = spec.gathers and spec.stats_path is not None and not spec.stats_path.is_file()
+    return (None, None) if elsewhere else open_given(spec, checkpoint)
 
 
 def together(prepared: Prepared, ranks: Ranks) -> Prepared:

@@ -10,7 +10,7 @@ from streamprune.disk.lock import check_free
 from streamprune.disk.state import find_unfinished, lock_of
 from streamprune.progress import no_progress
 from streamprune.pruning.checks import check_places, check_saved, find_done
-from streamprune.pruning.prepare import prepare
+from streamprune.pruning.prepare import check_before_gathering, prepare
 from streamprune.pruning.run import Run
 from streamprune.pruning.spec import JobSpec
 
@@ -28,14 +28,16 @@ def rehearse(spec: JobSpec, checkpoint: Checkpoint) -> Rehearsal:
     check_places(spec, checkpoint)
     durable.check_folder(spec.out.absolute().parent)
     check_free(lock_of(spec.out))
-    if find_done(spec) is not None:
-        check_saved(spec)
+    if (finished := find_done(spec)) is not None:
+        check_saved(spec, checkpoint, finished)
         return Rehearsal("up-to-date")
     unfinished = find_unfinished(spec, clears=False)
     if unfinished is not None and unfinished[0].is_complete:
-        check_saved(spec)
+        check_saved(spec, checkpoint, unfinished[1])
         return Rehearsal("would finish")
     if spec.gathers:
+        if unfinished is None:
+            check_before_gathering(spec, checkpoint)
         found = rehearse(spec.gathering(), checkpoint)
         if found.status != "up-to-date":
             return found

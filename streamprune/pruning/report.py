@@ -11,6 +11,9 @@ from streamprune.disk.quantised import PlainView
 from streamprune.process.versions import versions
 from streamprune.pruning.records import Resolved, StageRecord
 from streamprune.pruning.spec import JobSpec
+from streamprune.settings import Calibration
+
+_EXPERTS = {key: getattr(Calibration, key) for key in ("expert_stats", "expert_tokens")}
 
 
 def build_report(
@@ -78,11 +81,15 @@ def source_of(checkpoint: Checkpoint, content: str, carries: bool) -> dict[str, 
 def notes_of(report: Mapping[str, Any]) -> list[str]:
     """Messages that the user must see about a finished job, one sentence each: fallbacks, and what was left behind."""
     found = []
+    job, resolved = report.get("job") or {}, report.get("resolved") or {}
     if method := report.get("dequantised"):
-        kept = (report.get("job") or {}).get("quantize") == "keep"
+        kept = job.get("quantize") == "keep"
         zeros = "its format was kept, with the codes of pruned weights set to zero"
         found.append(f"the source is quantised ({method}); {zeros if kept else 'it was dequantised before pruning'}")
-    if (report.get("job") or {}).get("mtp") == "prune":
+    experts = [f"--{key.replace('_', '-')}" for key in _EXPERTS if job.get(key) not in (None, _EXPERTS[key])]
+    if experts and job.get("calib") is not None and "group" not in resolved:
+        found.append(f"the model has no experts, so that {' and '.join(experts)} made no difference")
+    if job.get("mtp") == "prune":
         found.append("linears of layers for multi-token prediction were chosen from by magnitude, as no text was run")
     stages: Sequence[Mapping[str, Any]] = report.get("stages", ())
     if behind := report.get("left_behind"):

@@ -36,7 +36,7 @@ from streamprune.model.stages import Stage
 from streamprune.process import interrupts
 from streamprune.process.background import BackgroundWorker
 from streamprune.process.memory import give_back_free_memory
-from streamprune.progress import ProgressCallback
+from streamprune.progress import Progress, ProgressCallback
 from streamprune.pruning.committed import Committed
 from streamprune.pruning.finish import finish
 from streamprune.pruning.inputs import gather, known_of
@@ -164,7 +164,11 @@ class Run:
         if self._target is not None and kind and spec.sparsity is not None and known is not None:
             from streamprune.pruning.allocate import allocate
 
-            shares = allocate(kind, self._target, self._means.tensors, known, spec.sparsity, self._progress)
+            def told(step: Progress) -> None:
+                self._ranks.at_work()
+                self._progress(step)
+
+            shares = allocate(kind, self._target, self._means.tensors, known, spec.sparsity, told)
             self._target = self._target.sharing(shares)
             self._resolved = replace(self._resolved, allocation=shares)
         self._begun = True
@@ -173,6 +177,10 @@ class Run:
 
     def _agree(self) -> None:
         """Tells all ranks what rank 0 has resolved when the job began, and finds out what they share."""
+        if self._ranks.rank:
+            self._ranks.attend()  # sharing a sparsity out may take longer than any timeout
+        else:
+            self._ranks.at_work(done=True)
         self._resolved = self._ranks.broadcast(self._resolved)
         if self._target is not None and self._resolved.allocation:
             self._target = self._target.sharing(self._resolved.allocation)

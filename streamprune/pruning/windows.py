@@ -20,7 +20,7 @@ from streamprune.pruning.spec import DrawnText, JobSpec
 def calibration_for_pass(spec: JobSpec) -> DrawnText | None:
     """The text that a job runs through the model; None if existing statistics are all it needs."""
     recipe = spec.recipe
-    if spec.stats_path is None or recipe is None or recipe.aims or spec.propagate == "pruned" or spec.save_stats:
+    if spec.stats_path is None or recipe is None or recipe.aims or spec.propagate == "pruned":
         return spec.calibration
     return None
 
