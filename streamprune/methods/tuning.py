@@ -1,7 +1,8 @@
 """Block-wise tuning: a pruned layer's weights learn to give what the dense layer gave.
 
     loss      mean over tokens t of ‖f(x_t) − y_t‖² / ‖y_t‖²
-              x what the pruned layer is given, f(x) what it makes of it, y what the dense layer makes of its own input
+              x what the pruned layer is given, f(x) what it makes of it, y = (1 − PULL) d(x) + PULL d(x′), where d is
+              the dense layer and x′ its own input (where both models' states are there; else see --propagate)
     gradient  of the weights that the mask keeps, of norms and of biases; nothing else moves
               (a step sums what it means over: Adam does not mind, and small gradients stay within float16)
     step      Adam: m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  w_ij ← w_ij − rate · s(t) · c_j · m̂ / √v̂
@@ -12,10 +13,14 @@
 After EBFT (arXiv 2402.12419): one block at a time, the mask fixed. Ours differs in three things. The error of a token
 counts relative to its state: a few tokens have massive activations, and would own a plain mean; and relative to what
 the dense layer adds to them, those would own it that it adds little to, whose errors nothing can mend any more. Where
-both models' states are there, x is what the pruned layers before really give, and y is the dense model's own, so that a
-layer also makes up for those before it. The rate goes with a column's mean magnitude (with an output's for GPT-2's
-Conv1D), as the scales of a model's tensors differ by orders of magnitude, and so do those of its features: where inputs
-are large, weights are small, and the steps of other weights would be too long for them.
+both models' states are there, x is what the pruned layers before really give, and y goes half of the way to the dense
+model's own, so that a layer also makes up for those before it. The rate goes with a column's mean magnitude (with an
+output's for GPT-2's Conv1D), as the scales of a model's tensors differ by orders of magnitude, and so do those of its
+features: where inputs are large, weights are small, and the steps of other weights would be too long for them.
+
+With PULL 0 a layer would learn only to do what the dense layer does, and nothing would make up for the layers before;
+with 1 it is asked for what it cannot give, as most of what went wrong before is noise to it, and learns by heart how
+that came out for the calibration's tokens.
 
 Master weights are float32, and only those that stay have one, with two moments. The layer always computes with what
 would be stored: the masters rounded to the stored dtype. So a loss is that of the weights that are written.
@@ -29,6 +34,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PULL = 0.5
+"""How far the aim is from the dense layer's outputs for x to those for its own input (refits have another, gram.py)."""
 BETAS = (0.9, 0.9)
 WARM = 0.1
 """Of the steps, the part in which the rate rises."""

@@ -104,11 +104,12 @@ class StageWork:
     refit: RefitWork = NO_REFIT
 
 
-def paired_forwards(refits: bool, on_device: bool) -> int:
+def paired_forwards(refits: bool, on_device: bool, tunes: bool = False) -> int:
     """Passes of asymmetric calibration through a layer, roughly: both models run once (2), and the pruned one once more
     for the next cache (1). For a refit both run again up to each input that linears share, in total one and a half
-    times (3), or a third of that where attention does not run again (1; see model/ends.py)."""
-    return 3 + ((3 if on_device else 1) if refits else 0)
+    times (3), or a third of that where attention does not run again (1; see model/ends.py). For tuning, the dense layer
+    runs once more on the pruned model's states (1)."""
+    return 3 + ((3 if on_device else 1) if refits else 0) + tunes
 
 
 @dataclass(frozen=True)

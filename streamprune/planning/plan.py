@@ -197,7 +197,7 @@ class _Run:
         # --allocate gathers statistics in a pass of its own, which is the only one unless weights get new values.
         gathers = recipe.allocate is not None and spec.stats is None and recipe.aims
         on_device = setup.device.type != "cpu"
-        paired = paired_forwards(recipe.refit is not None, on_device)
+        paired = paired_forwards(recipe.refit is not None, on_device, recipe.tune_epochs is not None)
         forwards = {"dense": 1, "pruned": 2, "asymmetric": paired}[setup.propagate] + gathers
         shape = shape_of(
             skeleton, samples, length, setup.dtype, layout, forwards, on_device, epochs=recipe.tune_epochs or 0

@@ -31,6 +31,7 @@ from streamprune.calibration.grams import LayerGrams
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.errors import UnsupportedError
 from streamprune.methods.refits import METHODS
+from streamprune.methods.tuning import PULL
 from streamprune.model.activations import StateBuffer
 from streamprune.model.binding import replaced_weights
 from streamprune.model.ends import End, confirmed, ends_of, replayed
@@ -219,12 +220,16 @@ class PairedPass(CalibrationPass):
             kept.rewind()
 
     def pairs(self, stage: Stage) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """As CalibrationPass.pairs: the pruned model's inputs, and the dense model's outputs."""
+        """As CalibrationPass.pairs: the pruned model's inputs, and PULL of the way from what the dense layer makes of
+        these to the dense model's outputs."""
         self._kept = ({}, {})  # the layer will be tuned
         self.dense.rewind()
-        for chunk in self.activations.read(stage.index):
-            given = chunk.chunk(2)[1]
-            yield given, self.streamed.skeleton.between.states(self.dense.take(given))
+        states = self.streamed.skeleton.between.states
+        with self.streamed.layer(stage) as run:
+            for chunk in self.activations.read(stage.index):
+                given = chunk.chunk(2)[1]
+                wanted = states(self.dense.take(given))
+                yield given, torch.lerp(states(run(given)).to(wanted), wanted, PULL)
 
     def pruned_layer(self, stage: Stage, shard: Checkpoint, persist: bool) -> None:
         """Step 3."""
