@@ -13,16 +13,16 @@ from streamprune.settings import Calibration, Resources, flags_of
 
 EXIT_CODES = """exit codes:
   0    done, or already done
-  1    an error in streamprune itself (run again with --debug and report it)
+  1    an error in streamprune itself (run again with --debug and report it), or its output is not read to the end
   2    wrong arguments, pattern, sparsity or text; inspect --expect not met
   3    bad checkpoint: missing, malformed, truncated, NaN or Inf
   4    valid checkpoint of a kind that is not supported
-  5    not enough RAM, VRAM or disk
-  6    OUT belongs to another job, or was not made by streamprune
+  5    not enough RAM, VRAM or disk; or writing failed, or another rank has died
+  6    OUT cannot be written, belongs to another job, or was not made by streamprune
   7    a file that streamprune wrote is damaged
   69   the Hugging Face hub cannot be reached, or refuses
   75   another run holds the lock on OUT: try later
-  130  interrupted; the same command resumes
+  130  interrupted by Ctrl-C or SIGTERM; the same command resumes
 """
 
 Handler = Callable[[argparse.Namespace], int]
@@ -92,9 +92,10 @@ def make_parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
         "prune the small model that is part of streamprune, and compare its perplexity before and after",
         model=False,
     )
-    for p in commands.choices.values():
+    for name, p in commands.choices.items():
+        still = "only the result and errors" if name == "eval" else "no summary, only errors"
         p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-        p.add_argument("--quiet", "-q", action="store_true", help="print no progress and no summary, only errors")
+        p.add_argument("--quiet", "-q", action="store_true", help=f"print no progress, {still}")
         p.add_argument("--debug", action="store_true", help="print a traceback before an error")
     return parser
 

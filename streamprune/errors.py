@@ -4,8 +4,8 @@
     ├── UsageError          2   an argument or a text is wrong; nothing was changed
     ├── CheckpointError     3   MODEL is missing, malformed, truncated or holds NaN/Inf
     ├── UnsupportedError    4   MODEL is valid, but of a kind that cannot be pruned
-    ├── ResourceError       5   not enough RAM, VRAM or disk
-    ├── StateError          6   OUT belongs to another job, or was not made by streamprune
+    ├── ResourceError       5   not enough RAM, VRAM or disk; or writing failed, or another rank has died
+    ├── StateError          6   OUT cannot be written, belongs to another job, or was not made by streamprune
     ├── CorruptStateError   7   our own journal, cache, statistics or report is damaged
     ├── HubError           69   the Hugging Face hub cannot be reached, or refuses (EX_UNAVAILABLE)
     ├── LockedError        75   another process is working on the same OUT (EX_TEMPFAIL: try later)
@@ -48,7 +48,7 @@ class ResourceError(StreampruneError):
 
 
 class StateError(StreampruneError):
-    """OUT, its unfinished state or its work folder belongs to another job."""
+    """OUT, its unfinished state or its work folder belongs to another job, or cannot be written."""
 
     exit_code = 6
 

@@ -113,7 +113,10 @@ class Resources:
     )  # fmt: skip
     max_ram: int | str | None = option(None, "limit on resident memory, such as 4GiB (default: none)", metavar="SIZE")
     max_vram: int | str | None = option(None, "limit on GPU memory (default: what is free)", metavar="SIZE")
-    work: str | Path | None = option(None, "folder for cached activations, preferably on a fast disk", metavar="DIR")
+    work: str | Path | None = option(
+        None, "folder for activations, preferably on a fast disk (default: in OUT.partial; of eval, in ~/.cache)",
+        metavar="DIR",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_choice(self, "dtype", "backend")

@@ -518,6 +518,21 @@ def test_a_fault_of_ours(
     assert capsys.readouterr().err == line
 
 
+def test_a_file_that_this_user_may_not_read(
+    prune_args: list[object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is no fault of ours, wherever it is met."""
+
+    def look(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", "/of/others/text.txt")
+
+    monkeypatch.setattr("streamprune.pruning.job.prune", look)
+    assert command(*prune_args) == 2
+    line = "streamprune: error: /of/others/text.txt: Permission denied; give this user access to it, or name another "
+    line += "place\n"
+    assert capsys.readouterr().err == line
+
+
 def test_after_the_fault_is_mended(model: Path, prune_args: list[object], tmp_path: Path, refuse: Refuse) -> None:
     """A refusal leaves nothing that hinders the same command later."""
     clean = (model / "model.safetensors").read_bytes()

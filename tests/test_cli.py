@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from calls import calibrate, prune
 from streamprune import arguments
 from streamprune.cli import build_parser, main
 from streamprune.disk.cache import CacheReader
+from streamprune.pruning.announce import next_steps
 
 Models = Callable[..., Path]
 WINDOW = ["--samples", "3", "--seqlen", "16"]
@@ -81,6 +83,15 @@ def test_prune(models: Models, text: Path, tmp_path: Path, run: Callable[..., Ru
     second = run(*args)
     assert (second.code, second.err) == (0, "")
     assert second.out == f"{tmp_path}/out: up-to-date (swiftprune, 50.00 % of the weights in pruned linears)\n"
+
+
+def test_what_to_do_next_can_be_pasted_into_a_shell() -> None:
+    """Whatever the folders are called."""
+    lines = next_steps("-model", Path("-my out"), {"pattern": "2:4"})
+    commands = [shlex.split(line.partition("python -m streamprune ")[2]) for line in lines[:2]]
+    for words in commands:
+        assert build_parser().parse_args(words).model == "./-my out"
+    assert build_parser().parse_args(commands[0]).reference == "./-model"
 
 
 def test_prune_json(models: Models, text: Path, tmp_path: Path, run: Callable[..., Run]) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from streamprune.cli import main
 from streamprune.disk.lock import Lock
 from streamprune.disk.state import lock_of, partial_of
+from streamprune.errors import StateError
 
 Models = Callable[..., Path]
 Told = tuple[int, str, str]
@@ -84,6 +85,27 @@ def test_every_status(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.out.rename(partial_of(place.out))
     assert place.status() == "would finish"
     assert place.run()[0] == 0 and place.status() == "up-to-date"
+
+
+def test_a_finished_output_on_a_disk_that_is_read_only(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found, although no lock can be taken beside it."""
+    assert place.run()[0] == 0
+    access, taken = os.access, Lock.__enter__
+
+    def enter(lock: Lock) -> Lock:
+        if lock.path.parent == place.out.parent:
+            raise StateError(f"cannot write {lock.path}")
+        return taken(lock)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place.out.parent and access(path, mode))
+    monkeypatch.setattr(Lock, "__enter__", enter)
+    assert place.status() == "up-to-date"
+    code, out, _ = place.run()
+    assert code == 0 and out.startswith(f"{place.out}: up-to-date (")
+    place.args[1] = "0.25"
+    assert place.run()[0] == 6
+    place.out = place.out.with_name("other")
+    assert place.run()[0] == place.dry()[0] == 6
 
 
 def test_work_that_never_began_is_left_alone(place: Place) -> None:

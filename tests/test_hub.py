@@ -14,9 +14,10 @@ from checkpoint_files import make
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import are_progress_bars_disabled
 
+from streamprune.cli import main
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.hub import _explain, resolve_model
-from streamprune.errors import CheckpointError, ResourceError, UsageError
+from streamprune.errors import CheckpointError, HubError, ResourceError, StateError, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -164,25 +165,51 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_model("org/name")
 
 
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is not to blame."""
+    raising(PermissionError(13, "Permission denied", "/cache/models--org--name"), monkeypatch)
+    with pytest.raises(StateError, match="set HF_HUB_CACHE to a folder that can") as caught:
+        resolve_model("org/name")
+    assert "network" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("more", "offline"), [([], ""), (["-q"], ""), ([], "1")])
+def test_a_download_is_announced(
+    more: list[str], offline: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may take hours. Not where connections are forbidden."""
+    raising(http_error(errors.RepositoryNotFoundError), monkeypatch)
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    assert main(["inspect", "org/name", *more]) == 3
+    told, *rest = capsys.readouterr().err.splitlines()
+    if not more and not offline:
+        assert told == "inspect: downloads org/name from the Hugging Face hub, unless its cache has it"
+        (told,) = rest
+    assert told.startswith("streamprune: error: org/name: ")
+
+
 def http_error(kind: type[Exception]) -> Exception:
     return kind.__new__(kind)  # their constructors want the response of a server
 
 
 @pytest.mark.parametrize(
-    ("kind", "needle"),
+    ("kind", "ours", "needle"),
     [
-        (errors.GatedRepoError, "hf auth login"),
-        (errors.RepositoryNotFoundError, "no such model on the hub"),
-        (errors.RevisionNotFoundError, "not this revision"),
-        (errors.IncompleteSnapshotError, "incomplete"),
-        (errors.LocalEntryNotFoundError, "cannot be reached"),
-        (errors.HfHubHTTPError, "the download failed: HfHubHTTPError"),
+        (errors.GatedRepoError, CheckpointError, "hf auth login"),
+        (errors.RepositoryNotFoundError, CheckpointError, "no such model on the hub"),
+        (errors.RevisionNotFoundError, CheckpointError, "not this revision"),
+        (errors.IncompleteSnapshotError, HubError, "incomplete"),
+        (errors.LocalEntryNotFoundError, HubError, "cannot be reached"),
+        (errors.HfHubHTTPError, HubError, "the download failed: HfHubHTTPError"),
     ],
 )
-def test_each_failure_has_its_own_line(kind: type[Exception], needle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_failure_has_its_own_line(
+    kind: type[Exception], ours: type[Exception], needle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an exit code that tells whether to try again: a hub that is away is no bad checkpoint."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     raising(http_error(kind), monkeypatch)
-    with pytest.raises(CheckpointError, match=needle) as caught:
+    with pytest.raises(ours, match=needle) as caught:
         resolve_model("org/name", revision="v1")
     assert str(caught.value).startswith("org/name at revision v1: ")
     assert len(str(caught.value).splitlines()) == 1

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numba
 import pytest
@@ -57,6 +58,36 @@ def test_without_a_home(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert cache_folder("kernels") == private / "kernels"
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
     assert [p.name for p in tmp_path.iterdir()] == ["tmp"]
+
+
+def test_a_home_that_belongs_to_another_user(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HOME is still root's, as under `docker run --user` and `sudo -u`: this user may not even look into it."""
+    home, look = tmp_path / "home", os.stat
+    home.mkdir()
+
+    def stat_outside(path: str | Path, **how: Any) -> os.stat_result:
+        if home in Path(str(path)).parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, **how)
+
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(os, "stat", stat_outside)
+    monkeypatch.setattr(os, "access", lambda path, mode: home not in (Path(path), *Path(path).parents))
+    private = bare / f"streamprune-{os.getuid()}"
+    assert cache_folder("kernels") == private / "kernels"
+    found: dict[str, str] = {}
+    settle_hub_caches(found)
+    assert found == {"HF_HOME": str(private / "huggingface")}
+
+
+def test_nothing_can_be_written(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose file system is read-only."""
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    refused(ResourceError, cache_folder, "no temporary one", "XDG_CACHE_HOME")
 
 
 def test_a_folder_that_others_can_write_is_left_alone(bare: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections import defaultdict
@@ -25,6 +26,7 @@ from streamprune.evaluation.tasks import TaskEvaluation
 from streamprune.packing.job import pack
 from streamprune.pruning.command import command_of
 from streamprune.pruning.spec import JobSpec
+from streamprune.reporting import page as page_module
 from streamprune.reporting.facts import Spread, place_of, plain, read_facts
 from streamprune.reporting.figures import labels_of
 from streamprune.reporting.page import report
@@ -426,6 +428,22 @@ def test_without_matplotlib(
     said = capsys.readouterr()
     assert said.err == "streamprune: error: a report takes one more package: pip install 'streamprune[report]'\n"
     assert said.out == "" and not (tmp_path / "page.html").exists()
+
+
+def test_matplotlib_is_not_heard(
+    write: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It warns where it has no home folder, and when it looks for fonts."""
+
+    def warning(*given: object) -> str:
+        logging.getLogger("matplotlib.font_manager").warning("Matplotlib is building the font cache")
+        return ""
+
+    monkeypatch.setattr(page_module, "page_of", warning)
+    report(write(made()), tmp_path / "page.html")
+    assert not caplog.records
+    warning()
+    assert caplog.records
 
 
 def test_on_the_command_line(write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

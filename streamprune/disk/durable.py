@@ -248,9 +248,9 @@ def truncate(path: Path, size: int) -> None:
 
 def make_folder(path: Path, mode: int = 0o777) -> None:
     """Creates a folder and its parents, durably. `mode` (of the folder itself) is subject to the umask."""
-    if path.is_dir():
-        return
     with disk_errors(path):
+        if path.is_dir():
+            return
         make_folder(path.parent)
         try:
             os.mkdir(path, mode)
@@ -267,7 +267,8 @@ def check_folder(path: Path) -> None:
         if not there.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(there))
         if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+            code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(code, os.strerror(code), str(there))
 
 
 def publish(source: Path, target: Path) -> None:

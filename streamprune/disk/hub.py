@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 from pathlib import Path
 
 from streamprune.disk.folder import WEIGHT_PATTERNS
 from streamprune.disk.header import show
-from streamprune.errors import CheckpointError, ResourceError, UsageError
+from streamprune.errors import CheckpointError, HubError, ResourceError, StateError, UsageError
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
 OTHER_WEIGHTS = [p for p in WEIGHT_PATTERNS if "safetensors" not in p] + ["original/*", "onnx/*"]
@@ -28,9 +29,11 @@ def resolve_model(name: str | Path, *, revision: str | None = None, quiet: bool 
 
     Raises:
         UsageError: `revision` is given for a folder.
-        CheckpointError: there is no such folder; or the hub cannot be reached and its cache lacks the model,
-            the hub has no such model or revision, or does not let this user read it.
+        CheckpointError: there is no such folder, and the hub has no such model or revision, or does not let this user
+            read it, or HF_HUB_OFFLINE is set and its cache lacks the model.
+        HubError: the hub cannot be reached, and its cache lacks the model.
         ResourceError: the disk is full.
+        StateError: the hub's cache cannot be written.
     """
     path = as_folder(name)
     if path is None:
@@ -64,6 +67,12 @@ def as_folder(name: str | Path) -> Path | None:
     return None
 
 
+def is_offline() -> bool:
+    """Whether the environment forbids connections to the hub, in the way that huggingface_hub reads it."""
+    told = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return told.upper() in ("1", "ON", "YES", "TRUE")
+
+
 def is_hub_name(name: str) -> bool:
     """Whether `name` can be that of a model on the hub: `model` or `org/model`."""
     return _HUB_NAME.fullmatch(name) is not None
@@ -84,7 +93,7 @@ def _download(name: str, revision: str | None, quiet: bool) -> Path:
     from huggingface_hub.errors import HFValidationError, HTTPError
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    hide = quiet and not are_progress_bars_disabled()
+    hide, offline, unreachable = quiet and not are_progress_bars_disabled(), bool(constants.HF_HUB_OFFLINE), False
     if hide:
         disable_progress_bars()
     try:
@@ -92,15 +101,19 @@ def _download(name: str, revision: str | None, quiet: bool) -> Path:
     except HFValidationError:
         why = "neither a folder nor a name that the hub allows; pass a folder with safetensors weights"
     except (OSError, HTTPError, RuntimeError) as error:  # RuntimeError: its own download client
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            where = constants.HF_HUB_CACHE
+        where, code = constants.HF_HUB_CACHE, error.errno if isinstance(error, OSError) else None
+        if code == errno.ENOSPC:
             raise ResourceError(f"{name}: the disk of {where} is full; make room, or set HF_HUB_CACHE") from None
-        why = _explain(error, bool(constants.HF_HUB_OFFLINE))
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+            why = f"the hub's cache {where} cannot be written; set HF_HUB_CACHE to a folder that can"
+            raise StateError(f"{name}: {why}") from None
+        why = _explain(error, offline)
+        unreachable = not (offline or is_refused(error))
     finally:
         if hide:
             enable_progress_bars()
     at = f" at revision {show(revision)}" if revision else ""
-    raise CheckpointError(f"{show(name)}{at}: {why}")
+    raise (HubError if unreachable else CheckpointError)(f"{show(name)}{at}: {why}")
 
 
 def is_refused(error: Exception) -> bool:

@@ -7,6 +7,7 @@ temporary one must belong to the user, with no access for others; any other is n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import tempfile
@@ -25,12 +26,14 @@ def cache_folder(name: str = "") -> Path:
     for home in _cache_homes():
         if _can_write(home / "streamprune" / name):
             return home / "streamprune" / name
-    private = Path(tempfile.gettempdir()) / f"streamprune-{os.getuid()}"
-    if _is_private(private) and _can_write(private / name):
-        return private / name
+    why = "no home folder, and no temporary one"
+    with contextlib.suppress(FileNotFoundError):  # of gettempdir, where nothing can be written
+        private = Path(tempfile.gettempdir()) / f"streamprune-{os.getuid()}"
+        if _is_private(private) and _can_write(private / name):
+            return private / name
+        why = f"no home folder, and {private} is not this user's own"
     raise ResourceError(
-        f"there is no place for temporary files: no home folder, and {private} is not this user's own; "
-        "set XDG_CACHE_HOME to a folder that can be written"
+        f"there is no place for temporary files: {why}; set XDG_CACHE_HOME to a folder that can be written"
     )
 
 
@@ -41,15 +44,24 @@ def settle_hub_caches(environment: MutableMapping[str, str]) -> None:
     """
     homes = [Path(environment["HF_HOME"])] if environment.get("HF_HOME") else []
     hub = next(iter([*homes, *(home / "huggingface" for home in _cache_homes())]), None)
-    if hub is None or not (hub.is_dir() or _could_make(hub)):
+    if hub is None or not (_is_folder(hub) or _could_make(hub)):
         environment.setdefault("HF_HOME", str(cache_folder("huggingface")))
     elif not os.access(hub, os.W_OK) and not _could_make(hub):
         environment.setdefault("HF_MODULES_CACHE", str(cache_folder("modules")))
 
 
 def _could_make(folder: Path) -> bool:
-    there = next((p for p in folder.parents if p.exists()), folder)
-    return not folder.exists() and os.access(there, os.W_OK | os.X_OK)
+    there = next((p for p in folder.parents if _exists(p)), folder)
+    return not _exists(folder) and os.access(there, os.W_OK | os.X_OK)
+
+
+def _exists(path: Path) -> bool:
+    """False as well where this user may not look, as in another user's home; Path.exists raises PermissionError."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def _cache_homes() -> Iterator[Path]:
@@ -60,7 +72,7 @@ def _cache_homes() -> Iterator[Path]:
         home = Path.home()
     except RuntimeError:  # a user whom the system does not know
         return
-    if home.is_absolute() and home.is_dir():
+    if home.is_absolute() and _is_folder(home):
         yield home / ".cache"
 
 

@@ -95,13 +95,18 @@ def amount_of(job: Mapping[str, Any]) -> str:
 
 def next_steps(model: str, out: Path, job: Mapping[str, Any]) -> list[str]:
     """What can be done with the finished output `out` of the model that the user called `model`."""
-    folder, expect = shlex.quote(str(out)), job.get("pattern")
+    folder, expect = _as_argument(str(out)), job.get("pattern")
     recipe = f" --expect {expect}{',fp8' if job.get('quantize') == 'fp8' else ''}" if expect else ""
     return [
-        f"measure it: python -m streamprune eval {folder} --text FILE --reference {shlex.quote(model)}",
+        f"measure it: python -m streamprune eval {folder} --text FILE --reference {_as_argument(model)}",
         f"look into it: python -m streamprune inspect {folder}{recipe}",
         f'load it: transformers.{_loader(out)}.from_pretrained({str(out)!r}, dtype="auto")',
     ]
+
+
+def _as_argument(path: str) -> str:
+    """A path for a shell, and as no option of the command that it is given to."""
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)
 
 
 def _loader(out: Path) -> str:

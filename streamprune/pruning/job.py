@@ -29,7 +29,7 @@ from streamprune.process.ranks import Ranks
 from streamprune.process.torchrun import joined
 from streamprune.process.versions import versions
 from streamprune.progress import ProgressCallback, no_progress
-from streamprune.pruning.checks import check_places, check_saved, find_done
+from streamprune.pruning.checks import check_places, check_saved, find_done, find_done_unlocked
 from streamprune.pruning.describe import SHARD_SIZE, describe_calibrate, describe_prune, open_model
 from streamprune.pruning.report import notes_of
 from streamprune.pruning.spec import JobSpec
@@ -147,6 +147,9 @@ def _carry_out(
         return _follow(spec, checkpoint, ranks)
     begun = time.perf_counter()
     check_places(spec, checkpoint)
+    if (finished := find_done_unlocked(spec)) is not None:
+        check_saved(spec, checkpoint, finished)
+        return ranks.broadcast(_up_to_date(spec, finished, begun))
     durable.make_folder(spec.out.absolute().parent)
     with Lock(lock_of(spec.out)):
         finished = find_done(spec)
@@ -155,9 +158,7 @@ def _carry_out(
                 _discard_leftovers(spec)
             check_saved(spec, checkpoint, finished)
             _drop_own_statistics(spec)
-            took = time.perf_counter() - begun
-            found = replace(_result(spec, finished, "up-to-date"), seconds=took, peak_rss_bytes=peak_resident_bytes())
-            return ranks.broadcast(found)
+            return ranks.broadcast(_up_to_date(spec, finished, begun))
         unfinished = find_unfinished(spec)
         if unfinished is not None and unfinished[0].is_complete:
             check_saved(spec, checkpoint, unfinished[1])
@@ -253,6 +254,11 @@ def _discard_on_bad_input(run: Run, work: Callable[[], dict[str, Any]]) -> dict[
         if not isinstance(e.__cause__, OSError):
             run.discard()
         raise
+
+
+def _up_to_date(spec: JobSpec, report: Mapping[str, Any], begun: float) -> JobResult:
+    took = time.perf_counter() - begun
+    return replace(_result(spec, report, "up-to-date"), seconds=took, peak_rss_bytes=peak_resident_bytes())
 
 
 def _result(spec: JobSpec, report: Mapping[str, Any], status: str) -> JobResult:

@@ -9,7 +9,7 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.lock import check_free
 from streamprune.disk.state import find_unfinished, lock_of
 from streamprune.progress import no_progress
-from streamprune.pruning.checks import check_places, check_saved, find_done
+from streamprune.pruning.checks import check_places, check_saved, find_done, find_done_unlocked
 from streamprune.pruning.prepare import check_before_gathering, prepare
 from streamprune.pruning.run import Run
 from streamprune.pruning.spec import JobSpec
@@ -26,9 +26,11 @@ class Rehearsal:
 def rehearse(spec: JobSpec, checkpoint: Checkpoint) -> Rehearsal:
     """Checks a job as far as its first stage. Raises what the job itself would raise until then."""
     check_places(spec, checkpoint)
-    durable.check_folder(spec.out.absolute().parent)
-    check_free(lock_of(spec.out))
-    if (finished := find_done(spec)) is not None:
+    if (finished := find_done_unlocked(spec)) is None:
+        durable.check_folder(spec.out.absolute().parent)
+        check_free(lock_of(spec.out))
+        finished = find_done(spec)
+    if finished is not None:
         check_saved(spec, checkpoint, finished)
         return Rehearsal("up-to-date")
     unfinished = find_unfinished(spec, clears=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import logging
 import math
 import re
 import warnings
@@ -55,7 +56,8 @@ def drawing() -> Iterator[None]:
         UsageError: matplotlib is not here.
     """
     try:
-        import matplotlib
+        with _hushed():
+            import matplotlib
     except ImportError:
         raise UsageError("a report takes one more package: pip install 'streamprune[report]'") from None
     own: dict[str, Any] = {
@@ -67,9 +69,21 @@ def drawing() -> Iterator[None]:
         "grid.color": GRID, "path.simplify": True, "axes.formatter.use_mathtext": False, "savefig.bbox": None,
     }  # fmt: skip
     whole: Any = matplotlib  # whose types list every setting
-    with whole.rc_context(own), warnings.catch_warnings():
+    with whole.rc_context(own), warnings.catch_warnings(), _hushed():
         warnings.simplefilter("ignore")  # a browser has letters that matplotlib's font lacks
         yield
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without what matplotlib logs where there is no home folder, and while it looks for fonts for the first time."""
+    log = logging.getLogger("matplotlib")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def line_figure(
