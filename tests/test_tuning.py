@@ -251,6 +251,21 @@ def test_the_error_is_that_of_what_is_written(models: Models, text: Path, tmp_pa
     assert first["held_out_error_before"] == pytest.approx(first_layer_error(source, tmp_path / "mask", text), rel=1e-3)
 
 
+def test_how_far_the_aim_is_from_the_layers_own_outputs(
+    models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at all: then the dense model's states are there in vain, and the second layer's error is that of `pruned`."""
+
+    def second(name: str, pull: float, propagate: str = "asymmetric") -> float:
+        monkeypatch.setattr("streamprune.pruning.paired.PULL", pull)
+        found = tunes(run(models("llama", 2), tmp_path / name, text, propagate=propagate, tune_epochs=1))
+        return float(found[1]["held_out_error_before"])
+
+    none, half, whole = (second(str(pull), pull) for pull in (0.0, 0.5, 1.0))
+    assert none == pytest.approx(second("pruned", 0.0, "pruned"), rel=0.02)
+    assert 1.05 * none < half and 1.05 * half < whole
+
+
 @pytest.mark.parametrize("propagate", ["pruned", "dense"])
 @pytest.mark.parametrize("harm", [{"tune_lr": 0.0}, {"tune_lr": 0.99}], ids=["a rate of 0", "a ruinous rate"])
 def test_a_layer_that_gets_no_better_stays(
