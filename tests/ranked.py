@@ -26,6 +26,7 @@ import torch
 from crashing import OPERATIONS, NoSync
 from rank_jobs import digest, free_port
 
+from streamprune.calibration.collector import Collector
 from streamprune.disk import durable, lock
 from streamprune.errors import ResourceError
 from streamprune.model import budget
@@ -74,9 +75,9 @@ class _Stop(Exception):  # noqa: N818 - not an error
 
 @contextmanager
 def going_wrong(how: str | None) -> Iterator[None]:
-    """Within it, this rank dies or stops at the second layer, or sleeps or fails at the first; or it ponders over how
-    to share a sparsity out."""
-    real, weights = PairedPass.layer, _Allocation._weights
+    """Within it, this rank dies or stops at the second layer, or sleeps or fails at the first; or it lacks memory once;
+    or it ponders over how to share a sparsity out."""
+    real, weights, flow, lacking = PairedPass.layer, _Allocation._weights, Collector.flow, [how == "memory"]
 
     def layer(self: Any, stage: Any, *args: Any, **more: Any) -> Any:
         if stage.index == 1 and how == "kill":
@@ -93,11 +94,17 @@ def going_wrong(how: str | None) -> Iterator[None]:
         time.sleep(3 if how == "ponder" else 0)
         return weights(self, linears)
 
+    def flowing(self: Any, before: Any, after: Any) -> None:
+        if lacking and lacking.pop():
+            raise RuntimeError("DefaultCPUAllocator: not enough memory")
+        flow(self, before, after)
+
     PairedPass.layer, _Allocation._weights = layer, pondering  # type: ignore[method-assign]
+    Collector.flow = flowing  # type: ignore[method-assign]
     try:
         yield
     finally:
-        PairedPass.layer, _Allocation._weights = real, weights  # type: ignore[method-assign]
+        PairedPass.layer, _Allocation._weights, Collector.flow = real, weights, flow  # type: ignore[method-assign]
 
 
 def work(folder: Path, run: dict[str, Any], rank: int) -> None:

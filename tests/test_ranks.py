@@ -59,6 +59,7 @@ def folder(models: Models, text: Path, tmp_path_factory: pytest.TempPathFactory)
         pruning("other", other={"1": {"calib": str(other)}}),
         pruning("few", amount=REFITTED | {"samples": 2}),
         pruning("full", wrong={"1": "full"}),
+        pruning("short", wrong={"0": "memory"}, timeout=20),
         pruning("slow", wrong={"1": "sleep"}, timeout=4),
         pruning("stopped", wrong={"1": "kill"}),
     ]
@@ -154,6 +155,14 @@ def test_a_rank_that_fails_says_why(folder: Path) -> None:
     found = told(folder, "two", "full")
     assert [each["error"] for each in found] == ["ElsewhereError", "ResourceError"]
     assert [each["code"] for each in found] == [5, 5] and found[1]["message"] == "no space left"
+
+
+def test_a_rank_that_runs_out_of_memory(folder: Path) -> None:
+    """It does not repeat what it exchanges with others, and nobody's work is thrown away."""
+    found = told(folder, "two", "short")
+    assert [each["error"] for each in found] == ["ResourceError", "ElsewhereError"]
+    assert found[0]["message"].startswith("cpu ran out of memory: ") and found[1]["code"] == 5
+    assert partial_of(folder / "short").is_dir()
 
 
 def test_a_rank_with_another_text(folder: Path) -> None:

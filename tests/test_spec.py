@@ -100,6 +100,14 @@ def test_differences_in_words() -> None:
     )
 
 
+def test_what_was_asked_for_is_no_default_of_an_earlier_version() -> None:
+    """6 epochs were the default once, with a rate of 0.02."""
+    recipe = Recipe.named("swiftprune-tuned")
+    assert recipe.filled({"tune_epochs": 6, "tune_lr": 0.015}) == recipe.filled()
+    assert recipe.filled({"tune_epochs": 6, "tune_lr": 0.02}).tune_epochs == 6
+    assert replace(recipe, tune_epochs=3).filled({"tune_epochs": 3, "tune_lr": 0.02}).tune_lr == 0.02
+
+
 def test_a_pattern_needs_no_selector() -> None:
     """With a pattern, the selector has nothing to choose, so it makes no other job."""
     one = replace(SPEC, sparsity=None, pattern="2:4")

@@ -164,10 +164,13 @@ class Recipe:
     def filled(self, recorded: Mapping[str, Any] | None = None) -> Recipe:
         """The recipe with defaults for all options that apply to it; options that do not apply are None.
 
-        A default of an earlier version is used where `recorded`, the options of a job that has begun, has it.
+        A default of an earlier version is used where `recorded`, the options of a job that has begun, has it; of a job
+        that was given none of them only where it has all, as today's may have been given one of these values.
         """
         fp8, tuned, refitted = self.in_fp8, self.tune is not None, self.needs_gram
         earlier = {n: v for n, v in (recorded or {}).items() if v in EARLIER_DEFAULTS.get(n, ())}
+        if self.tune_epochs is self.tune_lr is None and len(earlier) < len(EARLIER_DEFAULTS):
+            earlier = {}
         rate = earlier.get("tune_lr", TUNE_LR) if self.tune_lr is None else float(self.tune_lr)
         return replace(
             self,

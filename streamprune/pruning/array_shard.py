@@ -60,7 +60,6 @@ class _StageArrays:
         self._stored = {ref.name: ref for ref in stage.tensors}
         self._linear_tensors = {ref.name for ref in stage.linears.values()}
         self._parts: Mapping[str, list[tuple[str, TensorRef]]] = parts_of(stage, target.selected)
-        self._scores: dict[str, tuple[Array, int]] = {}
 
     def content(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of `ref`, one of the part's tensors, in pieces."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Set
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ from streamprune.model.streamed import StreamedModel
 from streamprune.process.share import Share
 from streamprune.pruning.target import Target
 
+Made = TypeVar("Made")
+
 PERSIST_SECONDS = 60
 """How often activations that stay on the device are written to disk. A crash costs at most this much work and one
 layer."""
@@ -47,7 +50,8 @@ layer."""
 class CalibrationPass:
     """Runs this rank's `share` of `windows` (samples, seqlen) through the model. Cache n holds the inputs of layer n.
 
-    When memory runs out, a stage is repeated in smaller parts, of `streamed.max_samples` windows.
+    When memory runs out, a stage is repeated in smaller parts, of `streamed.max_samples` windows; not by one of several
+    ranks.
     """
 
     def __init__(
@@ -71,6 +75,10 @@ class CalibrationPass:
     def own_tokens(self) -> int:
         """Tokens that this rank passes through the model."""
         return self.share.own_windows * int(self.windows.shape[1])
+
+    def retried(self, work: Callable[[], Made]) -> Made:
+        """As retry_smaller; but none of several ranks repeats a pass by itself, as they exchange data within it."""
+        return retry_smaller(self.streamed, work) if self.share.ranks.size == 1 else work()
 
     def persists(self) -> bool:
         """Whether to make the next cache durable: always, or once a minute if activations stay on the device."""
@@ -122,9 +130,7 @@ class CalibrationPass:
     def embed(self, persist: bool) -> None:
         """Computes the inputs of layer 0. Checks all weights outside the layers first, so that bad ones fail early."""
         self.check_outside()
-        retry_smaller(
-            self.streamed, lambda: embed_pass(self.streamed, self._batches, self.activations, persist=persist)
-        )
+        self.retried(lambda: embed_pass(self.streamed, self._batches, self.activations, persist=persist))
 
     def check_outside(self) -> None:
         """Raises CheckpointError for NaN and Inf in the weights outside the layers."""
@@ -157,7 +163,7 @@ class CalibrationPass:
             )  # fmt: skip
             return collector, beside
 
-        collector, beside = retry_smaller(self.streamed, attempt)
+        collector, beside = self.retried(attempt)
         if self._routed is not None:
             self._routed.gathered(self.share.ranks, self.windows.size)
         if grams is not None:
@@ -184,7 +190,7 @@ class CalibrationPass:
                 collector.end_batch()
             return collector
 
-        return retry_smaller(self.streamed, attempt)
+        return self.retried(attempt)
 
     @property
     def routed(self) -> Routed:
@@ -193,10 +199,7 @@ class CalibrationPass:
         return self._routed
 
     def _layer(self, stage: Stage, persist: bool) -> None:
-        retry_smaller(
-            self.streamed,
-            functools.partial(layer_pass, self.streamed, stage, self.activations, write=True, persist=persist),
-        )
+        self.retried(functools.partial(layer_pass, self.streamed, stage, self.activations, write=True, persist=persist))
         self.streamed.loader.release(stage.tensors)
 
     def pairs(self, stage: Stage) -> Generator[tuple[Tensor, Tensor], None, None]:
@@ -243,7 +246,7 @@ class CalibrationPass:
                 loader=loader,
                 sources=sources,
             )
-            retry_smaller(self.streamed, again)
+            self.retried(again)
 
     @contextmanager
     def written(self, written: Checkpoint, stage: Stage) -> Iterator[tuple[WeightLoader, dict[str, TensorRef]]]:

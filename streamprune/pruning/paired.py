@@ -35,7 +35,7 @@ from streamprune.methods.tuning import PULL
 from streamprune.model.activations import StateBuffer
 from streamprune.model.binding import replaced_weights
 from streamprune.model.ends import End, confirmed, ends_of, replayed
-from streamprune.model.passes import check_weights, retry_smaller
+from streamprune.model.passes import check_weights
 from streamprune.model.residual import outputs_of, writers_among
 from streamprune.model.routed import Enough, InputHook
 from streamprune.model.stages import Stage
@@ -83,7 +83,7 @@ class PairedPass(CalibrationPass):
                 for states in self.streamed.embed(self._batches):
                     put(torch.cat((states, states)))
 
-        retry_smaller(self.streamed, attempt)
+        self.retried(attempt)
 
     def layer(
         self, stage: Stage, write: bool, persist: bool, grams: LayerGrams | None = None, *, routed: bool = False
@@ -128,7 +128,7 @@ class PairedPass(CalibrationPass):
         skeleton, between = self.streamed.skeleton, self.streamed.skeleton.between
         hidden = skeleton.hidden_size
         candidates = [name for name, ref in stage.linears.items() if hidden in ref.shape]
-        collector = retry_smaller(self.streamed, attempt)
+        collector = self.retried(attempt)
         self._writers = self.share.ranks.broadcast(self._writers)
         if grams is not None:
             grams.gathered(None, collector.groups, collector.tokens)
@@ -213,7 +213,7 @@ class PairedPass(CalibrationPass):
                     collector.end_batch()
             return collector
 
-        return retry_smaller(streamed, attempt)
+        return self.retried(attempt)
 
     def _rewind(self) -> None:
         for kept in (*self._kept[0].values(), *self._kept[1].values()):
@@ -253,7 +253,7 @@ class PairedPass(CalibrationPass):
                     after = torch.cat(made)
                     put(torch.cat((self.dense.take(after).to(after.dtype), after)))
 
-        retry_smaller(self.streamed, attempt)
+        self.retried(attempt)
         self._kept = ({}, {})
         del self.dense
 
@@ -266,7 +266,7 @@ class PairedPass(CalibrationPass):
                 for states in self.activations.read(stage.index):
                     self.dense.put(run(states.chunk(2)[0]))
 
-        retry_smaller(self.streamed, attempt)
+        self.retried(attempt)
         self.pruned_layer(stage, shard, persist)
 
     def _aside(self, stage: Stage) -> StateBuffer:
