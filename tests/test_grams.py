@@ -347,7 +347,9 @@ def test_rows_as_they_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fitted[3, 3] = float("-inf")
     fitted[4] = 3 * weight[4]
     fitted[5] = weight[5] * 0.999
-    method = Method(1.0, (), lambda gram, damping: Prepared(None, damping), lambda *args: fitted.clone(), 0, False)
+    method = Method(
+        1.0, (), lambda gram, damping, ranks: Prepared(None, damping), lambda *args: fitted.clone(), 0, False
+    )
     monkeypatch.setitem(METHODS, "cg", method)
     work = LayerRefit(Refit("cg", "1.0"), lambda linear: Amount(0.5), gathering.grams, lambda *args: masked != 0, None)
     outcome = Outcome(Choice(Damping(1.0), None, None), Damping(1.0))

@@ -140,8 +140,8 @@ def test_what_does_not_go_together(models: Models, given: Path, text: Path, tmp_
     for more in ({"calib": text}, {"save_stats": tmp_path / "s"}, {"propagate": "pruned"}):
         with pytest.raises(UsageError, match="--stats"):
             prune(models("llama"), tmp_path / "out", stats=given, sparsity=0.5, **more)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"leave out --samples, --seqlen and --seed, which `calibrate` takes"):
-        prune(models("llama"), tmp_path / "out", stats=given, sparsity=0.5, samples=5, seqlen=24, seed=2)
+    with pytest.raises(UsageError, match=r"leave out --expert-stats and --expert-tokens, which `calibrate` takes"):
+        prune(models("llama"), tmp_path / "out", stats=given, sparsity=0.5, expert_tokens=3)
     for bad in (tmp_path / "none", tmp_path):
         with pytest.raises(UsageError, match="--stats"):
             prune(models("llama"), tmp_path / "out", stats=bad, sparsity=0.5)
@@ -176,9 +176,13 @@ def test_statistics_that_are_not_the_jobs_are_neither_replaced_nor_taken_for_its
     assert prune(models("llama"), out, save_stats=tmp_path / "s", **job).status == "done"
 
 
-def test_flags_that_make_no_difference_are_named(models: Models, how: dict[str, Any], tmp_path: Path) -> None:
-    given = how | {"samples": 128, "expert_tokens": 3}
-    notes = prune(models("llama"), tmp_path / "a", sparsity=0.5, method="magnitude", **given).notes
+def test_flags_that_make_no_difference_are_named(
+    models: Models, given: Path, how: dict[str, Any], tmp_path: Path
+) -> None:
+    notes = prune(models("llama"), tmp_path / "0", stats=given, sparsity=0.5, samples=5, seqlen=24, seed=2).notes
+    assert notes == ("--stats are finished statistics, so that --samples, --seqlen and --seed made no difference",)
+    more = how | {"samples": 128, "expert_tokens": 3}
+    notes = prune(models("llama"), tmp_path / "a", sparsity=0.5, method="magnitude", **more).notes
     assert notes == ("magnitude needs no calibration, so that --calib, --seqlen, --seed and --expert-tokens made no "
                      "difference",)  # fmt: skip
     notes = prune(models("llama", 2), tmp_path / "b", sparsity=0.5, **how, expert_tokens=3).notes

@@ -76,15 +76,18 @@ def describe_prune(
     if stats is not None:
         if calibration.text is not None or save_stats is not None or propagation != "dense":
             raise UsageError("--stats replaces calibration: leave out --calib, --save-stats and --propagate")
-        if given := _given(calibration):
-            raise UsageError(f"--stats are finished statistics: leave out {given}, which `calibrate` takes")
+        if any(getattr(calibration, name) != getattr(Calibration, name) for name in ("expert_stats", "expert_tokens")):
+            raise UsageError(
+                "--stats are finished statistics: leave out --expert-stats and --expert-tokens, which `calibrate` takes"
+            )
     needs_pass = stats is None and (
         recipe.needs_statistics or recipe.aims or save_stats is not None or propagation == "pruned"
         or recipe.allocate is not None
     )  # fmt: skip
     notes = list[str]()
-    if stats is None and not needs_pass and (given := _given(calibration)):
-        notes.append(f"{recipe.name} needs no calibration, so that {given} made no difference")
+    if not needs_pass and (given := _given(calibration)):
+        why = f"{recipe.name} needs no calibration" if stats is None else "--stats are finished statistics"
+        notes.append(f"{why}, so that {given} made no difference")
     known = Path(stats) if stats is not None else statistics_of(out) if recipe.allocate is not None else None
     drawn = _drawn(checkpoint, calibration)
     return JobSpec(
