@@ -139,13 +139,15 @@ def check_disk(job: Prepared, target: Target | None, forward: CalibrationPass | 
         # An older durable cache may have to be kept beside the two in use.
         behind = -1 < newest < len(records) - 1
         cache = (3 if behind and not layout.resident else 2) * forward.cache_bytes
-        from streamprune.pruning.memory import scratch_bytes
+        from streamprune.pruning.memory import largest_refitted, scratch_bytes
 
         windows, length = forward.share.own_windows, forward.windows.shape[1]
         if job.ranks.size > 1 and (setup.skeleton.experts or (layout.windows and not job.ranks.rank)):
             # each rank also gets the inputs of experts that others have recorded, and rank 0 what layers are tuned on
             windows += len(forward.windows)
         cache += scratch_bytes(setup, layout, windows, length)
+        if job.ranks.size > 1 and target and setup.propagate != "asymmetric":  # where a single process keeps none aside
+            cache += largest_refitted(setup.skeleton.layer_stages, target.refitted)
     check_room(
         [(job.state.partial, output + spool + SLACK_BYTES), (job.state.cache, cache)],
         "free some space, choose another OUT, or put the activations elsewhere with --work DIR",
