@@ -135,3 +135,17 @@ def pairs_of(seed: int = 0) -> tuple[Encode, dict[str, Any]]:
 
 
 FUSED = re.compile(r"experts\.(gate_up|down)_proj$")
+
+
+def each_once(
+    source: Path, formats: Mapping[str, Callable[[], tuple[Any, ...]]], folder: Callable[[], Path]
+) -> Callable[[str], tuple[Path, Path]]:
+    """What `quantise` makes of `source` in a format, by name; each is made once, in a folder of its own."""
+    known: dict[str, tuple[Path, Path]] = {}
+
+    def get(form: str) -> tuple[Path, Path]:
+        if form not in known:
+            known[form] = quantise(source, folder(), *formats[form]())
+        return known[form]
+
+    return get

@@ -14,7 +14,7 @@ import torch
 from calls import calibrate, evaluate, plan, prune
 from gptq_files import awq, gptq, less_one, words_of
 from mixtures import save_mixture
-from quantised_files import quantise, rewritten
+from quantised_files import each_once, quantise, rewritten
 from refusals import refused
 from safetensors.torch import save_file
 from test_quantised_sources import check_numbers, described, weights
@@ -58,14 +58,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def made(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Both]:
     """made(format) -> a quantised llama, and the dense one that it stands for. Do not write there."""
-    known: dict[str, Both] = {}
-
-    def get(form: str) -> Both:
-        if form not in known:
-            known[form] = quantise(models("llama", layers=2), tmp_path_factory.mktemp("coded"), *FORMATS[form]())
-        return known[form]
-
-    return get
+    return each_once(models("llama", layers=2), FORMATS, lambda: tmp_path_factory.mktemp("coded"))
 
 
 # ---- numbers

@@ -17,7 +17,7 @@ import pytest
 import torch
 from calls import calibrate, evaluate, plan, prune
 from mixtures import save_mixture
-from quantised_files import FP8, FUSED, LINEARS, blocks_of, compressed, pairs_of, quantise, rewritten
+from quantised_files import FP8, FUSED, LINEARS, blocks_of, compressed, each_once, pairs_of, quantise, rewritten
 from refusals import refused
 from safetensors.torch import save_file
 from stand_in import Card, plugged_in
@@ -66,14 +66,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def made(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Both]:
     """made(format) -> a quantised llama, and the dense one that it stands for. Do not write there."""
-    known: dict[str, Both] = {}
-
-    def get(form: str) -> Both:
-        if form not in known:
-            known[form] = quantise(models("llama", layers=2), tmp_path_factory.mktemp("coded"), *FORMATS[form]())
-        return known[form]
-
-    return get
+    return each_once(models("llama", layers=2), FORMATS, lambda: tmp_path_factory.mktemp("coded"))
 
 
 @pytest.fixture(scope="module")
