@@ -1,7 +1,7 @@
 """`eval` compared with transformers: the same windows of the same text, through the whole model in memory.
 
 What is timed begins with opening the checkpoint and ends with the perplexity; imports are not part of it. transformers
-takes `--batch` windows at once, on a CPU one is usually the fastest.
+takes `--batch` windows at once.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class RefitRequest:
 
 _STRETCHES = 8
 _LEAST_ROWS, _LEAST_WORK = 16, 1 << 29
-"""Of a part of a sample, which ranks share: rows, and rows x in^2."""
+"""The least size of the parts of a sample that ranks share: in rows, and in rows x in^2."""
 _TINY = 1e-300
 
 
