@@ -146,6 +146,7 @@ def _job_options(p: argparse.ArgumentParser, saves: bool = False) -> None:
                           "FP8), wanda, magnitude; recipes that also give the kept weights new values: "
                           "swiftprune-tuned, obs-admm-tuned, obs-admm, gradual-cg, admm, sparsegpt")  # fmt: skip
     add_settings(how, Recipe, only=("score", "selector", "refit", "damping", "allocate"), with_defaults=False)
+    add_settings(how, Recipe, only=("replace_tokens",), with_defaults=False)
     tuning = p.add_argument_group("tuning of whole layers")
     add_settings(tuning, Recipe, only=("tune", "tune_epochs", "tune_lr"), with_defaults=False)
     fp8 = p.add_argument_group("FP8")

@@ -61,6 +61,8 @@ def _amount(given: dict[str, Any]) -> Any:
 
 
 def _recipe(given: dict[str, Any]) -> Recipe:
+    """Tokens are replaced only where that is asked for: what results are compared with sees the text as it is."""
+    given.setdefault("replace_tokens", 0)
     return Recipe.named(given.pop("method", "swiftprune"), **_taken(given, Recipe))
 
 

@@ -16,7 +16,7 @@ from refusals import refused
 from windows import cut, drawn
 
 from streamprune.calibration.texts import Text, check_seqlen, default_seqlen
-from streamprune.calibration.windows import STREAM_WINDOWS, tokens_digest
+from streamprune.calibration.windows import STREAM_WINDOWS, held_out, replace_tokens, tokens_digest
 from streamprune.errors import CheckpointError, UsageError
 
 VOCAB = 199
@@ -52,6 +52,42 @@ FORMATS = ["a.txt", "a.txt.gz", "a.unknown", "a.jsonl", "a.jsonl.gz", "flat.npy"
 
 def draw(path: Path | None, model: Path, samples: int = 7, seqlen: int = 30, seed: int = 0) -> np.ndarray:
     return drawn(path, model, VOCAB, samples, seqlen, seed)
+
+
+def replaced(windows: np.ndarray, share: float, seed: int = 0, **more: Any) -> np.ndarray:
+    changed = windows.copy()
+    replace_tokens(changed, share, VOCAB, seed, **more)
+    return changed
+
+
+def test_replaced_tokens(models: Models, files: dict[str, Path]) -> None:
+    windows = draw(files["a.txt"], models(), samples=9, seqlen=200)
+    changed = replaced(windows, 0.3, spared=(2,))
+    where = changed != windows
+    assert where.any(1).tolist() == [n in (0, 4, 6) for n in range(9)]
+    assert 0.25 < where[[0, 4, 6]].mean() < 0.35 and not where[:, 0].any()
+    assert changed.min() >= 0 and VOCAB * 0.95 < changed[where].max() < VOCAB
+    assert np.array_equal(changed, replaced(windows, 0.3, spared=(2,)))
+    assert not np.array_equal(changed[4], replaced(windows, 0.3, seed=1)[4])
+    assert np.array_equal(changed[4], replaced(windows, 0.3)[4]), "whatever else is spared"
+    assert np.array_equal(replaced(windows[:1], 1.0), windows[:1]), "a single window is all there is"
+    assert (replaced(windows[:2], 1.0)[0, 1:] != windows[0, 1:]).mean() > 0.95
+
+
+@pytest.mark.parametrize("how", [{"method": "obs-admm"}, {"method": "swiftprune-tuned", "tune_epochs": 1}])
+def test_jobs_with_replaced_tokens(models: Models, files: dict[str, Path], tmp_path: Path, how: dict[str, Any]) -> None:
+    """As if the text had had these tokens; and what reports and the model card say of it."""
+    windows = draw(files["a.txt"], models(), samples=4)
+    spared = held_out(4) if "tune_epochs" in how else ()
+    np.save(tmp_path / "windows.npy", replaced(windows, 0.5, spared=spared))
+    job = {"pattern": "2:4", "samples": 4, "seqlen": 30, "dtype": "float32", **how}
+    found = prune(models(), tmp_path / "out", calib=files["a.txt"], replace_tokens=0.5, **job)
+    prune(models(), tmp_path / "wanted", calib=tmp_path / "windows.npy", **job)
+    made, wanted = (tmp_path / name / "model.safetensors" for name in ("out", "wanted"))
+    assert made.read_bytes() == wanted.read_bytes()
+    assert found.report["job"]["replace_tokens"] == found.report["calibration"]["replace_tokens"] == 0.5
+    assert "--replace-tokens 0.5" in (tmp_path / "out" / "README.md").read_text()
+    assert "--replace-tokens 0 " in (tmp_path / "wanted" / "README.md").read_text().replace("\n", " ")
 
 
 @pytest.mark.parametrize("name", FORMATS)

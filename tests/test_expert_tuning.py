@@ -17,6 +17,7 @@ from test_crash import Crasher, show
 from test_device_path import weights_of
 from whole_model import in_memory, stored, windows_of
 
+from streamprune.calibration.windows import held_out
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
 from streamprune.errors import ResourceError, UnsupportedError
@@ -31,7 +32,7 @@ from streamprune.progress import Progress
 from streamprune.pruning import expert_tuning
 from streamprune.pruning.expert_tuning import ExpertTuner
 from streamprune.pruning.job import JobResult
-from streamprune.pruning.tuning import BlockTuner, held_out
+from streamprune.pruning.tuning import BlockTuner
 
 Make = Callable[..., Path]
 SAMPLES, SEQLEN = 16, 32

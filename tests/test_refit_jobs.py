@@ -684,6 +684,6 @@ def test_from_the_command_line(models: Models, text: Path, tmp_path: Path, capsy
     assert json.loads(capsys.readouterr().out)["recipe"] == "wanda+exact+cg"
     prune(
         models("llama", 2), tmp_path / "same", calib=text, samples=2, seqlen=16, dtype="float32", method="wanda",
-        refit="cg", damping="0.3", pattern="2:4",
+        refit="cg", damping="0.3", pattern="2:4", replace_tokens=None,
     )  # fmt: skip
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "same")

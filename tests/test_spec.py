@@ -103,9 +103,22 @@ def test_differences_in_words() -> None:
 def test_what_was_asked_for_is_no_default_of_an_earlier_version() -> None:
     """6 epochs were the default once, with a rate of 0.02."""
     recipe = Recipe.named("swiftprune-tuned")
-    assert recipe.filled({"tune_epochs": 6, "tune_lr": 0.015}) == recipe.filled()
+    assert recipe.filled({"tune_epochs": 6, "tune_lr": 0.015, "replace_tokens": 0.3}) == recipe.filled()
     assert recipe.filled({"tune_epochs": 6, "tune_lr": 0.02}).tune_epochs == 6
     assert replace(recipe, tune_epochs=3).filled({"tune_epochs": 3, "tune_lr": 0.02}).tune_lr == 0.02
+
+
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [("swiftprune", None), ("sparsegpt", None), ("admm", None), ("obs-admm", 0.3), ("swiftprune-tuned", 0.3)],
+)
+def test_tokens_are_replaced_where_new_values_are_ours(method: str, share: float | None) -> None:
+    recipe = Recipe.named(method)
+    assert recipe.filled().replace_tokens == share
+    assert replace(recipe, replace_tokens=0).filled().replace_tokens is None
+    assert recipe.filled({"samples": 4}).replace_tokens is None, "a job of a version that replaced none"
+    if recipe.aims:
+        assert replace(recipe, replace_tokens=0.5).filled({"replace_tokens": 0.3}).replace_tokens == 0.5
 
 
 def test_a_pattern_needs_no_selector() -> None:
@@ -187,6 +200,8 @@ def test_filling_in_twice_changes_nothing(name: str) -> None:
         ({"refit": "cg", "damping": "-1"}, "--damping -1"), ({"fp8_scale": "mse"}, "--fp8-scale"),
         ({"quantize": "fp8", "fp8_rounding": "compensate"}, "--fp8-rounding compensate"),
         ({"quantize": "fp8", "tune": "block"}, "--tune block"),
+        ({"replace_tokens": 1.5, "tune": "block"}, "--replace-tokens 1.5"),
+        ({"replace_tokens": 0.3}, "--replace-tokens is for a refit"),
         ({"tune": "block", "tune_epochs": 0}, "--tune-epochs 0"),
     ],
 )  # fmt: skip

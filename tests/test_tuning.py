@@ -18,6 +18,7 @@ from test_device_path import LAYOUTS, weights_of
 from whole_model import in_memory
 from windows import drawn
 
+from streamprune.calibration.windows import held_out
 from streamprune.errors import ResourceError, UnsupportedError, UsageError
 from streamprune.methods import tuning
 from streamprune.methods.tuning import BETAS, Tuned, error_sum, filled, schedule, token_weights
@@ -26,7 +27,7 @@ from streamprune.model.extra_memory import RefitNeeds, TuneNeeds, extra_choices,
 from streamprune.model.loader import WeightLoader
 from streamprune.progress import Progress
 from streamprune.pruning.job import JobResult
-from streamprune.pruning.tuning import BlockTuner, held_out, windows_a_step
+from streamprune.pruning.tuning import BlockTuner, windows_a_step
 
 Models = Callable[..., Path]
 SAMPLES, SEQLEN = 8, 16

@@ -8,6 +8,10 @@ windows without overlap and drops the remainder.
 Token ids in rows of just that many tokens, at least `samples` rows of them, are windows already: then one row of each
 stretch of rows is drawn, and all rows, in their order, if there are as many as windows.
 
+A refit or tuning learns what the calibration's tokens need, and little of what a vocabulary's many rare tokens do. So
+in every second of its windows, some tokens are replaced by random ones: what the dense model makes of these shows what
+is to be made of them, whether or not anyone would write them (replace_tokens).
+
 Each window begins with a BOS token if the model's tokenizer adds one to a text by itself (tokens.bos_of): a model that
 was trained with it predicts much worse without. Text given as token ids gets one only on request. Calibration's tokens
 and evaluation's windows are on disk, 4 bytes a token, so that a text of any size takes bounded memory.
@@ -15,7 +19,7 @@ and evaluation's windows are on disk, 4 bytes a token, so that a text of any siz
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,7 @@ STREAM_WINDOWS = 64
 """At most this many times samples × seqlen tokens are read."""
 
 _BLOCK = 1 << 20
+_HELD = 16
 
 Tokens = NDArray[np.int64]
 
@@ -156,6 +161,26 @@ def draw_windows(opened: Opened, seed: int, folder: Path) -> Tokens:
         for window, start in zip(windows, places.astype(np.int64).tolist(), strict=True):
             window[length - inside :] = stream.read(start, start + inside)
     return windows
+
+
+def held_out(samples: int) -> range:
+    """Calibration windows that are kept out of tuning, one in _HELD, to judge it. Of a single one, it."""
+    count = max(1, samples // _HELD)
+    return range(samples // count - 1, samples, samples // count)[:count]
+
+
+def replace_tokens(windows: Tokens, share: float, vocab_size: int, seed: int, spared: Collection[int] = ()) -> None:
+    """Replaces this share of the tokens in every second window of `windows` (samples, length), in place.
+
+    New ids are drawn from the whole vocabulary, all alike. Left as they are: each window's first token, windows that
+    are `spared`, and the last one, as that of a single window would be all there is.
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, 1]))
+    for number in range(0, len(windows) - 1, 2):
+        window = windows[number, 1:]
+        replaced, others = generator.random(window.size) < share, generator.integers(0, vocab_size, window.size)
+        if number not in spared:
+            window[replaced] = others[replaced]
 
 
 def cut_windows(source: Source, seqlen: int, ids: ScratchTokens, max_windows: int | None = None) -> Windows:

@@ -39,6 +39,8 @@ TUNE_EPOCHS = 12
 TUNE_LR = 0.015
 EARLIER_DEFAULTS = {"tune_epochs": (6,), "tune_lr": (0.02,)}
 """Of earlier versions, whose unfinished jobs go on with them."""
+REPLACE_TOKENS = 0.3
+"""In every second calibration window, the share of the tokens that new values are fitted to which are random ones."""
 FP8_SCALES = ("amax", "mse")
 FP8_ROUNDINGS = ("compensate", "nearest")
 
@@ -93,6 +95,11 @@ class Recipe:
         None, "layers for multi-token prediction, which transformers does not run: dense (default), copied as they "
         "are; or prune, by magnitude, as much as other linears and without new values", metavar="HOW",
     )  # fmt: skip
+    replace_tokens: float | None = option(
+        None, "share of the tokens that are replaced by random ones in every second calibration window, so that new "
+        f"values serve tokens that the text lacks, too (default: {REPLACE_TOKENS} with --tune and with the refits "
+        "cg, obs-admm and gradual-cg, otherwise 0)", metavar="SHARE", kind=float,
+    )  # fmt: skip
     allocate: str | None = option(
         None, "how to distribute --sparsity among layers: uniform (default), owl (layers with outliers keep more) or "
         "error (least sum of relative errors); owl and error calibrate first and read all weights once more",
@@ -124,6 +131,10 @@ class Recipe:
             object.__setattr__(self, "allocate", None)
         self._check_tune()
         self._check_fp8()
+        if self.replace_tokens is not None and not 0 <= self.replace_tokens <= 1:
+            raise UsageError(f"--replace-tokens {self.replace_tokens} is not in [0, 1]; 0 replaces none")
+        if self.replace_tokens and not self.aims:
+            raise UsageError("--replace-tokens is for a refit or --tune block, and this recipe has neither")
         if self.keeps_codes and self.aims:
             raise UsageError(
                 "--quantize keep leaves the weights that stay as they are, so it goes with a mask alone; leave out "
@@ -171,6 +182,9 @@ class Recipe:
         earlier = {n: v for n, v in (recorded or {}).items() if v in EARLIER_DEFAULTS.get(n, ())}
         if self.tune_epochs is self.tune_lr is None and len(earlier) < len(EARLIER_DEFAULTS):
             earlier = {}
+        ours = tuned or self.refit in ("cg", "obs-admm", "gradual-cg")
+        begun = recorded and "replace_tokens" not in recorded  # with none, or by a version that knew of none
+        share = REPLACE_TOKENS if ours and not begun else 0
         rate = earlier.get("tune_lr", TUNE_LR) if self.tune_lr is None else float(self.tune_lr)
         return replace(
             self,
@@ -179,6 +193,7 @@ class Recipe:
             fp8_rounding=(self.fp8_rounding or ("compensate" if refitted else "nearest")) if fp8 else None,
             tune_epochs=(self.tune_epochs or earlier.get("tune_epochs", TUNE_EPOCHS)) if tuned else None,
             tune_lr=rate if tuned else None,
+            replace_tokens=(share if self.replace_tokens is None else float(self.replace_tokens)) or None,
         )  # fmt: skip
 
     @property

@@ -33,6 +33,8 @@ def command_of(job: Mapping[str, Any], text: object = None, model: str = "MODEL"
         if _differs(job, part, recipe):
             words[part] = job.get(part) or "none"
     words |= {key: job.get(key) for key in ("damping", "allocate", "fp8_scale")}
+    if (replaced := job.get("replace_tokens")) != _usual(job).replace_tokens:
+        words["replace_tokens"] = replaced or 0
     rounding = "compensate" if job.get("refit") else "nearest"
     words["fp8_rounding"] = None if job.get("fp8_rounding") == rounding else job.get("fp8_rounding")
     words |= {key: job.get(key) for key in ("tune_epochs", "tune_lr", "only", "skip", "mtp")}
@@ -40,7 +42,7 @@ def command_of(job: Mapping[str, Any], text: object = None, model: str = "MODEL"
         words["calib"] = None if text in (None, "built-in") else text
         words |= {key: job.get(key) for key in _DRAWN}
     words["stats"] = None if job.get("stats") is None else "STATS"
-    words["propagate"] = None if job.get("propagate") == _propagated(job) else job.get("propagate")
+    words["propagate"] = None if job.get("propagate") == _usual(job).propagate else job.get("propagate")
     words |= {key: job.get(key) for key in (*_EXPERTS, *_USED)}
     flags = [
         f"--{key.replace('_', '-')} {shlex.quote(str(value))}"
@@ -50,12 +52,12 @@ def command_of(job: Mapping[str, Any], text: object = None, model: str = "MODEL"
     return " ".join(["python -m streamprune prune", shlex.quote(model), shlex.quote(out), *flags])
 
 
-def _propagated(job: Mapping[str, Any]) -> str | None:
-    """The default of the job's recipe; None where there is no such recipe."""
+def _usual(job: Mapping[str, Any]) -> Recipe:
+    """A recipe with the defaults of the job's."""
     try:
-        return Recipe(refit=job.get("refit"), tune=job.get("tune")).propagate
-    except UsageError:
-        return None
+        return Recipe(refit=job.get("refit"), tune=job.get("tune")).filled()
+    except UsageError:  # of another version
+        return Recipe()
 
 
 def _differs(job: Mapping[str, Any], part: str, recipe: Recipe) -> bool:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from streamprune.calibration.windows import held_out
 from streamprune.disk.header import TensorRef
 from streamprune.disk.scratch import ScratchMatrix
 from streamprune.methods.tuning import Tuned, error_sum, filled
@@ -39,7 +40,7 @@ from streamprune.model.routed import Mixture, Routed, Weights
 from streamprune.model.routed_inputs import RoutedInputs
 from streamprune.model.stages import Stage
 from streamprune.model.streamed import StreamedModel
-from streamprune.pruning.tuning import STEP_TOKENS, Lesson, Loss, Searcher, Tuning, held_out, repeatable
+from streamprune.pruning.tuning import STEP_TOKENS, Lesson, Loss, Searcher, Tuning, repeatable
 
 AT_ONCE = 4 * STEP_TOKENS
 """Tokens that an expert computes for at once."""

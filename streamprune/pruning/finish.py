@@ -75,6 +75,7 @@ def calibration_of(spec: JobSpec, resolved: Resolved, given: StatisticsFile | No
     return {
         "text": c.path.name if c.path else "built-in", "digest": c.digest, "samples": c.samples, "seqlen": c.seqlen,
         "seed": c.seed, "tokens": resolved.tokens, "dtype": resolved.dtype, "propagate": propagate,
+        **({"replace_tokens": share} if spec.recipe and (share := spec.recipe.replace_tokens) else {}),
         **{key: value for key in ("bos", "replaced", "text_tokens") if (value := getattr(resolved, key)) is not None},
     }  # fmt: skip
 

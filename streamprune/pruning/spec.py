@@ -2,7 +2,7 @@
 
     fixed        verb, model, score, selector, refit, damping, quantize, fp8_scale, fp8_rounding, sparsity, allocate,
                  pattern, only, skip, propagate, calib, samples, seqlen, seed, bos, expert_stats, expert_tokens, stats,
-                 device, dtype, backend; and where layers are tuned, tune, tune_epochs, tune_lr
+                 device, dtype, backend; where layers are tuned, tune, tune_epochs, tune_lr; and replace_tokens
     changeable   max_ram, max_vram, save_stats, shard_size (which a resumed job ignores), work (only before anything has
                  been cached there)
 
@@ -36,6 +36,10 @@ class DrawnText:
     """The field that is read from records; part of the digest."""
     bos: str = "auto"
     """Whether windows begin with a BOS token (calibration/windows.py)."""
+
+
+_IF_ANY = ("tune", "mtp", "replace_tokens")
+"""Options of a recipe that are among the fixed fields only if they are set."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class JobSpec:
             "selector": recipe.selector if recipe and self.pattern is None else None,
             "refit": recipe.refit if recipe else None,
             "quantize": recipe.quantize if recipe else None,
-            **({key: value for key in ("tune", "mtp") if (value := getattr(recipe, key))} if recipe else {}),
+            **{key: value for key in _IF_ANY if (value := getattr(recipe, key, None))},
             "sparsity": self.sparsity, "pattern": self.pattern, "only": self.only, "skip": self.skip,
             "propagate": self.propagate,
             "calib": drawn.digest if drawn else None, "samples": drawn.samples if drawn else None,

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamprune.calibration.windows import held_out
 from streamprune.methods.tuning import Tuned, error_sum, filled, schedule
 from streamprune.model.differentiable import BoundExperts, Run, trainable
 from streamprune.model.frozen_experts import FrozenExperts
@@ -41,8 +42,6 @@ STEP_TOKENS = 512
 
 RATES = (1.0, 1 / 4, 1 / 16)
 """Of the rate that was asked for, in the order in which they are tried."""
-
-_HELD = 16
 
 _INDEXER = re.compile(r"(^|\.)indexer\.")
 
@@ -82,12 +81,6 @@ def tuned_names(skeleton: Skeleton, stage: Stage, pruned: Collection[str]) -> di
 def windows_a_step(seqlen: int, samples: int) -> int:
     """Windows that a step learns from."""
     return max(1, min(STEP_TOKENS // seqlen, (samples - len(held_out(samples))) // _LEAST_STEPS))
-
-
-def held_out(samples: int) -> range:
-    """Windows that are kept out of tuning. Of a single one, it."""
-    count = max(1, samples // _HELD)
-    return range(samples // count - 1, samples, samples // count)[:count]
 
 
 Loss = Callable[[Tensor], Tensor]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from streamprune.calibration import windows as drawing
 from streamprune.calibration.texts import Text
 from streamprune.calibration.windows import Opened, Source, Tokens, draw_windows, tokens_digest
 from streamprune.disk.checkpoint import Checkpoint
@@ -58,7 +59,11 @@ def windows_from(spec: JobSpec, opened: Opened) -> tuple[Tokens, dict[str, Any]]
     """Calibration windows (samples, tokens) drawn from a text, and fields of Resolved. Raises as draw_windows."""
     parents = (spec.work, *spec.out.absolute().parents)
     folder = next(place for place in parents if place is not None and place.is_dir())
-    windows = draw_windows(opened, spec.calibration.seed if spec.calibration else 0, folder)
+    seed = spec.calibration.seed if spec.calibration else 0
+    windows = draw_windows(opened, seed, folder)
+    if spec.recipe is not None and (share := spec.recipe.replace_tokens):
+        spared = drawing.held_out(len(windows)) if spec.recipe.tune else ()
+        drawing.replace_tokens(windows, share, opened.source.vocab_size, seed, spared)
     text_fields: dict[str, Any] = {"bos": opened.bos is not None}
     tally = opened.source.text.tally
     if tally.replaced:

@@ -14,7 +14,7 @@ from streamprune.reporting.sections import METRICS, axis, seconds, sentence, tim
 
 _JOB = (
     "score", "selector", "refit", "tune", "quantize", "allocate", "damping", "fp8_scale", "fp8_rounding", "tune_epochs",
-    "tune_lr", "only", "skip", "mtp", "expert_stats", "expert_tokens", "bos", "backend",
+    "tune_lr", "replace_tokens", "only", "skip", "mtp", "expert_stats", "expert_tokens", "bos", "backend",
 )  # fmt: skip
 _CALIBRATION = ("text", "digest", "samples", "seqlen", "seed", "propagate")
 """Settings that may differ between models, in the report's `job` and in its `calibration`."""
