@@ -50,7 +50,10 @@ def was_interrupted() -> bool:
 
 
 def before_leaving(cleanup: Callable[[], object]) -> None:
-    """Registers `cleanup` to be called before a signal ends the process at once, until `forget`."""
+    """Registers `cleanup` to be called before a signal ends the process at once, until `forget`.
+
+    If it returns True, nothing is printed: another process has said why all of them end.
+    """
     _state.cleanups.append(cleanup)
 
 
@@ -62,12 +65,14 @@ def forget(cleanup: Callable[[], object]) -> None:
 
 def leave(number: int, frame: FrameType | None) -> NoReturn:
     """A signal handler that cleans up, prints one line and ends the process with exit code 130."""
+    told = False
     try:
         for cleanup in reversed(_state.cleanups):
             with contextlib.suppress(OSError):
-                cleanup()
+                told = cleanup() is True or told
         with contextlib.suppress(OSError):
-            os.write(2, b"streamprune: error: interrupted\n")
+            if not told:
+                os.write(2, b"streamprune: error: interrupted\n")
     finally:
         os._exit(INTERRUPTED)
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from streamprune.errors import INTERRUPTED, ElsewhereError, ResourceError, UsageError
+from streamprune.process import interrupts
 from streamprune.process.ranks import ALONE, Ranks, Together
 
 TIMEOUT_VARIABLE = "STREAMPRUNE_RANK_TIMEOUT"
@@ -58,21 +59,32 @@ def prepare_environment() -> None:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks of this run, for as long as it is open. An error within it ends all ranks."""
+    """The ranks of this run, for as long as it is open. An error within it ends all ranks.
+
+    Raises the error on the rank that has failed first, and ElsewhereError with its exit code on all others: on those
+    that it has broken an exchange of, and on those that are stopped because of it.
+    """
     if not started_together():
         yield ALONE
         return
     ranks = _join()
+
+    def interrupted() -> bool:
+        return ranks.fail(INTERRUPTED) is not None
+
+    interrupts.before_leaving(interrupted)
     try:
         yield ranks
     except BaseException as e:
         code = INTERRUPTED if isinstance(e, KeyboardInterrupt) else getattr(e, "exit_code", 1)
-        first = ranks.rank if isinstance(e, ElsewhereError) else ranks.fail(code)
+        first = None if isinstance(e, ElsewhereError) else ranks.fail(code)
         _leave()  # wakes those that wait for this rank
         ranks.end()
-        if first != ranks.rank:
-            raise ElsewhereError(code) from e
+        if first is not None:
+            raise first from e
         raise
+    finally:
+        interrupts.forget(interrupted)
     _leave()
 
 

@@ -24,13 +24,13 @@ from streamprune.disk.durable import Buffer, FilePart
 from streamprune.disk.header import TensorRef
 from streamprune.disk.shards import Part, fill_in_order
 from streamprune.errors import ResourceError
-from streamprune.model.copies import is_out_of_memory
 from streamprune.model.differentiable import BoundExperts
 from streamprune.model.frozen_experts import FrozenExperts, SpareWeight
 from streamprune.model.loader import WeightLoader
 from streamprune.model.naming import pieces_of
 from streamprune.model.pairs import Pairs
 from streamprune.model.stages import Stage
+from streamprune.process.memory import is_out_of_memory
 from streamprune.pruning.expert_tuning import ExpertTuner, put_back
 from streamprune.pruning.forward import CalibrationPass
 from streamprune.pruning.linears import CHUNK_BYTES
