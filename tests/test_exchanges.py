@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -137,6 +139,45 @@ def test_a_signal_that_ends_a_rank_at_once(joined: Together, monkeypatch: pytest
     left = other.fail(1)
     assert codes == [130] and said == ([] if another else [b"streamprune: error: interrupted\n"])
     assert another or (left is not None and left.exit_code == 130)
+
+
+def test_a_rank_that_torchrun_ends_before_it_has_joined(joined: Together, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 says why, or torchrun does; once they have joined, whoever is the first to know."""
+    said, codes = list[bytes](), list[int]()
+    monkeypatch.setattr(os, "write", lambda _, line: said.append(line))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(torchrun, "is_follower", lambda: True)
+    torchrun.prepare_environment()
+    interrupts.leave(15, None)
+    assert codes == [130] and not said
+    with torchrun.joined():
+        interrupts.leave(15, None)
+    assert codes == [130, 130] and len(said) == 1
+
+
+@pytest.mark.parametrize("error", [ResourceError("no space left"), ElsewhereError(5)])
+def test_torchrun_does_not_keep_a_rank_from_saying_why(joined: Together, error: Exception) -> None:
+    """It sends a signal to those that have not ended yet as soon as one has: the first one is ignored."""
+    with interrupts.listening(program=False):
+        with pytest.raises(type(error)), torchrun.joined():
+            raise error
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not interrupts.was_interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    interrupts.forget(torchrun._is_said_elsewhere)
+
+
+def test_a_refused_command_is_left_to_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for torchrun to end them, so that it does not end rank 0 before that has said why."""
+    waited = list[float]()
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr(torchrun, "started_together", lambda: True)
+    for rank, error in (("0", UsageError), ("1", ElsewhereError)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(error):
+            torchrun.settle_ranks(Namespace(command="inspect", quiet=False))
+    assert waited == [torchrun._REFUSED_SECONDS]
 
 
 @contextmanager

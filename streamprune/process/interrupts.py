@@ -31,6 +31,8 @@ class _State:
     """Signals since `listening` began."""
     at_once: bool = False
     """Whether a signal ends the process at once, rather than raising KeyboardInterrupt."""
+    is_ending: bool = False
+    """Whether the next signal is ignored, see `ending`."""
     cleanups: list[Callable[[], object]] = field(default_factory=list)
     """Called before that, the latest first."""
 
@@ -47,6 +49,11 @@ def check() -> None:
 def was_interrupted() -> bool:
     """Whether a signal has been received."""
     return bool(_state.received)
+
+
+def ending() -> None:
+    """Ignores one signal from now on: this process is about to end by itself, and has yet to say why."""
+    _state.is_ending = True
 
 
 def before_leaving(cleanup: Callable[[], object]) -> None:
@@ -78,6 +85,9 @@ def leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
+    if _state.is_ending:
+        _state.is_ending = False
+        return
     if _state.at_once:
         leave(number, frame)
     _state.received.append(number)
@@ -96,7 +106,7 @@ def listen(handler: Callable[[int, FrameType | None], Any]) -> dict[signal.Signa
 @contextmanager
 def listening(program: bool) -> Iterator[None]:
     """Handles signals within it. Outside of `work` they end the process if it is our own `program`, not a caller's."""
-    _state.at_once = program
+    _state.at_once, _state.is_ending = program, False
     before = listen(_on_signal)
     unraisable_before, uncaught_before = sys.unraisablehook, sys.excepthook
 
@@ -116,7 +126,7 @@ def listening(program: bool) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         _state.received.clear()
-        _state.at_once = False
+        _state.at_once = _state.is_ending = False
 
 
 @contextmanager

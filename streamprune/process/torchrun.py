@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,9 @@ TIMEOUT_SECONDS = 1800
 
 _JOIN_SECONDS = 120
 """How long a rank waits at least for the others to start."""
+
+_REFUSED_SECONDS = 30
+"""How long another rank than 0 waits, when a command is refused, for torchrun to end it: rank 0 says why."""
 
 
 def started_together() -> bool:
@@ -47,12 +51,18 @@ def settle_ranks(args: Namespace) -> None:
         alone = command
     if alone and started_together():
         if is_follower():
+            time.sleep(_REFUSED_SECONDS)  # the first rank that ends is the last to say anything
             raise ElsewhereError(UsageError.exit_code)
         raise UsageError(f"{alone} runs in a single process; run it without torchrun, or unset WORLD_SIZE")
 
 
 def prepare_environment() -> None:
-    """Lets Numba use as many threads as torchrun gives a rank. Before numba is imported."""
+    """Lets Numba use as many threads as torchrun gives a rank; before numba is imported.
+
+    Until it has joined the others, another rank than 0 is silent when a signal ends it: torchrun sends one to each.
+    """
+    if is_follower():
+        interrupts.before_leaving(_is_said_elsewhere)
     if started_together() and os.environ.get("OMP_NUM_THREADS"):
         os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
@@ -72,12 +82,16 @@ def joined() -> Iterator[Ranks]:
     def interrupted() -> bool:
         return ranks.fail(INTERRUPTED) is not None
 
+    interrupts.forget(_is_said_elsewhere)
     interrupts.before_leaving(interrupted)
     try:
         yield ranks
     except BaseException as e:
         code = INTERRUPTED if isinstance(e, KeyboardInterrupt) else getattr(e, "exit_code", 1)
+        interrupts.ending()  # torchrun signals all others when the first rank ends
         first = None if isinstance(e, ElsewhereError) else ranks.fail(code)
+        if first is not None or isinstance(e, ElsewhereError):
+            interrupts.before_leaving(_is_said_elsewhere)
         _leave()  # wakes those that wait for this rank
         ranks.end()
         if first is not None:
@@ -116,6 +130,10 @@ def _leave() -> None:
 
     with suppress(RuntimeError):
         dist.destroy_process_group()
+
+
+def _is_said_elsewhere() -> bool:
+    return True
 
 
 def _number(variable: str, default: int) -> int:
