@@ -21,13 +21,14 @@ def run() -> NoReturn:
     the process as well.
     """
     interrupts.listen(interrupts.leave)  # before more is imported
+    from streamprune.process.torchrun import prepare_environment
+
+    prepare_environment()
     from streamprune.cli import main
     from streamprune.process.console import steady_streams
-    from streamprune.process.torchrun import prepare_environment
 
     _steady_heap()
     own_process()
-    prepare_environment()
     steady_streams()
     try:
         code = main(program=True)

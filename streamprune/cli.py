@@ -18,7 +18,7 @@ from streamprune.process import interrupts
 from streamprune.process.console import print_stderr
 from streamprune.process.environment import check_environment
 from streamprune.process.output import forget_output, output
-from streamprune.process.torchrun import is_follower, settle_ranks
+from streamprune.process.torchrun import settle_ranks
 
 
 def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None, *, program: bool = False) -> int:
                 handler: Handler = args.handler
                 return handler(args)
             except Exception as e:
-                if interrupts.was_interrupted():  # and a library has turned KeyboardInterrupt into another error
+                if interrupts.was_interrupted() and not isinstance(e, ElsewhereError):
+                    # a library has turned KeyboardInterrupt into another error
                     raise KeyboardInterrupt from e
                 return _refused(args, e)
     except KeyboardInterrupt as e:
@@ -83,7 +84,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def _fail(args: argparse.Namespace, error: BaseException, message: str, code: int) -> int:
     if args.debug:
         print_stderr("".join(traceback.format_exception(error)).rstrip())
-    if not (isinstance(error, ElsewhereError) or (code == INTERRUPTED and is_follower())):
+    if not isinstance(error, ElsewhereError):
         print_stderr(f"streamprune: error: {' '.join(message.split())}")
     return code
 

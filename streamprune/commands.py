@@ -29,6 +29,9 @@ def _job(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that `prune` and `plan` have in common. Raises UsageError for invalid ones."""
     amount = args.sparsity if args.pattern is None else args.pattern
     changes = {name: getattr(args, name) for name, *_ in flags_of(Recipe)}
+    if args.pattern is not None and args.selector is not None:
+        why = "keeps the highest scores of each group, whatever the selector is"
+        _tell_notes(args, [f"--pattern {args.pattern} {why}, so that --selector {args.selector} made no difference"])
     return {
         **({} if amount is None else {"amount": amount}), "recipe": Recipe.named(args.method, **changes),
         "calibration": settings_of(Calibration, args), "resources": settings_of(Resources, args),

@@ -10,6 +10,7 @@ in FOLDER/RUN-seen.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,11 +24,14 @@ from typing import Any
 
 import calls
 import torch
+import torch.distributed as dist
 from crashing import OPERATIONS, NoSync
 from rank_jobs import digest, free_port
 
 from streamprune.calibration.collector import Collector
 from streamprune.disk import durable, lock
+from streamprune.disk.durable import FilePart
+from streamprune.disk.os_errors import disk_errors
 from streamprune.errors import ResourceError
 from streamprune.model import budget
 from streamprune.process import ranks
@@ -76,8 +80,10 @@ class _Stop(Exception):  # noqa: N818 - not an error
 @contextmanager
 def going_wrong(how: str | None) -> Iterator[None]:
     """Within it, this rank dies or stops at the second layer, or sleeps or fails at the first; or it lacks memory once;
-    or it ponders over how to share a sparsity out."""
+    or it ponders over how to share a sparsity out; or while it sends a part of a Gram it lacks memory or is
+    interrupted; or its disk is full when it is sent a layer."""
     real, weights, flow, lacking = PairedPass.layer, _Allocation._weights, Collector.flow, [how == "memory"]
+    send, write = dist.isend, FilePart.write
 
     def layer(self: Any, stage: Any, *args: Any, **more: Any) -> Any:
         if stage.index == 1 and how == "kill":
@@ -99,12 +105,27 @@ def going_wrong(how: str | None) -> Iterator[None]:
             raise RuntimeError("DefaultCPUAllocator: not enough memory")
         flow(self, before, after)
 
+    def sending(*args: Any, **more: Any) -> Any:
+        if how == "exchange":
+            raise RuntimeError("DefaultCPUAllocator: not enough memory")
+        if how == "interrupt":
+            raise KeyboardInterrupt
+        return send(*args, **more)
+
+    def writing(self: Any, data: Any) -> None:
+        if how == "disk":
+            with disk_errors(self.path):
+                raise OSError(errno.ENOSPC, "full")
+        write(self, data)
+
     PairedPass.layer, _Allocation._weights = layer, pondering  # type: ignore[method-assign]
-    Collector.flow = flowing  # type: ignore[method-assign]
+    Collector.flow, FilePart.write = flowing, writing  # type: ignore[method-assign]
+    dist.isend = sending
     try:
         yield
     finally:
         PairedPass.layer, _Allocation._weights, Collector.flow = real, weights, flow  # type: ignore[method-assign]
+        FilePart.write, dist.isend = write, send  # type: ignore[method-assign]
 
 
 def work(folder: Path, run: dict[str, Any], rank: int) -> None:
@@ -124,7 +145,7 @@ def work(folder: Path, run: dict[str, Any], rank: int) -> None:
                 with going_wrong(job.get("wrong", {}).get(str(rank))):
                     made = getattr(calls, job["verb"])(*args, **given)
                 found = {"report": getattr(made, "report", None) or vars(made)}
-            except Exception as e:  # noqa: BLE001 - it is told
+            except (Exception, KeyboardInterrupt) as e:  # noqa: BLE001 - it is told
                 found = {"error": type(e).__name__, "message": str(e), "code": getattr(e, "exit_code", 1)}
             if dying is not None:
                 found["operations"] = dying.counted

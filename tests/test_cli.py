@@ -22,6 +22,8 @@ from calls import calibrate, prune
 from streamprune import arguments
 from streamprune.cli import build_parser, main
 from streamprune.disk.cache import CacheReader
+from streamprune.errors import UsageError
+from streamprune.pruning import job
 from streamprune.pruning.announce import next_steps
 
 Models = Callable[..., Path]
@@ -155,6 +157,33 @@ def test_eval_says_what_was_done_to_a_model(
         (out / "streamprune.json").write_text(damaged)
         found = run("eval", out, *common)
         assert found.code == 0 and found.err.splitlines()[-1].startswith(f"eval: {out}: its streamprune.json {said}")
+
+
+def test_a_selector_beside_a_pattern(models: Models, tmp_path: Path, run: Callable[..., Run]) -> None:
+    """It selects nothing there, and that is said."""
+    args = ["prune", models(), tmp_path / "out", "--method", "magnitude", "--pattern", "2:4"]
+    note = "streamprune: note: --pattern 2:4 keeps the highest scores of each group, whatever the selector is, so that "
+    assert f"{note}--selector ewma made no difference\n" in run(*args, "--selector", "ewma").err
+    assert "selector" not in run(*args).err
+    assert run(*args, "--selector", "ewma", "--quiet").err == ""
+    assert "selector" not in run("plan", models(), "--sparsity", "0.5", "--selector", "exact").err
+
+
+def test_a_pass_whose_results_nothing_would_use(models: Models, tmp_path: Path, run: Callable[..., Run]) -> None:
+    args = ["plan", models(), "--method", "magnitude", "--propagate"]
+    found = run(*args, "pruned")
+    assert found.code == 2 and "--propagate pruned is about calibration, and magnitude needs none" in found.err
+    for more in (["dense"], ["pruned", "--refit", "cg"], ["pruned", "--quantize", "fp8", "--fp8-scale", "mse"]):
+        assert run(*args, *more).code == 0
+
+
+@pytest.mark.parametrize(
+    ("amount", "said"),
+    [(1.5, "sparsity 1.5 is not a fraction"), (50, "did you mean 0.5?"), (None, "sparsity None is not a number")],
+)
+def test_amounts_that_are_none(models: Models, tmp_path: Path, amount: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        job.prune(models(), tmp_path / "out", amount)
 
 
 def test_resumed_work_is_told(

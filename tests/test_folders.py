@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from streamprune.calibration import tokens
 from streamprune.cli import main
 from streamprune.disk import journal
-from streamprune.errors import CheckpointError, StateError, UnsupportedError
+from streamprune.errors import CheckpointError, StateError, UnsupportedError, UsageError
 from streamprune.inspection.inspect import inspect
 from streamprune.packing.job import pack, unpack
 from streamprune.progress import Progress
@@ -92,6 +92,27 @@ def test_links_out_of_the_model(source: Path, text: Path, tmp_path: Path) -> Non
     assert found.report["left_behind"] == ["notes.txt"] and not (tmp_path / "out" / "notes.txt").exists()
     prune(source, tmp_path / "asked", calib=text, follow_links=True, **HOW)
     assert (tmp_path / "asked" / "notes.txt").read_text() == "x"
+    prune(source, tmp_path / "asked", calib=text, follow_links=True, **HOW)
+
+
+def test_links_that_are_asked_for_when_all_is_done(source: Path, text: Path, tmp_path: Path) -> None:
+    """What cannot be had any more is named."""
+    (tmp_path / "secret").write_text("x")
+    out, packed = tmp_path / "out", tmp_path / "packed"
+    (source / "plain.txt").write_text("x")
+    (source / "model.gguf").write_bytes(b"x")
+    prune(source, out, calib=text, **HOW)
+    prune(source, out, calib=text, follow_links=True, **HOW)
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    shutil.rmtree(out)
+    prune(source, out, calib=text, **HOW)
+    for more in ({}, {"dry_run": True}):
+        again = lambda more=more: prune(source, out, calib=text, follow_links=True, **more, **HOW)  # noqa: E731
+        refused(UsageError, again, "without what --follow-links would have copied: notes.txt; copy that from ")
+    (out / "notes.txt").symlink_to(tmp_path / "secret")
+    pack(out, packed)
+    refused(UsageError, lambda: pack(out, packed, follow_links=True), "would have copied: notes.txt; copy that")
+    assert not (packed / "notes.txt").exists() and pack(out, packed).status == "up-to-date"
 
 
 def test_a_pointer_to_the_tokenizer(source: Path, text: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ FILES = {
 HOUSE: dict[str, list[str]] = {
     "errors": [],
     "process": [
-        "background completion console environment imports interrupts load memory ranks versions",
+        "background completion console environment imports interrupts load memory versions",
+        "ranks",
         "share torchrun",
         "output",
     ],

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,6 @@ def test_the_same_evaluation(folder: Path, text: Path, size: int) -> None:
 
 
 def _torchrun(size: int, *words: object) -> subprocess.Popen[str]:
-
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port", str(free_port())]
     return subprocess.Popen(
         [sys.executable, *command, "-m", "streamprune", *map(str, words)], env=environment(), stdout=subprocess.PIPE,
@@ -108,6 +108,24 @@ def test_by_torchrun_with_ranks_that_are_killed(models: Models, text: Path, tmp_
     )
     assert json.loads(alone.stdout)["status"] == "done"
     assert files(tmp_path / "out") == files(tmp_path / "one")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank(models: Models, text: Path, tmp_path: Path, rank: int) -> None:
+    """It says so, once, also if it is not rank 0; and torchrun is told that it was interrupted."""
+    words = ["prune", models("llama", 8), tmp_path / "out", "--sparsity", "0.6", "--method", "obs-admm",
+             "--calib", text, "--samples", "96", "--seqlen", "64", "--json"]  # fmt: skip
+    run = _torchrun(2, *words)
+    journal, until = tmp_path / "out.partial" / ".streamprune" / "journal", time.monotonic() + 240
+    while not journal.exists():
+        assert run.poll() is None and time.monotonic() < until
+        time.sleep(0.2)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[rank]), signal.SIGTERM)
+    output, errors = run.communicate(timeout=240)
+    said = [line for line in errors.splitlines() if line.startswith("streamprune: error: ")]
+    assert said == ["streamprune: error: interrupted; run the same command again to resume"], errors
+    assert run.returncode == 1 and output == "" and "exitcode  : 130" in errors
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def folder(models: Models, text: Path, tmp_path_factory: pytest.TempPathFactory)
     of = dict.fromkeys(PRUNED, model) | {"experts": models("mixtral", 2)}
     given = GIVEN | {"calib": str(text)}
     (other := root / "other.txt").write_text(text.read_text()[::-1])
+    (short := root / "short.txt").write_text(text.read_text()[:4000])
     elsewhere = shutil.copytree(model, root / "elsewhere" / "model")
     there = {"1": [str(elsewhere), str(root / "elsewhere" / "out")]}
 
@@ -60,6 +61,11 @@ def folder(models: Models, text: Path, tmp_path_factory: pytest.TempPathFactory)
         pruning("few", amount=REFITTED | {"samples": 2}),
         pruning("full", wrong={"1": "full"}),
         pruning("short", wrong={"0": "memory"}, timeout=20),
+        pruning("exchange", wrong={"1": "exchange"}),
+        pruning("interrupted", wrong={"1": "interrupt"}),
+        pruning("full elsewhere", wrong={"1": "disk"}, places={"1": [str(elsewhere), str(root / "apart" / "out")]}),
+        pruning("tuned on one rank", other={"1": {"tune": "block", "tune_epochs": 1}}),
+        Job("evaluate", model, short, given={"seqlen": 16, "device": "cpu"}, other={"1": {"dtype": "float32"}}),
         pruning("slow", wrong={"1": "sleep"}, timeout=4),
         pruning("stopped", wrong={"1": "kill"}),
     ]
@@ -163,6 +169,33 @@ def test_a_rank_that_runs_out_of_memory(folder: Path) -> None:
     assert [each["error"] for each in found] == ["ResourceError", "ElsewhereError"]
     assert found[0]["message"].startswith("cpu ran out of memory: ") and found[1]["code"] == 5
     assert partial_of(folder / "short").is_dir()
+
+
+def test_a_rank_that_runs_out_of_memory_while_it_sends(folder: Path) -> None:
+    """It is not taken for one whose connection broke."""
+    found = told(folder, "two", "exchange")
+    assert [each["error"] for each in found] == ["ElsewhereError", "ResourceError"]
+    assert found[1]["message"].startswith("rank 1 ran out of memory while it exchanged") and found[0]["code"] == 5
+
+
+def test_a_rank_that_is_interrupted_while_it_sends(folder: Path) -> None:
+    """The other one ends with the same exit code."""
+    found = told(folder, "two", "interrupted")
+    assert [each["error"] for each in found] == ["ElsewhereError", "KeyboardInterrupt"] and found[0]["code"] == 130
+
+
+def test_a_disk_that_is_full_where_a_layer_is_sent_to(folder: Path) -> None:
+    found = told(folder, "two", "full elsewhere")
+    assert [each["error"] for each in found] == ["ElsewhereError", "ResourceError"] and found[0]["code"] == 5
+    assert found[1]["message"].startswith("no space left while writing ")
+    assert str(folder / "apart") in found[1]["message"]
+
+
+@pytest.mark.parametrize(("out", "setting"), [("tuned on one rank", "tune"), ("short.txt", "dtype")])
+def test_a_rank_with_another_setting(folder: Path, out: str, setting: str) -> None:
+    found = told(folder, "two", out)
+    assert [each["error"] for each in found] == ["ElsewhereError", "UsageError"]
+    assert found[1]["message"].startswith(f"rank 1 is given another job than rank 0: {setting} is ")
 
 
 def test_a_rank_with_another_text(folder: Path) -> None:

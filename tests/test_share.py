@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from streamprune.methods.admm import OBS, Operator
+from streamprune.methods.admm import prepare as prepare_operator
 from streamprune.methods.gram import Gram
 from streamprune.methods.inverse import Damping, inverse_diagonal, normalised_inverse, upper_factor
 from streamprune.methods.refits import METHODS, Choice, Prepared, RefitRequest, Sample, choose
@@ -115,6 +117,24 @@ def test_inverses_do_not_depend_on_the_number_of_ranks(width: int) -> None:
     scale = gram.double().diagonal().sqrt()
     normal = gram.double() / (scale * scale[:, None]) + 0.05 * torch.eye(width, dtype=torch.float64)
     torch.testing.assert_close(alone[2].double(), torch.linalg.inv(normal).diagonal(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("tokens", "damping"), [(400, 0.05), (20, 0.0)], ids=["as asked", "more damping"])
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_operators_do_not_depend_on_the_number_of_ranks(tokens: int, damping: float, products: torch.dtype) -> None:
+    """Two ranks make one half each, unless the first half turns out to need more damping."""
+    x = torch.randn(tokens, 300, generator=torch.Generator().manual_seed(1))
+    gram = x.T @ x
+
+    def work(ranks: Ranks) -> Operator:
+        return prepare_operator(gram, Damping(damping), OBS, products, None, ranks)
+
+    (alone,) = on_ranks(1, work)
+    assert (alone.damping == damping) == (tokens > 300) and alone.matrix.dtype == products
+    for size in (2, 3):
+        for found in on_ranks(size, work):
+            assert found.damping == alone.damping
+            assert all(torch.equal(*pair) for pair in zip(found[:3], alone[:3], strict=True))
 
 
 @pytest.mark.parametrize("decreasing", [True, False], ids=["all three are tried", "two are tried"])

@@ -25,6 +25,7 @@ from streamprune.methods.tuning import BETAS, Tuned, error_sum, filled, schedule
 from streamprune.model.budget import Budget, Layout
 from streamprune.model.extra_memory import RefitNeeds, TuneNeeds, extra_choices, least_extra
 from streamprune.model.loader import WeightLoader
+from streamprune.model.stages import Stage
 from streamprune.progress import Progress
 from streamprune.pruning.job import JobResult
 from streamprune.pruning.tuning import BlockTuner, windows_a_step
@@ -447,6 +448,34 @@ def test_half_the_windows_are_tried_when_memory_runs_out(
     result = run(models("llama", 2), tmp_path / "out", text)
     assert sizes == [7, 4, 2, 1, 1]
     assert [each["out_of_memory_windows"] for each in tunes(result)] == [1, 1]
+
+
+def test_a_resumed_job_goes_on_with_the_windows_that_fit(
+    models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if all would fit now: the bytes are those of a job that was not stopped."""
+    tune, sizes, lacks, stops = BlockTuner.tune, list[int](), [True], [False]
+
+    def tight(self: BlockTuner, stage: Stage, *args: Any) -> Any:
+        sizes.append(self._most)
+        if stops[0] and stage.index == 1:
+            raise KeyboardInterrupt
+        if lacks[0] and self._most > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tune(self, stage, *args)
+
+    monkeypatch.setattr(BlockTuner, "tune", tight)
+    monkeypatch.setattr("streamprune.pruning.tuning._LEAST_STEPS", 1)
+    whole = run(models("llama", 2), tmp_path / "whole", text)
+    stops[0] = True
+    with pytest.raises(KeyboardInterrupt):
+        run(models("llama", 2), tmp_path / "out", text)
+    stops[0] = lacks[0] = False
+    sizes.clear()
+    result = run(models("llama", 2), tmp_path / "out", text)
+    assert sizes == [2] and [each["out_of_memory_windows"] for each in tunes(result)] == [2, 2]
+    name = "model.safetensors"
+    assert (result.out / name).read_bytes() == (whole.out / name).read_bytes()
 
 
 # ---- refusals

@@ -306,10 +306,14 @@ class GramCollector:
         for sums in self.sums.values():
             for total in (sums.sum, sums.drift, sums.debt):
                 if total is not None:
-                    first = sums.begin if total is sums.sum else 0
-                    for i, (begin, end) in enumerate(_blocks(first, first + len(total), total.shape[1])):
+                    first, width = (sums.begin if total is sums.sum else 0), total.shape[1]
+                    is_triangle = total is sums.sum and len(total) == width  # `finish` mirrors it
+                    for i, (begin, end) in enumerate(_blocks(first, first + len(total), width)):
                         owner = (sums.owner + i) % self._share.last_round
-                        ranks.broadcast_(total[begin - first : end - first], owner)
+                        block = total[begin - first : end - first, begin if is_triangle else 0 :]
+                        sent = block.contiguous()  # a copy of most triangles' blocks
+                        ranks.broadcast_(sent, owner)
+                        block.copy_(sent)
             sums.join(ranks.gather(sums.held_out()))
 
 

@@ -14,7 +14,7 @@ folder of the job's own below DIR.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import xxhash
 
 from streamprune.disk import durable, journal
+from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.report import REPORT, Report, check_files, is_whole, read_report, sound_report
 from streamprune.errors import CorruptStateError, StateError, UsageError
 
@@ -200,6 +201,18 @@ def differences_of(spec: Job, record: Mapping[str, Any]) -> str:
     recorded = record.get("job") or {}
     found = spec.differences(recorded)
     return "" if found and spec.is_touched(recorded, record.get("content")) else found
+
+
+def check_links(out: Path, checkpoint: Checkpoint, left: Collection[str]) -> None:
+    """Raises UsageError if --follow-links is given, and OUT has been finished with links of MODEL among the files that
+    it `left` behind."""
+    missing = sorted(set(left).intersection(checkpoint.side_files().carried)) if checkpoint.follow_links else []
+    if missing:
+        names = ", ".join(missing[:3]) + f" and {len(missing) - 3} more" * (len(missing) > 3)
+        raise UsageError(
+            f"{out} is finished, without what --follow-links would have copied: {names}; copy that from "
+            f"{checkpoint.path} by hand, or choose another OUT"
+        )
 
 
 def find_unfinished(spec: Job, *, clears: bool = True) -> tuple[JobState, Report] | None:

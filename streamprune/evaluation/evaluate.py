@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -119,7 +119,9 @@ def _evaluate(
         if dense:
             check_reference(dense, subjects[0], subjects[1], source, cut, folder)
         layouts, keep = _lay_out(subjects, cut.shape, target, resources.ram, resources.vram)
-        share, layouts = _shared(ranks, cut, [c.content() for c in checkpoints], layouts)
+        same = {"model": " ".join(c.content() for c in checkpoints), "device": target.type}
+        same |= {"dtype": " ".join(str(subject.dtype).removeprefix("torch.") for subject in subjects)}
+        share, layouts = _shared(ranks, cut, same, layouts)
         runs = []
         for c, subject, layout in zip(checkpoints, subjects, layouts, strict=True):
             loader = stack.enter_context(WeightLoader(stack.enter_context(maps_of(c)), target))
@@ -139,15 +141,15 @@ def _evaluate(
 
 
 def _shared(
-    ranks: Ranks, cut: Windows, contents: Sequence[str], layouts: Sequence[Layout]
+    ranks: Ranks, cut: Windows, same: Mapping[str, str], layouts: Sequence[Layout]
 ) -> tuple[Share, list[Layout]]:  # fmt: skip
-    """This rank's share of the windows, and layouts that all ranks can follow.
+    """This rank's share of the windows, and layouts that all ranks can follow. `same` has to be so on all of them.
 
     Raises UsageError if ranks are given other models or texts, or if there are fewer batches than ranks.
     """
     batch = layouts[0].batch
     if ranks.size > 1:
-        mine = {"model": " ".join(contents), "text": tokens_digest(cut), **versions()}
+        mine = {**same, "text": tokens_digest(cut), "seqlen": cut.shape[1], **versions()}
         ranks.agreed(lambda: mine, lambda found: found)
         batch = min(ranks.gather(batch))
         group = min(chain(*ranks.gather([layout.group for layout in layouts])))

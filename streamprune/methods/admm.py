@@ -97,13 +97,43 @@ def prepare(
     if not variant.rho > 0:
         raise ValueError(f"rho {variant.rho} must be positive")
     scale = feature_scale(gram)
-    score, used = torch.ones_like(scale), damping
+    score, used, known = torch.ones_like(scale), damping, None
     if variant.saliency:
-        inverse, value = diagonal or inverse_diagonal(gram, damping, ranks)
+        if diagonal is None and ranks.size == 2:
+            (inverse, value), known = _one_each(gram, damping, variant, products, ranks)
+        else:
+            inverse, value = diagonal or inverse_diagonal(gram, damping, ranks)
         score, used = torch.where(inverse > 0, inverse.rsqrt(), 0.0), damping._replace(value=value)
-    rho = variant.rho + variant.follow * used.value
-    matrix, value = normalised_inverse(gram, used, rho, ranks)
-    return Operator(matrix.mul_(rho).to(products), scale, score, value)
+    matrix, value = known or _iterated(gram, used, variant, products, ranks)
+    return Operator(matrix, scale, score, value)
+
+
+def _iterated(gram: Tensor, damping: Damping, variant: Variant, products: torch.dtype, ranks: Ranks) -> Factor:
+    """M, and the damping used."""
+    rho = variant.rho + variant.follow * damping.value
+    matrix, value = normalised_inverse(gram, damping, rho, ranks)
+    return Factor(matrix.mul_(rho).to(products), value)
+
+
+def _one_each(
+    gram: Tensor, damping: Damping, variant: Variant, products: torch.dtype, ranks: Ranks
+) -> tuple[Factor, Factor | None]:
+    """inverse_diagonal on the first of two ranks, and M on the second one at the same time: (both, on both).
+
+    Beside sharing each of them, a third of the bytes is sent, and what ranks cannot share is done once. M is None
+    where the diagonal needed another damping.
+    """
+    diagonal, made = gram.new_empty(len(gram)), gram.new_empty(gram.shape, dtype=products) if not ranks.rank else None
+    if made is None:
+        made, value = _iterated(gram, damping, variant, products, ALONE)
+    else:
+        diagonal, value = inverse_diagonal(gram, damping, ALONE)
+    first, second = ranks.gather(value)
+    ranks.broadcast_(diagonal, 0)
+    if first != damping.value:
+        return Factor(diagonal, first), None
+    ranks.broadcast_(made.view(torch.uint8), 1)
+    return Factor(diagonal, first), Factor(made, second)
 
 
 def solve(

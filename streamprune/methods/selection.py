@@ -101,10 +101,10 @@ def parse_sparsity(text: str | float) -> float:
     """Turn "0.5" into 0.5, the fraction of each row to prune, 0 <= sparsity < 1. Raises UsageError."""
     try:
         sparsity = float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         sparsity = math.nan
     if math.isnan(sparsity):
-        raise UsageError(f"sparsity {text!r} is not a number; for example --sparsity 0.5")
+        raise UsageError(f"sparsity {text!r} is not a number; for example --sparsity 0.5, or --pattern 2:4")
     if not 0 <= sparsity < 1:
         hint = f"; did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
         raise UsageError(f"sparsity {text!r} is not a fraction (0 <= S < 1){hint}")

@@ -79,12 +79,6 @@ class CopyStream:
         return host
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means out of memory: from torch's allocators, of a device or the CPU, or a CUDA library."""
-    messages = ("DefaultCPUAllocator", "CUDA error: out of memory", "HIP error: out of memory", "_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(m in str(error) for m in messages)
-
-
 def is_of_device(error: BaseException) -> bool:
     """Whether an error is a failure of the device, rather than of its input. torch before 2.8 has no type for that."""
     kind = getattr(torch, "AcceleratorError", None)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from streamprune.disk.header import TensorRef
 from streamprune.disk.mapping import ShardMaps
-from streamprune.model.copies import CopyStream, Event, Sent, is_out_of_memory, received
+from streamprune.model.copies import CopyStream, Event, Sent, received
 from streamprune.process.background import BackgroundWorker, Latch
+from streamprune.process.memory import is_out_of_memory
 
 _PIECE_BYTES = 32 << 20
 _PIECES_IN_FLIGHT = 2

@@ -17,7 +17,6 @@ from streamprune.calibration.windows import Tokens, Windows
 from streamprune.disk.header import TensorRef
 from streamprune.errors import ResourceError
 from streamprune.model.activations import Activations
-from streamprune.model.copies import is_out_of_memory
 from streamprune.model.finite import finite_rows
 from streamprune.model.loader import WeightLoader
 from streamprune.model.routed import InputHook, Routed
@@ -25,6 +24,7 @@ from streamprune.model.routed_inputs import RoutedInputs
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
 from streamprune.model.streamed import StreamedModel
+from streamprune.process.memory import is_out_of_memory
 from streamprune.process.share import Share
 
 _CHECK_BYTES = 16 << 20
@@ -200,12 +200,11 @@ def retry_smaller(streamed: StreamedModel, work: Callable[[], Result]) -> Result
 
 @contextmanager
 def out_of_memory_named(device: torch.device) -> Iterator[None]:
-    """Turns torch's out-of-memory errors within it into a ResourceError."""
+    """Turns out-of-memory errors within it, of torch or of Python, into a ResourceError."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as e:
+    except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-        raise ResourceError(
-            f"{device} ran out of memory: {' '.join(str(e).split())[:120]}; free some and run the same command again"
-        ) from e
+        what = " ".join(str(e).split())[:120] or "a Python object did not fit"
+        raise ResourceError(f"{device} ran out of memory: {what}; free some and run the same command again") from e

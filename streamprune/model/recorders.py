@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from streamprune.errors import UnsupportedError
 from streamprune.model.calls import Call, Output
 from streamprune.model.configuration import one_line
-from streamprune.model.copies import is_of_device, is_out_of_memory
+from streamprune.model.copies import is_of_device
 from streamprune.model.skeleton import Skeleton
+from streamprune.process.memory import is_out_of_memory
 
 OUTPUTS = (None, 1, 2)
 """What layers may return, tried in this order: hidden states alone, or a tuple that has so many other things behind

@@ -30,6 +30,7 @@ from streamprune.disk.report import REPORT, report_fields
 from streamprune.disk.room import SLACK_BYTES, check_room
 from streamprune.disk.state import (
     JobState,
+    check_links,
     check_out,
     differences_of,
     find_finished,
@@ -178,9 +179,11 @@ def _reported(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallback
     """Runs a job whose output has a report of ours, or finds it done: (status, report)."""
     since = time.perf_counter()
     if (finished := find_finished(spec)) is not None:
+        _check_links(spec, checkpoint, finished)
         return "up-to-date", finished
     unfinished = find_unfinished(spec)
     if unfinished is not None and unfinished[0].is_complete:
+        _check_links(spec, checkpoint, unfinished[1])
         unfinished[0].publish()
         return "done", unfinished[1]
     state, found = _run(spec, checkpoint, None, unfinished, progress)
@@ -195,6 +198,12 @@ def _reported(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallback
     journal.write_json(state.partial / REPORT, "report", report)
     state.publish()
     return "done", report
+
+
+def _check_links(spec: PackSpec, checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
+    """See check_links."""
+    done = report.get(f"{spec.verb}ed")
+    check_links(spec.out, checkpoint, done.get("left_out", ()) if isinstance(done, dict) else ())
 
 
 def _restored(spec: PackSpec, checkpoint: Checkpoint, progress: ProgressCallback, originals: Originals) -> str:

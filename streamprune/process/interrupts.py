@@ -31,6 +31,8 @@ class _State:
     """Signals since `listening` began."""
     at_once: bool = False
     """Whether a signal ends the process at once, rather than raising KeyboardInterrupt."""
+    is_ending: bool = False
+    """Whether the next signal is ignored, see `ending`."""
     cleanups: list[Callable[[], object]] = field(default_factory=list)
     """Called before that, the latest first."""
 
@@ -49,8 +51,16 @@ def was_interrupted() -> bool:
     return bool(_state.received)
 
 
+def ending() -> None:
+    """Ignores one signal from now on: this process is about to end by itself, and has yet to say why."""
+    _state.is_ending = True
+
+
 def before_leaving(cleanup: Callable[[], object]) -> None:
-    """Registers `cleanup` to be called before a signal ends the process at once, until `forget`."""
+    """Registers `cleanup` to be called before a signal ends the process at once, until `forget`.
+
+    If it returns True, nothing is printed: another process has said why all of them end.
+    """
     _state.cleanups.append(cleanup)
 
 
@@ -62,17 +72,22 @@ def forget(cleanup: Callable[[], object]) -> None:
 
 def leave(number: int, frame: FrameType | None) -> NoReturn:
     """A signal handler that cleans up, prints one line and ends the process with exit code 130."""
+    told = False
     try:
         for cleanup in reversed(_state.cleanups):
             with contextlib.suppress(OSError):
-                cleanup()
+                told = cleanup() is True or told
         with contextlib.suppress(OSError):
-            os.write(2, b"streamprune: error: interrupted\n")
+            if not told:
+                os.write(2, b"streamprune: error: interrupted\n")
     finally:
         os._exit(INTERRUPTED)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
+    if _state.is_ending:
+        _state.is_ending = False
+        return
     if _state.at_once:
         leave(number, frame)
     _state.received.append(number)
@@ -91,7 +106,7 @@ def listen(handler: Callable[[int, FrameType | None], Any]) -> dict[signal.Signa
 @contextmanager
 def listening(program: bool) -> Iterator[None]:
     """Handles signals within it. Outside of `work` they end the process if it is our own `program`, not a caller's."""
-    _state.at_once = program
+    _state.at_once, _state.is_ending = program, False
     before = listen(_on_signal)
     unraisable_before, uncaught_before = sys.unraisablehook, sys.excepthook
 
@@ -111,7 +126,7 @@ def listening(program: bool) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         _state.received.clear()
-        _state.at_once = False
+        _state.at_once = _state.is_ending = False
 
 
 @contextmanager

@@ -41,6 +41,15 @@ def _peak_rusage() -> int:
     return peak if sys.platform == "darwin" else peak << 10
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means out of memory: of Python, torch's allocators (of any device), or a CUDA library."""
+    torch = sys.modules.get("torch")
+    kinds = (MemoryError, *([torch.OutOfMemoryError] if torch is not None else []))
+    messages = ("DefaultCPUAllocator", "CUDA error: out of memory", "HIP error: out of memory", "_STATUS_ALLOC_FAILED",
+                "Cuda failure 2 'out of memory'")  # fmt: skip
+    return isinstance(error, kinds) or any(m in str(error) for m in messages)
+
+
 def give_back_free_memory() -> None:
     """Returns free heap memory to the system (glibc only); without it, the process grows a little with every layer."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None

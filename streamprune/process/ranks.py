@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from streamprune.errors import ElsewhereError, ResourceError, StreampruneError, UsageError
+from streamprune.process.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,9 @@ _BEAT_SECONDS = 2.0
 
 _NEWS_SECONDS = 3.0
 """How long a rank whose connection broke waits for the error of the rank that broke it, and rank 0 for the others."""
+
+_GONE = ("onnection", "onnect to", "roken pipe", "ocket", "remote process", "emote error")
+"""Words in the errors of gloo, NCCL and the store for a rank that is no longer there."""
 
 
 class Ranks:
@@ -176,13 +180,14 @@ class Together(Ranks):
         if failed is not None:
             raise error if error and failed == self.rank else ElsewhereError(told[failed][0])
         for rank, (_, theirs) in enumerate(told):
-            if differing := [key for key in told[0][1] if told[0][1][key] != theirs.get(key)]:
+            first = told[0][1]
+            if differing := [key for key in {**first, **theirs} if first.get(key) != theirs.get(key)]:
                 if rank != self.rank:
                     raise ElsewhereError(UsageError.exit_code)
-                ours, first = (str(told[at][1][differing[0]]) for at in (rank, 0))
+                key = differing[0]
                 raise UsageError(
-                    f"rank {rank} is given another job than rank 0: {differing[0]} is {ours} here and {first} there; "
-                    "give all ranks the same model, text, version and arguments"
+                    f"rank {rank} is given another job than rank 0: {key} is {theirs.get(key)} here and "
+                    f"{first.get(key)} there; give all ranks the same model, text, version and arguments"
                 )
         assert found is not None
         return found
@@ -192,7 +197,12 @@ class Together(Ranks):
         since = time.perf_counter()
         try:
             yield
-        except RuntimeError as e:  # torch raises nothing more specific
+        except (RuntimeError, MemoryError) as e:  # torch raises nothing more specific
+            if is_out_of_memory(e):
+                raise ResourceError(
+                    f"rank {self.rank} ran out of memory while it exchanged data with other ranks; free some and run "
+                    "the same command again, it resumes"
+                ) from e
             raise self._lost(e) from e
         finally:
             self.waited += time.perf_counter() - since
@@ -202,24 +212,31 @@ class Together(Ranks):
             work, _ = self._sent.pop()
             work.wait()
 
-    def _lost(self, error: RuntimeError) -> StreampruneError:
-        """What a broken connection means: the error that another rank has left, or that it can leave none."""
+    def _lost(self, error: Exception) -> StreampruneError:
+        """What a failed exchange means: the error that another rank has left, or that it could leave none."""
         until = time.monotonic() + _NEWS_SECONDS
         with suppress(RuntimeError):  # the store may be gone as well
             while time.monotonic() < until:
                 if self._store.check(["error"]):
                     return ElsewhereError(json.loads(self._store.get("error"))["code"])
                 time.sleep(0.05)
-        why = "did not answer in time" if "imed out" in str(error) else "has died or cannot be reached"
-        return ResourceError(f"another rank {why}; run the same command again, it resumes")
+        text = " ".join(str(error).split())
+        if "imed out" in text:
+            why = "another rank did not answer in time"
+        elif any(word in text for word in _GONE):
+            why = "another rank has died or cannot be reached"
+        else:
+            why = f"rank {self.rank} could not exchange data with other ranks: {text[:160]}"
+        return ResourceError(f"{why}; run the same command again, it resumes")
 
-    def fail(self, code: int) -> int:
-        """Leaves this rank's error to the others; returns the rank that has failed first."""
+    def fail(self, code: int) -> ElsewhereError | None:
+        """Leaves this rank's error to the others; returns that of a rank that has failed before, if there is one."""
         with suppress(RuntimeError):
             mine = json.dumps({"rank": self.rank, "code": code})
             first = json.loads(self._store.compare_set("error", "", mine))
-            return int(first["rank"])
-        return self.rank
+            if first["rank"] != self.rank:
+                return ElsewhereError(first["code"])
+        return None
 
     def end(self) -> None:
         """Lets rank 0, which may hold the store, outlive the others by a little, so that they can read the error."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from streamprune.errors import INTERRUPTED, ElsewhereError, ResourceError, UsageError
+from streamprune.process import interrupts
 from streamprune.process.ranks import ALONE, Ranks, Together
 
 TIMEOUT_VARIABLE = "STREAMPRUNE_RANK_TIMEOUT"
@@ -22,6 +24,9 @@ TIMEOUT_SECONDS = 1800
 
 _JOIN_SECONDS = 120
 """How long a rank waits at least for the others to start."""
+
+_REFUSED_SECONDS = 30
+"""How long another rank than 0 waits, when a command is refused, for torchrun to end it: rank 0 says why."""
 
 
 def started_together() -> bool:
@@ -46,33 +51,54 @@ def settle_ranks(args: Namespace) -> None:
         alone = command
     if alone and started_together():
         if is_follower():
+            time.sleep(_REFUSED_SECONDS)  # the first rank that ends is the last to say anything
             raise ElsewhereError(UsageError.exit_code)
         raise UsageError(f"{alone} runs in a single process; run it without torchrun, or unset WORLD_SIZE")
 
 
 def prepare_environment() -> None:
-    """Lets Numba use as many threads as torchrun gives a rank. Before numba is imported."""
+    """Lets Numba use as many threads as torchrun gives a rank; before numba is imported.
+
+    Until it has joined the others, another rank than 0 is silent when a signal ends it: torchrun sends one to each.
+    """
+    if is_follower():
+        interrupts.before_leaving(_is_said_elsewhere)
     if started_together() and os.environ.get("OMP_NUM_THREADS"):
         os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks of this run, for as long as it is open. An error within it ends all ranks."""
+    """The ranks of this run, for as long as it is open. An error within it ends all ranks.
+
+    Raises the error on the rank that has failed first, and ElsewhereError with its exit code on all others: on those
+    that it has broken an exchange of, and on those that are stopped because of it.
+    """
     if not started_together():
         yield ALONE
         return
     ranks = _join()
+
+    def interrupted() -> bool:
+        return ranks.fail(INTERRUPTED) is not None
+
+    interrupts.forget(_is_said_elsewhere)
+    interrupts.before_leaving(interrupted)
     try:
         yield ranks
     except BaseException as e:
         code = INTERRUPTED if isinstance(e, KeyboardInterrupt) else getattr(e, "exit_code", 1)
-        first = ranks.rank if isinstance(e, ElsewhereError) else ranks.fail(code)
+        interrupts.ending()  # torchrun signals all others when the first rank ends
+        first = None if isinstance(e, ElsewhereError) else ranks.fail(code)
+        if first is not None or isinstance(e, ElsewhereError):
+            interrupts.before_leaving(_is_said_elsewhere)
         _leave()  # wakes those that wait for this rank
         ranks.end()
-        if first != ranks.rank:
-            raise ElsewhereError(code) from e
+        if first is not None:
+            raise first from e
         raise
+    finally:
+        interrupts.forget(interrupted)
     _leave()
 
 
@@ -104,6 +130,10 @@ def _leave() -> None:
 
     with suppress(RuntimeError):
         dist.destroy_process_group()
+
+
+def _is_said_elsewhere() -> bool:
+    return True
 
 
 def _number(variable: str, default: int) -> int:

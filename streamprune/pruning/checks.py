@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamprune.disk.checkpoint import Checkpoint
-from streamprune.disk.state import check_out, differences_of, find_finished, partial_of
+from streamprune.disk.state import check_links, check_out, differences_of, find_finished, partial_of
 from streamprune.errors import CorruptStateError, StateError, UsageError
 from streamprune.pruning.spec import JobSpec
 
@@ -68,7 +68,14 @@ def find_done_unlocked(spec: JobSpec) -> dict[str, Any] | None:
     return find_done(spec) if place.is_dir() and not os.access(place, os.W_OK | os.X_OK) else None
 
 
-def check_saved(spec: JobSpec, checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
+def check_finished(spec: JobSpec, checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
+    """Raises UsageError if a job that is finished, with this `report`, lacks something that it is asked for now: its
+    statistics in a file, or links of the source."""
+    check_links(spec.out, checkpoint, report.get("left_behind", ()))
+    _check_saved(spec, checkpoint, report)
+
+
+def _check_saved(spec: JobSpec, checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
     """Raises UsageError if a job is finished, with this `report`, and where it was to save its statistics are none, or
     those of another job."""
     if spec.save_stats is None:

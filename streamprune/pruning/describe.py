@@ -84,6 +84,9 @@ def describe_prune(
         recipe.needs_statistics or recipe.aims or save_stats is not None or propagation == "pruned"
         or recipe.allocate is not None
     )  # fmt: skip
+    uses = recipe.needs_statistics or recipe.aims or recipe.allocate or recipe.fp8_scale == "mse" or save_stats
+    if propagate == "pruned" and not uses:
+        raise UsageError(f"--propagate pruned is about calibration, and {recipe.name} needs none; leave it out")
     notes = list[str]()
     if not needs_pass and (given := _given(calibration)):
         why = f"{recipe.name} needs no calibration" if stats is None else "--stats are finished statistics"
@@ -132,18 +135,12 @@ def _recorded(out: Path) -> Mapping[str, Any]:
 
 def _amount(amount: float | str) -> tuple[float | None, str | None]:
     """(sparsity, pattern), one of which is None. Raises UsageError if `amount` is neither."""
-    if isinstance(amount, str):
-        from streamprune.methods.selection import parse_pattern
+    from streamprune.methods.selection import parse_pattern, parse_sparsity
 
+    if isinstance(amount, str):
         parse_pattern(amount)
         return None, amount
-    try:
-        sparsity = float(amount)
-    except (TypeError, ValueError):
-        raise UsageError(f"{amount!r} is neither a sparsity, such as 0.5, nor a pattern, such as 2:4") from None
-    if not 0 <= sparsity < 1:
-        raise UsageError(f"--sparsity {amount} is not in [0, 1); 0.5 prunes half of each row")
-    return sparsity, None
+    return parse_sparsity(amount), None
 
 
 def _check_new_values(recipe: Recipe, stats: str | Path | None, samples: int) -> None:

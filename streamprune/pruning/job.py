@@ -29,7 +29,7 @@ from streamprune.process.ranks import Ranks
 from streamprune.process.torchrun import joined
 from streamprune.process.versions import versions
 from streamprune.progress import ProgressCallback, no_progress
-from streamprune.pruning.checks import check_places, check_saved, find_done, find_done_unlocked
+from streamprune.pruning.checks import check_finished, check_places, find_done, find_done_unlocked
 from streamprune.pruning.describe import SHARD_SIZE, describe_calibrate, describe_prune, open_model
 from streamprune.pruning.report import notes_of
 from streamprune.pruning.spec import JobSpec
@@ -148,7 +148,7 @@ def _carry_out(
     begun = time.perf_counter()
     check_places(spec, checkpoint)
     if (finished := find_done_unlocked(spec)) is not None:
-        check_saved(spec, checkpoint, finished)
+        check_finished(spec, checkpoint, finished)
         return ranks.broadcast(_up_to_date(spec, finished, begun))
     durable.make_folder(spec.out.absolute().parent)
     with Lock(lock_of(spec.out)):
@@ -156,12 +156,12 @@ def _carry_out(
         if finished is not None:
             if spec.verb == "calibrate":
                 _discard_leftovers(spec)
-            check_saved(spec, checkpoint, finished)
+            check_finished(spec, checkpoint, finished)
             _drop_own_statistics(spec)
             return ranks.broadcast(_up_to_date(spec, finished, begun))
         unfinished = find_unfinished(spec)
         if unfinished is not None and unfinished[0].is_complete:
-            check_saved(spec, checkpoint, unfinished[1])
+            check_finished(spec, checkpoint, unfinished[1])
             unfinished[0].publish()
             _drop_own_statistics(spec)
             return ranks.broadcast(_result(spec, unfinished[1], "done"))

@@ -17,12 +17,13 @@ from streamprune.disk.header import TensorRef
 from streamprune.kernels import Selection
 from streamprune.methods.refits import Sample
 from streamprune.methods.stats import InputStats
-from streamprune.model.copies import CopyStream, is_out_of_memory
+from streamprune.model.copies import CopyStream
 from streamprune.model.finite import refuse_nonfinite, rows_of
 from streamprune.model.loader import WeightLoader
 from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.stages import Stage
 from streamprune.model.zeros import refuse_zeros
+from streamprune.process.memory import is_out_of_memory
 from streamprune.process.ranks import Ranks
 from streamprune.pruning.codes import coded
 from streamprune.pruning.kept_codes import zeroed

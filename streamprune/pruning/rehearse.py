@@ -9,7 +9,7 @@ from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.lock import check_free
 from streamprune.disk.state import find_unfinished, lock_of
 from streamprune.progress import no_progress
-from streamprune.pruning.checks import check_places, check_saved, find_done, find_done_unlocked
+from streamprune.pruning.checks import check_finished, check_places, find_done, find_done_unlocked
 from streamprune.pruning.prepare import check_before_gathering, prepare
 from streamprune.pruning.run import Run
 from streamprune.pruning.spec import JobSpec
@@ -31,11 +31,11 @@ def rehearse(spec: JobSpec, checkpoint: Checkpoint) -> Rehearsal:
         check_free(lock_of(spec.out))
         finished = find_done(spec)
     if finished is not None:
-        check_saved(spec, checkpoint, finished)
+        check_finished(spec, checkpoint, finished)
         return Rehearsal("up-to-date")
     unfinished = find_unfinished(spec, clears=False)
     if unfinished is not None and unfinished[0].is_complete:
-        check_saved(spec, checkpoint, unfinished[1])
+        check_finished(spec, checkpoint, unfinished[1])
         return Rehearsal("would finish")
     if spec.gathers:
         if unfinished is None:

@@ -142,7 +142,8 @@ class Run:
             return None
         from streamprune.pruning.tuned_shard import LayerTuning
 
-        return LayerTuning.of(self._layout.windows, self._target, self._forward, self._spec.expert_tokens)
+        done = self._committed.records
+        return LayerTuning.of(self._layout.windows, self._target, self._forward, self._spec.expert_tokens, done)
 
     def check(self) -> Output | None:
         """The checks before the first stage, which write nothing; returns the output, as far as it has been written."""

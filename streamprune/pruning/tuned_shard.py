@@ -13,7 +13,7 @@ Nothing within this is kept when a job is interrupted: the layer begins again, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,13 +24,13 @@ from streamprune.disk.durable import Buffer, FilePart
 from streamprune.disk.header import TensorRef
 from streamprune.disk.shards import Part, fill_in_order
 from streamprune.errors import ResourceError
-from streamprune.model.copies import is_out_of_memory
 from streamprune.model.differentiable import BoundExperts
 from streamprune.model.frozen_experts import FrozenExperts, SpareWeight
 from streamprune.model.loader import WeightLoader
 from streamprune.model.naming import pieces_of
 from streamprune.model.pairs import Pairs
 from streamprune.model.stages import Stage
+from streamprune.process.memory import is_out_of_memory
 from streamprune.pruning.expert_tuning import ExpertTuner, put_back
 from streamprune.pruning.forward import CalibrationPass
 from streamprune.pruning.linears import CHUNK_BYTES
@@ -41,24 +41,32 @@ from streamprune.pruning.tuning import BlockTuner, New, Tuning, tuned_names
 
 
 class LayerTuning:
-    """Tunes the layers of one job, `most` windows at a time; fewer once memory has run out.
+    """Tunes the layers of one job, `whole` windows at a time; fewer once memory has run out, `most` from the beginning.
 
     Experts that see fewer than `least` tokens stay as they are.
     """
 
-    def __init__(self, target: Target, forward: CalibrationPass, tuning: Tuning, most: int, least: int) -> None:
+    def __init__(
+        self, target: Target, forward: CalibrationPass, tuning: Tuning, whole: int, most: int, least: int
+    ) -> None:  # fmt: skip
         self._target, self._forward, self._tuning, self._most = target, forward, tuning, most
-        self._whole, self._least = most, least
+        self._whole, self._least = whole, least
         self._ranks = forward.share.ranks
 
     @classmethod
     def of(
-        cls, windows: int, target: Target | None, forward: CalibrationPass | None, least: int
+        cls, windows: int, target: Target | None, forward: CalibrationPass | None, least: int,
+        done: Sequence[StageRecord] = (),
     ) -> LayerTuning | None:  # fmt: skip
-        """That of a job, None where it tunes nothing; `windows` are what memory allows at once."""
+        """That of a job, None where it tunes nothing; `windows` are what memory allows at once.
+
+        After the stages that are `done` it goes on with as many windows as they had in the end, as if it had never
+        stopped: sums of gradients depend on how many are taken at once.
+        """
         if target is None or forward is None or (recipe := target.recipe).tune_epochs is None or recipe.tune_lr is None:
             return None
-        return cls(target, forward, Tuning(recipe.tune_epochs, recipe.tune_lr), windows, least)
+        most = min([windows, *((stage.tune or {}).get("out_of_memory_windows", windows) for stage in done)])
+        return cls(target, forward, Tuning(recipe.tune_epochs, recipe.tune_lr), windows, most, least)
 
     def wants_routed(self, stage: Stage) -> bool:
         """Whether the pass has to record what a layer's experts are given."""
