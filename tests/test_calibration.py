@@ -86,7 +86,8 @@ def test_jobs_with_replaced_tokens(models: Models, files: dict[str, Path], tmp_p
     made, wanted = (tmp_path / name / "model.safetensors" for name in ("out", "wanted"))
     assert made.read_bytes() == wanted.read_bytes()
     assert found.report["job"]["replace_tokens"] == found.report["calibration"]["replace_tokens"] == 0.5
-    assert "--replace-tokens 0.5" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--replace-tokens 0.5" in card and "50 % of the tokens of every second one are random" in card
     assert "--replace-tokens 0 " in (tmp_path / "wanted" / "README.md").read_text().replace("\n", " ")
 
 

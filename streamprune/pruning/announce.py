@@ -79,7 +79,7 @@ def _calibration(spec: JobSpec, samples: int, length: int, propagate: str) -> st
         text = spec.calibration.path.name if spec.calibration.path is not None else "the built-in text"
         inputs = {"dense": "of the dense model", "pruned": "of the pruned layers"}.get(propagate, "of both models")
         share = spec.recipe.replace_tokens if spec.recipe else None
-        random = f", {100 * share:.4g} % of every second one replaced by random tokens" if share else ""
+        random = f" ({100 * share:.4g} % of the tokens of every second one random)" if share else ""
         return f"calibrated on {samples} windows of {length} tokens of {text}{random}, with inputs {inputs}"
     if spec.stats_path is not None:
         return f"with the statistics in {spec.stats_path.name}"

@@ -173,7 +173,9 @@ def _table(spec: JobSpec, recipe: Recipe, calibration: Mapping[str, Any], record
     if calibration.keys() >= {"text", "samples", "seqlen", "seed"}:
         windows = f"{calibration['samples']} windows of {calibration['seqlen']} tokens, seed {calibration['seed']}"
         of = ", of the built-in text" if calibration["text"] == "built-in" else ""
-        rows.append(("calibrated on", windows + of))
+        share = calibration.get("replace_tokens")
+        replaced = f"; {100 * share:.4g} % of the tokens of every second one are random" if share else ""
+        rows.append(("calibrated on", windows + of + replaced))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions().items())))
     return "\n".join(
         ["| | |", "|---|---|", *(f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows)]

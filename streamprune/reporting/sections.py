@@ -74,7 +74,9 @@ def _rows(facts: Facts, calibration: dict[str, object]) -> Iterator[tuple[str, s
             yield what, plain(job[what])
     samples, seqlen = number(calibration.get("samples")), number(calibration.get("seqlen"))
     if samples is not None and seqlen is not None:
-        yield "calibrated on", f"{plain(calibration.get('text'))}: {samples:.0f} windows of {seqlen:.0f} tokens"
+        share = number(calibration.get("replace_tokens"))
+        random = f", {_percent(share)} of the tokens of every second one random" if share else ""
+        yield "calibrated on", f"{plain(calibration.get('text'))}: {samples:.0f} windows of {seqlen:.0f} tokens{random}"
     if calibration.get("propagate") is not None:
         yield "propagated", plain(calibration["propagate"])
     resolved = facts.report.get("resolved")
