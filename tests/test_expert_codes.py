@@ -161,6 +161,12 @@ def test_what_is_evaluated(tokens: Path, tmp_path: Path, kind: str) -> None:
     assert abs(found - wanted) < 1e-5 * wanted, (found, wanted)
 
 
+def test_a_single_expert(tokens: Path, tmp_path: Path) -> None:
+    source = save_mixture(tmp_path / "model", "llama4_text", "bfloat16", num_local_experts=1)
+    after = stored(run(source, tmp_path / "out", tokens))
+    assert after["model.layers.0.feed_forward.experts.0.gate_proj.weight"].dtype == torch.float8_e4m3fn
+
+
 def test_pruned_again(sources: Sources, tokens: Path, tmp_path: Path) -> None:
     out = run(sources("llama4_text")[0], tmp_path / "out", tokens)
     again = stored(run(out, tmp_path / "again", tokens, method="wanda"))
@@ -172,13 +178,15 @@ def test_those_that_nobody_loads(sources: Sources, tokens: Path, tmp_path: Path)
     model = save_mixture(tmp_path / "model", "aria_text", "bfloat16")
     with pytest.raises(UnsupportedError, match="neither transformers nor vLLM is known to load experts of aria_text"):
         run(model, tmp_path / "out", tokens)
-    with pytest.raises(UnsupportedError, match="all of a layer's experts, or none"):
+    with pytest.raises(UnsupportedError, match="all of a layer's experts"):
         run(sources("llama4_text")[0], tmp_path / "out", tokens, skip=r"experts\.3\.")
-    with pytest.raises(UnsupportedError, match="all of a layer's experts, or none"):
+    with pytest.raises(UnsupportedError, match="all of a layer's experts"):
         run(sources("llama4_text")[0], tmp_path / "out", tokens, only="gate_up_proj")
+    with pytest.raises(UnsupportedError, match="all of a layer's experts"):  # transformers would make linears of them
+        run(sources("llama4_text")[0], tmp_path / "out", tokens, skip=r"\.experts\.")
     assert not (tmp_path / "out").exists()
-    skipped = stored(run(sources("llama4_text")[0], tmp_path / "out", tokens, skip=r"\.experts\."))
-    assert skipped["model.layers.0.feed_forward.experts.gate_up_proj"].dtype == torch.bfloat16
+    skipped = stored(run(sources("qwen3_moe")[0], tmp_path / "out", tokens, skip=r"\.experts\."))
+    assert skipped["model.layers.0.mlp.experts.gate_up_proj"].dtype == torch.bfloat16
 
 
 def test_families_are_those_of_transformers() -> None:

@@ -8,7 +8,6 @@ loads them: transformers reads those that its tables can merge again, vLLM some 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +28,8 @@ IN_TRANSFORMERS = frozenset({
 Llama 4 only where they are quantised."""
 IN_VLLM = frozenset({"granitemoe", "granitemoehybrid"})
 """Families whose experts only vLLM reads like that."""
+_ALWAYS_APART = frozenset({"llama4", "llama4_text"})
+"""Families whose experts transformers takes for linears in every checkpoint of compressed-tensors."""
 
 Apart = Mapping[str, tuple[TensorRef, ...]]
 """Linear of an expert -> what it is stored as: matrices (out, in) of which each has rows of it, one below the other.
@@ -40,10 +41,10 @@ def experts_apart(kind: str, linears: Mapping[str, TensorRef], model: Outline) -
 
     `kind` is the model type. Raises UnsupportedError where no program would load them.
     """
-    homes = Counter(ref.name for stage in model.stages for ref in stage.linears.values())
+    shapes = {ref.name: ref.shape for stage in model.stages for ref in stage.tensors}
     found: dict[str, tuple[TensorRef, ...]] = {}
     for name, ref in linears.items():
-        if homes[ref.name] == 1:
+        if shapes[ref.name] == ref.shape:
             continue
         if kind not in IN_TRANSFORMERS | IN_VLLM or name.rpartition(".")[2] not in APART:
             raise UnsupportedError(
@@ -53,15 +54,20 @@ def experts_apart(kind: str, linears: Mapping[str, TensorRef], model: Outline) -
                 "loads (vLLM: --quantization fp8)"
             )
         found[name] = _matrices(name, ref, name in model.transposed)
-    for stage in model.stages:
-        for experts in stage.experts:
-            left = [name for name in experts.linears if name not in linears]
-            if left and len(left) < len(experts.linears) and any(name in found for name in experts.linears):
-                raise UnsupportedError(
-                    f"{left[0]} is not pruned, but others of {experts.path} are; in FP8, experts of {kind} can only be "
-                    "loaded together: let --only and --skip choose all of a layer's experts, or none"
-                )
+    for experts in (experts for stage in model.stages for experts in stage.experts):
+        left = [name for name in experts.linears if name not in linears]
+        if left and (any(name in found for name in experts.linears) or _has_fused(kind, model, left[0], shapes)):
+            raise UnsupportedError(
+                f"{left[0]} is not pruned; in FP8, experts of {kind} can only be loaded all together: let --only and "
+                "--skip choose all of a layer's experts"
+            )
     return found
+
+
+def _has_fused(kind: str, model: Outline, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a linear is in a tensor that is not loaded beside linears in FP8: transformers expects linears there."""
+    ref = next(stage.linears[name] for stage in model.stages if name in stage.linears)
+    return kind in _ALWAYS_APART and shapes[ref.name] != ref.shape
 
 
 def _matrices(name: str, ref: TensorRef, transposed: bool) -> tuple[TensorRef, ...]:
