@@ -111,7 +111,7 @@ def test_a_wrong_reference_would_show(trials: Callable[[str], Trial], monkeypatc
     with pytest.raises(AssertionError):
         CHECKS["eval"](trial)
     assert CHECKS["FP8"](trial) == "yes"
-    monkeypatch.setattr("streamprune.model.binding._rounded", lambda x: x)
+    monkeypatch.setattr("streamprune.model.binding.rounded", lambda x: x)
     with pytest.raises(AssertionError):
         CHECKS["FP8"](trial)
 

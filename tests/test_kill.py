@@ -46,8 +46,8 @@ def whole(
 ) -> Iterator[tuple[Tree, float]]:
     """The uninterrupted output, and how long it took from the first stage to the last."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    with _start(command(out), environment) as run:
-        _wait_for(run, 1)
+    with start(command(out), environment) as run:
+        wait_for(run, 1)
         begun = time.perf_counter()
         _, errors = run.communicate(timeout=120)
         took = time.perf_counter() - begun
@@ -59,13 +59,13 @@ def weights(out: Path) -> Tree:
     return {name: content for name, content in tree_of(out).items() if name != REPORT}
 
 
-def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
-def _wait_for(run: subprocess.Popen[str], stages: int) -> list[str]:
+def wait_for(run: subprocess.Popen[str], stages: int) -> list[str]:
     """Reads progress until so many stages are finished."""
     assert run.stderr
     lines: list[str] = []
@@ -80,7 +80,7 @@ def _run(command: list[str], environment: dict[str, str], *more: str) -> subproc
     return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
-def _finish(command: list[str], environment: dict[str, str], out: Path, wanted: Tree) -> None:
+def finish(command: list[str], environment: dict[str, str], out: Path, wanted: Tree) -> None:
     """The same command finishes the job, and then finds it finished."""
     done = _run(command, environment, "--json")
     assert done.returncode == 0, done.stderr
@@ -95,16 +95,16 @@ def _finish(command: list[str], environment: dict[str, str], out: Path, wanted: 
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
-def _kill_until_done(
+def kill_until_done(
     command: list[str], environment: dict[str, str], out: Path, chance: random.Random, took: float, kills: int
 ) -> int:
     """Kills the job at random moments, again and again; returns how many of the kills hit a living job."""
     hits = 0
     for _ in range(kills):
-        with _start(command, environment) as run:
+        with start(command, environment) as run:
             if chance.random() < 0.8:
                 try:
-                    _wait_for(run, 1)
+                    wait_for(run, 1)
                 except AssertionError:  # done already
                     run.wait(60)
                     return hits
@@ -128,9 +128,9 @@ def test_killed_at_random(
     tmp_path: Path, command: Callable[[Path], list[str]], environment: dict[str, str], whole: tuple[Tree, float]
 ) -> None:
     out = tmp_path / "out"
-    _kill_until_done(command(out), environment, out, random.Random(1), whole[1], 2)
+    kill_until_done(command(out), environment, out, random.Random(1), whole[1], 2)
     if not out.exists():
-        _finish(command(out), environment, out, whole[0])
+        finish(command(out), environment, out, whole[0])
     assert weights(out) == whole[0]
 
 
@@ -141,9 +141,9 @@ def test_killed_many_times(
     hits = 0
     for seed in range(25):
         out = tmp_path / str(seed) / "out"
-        hits += _kill_until_done(command(out), environment, out, random.Random(f"many {seed}"), whole[1], 4)
+        hits += kill_until_done(command(out), environment, out, random.Random(f"many {seed}"), whole[1], 4)
         if not out.exists():
-            _finish(command(out), environment, out, whole[0])
+            finish(command(out), environment, out, whole[0])
         assert weights(out) == whole[0]
     assert hits > 25
 
@@ -154,8 +154,8 @@ def test_interrupted(
     """By Ctrl-C, then by SIGTERM, then not."""
     out = tmp_path / "out"
     for number in (signal.SIGINT, signal.SIGTERM):
-        with _start(command(out), environment) as run:
-            _wait_for(run, 1)
+        with start(command(out), environment) as run:
+            wait_for(run, 1)
             run.send_signal(number)
             output, errors = run.communicate(timeout=60)
         lines = [line for line in errors.splitlines() if not line.startswith("prune: ")]

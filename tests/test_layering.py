@@ -89,7 +89,7 @@ HOUSE: dict[str, list[str]] = {
         "lm_eval tasks",
     ],
     "pruning": [
-        "codes kept_codes linears records refit spec",
+        "codes expert_codes kept_codes linears records refit spec",
         "checks command describe quantise report shared target tuning windows",
         "array_shard card expert_tuning forward output pruned_linears setup",
         "allocate finish memory paired refitted_ahead tuned_shard",

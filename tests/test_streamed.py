@@ -12,11 +12,14 @@ import pytest
 import torch
 from calls import calibrate, evaluate, prune
 from conftest import VOCAB, tiny_config
+from mixtures import save_mixture
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+from whole_model import in_memory, perplexity
+from windows import cut
 
 from streamprune.disk.checkpoint import open_checkpoint
 from streamprune.disk.mapping import ShardMaps
@@ -411,3 +414,13 @@ def test_a_failing_device_says_nothing_about_the_model(
     monkeypatch.setattr(LlamaModel, "forward", failing)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         walked(models(), [ids])
+
+
+def test_ids_that_follow_the_embedding(tmp_path: Path) -> None:
+    """Llama 4 moves token ids to where its embedding is, which in another dtype is bound only row by row."""
+    source = save_mixture(tmp_path / "model", "llama4_text", "bfloat16")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(5, 150, 64))
+    found = evaluate(source, tmp_path / "ids.npy", seqlen=16, dtype="float32").perplexity
+    held = torch.from_numpy(cut(tmp_path / "ids.npy", source, VOCAB, 16).astype(np.int64))
+    wanted = perplexity(in_memory(source), held)
+    assert abs(found - wanted) < 2e-3 * wanted, "states are kept in bfloat16"

@@ -100,7 +100,13 @@ def is_transposed(checkpoint: Checkpoint, name: str) -> bool:
     kind, leaf = checkpoint.config.get("model_type"), name.rpartition(".")[2]
     conv1d = kind in _CONV1D_MODELS and leaf in _CONV1D_NAMES
     stacked = kind == "dbrx" and bool(_STACKED_DOWN.search(name))
-    return conv1d or stacked or (kind in _TRANSPOSED_EXPERTS and ".experts." in name and bool(_FUSED.search(leaf)))
+    together = kind in _TRANSPOSED_EXPERTS and ".experts." in name and bool(_FUSED.search(leaf))
+    return conv1d or stacked or (together and not _is_apart(checkpoint, name))
+
+
+def _is_apart(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether an expert's linear has a tensor of its own, as stored for FP8: such are (out, in) in all models."""
+    return f"{name}.weight" in checkpoint.tensors
 
 
 def compile_filter(flag: str, pattern: str | None) -> re.Pattern[str] | None:

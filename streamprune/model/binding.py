@@ -28,11 +28,9 @@ from streamprune.model.bound_experts import bind_experts
 from streamprune.model.finite import refuse_bad_scales
 from streamprune.model.loader import WeightLoader
 from streamprune.model.naming import pieces_of
-from streamprune.model.panels import dequantised, in_panels, linear_in_panels
+from streamprune.model.panels import dequantised, in_panels, linear_in_panels, rounded
 from streamprune.model.routed import InputHook, Routed
 from streamprune.model.skeleton import Skeleton, is_table
-
-_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 @contextmanager
@@ -171,7 +169,7 @@ def _bind_codes(
 ) -> Callable[[], None]:
     """Makes a linear compute with FP8 codes (out, in) and their scale, as the scheme says; returns an undo function."""
     before, forward = module._parameters["weight"], module.forward
-    quantised = _rounded if scheme is None or scheme.rounds_inputs else _unchanged
+    quantised = rounded if scheme is None or scheme.rounds_inputs else _unchanged
     if type(module) is nn.Linear and called:
         # Some callers read the weight's dtype (DeepSeek-V3.2's indexer). If one read its values, NaN would show it.
         placeholder = codes.new_full((), torch.nan, dtype=dtype).expand(codes.shape)
@@ -218,6 +216,9 @@ def _bind_embedding(module: nn.Module, table: Tensor, dtype: torch.dtype, device
         return (places.to(device), *args[1:])
 
     handle = module.register_forward_pre_hook(bind_rows)
+    # Llama 4 moves token ids to the device of the weight. If something read its values, NaN would show it.
+    placeholder = torch.full((), torch.nan, dtype=dtype, device=device).expand(table.shape)
+    module._parameters["weight"] = nn.Parameter(placeholder, requires_grad=False)
     padding = getattr(module, "padding_idx", None)
     if padding is not None:
         module.__dict__["padding_idx"] = None  # the padding row may not be among those looked up
@@ -228,13 +229,6 @@ def _bind_embedding(module: nn.Module, table: Tensor, dtype: torch.dtype, device
         module._parameters["weight"] = before
 
     return end
-
-
-def _rounded(x: Tensor) -> Tensor:
-    """x (…, in) rounded to FP8 and back, with a scale for each token from its largest value, as vLLM does."""
-    scale = x.abs().amax(-1, keepdim=True) / _FP8_MAX
-    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
-    return (x / scale).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
 def _unchanged(x: Tensor) -> Tensor:

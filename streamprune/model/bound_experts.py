@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from streamprune.disk.float_quantized import SCALE
 from streamprune.disk.header import TensorRef
-from streamprune.model.expert_forms import form_of
+from streamprune.model.expert_forms import Form, form_of
 from streamprune.model.finite import refuse_bad_scales
 from streamprune.model.loader import WeightLoader
-from streamprune.model.panels import dequantised, in_panels, product
+from streamprune.model.panels import dequantised, in_panels, product, rounded
 from streamprune.model.routed import Forwards, InputHook, immediate_forward
 from streamprune.model.skeleton import Skeleton
 
@@ -21,10 +21,13 @@ class ExpertWeights:
     """The weights of a module's experts, loaded when they are used: see routed.Weights.
 
     Weights in FP8 or in another dtype than x are converted a panel of rows at a time. Inputs of FP8 experts are not
-    rounded to FP8: transformers, unlike vLLM, does that for nn.Linear only.
+    rounded to FP8, except for those of Llama 4: transformers, unlike vLLM, does that for nn.Linear only.
     """
 
-    def __init__(self, skeleton: Skeleton, loader: WeightLoader, refs: Mapping[str, TensorRef]) -> None:
+    def __init__(
+        self, skeleton: Skeleton, loader: WeightLoader, refs: Mapping[str, TensorRef], form: Form
+    ) -> None:  # fmt: skip
+        self._rounds = form.rounds_inputs and (skeleton.scheme is None or skeleton.scheme.rounds_inputs)
         self._skeleton, self._loader, self._refs = skeleton, loader, refs
         self._held: dict[str, tuple[Tensor, ...]] = {}
         self.device = loader.device
@@ -43,7 +46,7 @@ class ExpertWeights:
         """x (n, in) · Wᵀ: (n, out), in x's dtype."""
         weight = self.stored(name)[1]
         if len(self._held[name]) > 1:
-            scale = self._held[name][1]
+            scale, x = self._held[name][1], rounded(x) if self._rounds else x
             return in_panels(x, len(weight), None, lambda begin, end: dequantised(weight, scale, begin, end, x.dtype))
         return product(weight.t() if name in self._skeleton.transposed else weight, x)
 
@@ -72,9 +75,9 @@ def bind_experts(
     watch: InputHook | None, weighted: bool, routed: Forwards | None,
 ) -> Callable[[], None]:  # fmt: skip
     """Makes a module of experts compute one expert at a time; returns a function that undoes it."""
-    weights, experts = ExpertWeights(skeleton, loader, refs), skeleton.experts[path]
     form = form_of(skeleton.model, path, module)
     assert form is not None
+    weights, experts = ExpertWeights(skeleton, loader, refs, form), skeleton.experts[path]
     if routed is None:
         forward = immediate_forward(form, experts, weights, watch, weighted)
     else:

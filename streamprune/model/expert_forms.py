@@ -27,6 +27,8 @@ class Form:
 
     scales_inputs = False
     """Whether routing weights multiply the inputs of experts instead of their outputs."""
+    rounds_inputs = False
+    """Whether inputs of experts in FP8 are rounded, too: transformers makes linears of them then."""
     identities = False
     """Whether experts of higher numbers than have weights give back what they are given."""
     beside: tuple[str, ...] = ()
@@ -114,6 +116,7 @@ class _Llama4(_Gated):
     that are zero where the expert is not chosen. The layer's block is replaced, so that no copies are made."""
 
     scales_inputs = True
+    rounds_inputs = True
 
     @property
     def caller(self) -> Any:

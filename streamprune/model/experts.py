@@ -30,6 +30,10 @@ Instead of a position, TRANSPOSED, or OTHER for an operation that is not support
 
 TRANSPOSED, OTHER = -1, -2
 
+APART = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+"""What a matrix of an expert is stored as, one below the other, where a checkpoint has linears (out, in) for each
+expert although transformers does not: as llm-compressor and `--quantize fp8` write experts of one tensor."""
+
 _NUMBER = re.compile(r"\.(\d+)\.")
 _POOLED = "pooled"
 
@@ -71,6 +75,9 @@ def find_experts(
         whole, shape, turned = f"{path}.{leaf}", form.stored_shape(leaf), form.is_transposed(leaf)
         if whole in stored:
             found = _sliced(path, form.name(leaf), stored[whole], shape, form.shape(leaf))
+        elif whole not in pieces and (apart := _apart(path, leaf, stored, form.count)):
+            shape, turned = (shape[0], *shape[:0:-1]) if turned else shape, False
+            found = _pieced(path, apart, shape, turned, form.count)
         elif whole not in pieces:
             raise CheckpointError(f"tensor {whole} is missing; is the download complete?")
         elif all(place == TRANSPOSED for _, place, _ in pieces[whole]):
@@ -87,6 +94,12 @@ def find_experts(
     up = tuple(tuple(name for leaf in form.up for name in names[leaf][e]) for e in range(form.count))
     down = tuple(matrices[0] for matrices in names[form.down])
     return Experts(path, up, down, frozenset(transposed)), refs
+
+
+def _apart(path: str, leaf: str, stored: Mapping[str, TensorRef], count: int) -> Pieces:
+    """The tensors of a parameter of experts that are stored as linears of their own, see APART; or none."""
+    names = [(f"{path}.{e}.{one}.weight", place) for e in range(count) for place, one in enumerate(APART.get(leaf, ()))]
+    return [(name, place, stored[name]) for name, place in names if name in stored]
 
 
 def _sliced(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from streamprune.methods.fp8 import dequantise
 
 _PANEL_BYTES = 32 << 20
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def product(weight: Tensor, x: Tensor) -> Tensor:
@@ -40,3 +41,10 @@ def in_panels(x: Tensor, out_features: int, bias: Tensor | None, panel: Callable
         part = None if bias is None else bias[begin:end].to(x.dtype)
         out[..., begin:end] = F.linear(x, panel(begin, end), part)
     return out
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x (…, in) rounded to FP8 and back, with a scale for each token from its largest value, as vLLM does."""
+    scale = x.abs().amax(-1, keepdim=True) / _FP8_MAX
+    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+    return (x / scale).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype) * scale

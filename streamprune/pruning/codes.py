@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -30,14 +29,11 @@ def coded(ref: TensorRef) -> tuple[TensorRef, TensorRef]:
 
 
 def check_codable(linears: Mapping[str, TensorRef], model: Outline) -> None:
-    """Raises UnsupportedError for a linear that a `float-quantized` checkpoint cannot represent."""
-    homes = Counter(ref.name for stage in model.stages for ref in stage.linears.values())
+    """Raises UnsupportedError for a linear that a `float-quantized` checkpoint cannot represent.
+
+    Not for `linears` that are parts of a tensor (expert_codes.py).
+    """
     for name, ref in linears.items():
-        if homes[ref.name] > 1:
-            raise UnsupportedError(
-                f"{name} is a part of {ref.name}, which holds all experts, and FP8 checkpoints cannot have scales for "
-                "such tensors; leave the experts out with --skip '\\.experts\\.'"
-            )
         if name in model.transposed:
             raise UnsupportedError(
                 f"{name} is a Conv1D, which FP8 checkpoints cannot hold; pass --quantize none, or --skip it"

@@ -255,6 +255,9 @@ class CalibrationPass:
         before = {ref.name: ref for ref in stage.tensors}
         for name, ref in self.streamed.skeleton.sources.items():
             if name.startswith(stage.prefix + "."):
+                if ref.name not in written.tensors:  # an expert's, which was all experts' before
+                    sources |= {name + end: written.tensors[name + end] for end in ("", SCALE)}
+                    continue
                 now = written.tensors[ref.name]
                 if ref.shape != now.shape:  # one expert's part of a tensor
                     begin = now.begin + ref.begin - before[ref.name].begin

@@ -9,6 +9,7 @@ of the stage, so that the last stage's is the hash of the whole file.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ import xxhash
 
 from streamprune.disk.checkpoint import Checkpoint
 from streamprune.disk.durable import FilePart
+from streamprune.disk.float_quantized import SCALE
+from streamprune.disk.header import TensorRef
 from streamprune.disk.shards import Part, arrange
 from streamprune.errors import CorruptStateError
 from streamprune.model.stages import Stage
+from streamprune.pruning.codes import coded
 from streamprune.pruning.records import StageRecord
 from streamprune.pruning.target import Target
 
@@ -31,6 +35,7 @@ class Output:
 
     def __init__(self, folder: Path, target: Target, shard_bytes: int | None) -> None:
         self._folder = folder
+        self._apart = {name: [coded(part) for part in parts] for name, parts in target.apart.items()}
         stages = target.skeleton.stages
         parts = arrange([target.tensors_of(stage) for stage in stages], shard_bytes)
         self._parts = {stage.name: part for stage, part in zip(stages, parts, strict=True)}
@@ -65,11 +70,19 @@ class Output:
         return {"name": file.path.name, "begin": file.begin, "bytes": file.size, "xxh3_128": file.digest}
 
     def written(self, stage: Stage) -> Checkpoint:
-        """A checkpoint with the tensors of a stage that has been written, for reading them again."""
+        """A checkpoint with the tensors of a stage that has been written, for reading them again.
+
+        Experts' matrices that are stored in parts, which lie behind one another, are there as a whole, too, as
+        `linear.weight`.
+        """
         part = self.part(stage)
+        tensors = {ref.name: ref for ref in part.tensors}
+        for name in stage.linears if self._apart else ():
+            if name in self._apart:
+                tensors |= _whole(name, [[tensors[each.name] for each in made] for made in self._apart[name]])
         info = (self._folder / part.name).stat()
         return Checkpoint(
-            self._folder, {ref.name: ref for ref in part.tensors}, (part.name,), {}, {}, {},
+            self._folder, tensors, (part.name,), {}, {}, {},
             {part.name: (info.st_size, info.st_mtime_ns)},
         )  # fmt: skip
 
@@ -98,6 +111,20 @@ class Output:
             self._before = _digest(self._folder / last.name, last.end)
             if self._before.hexdigest() != shards[-1]["xxh3_128"]:
                 raise _damaged(self._folder / last.name)
+
+
+def _whole(name: str, parts: Sequence[Sequence[TensorRef]]) -> dict[str, TensorRef]:
+    """Codes and scales of a linear as one tensor each, of its `parts` (codes, scales).
+
+    These lie behind one another: in a shard, FP8 tensors and then their scales are in the order of their names, and no
+    name is between those of an expert's gate and up projection.
+    """
+    found = {}
+    for end, refs in zip(("", SCALE), zip(*parts, strict=True), strict=True):
+        whole = f"{name}.weight{end}"
+        rows = sum(ref.shape[0] for ref in refs)
+        found[whole] = replace(refs[0], name=whole, shape=(rows, refs[0].shape[1]), end=refs[-1].end)
+    return found
 
 
 def _place(shard: Mapping[str, Any]) -> tuple[str, int]:

@@ -25,7 +25,6 @@ from streamprune.model.stages import Stage
 from streamprune.model.zeros import refuse_zeros
 from streamprune.process.memory import is_out_of_memory
 from streamprune.process.ranks import Ranks
-from streamprune.pruning.codes import coded
 from streamprune.pruning.kept_codes import zeroed
 from streamprune.pruning.linears import CHUNK_BYTES, linear_report
 from streamprune.pruning.quantise import LinearCodes
@@ -89,7 +88,7 @@ class PrunedLinears:
         feature, power = self._features.of(name, in_features)
         refit = self._refit if self._refit is not None and name in self._refit else None
         outcome = refit.begin(name, self._sample) if refit else None
-        codes = self._codes(ref, name)
+        codes = self._codes(ref, name, in_features)
         out_features = ref.shape[1] if transposed else ref.shape[0]
         chunk = (
             CHUNK_BYTES
@@ -111,7 +110,8 @@ class PrunedLinears:
                 gram = refit.gram(name) if refit else None
                 wanted = refit.aim(name, begin, exact) if refit else exact
                 weight = own_codes.rows(wanted, weight, gram, own.used if own else None)
-            stored = self._stream.fetch(weight.t().contiguous() if transposed else weight, None)
+            turned = transposed and own_codes is None  # of experts, codes are always stored (out, in)
+            stored = self._stream.fetch(weight.t().contiguous() if turned else weight, None)
             if ref.name in self.kept:
                 stored = zeroed(self.loader.maps, ref, begin, stored)
             return _Rows(
@@ -140,7 +140,10 @@ class PrunedLinears:
             refit.done(name)
         if codes is not None:
             self.reports[-1] |= codes.report(outcome is not None)
-            self.scales[coded(ref)[1].name] = [self._stream.fetch(part, None) for part in codes.scales]
+            scales = torch.cat([self._stream.fetch(part, None) for part in codes.scales])
+            refs = [scale for _, scale in self.target.codes_of(name, ref)]
+            for scale, own in zip(refs, torch.split(scales, [scale.shape[0] for scale in refs]), strict=True):
+                self.scales[scale.name] = [own]
         if self.loader.copies and ref in self._following:
             self.loader.release([ref])
 
@@ -172,11 +175,11 @@ class PrunedLinears:
         own = [(i, done(*pair)) for i, pair in enumerate(chunks) if i % ranks.size == ranks.rank]
         yield from (rows for _, rows in sorted(chain(*ranks.gather(own)), key=lambda pair: pair[0]))
 
-    def _codes(self, ref: TensorRef, name: str) -> LinearCodes | None:
+    def _codes(self, ref: TensorRef, name: str, in_features: int) -> LinearCodes | None:
         how = self.target.quantisation
         if how is None:
             return None
-        return LinearCodes(how, TORCH_DTYPES[ref.dtype], self._features.power(name, ref.shape[1]))
+        return LinearCodes(how, TORCH_DTYPES[ref.dtype], self._features.power(name, in_features))
 
     def _select(self, name: str, rows: Tensor, feature: Tensor, power: int) -> Iterator[Selection]:
         """Prunes rows (n, in); in halves, if the device lacks memory for the kernels' temporaries."""

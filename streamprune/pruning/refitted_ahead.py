@@ -53,7 +53,8 @@ class RefittedAhead:
             own = experts[first + ranks.rank] if first + ranks.rank < len(experts) else []
             made = [(name, b"".join(linears.pruned(linears.stage.linears[name], name))) for name in own]
             reports = [report for report in linears.reports if report["name"] in own]
-            names = [linears.stage.linears[name].name + SCALE for name in own]
+            refs = linears.stage.linears
+            names = [scale.name for name in own for _, scale in linears.target.codes_of(name, refs[name])]
             scales = {name: linears.scales.pop(name) for name in names if name in linears.scales}
             linears.reports = [report for report in linears.reports if report["name"] not in own]
             grams.leave_out([name for names in experts[first : first + ranks.size] for name in names])

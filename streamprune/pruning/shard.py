@@ -22,6 +22,7 @@ from streamprune.model.finite import finite_rows
 from streamprune.model.loader import WeightLoader
 from streamprune.model.stages import Stage
 from streamprune.process.ranks import ALONE, Ranks
+from streamprune.pruning.expert_codes import told_apart
 from streamprune.pruning.kept_codes import codes_of
 from streamprune.pruning.linears import CHUNK_BYTES, parts_of, pieces
 from streamprune.pruning.pruned_linears import PrunedLinears, Stats
@@ -56,7 +57,7 @@ class ShardWriter:
         if grams is not None and grams.place is None:
             order = {name: i for i, name in enumerate(self.target.linears_of(stage))}
             linears.reports.sort(key=lambda report: order[report["name"]])
-        return linears.reports
+        return told_apart(linears.reports, self.target.apart)
 
     def refit_elsewhere(self, stage: Stage, stats: Stats, grams: LayerGrams | None) -> None:
         """This rank's share of refitting a stage that rank 0 fills."""
@@ -80,6 +81,10 @@ class _StageShard:
         self._known = target.skeleton.used
         self._linear_tensors = {ref.name for ref in stage.linears.values()}
         self._parts = parts_of(stage, target.selected)
+        apart = {name: target.codes_of(name, stage.linears[name]) for name in stage.linears if name in target.apart}
+        self._apart = {codes.name: name for name, made in apart.items() for codes, _ in made}
+        """Codes of experts that are in one tensor -> the linear that they are rows of."""
+        self._waiting: dict[str, memoryview] = {}
 
     def content(self, ref: TensorRef) -> Iterator[Buffer]:
         """The bytes of `ref`, one of the part's tensors, in pieces."""
@@ -89,6 +94,8 @@ class _StageShard:
             yield from pieces(self._loader.maps.raw(self._kept[ref.name]))
         elif ref.name in self._linears.scales:
             yield _bytes(torch.cat(self._linears.scales[ref.name]))
+        elif ref.name in self._apart:
+            yield from pieces(self._rows_of(ref.name))
         elif ref.name in self._parts:
             part, whole = None, self._stored[ref.name]
             for name, part in self._parts[ref.name]:
@@ -108,6 +115,19 @@ class _StageShard:
             yield from self._checked(self._stored[ref.name])
         else:
             yield from pieces(self._loader.maps.raw(self._stored[ref.name]))
+
+    def _rows_of(self, codes: str) -> memoryview:
+        """Codes of an expert. What else its matrix consists of waits until its turn, which is next."""
+        if codes not in self._waiting:
+            name = self._apart[codes]
+            ref = self._linears.stage.linears[name]
+            made = self._ahead.stored(name) if name in self._ahead else b"".join(self._linears.pruned(ref, name))
+            self._loader.maps.release([ref], drop_cache=True)
+            begin = 0
+            for part, _ in self._linears.target.codes_of(name, ref):
+                self._waiting[part.name] = memoryview(made)[begin : begin + part.nbytes]
+                begin += part.nbytes
+        return self._waiting.pop(codes)
 
     def release(self, ref: TensorRef, begin: int, end: int) -> None:
         """Releases the mapped pages behind bytes `begin` to `end` of `ref`, a tensor of the output."""

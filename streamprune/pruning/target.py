@@ -23,6 +23,7 @@ from streamprune.methods.stats import InputStats
 from streamprune.model.shapes import linear_shape
 from streamprune.model.stages import PRUNABLE, Outline, Stage
 from streamprune.pruning.codes import Quantisation, check_codable, coded
+from streamprune.pruning.expert_codes import Apart, experts_apart
 from streamprune.pruning.kept_codes import Parts, parts_to_keep
 from streamprune.pruning.linears import check_widths, selected_linears
 from streamprune.pruning.spec import JobSpec
@@ -46,6 +47,8 @@ class Target:
     damping: str = "auto"
     """Damping of a refit, see refit.Refit."""
     quantisation: Quantisation | None = None
+    apart: Apart = field(default_factory=dict)
+    """Linears of experts that are in one tensor, and are quantised: what each is stored as."""
     kept: Parts = field(default_factory=dict)
     """With --quantize keep: what is stored of each quantised weight, which is written again."""
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -63,21 +66,22 @@ class Target:
         if spec.recipe is None:
             return None
         amount = Amount(spec.sparsity, parse_pattern(spec.pattern) if spec.pattern else None)
-        quantisation = None
+        quantisation, apart = None, dict[str, tuple[TensorRef, ...]]()
         if spec.recipe.in_fp8:
             compensates = spec.recipe.fp8_rounding == "compensate"
             quantisation = Quantisation(spec.recipe.fp8_scale or "amax", compensates, backend)
         only, skip = compile_filter("--only", spec.only), compile_filter("--skip", spec.skip)
         chosen = selected_linears(skeleton.stages, only, skip, skeleton.streams)
         if quantisation is not None:
-            check_codable(chosen, skeleton)
+            apart = experts_apart(str(checkpoint.config.get("model_type")), chosen, skeleton)
+            check_codable({name: ref for name, ref in chosen.items() if name not in apart}, skeleton)
         kept = parts_to_keep(checkpoint, chosen) if spec.recipe.keeps_codes else {}
         check_widths(amount.pattern, chosen, skeleton)
         kind = spec.recipe.allocate
         least = Amount(least_share(kind, spec.sparsity)) if kind and spec.sparsity else None
         return cls(
             skeleton, frozenset(chosen), spec.recipe, amount, backend, str(spec.recipe.damping or "auto"), quantisation,
-            kept, least=least,
+            apart, kept, least=least,
         )  # fmt: skip
 
     def sharing(self, shares: Mapping[str, float]) -> Target:
@@ -132,7 +136,14 @@ class Target:
         if self.quantisation is None:
             return tensors
         chosen = {ref.name for name, ref in stage.linears.items() if name in self.selected}
-        return [new for ref in tensors for new in (coded(ref) if ref.name in chosen else (ref,))]
+        apart = [new for name in stage.linears for part in self.apart.get(name, ()) for new in coded(part)]
+        whole = {stage.linears[name].name for name in stage.linears if name in self.apart}
+        rest = [ref for ref in tensors if ref.name not in whole]
+        return [new for ref in rest for new in (coded(ref) if ref.name in chosen else (ref,))] + apart
+
+    def codes_of(self, name: str, ref: TensorRef) -> list[tuple[TensorRef, TensorRef]]:
+        """The codes and scales that a linear `ref` becomes, one below the other, without file offsets."""
+        return [coded(part) for part in self.apart.get(name, (ref,))]
 
     def linears_of(self, stage: Stage) -> dict[str, int]:
         """The linears of a stage that are pruned -> in_features, in the order in which they are written."""
@@ -140,7 +151,8 @@ class Target:
         if not names:
             return {}
         place = {ref.name: i for i, ref in enumerate(in_order(self.tensors_of(stage)))}
-        names.sort(key=lambda name: (place[stage.linears[name].name], stage.linears[name].begin))
+        stored = {name: self.apart.get(name, (stage.linears[name],))[0].name for name in names}
+        names.sort(key=lambda name: (place[stored[name]], stage.linears[name].begin))
         return {name: linear_shape(self.skeleton, name, stage)[1] for name in names}
 
     @property
