@@ -21,7 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamprune.kernels import Selection, cpu, cpu_arrays, cpu_select, cpu_tiles, lanes, squares, torch_ops
+from streamprune.kernels import Selection, cpu, cpu_arrays, cpu_select, cpu_tiles, lanes, torch_ops
 
 BACKENDS = [pytest.param(cpu, id="numba"), pytest.param(torch_ops, id="torch")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -568,29 +568,6 @@ def test_lanes() -> None:
     assert (chosen == np.where(a <= b, (a + 1) & 6, np.maximum(a, b) >> np.arange(16))).all()
     assert count == (b < a).sum() and (packed[3 : 3 + count] == a[b < a]).all() and not packed[:3].any()
     assert total == pytest.approx(numbers.sum() / 2, rel=1e-6) and top == a.max()
-
-
-def test_squares() -> None:
-    """Totals have the bits of `lanes.total`; every vector becomes a column. And what else EWMA does with lanes."""
-
-    def loop(a: Any, sums: Any, same: Any, columns: Any, found: Any) -> None:
-        lanes.store(sums, 0, squares.totals(a, 5))
-        for i in range(16):
-            same[i] = lanes.total(lanes.load(a, 5 + 16 * i))
-        squares.turn(a, 5, 17, columns, 16)
-        x = lanes.load(a, 0)
-        lanes.store(found, 0, lanes.rounded(lanes.widened(x) / 3.0 * 2.0))
-        lanes.store(found, 16, lanes.as_float(lanes.minus_one(x < lanes.fill(np.float32(0.0)))))
-
-    a = np.random.default_rng(0).standard_normal(300).astype(np.float32)
-    sums, same, found = (np.zeros(size, np.float32) for size in (16, 16, 32))
-    columns = np.zeros((18, 16), np.float32)
-    numba.njit(loop)(a, sums, same, columns.reshape(-1), found)
-    assert (sums == same).all() and (sums == pytest.approx(a[5:261].reshape(16, 16).sum(1), abs=1e-5))
-    assert (columns[1:17] == a[5 : 5 + 16 * 17].reshape(16, 17)[:, :16].T).all()
-    assert not columns[0].any() and not columns[17].any()
-    assert (found[:16] == (a[:16].astype(np.float64) / 3 * 2).astype(np.float32)).all()
-    assert (found[16:].view(np.int32) == -(a[:16] < 0).astype(np.int32)).all()
 
 
 def test_distances_order_like_keys() -> None:

@@ -39,7 +39,7 @@ HOUSE: dict[str, list[str]] = {
     ],
     "kernels": [
         "jit lanes torch_fp8 torch_ops",
-        "cpu_bitmask cpu_compare cpu_eliminate cpu_pairs cpu_select cpu_stats cpu_tiles squares",
+        "cpu_bitmask cpu_compare cpu_eliminate cpu_pairs cpu_select cpu_stats cpu_tiles",
         "cpu_groups cpu_moving",
         "cpu_alternate cpu_rows",
         "cpu_arrays",

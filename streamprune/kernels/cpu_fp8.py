@@ -13,10 +13,12 @@ to the lower half until one is left.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
 from streamprune.kernels import cpu, cpu_arrays, lanes
@@ -31,6 +33,9 @@ _ROUND_UP = {  # (number of float32 mantissa bits that the scale's dtype lacks, 
     torch.float16: (np.int32(13), np.int32(0x38800000)),
     torch.float32: (np.int32(0), np.int32(0x00800000)),
 }
+
+# Division of lanes is needed only here.
+lanes._operator(operator.truediv, lanes.FLOAT, lanes.FLOAT, ir.IRBuilder.fdiv)
 
 
 def quantise_rows(

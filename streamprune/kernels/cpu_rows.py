@@ -14,13 +14,9 @@ import numpy as np
 
 from streamprune.kernels import lanes
 from streamprune.kernels.cpu_moving import PER_BLOCK, follow
-from streamprune.kernels.cpu_select import BLOCK, HIGHEST, LOWEST, as_distance, find_threshold, write_keys
+from streamprune.kernels.cpu_select import BLOCK, HIGHEST, LOWEST, as_distance, distances, find_threshold, write_keys
 from streamprune.kernels.jit import jit
-from streamprune.kernels.lanes import COUNT, as_float, borrowed, fill, load, select, store
-from streamprune.kernels.squares import totals
-
-_TOGETHER = 1 << 17
-"""Weights of rows whose moving means are computed at once: their scores shall fit the level-2 cache."""
+from streamprune.kernels.lanes import COUNT, as_float, fill, load, select, store
 
 
 @jit(inline=True)
@@ -47,14 +43,17 @@ def copy(source: Any, target: Any) -> None:
 
 
 @jit()
-def _load_scores(row: Any, n: Any, out: Any, feature: Any, power: Any, root: Any, form: Any, score: Any) -> Any:
-    """score[j] = |w_j|**power * feature[j]. Prefetches the next row (n weights further on) and the output of this one.
+def _load_scores(
+    row: Any, n: Any, out: Any, feature: Any, power: Any, root: Any, form: Any, score: Any, means: Any, by_lanes: Any
+) -> Any:
+    """score[j] = |w_j|**power * feature[j]; if by_lanes, means[b] = mean score of block b, of BLOCK columns.
 
-    Returns (sum of L, sum of |w|, whether all weights are finite); L is the score, or its square if `root`.
+    Prefetches the next row (n weights further on) and the output of this one. Returns (sum of L, sum of |w|, whether
+    all weights are finite); L is the score, or its square if `root`.
     """
     mask, shift, factor, infinity = form
     square, rooted, nothing = power == 2, root == 1, fill(np.float32(0.0))
-    total, sizes, top = nothing, nothing, fill(np.int32(0))
+    total, sizes, top, left = nothing, nothing, fill(np.int32(0)), nothing
     for j in range(0, score.size, COUNT):
         lanes.will_read(row, j + n)
         lanes.will_write(out, j)
@@ -65,41 +64,10 @@ def _load_scores(row: Any, n: Any, out: Any, feature: Any, power: Any, root: Any
         store(score, j, value)
         total = total + as_loss(value, rooted)
         sizes = sizes + size
+        if by_lanes and j % BLOCK:
+            means[j // BLOCK] = lanes.total(left + value) * PER_BLOCK
+        left = value
     return np.float64(lanes.total(total)), np.float64(lanes.total(sizes)), lanes.count(top < infinity) == COUNT
-
-
-@jit()
-def _load_blocks(row: Any, feature: Any, root: Any, form: Any, score: Any, means: Any, sums: Any) -> Any:
-    """_load_scores for power 1, without sum of |w|; and means[b] = mean score of block b, of BLOCK columns.
-
-    sums (COUNT * COUNT,) is scratch. Prefetches nothing: the rows of a group are read one behind the other.
-    """
-    mask, shift, factor, infinity = form
-    rooted, total, top = root == 1, fill(np.float32(0.0)), fill(np.int32(0))
-    step = BLOCK * COUNT
-    for first in range(0, score.size, step):
-        for j in range(first, min(first + step, score.size), BLOCK):
-            bits = load(row, j) & mask
-            top = lanes.largest(top, bits)
-            value = as_float(bits << shift) * factor * load(feature, j)
-            store(score, j, value)
-            total = total + as_loss(value, rooted)
-            if j + COUNT < score.size:
-                left = value
-                bits = load(row, j + COUNT) & mask
-                top = lanes.largest(top, bits)
-                value = as_float(bits << shift) * factor * load(feature, j + COUNT)
-                store(score, j + COUNT, value)
-                total = total + as_loss(value, rooted)
-                store(sums, (j - first) // BLOCK * COUNT, left + value)
-        store(means, first // BLOCK, totals(sums, 0) * PER_BLOCK)
-    return np.float64(lanes.total(total)), lanes.count(top < infinity) == COUNT
-
-
-@jit(inline=True)
-def _without(bits: Any, gone: Any, mask: Any) -> Any:
-    """Lanes of weights without those that are `gone`; those, and all zeros, are +0.0."""
-    return select(gone | ((bits & mask) == 0), fill(np.int32(0)), bits)
 
 
 @jit()
@@ -116,61 +84,33 @@ def _emit(
     for j in range(0, key.size, COUNT):
         if j + COUNT > cut:
             limit = select(lanes.columns() < np.int32(max(cut - j, 0)), limit, behind)
-        gone = load(key, j) <= limit
-        store(out, j, _without(load(row, j), gone, mask))
-        if keep.size:
-            store(keep, j, lanes.invert(gone))
-        removed = select(gone, removed + as_loss(load(score, j), rooted), removed)
+        removed = removed + _clear(row, j, load(key, j) <= limit, mask, score, rooted, out, keep)
     return np.float64(lanes.total(removed))
 
 
 @jit()
 def _emit_distances(
-    row: Any, ahead: Any, limits: Any, cut: Any, mask: Any, score: Any, est: Any, inverse: Any, root: Any, out: Any,
-    keep: Any,
+    row: Any, limits: Any, cut: Any, mask: Any, score: Any, est: Any, inverse: Any, root: Any, out: Any, keep: Any
 ) -> Any:  # fmt: skip
-    """_emit for z; limits: the largest that is pruned left of column `cut`, and from there on.
-
-    Prefetches the weights that are `ahead`, and the next row's output.
-    """
+    """_emit for z; limits: the largest that is pruned left of column `cut`, and from there on."""
     removed, rooted = fill(np.float32(0.0)), root == 1
     limit, behind = fill(limits[0]), fill(limits[1])
     for j in range(0, score.size, COUNT):
-        i = j // BLOCK * COUNT
         if j + COUNT > cut:
             limit = select(lanes.columns() < np.int32(max(cut - j, 0)), limit, behind)
-        lanes.will_read(row, j + ahead)
-        lanes.will_write(out, j + score.size)
-        value = load(score, j)
-        gone = (value - fill(est[i])) * fill(inverse[i]) <= limit
-        store(out, j, _without(load(row, j), gone, mask))
-        if keep.size:
-            store(keep, j, lanes.invert(gone))
-        removed = select(gone, removed + as_loss(value, rooted), removed)
+        gone = distances(j, score, est, inverse) <= limit
+        removed = removed + _clear(row, j, gone, mask, score, rooted, out, keep)
     return np.float64(lanes.total(removed))
 
 
-@jit()
-def _prune_row(
-    row: Any, n: Any, ahead: Any, count: Any, block: Any, by_lanes: Any, mask: Any, root: Any, score: Any, key: Any,
-    est: Any, inverse: Any, unit: Any, track: Any, found: Any, out: Any, keep: Any,
-) -> Any:  # fmt: skip
-    """Selects and writes one row; returns the sum of L of the pruned weights."""
-    if block > 0 and not by_lanes:
-        write_keys(score, n, block, est, inverse, key)
-    for j in range(n, key.size):
-        key[j] = HIGHEST
-    threshold, cut = np.int64(LOWEST), key.size
-    if count == n:
-        threshold = np.int64(HIGHEST - 1)  # all but the padding
-    elif count > 0:
-        threshold, cut = find_threshold(key, score, block, est, inverse, by_lanes, count, unit, track, found)
-    ordinary, limit, behind = as_distance(threshold)
-    if by_lanes and ordinary:
-        return _emit_distances(row, ahead, (limit, behind), cut, mask, score, est, inverse, root, out, keep)
-    if by_lanes:
-        write_keys(score, n, block, est, inverse, key)
-    return _emit(row, threshold, cut, mask, key, score, root, out, keep)
+@jit(inline=True)
+def _clear(row: Any, j: Any, gone: Any, mask: Any, score: Any, rooted: Any, out: Any, keep: Any) -> Any:
+    """Writes columns j.. without those that are `gone`; returns L of these, and 0 elsewhere."""
+    bits, nothing = load(row, j), fill(np.int32(0))
+    store(out, j, select(gone | ((bits & mask) == 0), nothing, bits))
+    if keep.size:
+        store(keep, j, lanes.invert(gone))
+    return select(gone, as_loss(load(score, j), rooted), as_float(nothing))
 
 
 @jit(entry=True)
@@ -180,54 +120,50 @@ def prune_rows(
 ) -> None:  # fmt: skip
     """Prunes `count` weights of every row; block 0 means the exact selector, else EWMA.
 
-    A score is |w|**power * feature; with `root` 1, L is its square, else itself; with the usual block, power is 1.
+    A score is |w|**power * feature; with `root` 1, L is its square, else itself.
     weight, out (rows, n) uint16|uint32, may be the same; feature (n, padded to whole lanes) float32; keep (rows, n)
     bool or (rows, 0); loss (rows, 3) float64 gets removed, total and whether the row is finite.
     """
-    weight, out, keep = borrowed(weight), borrowed(out), borrowed(keep)
     rows, n = weight.shape
     size = feature.size
-    by_lanes, group = block == BLOCK and n == size, 1
-    blocks, height = 0, 1
-    if block > 0:
-        blocks, group = n // block, min(COUNT, max(4, _TOGETHER // size), rows)
-        height = COUNT
-    scores, units = np.empty((group, size), np.float32), np.empty(group, np.float64)
-    keys = scores.view(np.int32) if block == 0 else np.empty((1, size), np.int32)
-    found, track = np.empty(size + COUNT, np.int32), np.full(2, np.nan)
-    est, inverse = np.empty((blocks + 1) * COUNT, np.float32), np.empty((blocks + 1) * COUNT, np.float32)
-    means = np.zeros((height, (blocks // COUNT + 1) * COUNT), np.float32)
-    turned, sums = np.empty(means.size, np.float32), np.zeros(COUNT * COUNT, np.float32)
-    middle = np.zeros((2, COUNT), np.float32)
-    middle[1] = 1.0
-    narrow = (group, size) if n < size else (0, 0)  # rows that are not whole lanes are copied
-    lines, lines_out = np.zeros(narrow, weight.dtype), np.empty(narrow, weight.dtype)
-    lines_keep = np.empty((group, size if keep.shape[1] and n < size else 0), np.bool_)
-    for first in range(0, rows, group):
-        last = min(first + group, rows)
-        source, target, kept = weight[first:last], out[first:last], keep[first:last]
+    by_lanes = block == BLOCK and n == size
+    score = np.empty(size, np.float32)
+    key = score.view(np.int32) if block == 0 else np.empty(size, np.int32)
+    found, blocks = np.empty(size + COUNT, np.int32), n // max(block, 1)
+    state = np.empty(blocks + 1, np.float64)
+    est, inverse = np.empty(blocks + 1, np.float32), np.empty(blocks + 1, np.float32)
+    means = np.empty(-(-blocks // COUNT) * COUNT, np.float32)
+    middle, spread, track = 0.0, 1.0, np.empty(2, np.float64)
+    track[0] = track[1] = np.nan
+    line, line_out = np.zeros(size, weight.dtype), np.empty(size, weight.dtype)
+    line_keep = np.empty(size if keep.shape[1] else 0, np.bool_)
+    for r in range(rows):
+        row, row_out, row_keep = weight[r], out[r], keep[r]
         if n < size:
-            for i in range(last - first):
-                copy(source[i], lines[i])
-            source, target, kept = lines[: last - first], lines_out, lines_keep
-        for i in range(last - first):
-            row, score = source[i], scores[i]
-            if by_lanes:
-                total, finite = _load_blocks(row, feature, root, form, score, means[i], sums)
-            else:
-                total, sizes, finite = _load_scores(row, n, target[i], feature, power, root, form, score)
-                units[i] = (sizes / n) ** power
-            loss[first + i, 1], loss[first + i, 2] = total, np.float64(finite)
+            copy(row, line)
+            row, row_out, row_keep = line, line_out, line_keep
+        total, sizes, finite = _load_scores(row, n, row_out, feature, power, root, form, score, means, by_lanes)
         if block > 0:
-            follow(last - first, scores, block, alpha, by_lanes, means, turned, sums, est, inverse, middle)
-        for i in range(last - first):
-            centre = np.float64(middle[0, i])
-            unit = centre if by_lanes else units[i], centre, np.float64(middle[1, i])
-            loss[first + i, 0] = _prune_row(
-                source[i], n, group * n, count, block, by_lanes, form[0], root, scores[i], keys[i if block == 0 else 0],
-                est[i:], inverse[i:], unit, track, found, target[i], kept[i],
-            )  # fmt: skip
+            middle, spread = follow(score, block, alpha, by_lanes, state, means, est, inverse)
+            if not by_lanes:
+                write_keys(score, n, block, est, inverse, key)
+        for j in range(n, size):
+            key[j] = HIGHEST
+        threshold, cut = np.int64(LOWEST), size
+        if count == n:
+            threshold = np.int64(HIGHEST - 1)  # all but the padding
+        elif count > 0:
+            unit = ((sizes / n) ** power, middle, spread)
+            threshold, cut = find_threshold(key, score, block, est, inverse, by_lanes, count, unit, track, found)
+        ordinary, limit, behind = as_distance(threshold)
+        if by_lanes and ordinary:
+            limits = limit, behind
+            removed = _emit_distances(row, limits, cut, form[0], score, est, inverse, root, row_out, row_keep)
+        else:
+            if by_lanes:
+                write_keys(score, n, block, est, inverse, key)
+            removed = _emit(row, threshold, cut, form[0], key, score, root, row_out, row_keep)
+        loss[r, 0], loss[r, 1], loss[r, 2] = removed, total, np.float64(finite)
         if n < size:
-            for i in range(last - first):
-                copy(lines_out[i], out[first + i])
-                copy(lines_keep[i], keep[first + i])
+            copy(line_out, out[r])
+            copy(line_keep, keep[r])

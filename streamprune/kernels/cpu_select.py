@@ -55,10 +55,16 @@ def as_distance(threshold: Any) -> Any:
 
 @jit()
 def write_keys(score: Any, n: Any, block: Any, est: Any, inverse: Any, key: Any) -> None:
-    """key = ordered bits of z = (l - est) / dev; est and 1 / dev of block b are est[b * COUNT], inverse[b * COUNT]."""
-    for b in range(n // block + 1):
+    """key = ordered bits of z = (l - est) / dev."""
+    for b in range(est.size):
         for j in range(b * block, min((b + 1) * block, n)):
-            key[j] = ordered((score[j] - est[b * COUNT]) * inverse[b * COUNT])
+            key[j] = ordered((score[j] - est[b]) * inverse[b])
+
+
+@jit(inline=True)
+def distances(j: Any, score: Any, est: Any, inverse: Any) -> Any:
+    """z of columns j.., for blocks of BLOCK columns."""
+    return (load(score, j) - fill(est[j // BLOCK])) * fill(inverse[j // BLOCK])
 
 
 @jit()
@@ -78,32 +84,16 @@ def _pack_bracket(key: Any, low: Any, high: Any, found: Any) -> Any:
 
 @jit()
 def _pack_distances(score: Any, est: Any, inverse: Any, low: Any, high: Any, found: Any) -> Any:
-    """_pack_bracket for the keys that write_keys would write, from the z; neither bound is the key of a zero.
-
-    The halves of a block are packed at once where no lane is needed for both.
-    """
-    below, inside = np.int64(score.size), np.int64(0)
+    """_pack_bracket for the keys that write_keys would write, from the z; neither bound is the key of a zero."""
+    below = inside = np.int64(0)
     bottom, top = fill(np.float32(_value(low))), fill(np.float32(_value(high)))
-    for j in range(0, score.size, BLOCK):
-        i = j // BLOCK * COUNT
-        z = (load(score, j) - fill(est[i])) * fill(inverse[i])
+    for j in range(0, score.size, COUNT):
+        z = distances(j, score, est, inverse)
         above = bottom < z
         chosen = above & (z <= top)
-        below -= lanes.count(above)
-        if j + COUNT < score.size:
-            left, left_chosen = z, chosen
-            z = (load(score, j + COUNT) - fill(est[i])) * fill(inverse[i])
-            above = bottom < z
-            chosen = above & (z <= top)
-            below -= lanes.count(above)
-            if lanes.count(chosen & left_chosen):
-                pack(found, inside, as_int(left), left_chosen)
-                inside += lanes.count(left_chosen)
-            else:
-                z = lanes.select(left_chosen, left, z)
-                chosen = chosen | left_chosen
         pack(found, inside, as_int(z), chosen)
         inside += lanes.count(chosen)
+        below += COUNT - lanes.count(above)
     for j in range(0, inside, COUNT):
         bits = load(found, j)
         store(found, j, lanes.select(bits < 0, bits ^ SIGNLESS, bits))

@@ -5,20 +5,16 @@ because LLVM's loop vectoriser does not generate good code for packing by a mask
 because they compile faster than vectorised loops, and because sums have a fixed order, so that every processor computes
 the same bits. They can be used in compiled functions only. Bounds are not checked.
 
-    load(array, i)               array[i:i+16] (1-D, contiguous) as int32, float32 or float64; uint16 is widened
+    load(array, i)               array[i:i+16] (1-D, contiguous) as int32 or float32; uint16 is widened
     store(array, i, a)           and back; int32 into uint16 keep their low halves, masks become bytes
     will_read(array, i)          prefetches the cache line of array[i], as does will_write; any i is allowed
-    fill(x), columns()           x, an int32, float32 or float64, in every lane; 0, 1, ... 15
-    a + b, a - b, a * b          of equal types; for floats also /, for int32 & | ^ << and >> (of unsigned bits); b may
-                                 be a scalar
+    fill(x), columns()           x, an int32 or float32, in every lane; 0, 1, ... 15
+    a + b, a - b, a * b          of equal types; for int32 also & | ^ << and >> (of unsigned bits); b may be a scalar
     a < b, a <= b, a == b        a mask; masks know & and |, and there is invert(mask)
-    as_int(a), as_float(a)       the same bits as the other type, int32 or float32
-    widened(a), rounded(a)       from float32 to float64 and back
+    as_int(a), as_float(a)       the same bits as the other type
     largest(a, b)                the maximum of int32 lanes
     select(mask, a, b)           a where the mask is set
     count(mask)                  how many lanes are set
-    minus_one(mask)              -1 in lanes that are set, else 0
-    borrowed(array)              an argument of Python's whose slices count no references
     total(a), top(a)             the sum of float32 lanes, in halves; the maximum of int32 lanes
     pack(array, i, a, mask)      stores the int32 lanes where the mask is set to array[i:] without gaps; up to 16
                                  elements of the array are overwritten
@@ -39,18 +35,17 @@ _I32, _F32 = ir.IntType(32), ir.FloatType()
 
 
 class Lanes(types.Type):
-    """Numba's type of 16 elements, int32, float32, float64 or bool (a mask)."""
+    """Numba's type of 16 elements, int32, float32 or bool (a mask)."""
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = dtype
         super().__init__(name=f"Lanes({dtype})")
 
 
-INT, FLOAT, DOUBLE, MASK = (Lanes(kind) for kind in (types.int32, types.float32, types.float64, types.boolean))
+INT, FLOAT, MASK = Lanes(types.int32), Lanes(types.float32), Lanes(types.boolean)
 _VECTOR = {
     INT: ir.VectorType(_I32, COUNT),
     FLOAT: ir.VectorType(_F32, COUNT),
-    DOUBLE: ir.VectorType(ir.DoubleType(), COUNT),
     MASK: ir.VectorType(ir.IntType(1), COUNT),
 }
 
@@ -79,8 +74,7 @@ def emits(emit: Callable[..., Any]) -> Callable[..., Any]:
     return emitter
 
 
-def shuffle(builder: Any, a: Any, b: Any, picks: Sequence[int]) -> Any:
-    """The elements `picks` of two vectors, those of b behind those of a."""
+def _shuffle(builder: Any, a: Any, b: Any, picks: Sequence[int]) -> Any:
     mask = ir.Constant(ir.VectorType(_I32, len(picks)), [_I32(i) for i in picks])
     return builder.shuffle_vector(a, b, mask)
 
@@ -88,7 +82,7 @@ def shuffle(builder: Any, a: Any, b: Any, picks: Sequence[int]) -> Any:
 def splat(builder: Any, scalar: Any, size: int = COUNT) -> Any:
     """`size` lanes of a scalar."""
     one = builder.insert_element(ir.Constant(ir.VectorType(scalar.type, size), ir.Undefined), scalar, _I32(0))
-    return shuffle(builder, one, one, [0] * size)
+    return _shuffle(builder, one, one, [0] * size)
 
 
 def _larger(builder: Any, a: Any, b: Any) -> Any:
@@ -97,7 +91,7 @@ def _larger(builder: Any, a: Any, b: Any) -> Any:
 
 def _operator(symbol: Any, lanes: Lanes, result: Lanes, emit: Callable[[Any, Any, Any], Any]) -> None:
     """Registers symbol(lanes, lanes or scalar) -> result; emit(builder, a, b) generates it for two vectors."""
-    scalar = {INT: types.Integer, FLOAT: types.Float, DOUBLE: types.Float}.get(lanes, ())
+    scalar = {INT: types.Integer, FLOAT: types.Float}.get(lanes, ())
 
     def typing(context: Any) -> Any:
         return lambda a, b: result if a == lanes and (b == lanes or isinstance(b, scalar)) else None
@@ -124,15 +118,12 @@ def _register_operators() -> None:
         (operator.mul, build.mul, build.fmul),
     ):
         _operator(symbol, INT, INT, integer)
-        for lanes in (FLOAT, DOUBLE):
-            _operator(symbol, lanes, lanes, floating)
+        _operator(symbol, FLOAT, FLOAT, floating)
     for symbol, emit in (
         (operator.and_, build.and_), (operator.or_, build.or_), (operator.xor, build.xor),
         (operator.lshift, build.shl), (operator.rshift, build.lshr),
     ):  # fmt: skip
         _operator(symbol, INT, INT, emit)
-    for lanes in (FLOAT, DOUBLE):
-        _operator(operator.truediv, lanes, lanes, build.fdiv)
     _operator(operator.and_, MASK, MASK, build.and_)
     _operator(operator.or_, MASK, MASK, build.or_)
     for symbol, sign in ((operator.lt, "<"), (operator.le, "<="), (operator.eq, "==")):
@@ -145,9 +136,8 @@ _register_operators()
 
 def _in_memory(array: Any) -> tuple[Any, Lanes]:
     """How 16 elements of a numba array type lie in memory, and the lanes they are loaded as."""
-    for lanes in (FLOAT, DOUBLE):
-        if array.dtype == lanes.dtype:
-            return _VECTOR[lanes], lanes
+    if array.dtype == types.float32:
+        return _VECTOR[FLOAT], FLOAT
     if array.dtype == types.boolean:
         return ir.VectorType(ir.IntType(8), COUNT), MASK
     return ir.VectorType(ir.IntType(array.dtype.bitwidth), COUNT), INT
@@ -211,26 +201,14 @@ def _prefetching(write: int) -> Any:
     return function(prefetching)
 
 
-@function
-def borrowed(typing: Any, array: Any) -> Any:
-    """The array without its count of references, which every slice would change. Something else must own it."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        view = cgutils.create_struct_proxy(array)(context, builder, arguments[0])
-        view.meminfo, view.parent = (cgutils.get_null_value(value.type) for value in (view.meminfo, view.parent))
-        return view._getvalue()
-
-    return array(array), emit
-
-
 load, store = _loading(_in_memory), _storing(lambda array, a: _in_memory(array)[0])
 will_read, will_write = _prefetching(0), _prefetching(1)
 
 
 @function
 def fill(typing: Any, x: Any) -> Any:
-    """x, an int32, float32 or float64, in every lane."""
-    lanes = {types.float32: FLOAT, types.float64: DOUBLE}.get(x, INT)
+    """x, an int32 or float32, in every lane."""
+    lanes = FLOAT if isinstance(x, types.Float) else INT
     return lanes(lanes.dtype), emits(splat)
 
 
@@ -247,21 +225,6 @@ def as_int(typing: Any, a: Any) -> Any:
 @function
 def as_float(typing: Any, a: Any) -> Any:
     return FLOAT(INT), emits(lambda builder, a: builder.bitcast(a, _VECTOR[FLOAT]))
-
-
-@function
-def widened(typing: Any, a: Any) -> Any:
-    return DOUBLE(FLOAT), emits(lambda builder, a: builder.fpext(a, _VECTOR[DOUBLE]))
-
-
-@function
-def rounded(typing: Any, a: Any) -> Any:
-    return FLOAT(DOUBLE), emits(lambda builder, a: builder.fptrunc(a, _VECTOR[FLOAT]))
-
-
-@function
-def minus_one(typing: Any, mask: Any) -> Any:
-    return INT(MASK), emits(lambda builder, mask: builder.sext(mask, _VECTOR[INT]))
 
 
 @function
@@ -296,7 +259,7 @@ def _by_halves(lanes: Lanes, join: Callable[[Any, Any, Any], Any]) -> Any:
         half = COUNT
         while half > 1:
             half //= 2
-            low, high = (shuffle(builder, left, left, range(begin, begin + half)) for begin in (0, half))
+            low, high = (_shuffle(builder, left, left, range(begin, begin + half)) for begin in (0, half))
             left = join(builder, low, high)
         return builder.extract_element(left, _I32(0))
 
