@@ -273,6 +273,10 @@ def test_recipes_without_a_refit(models: Models, stats: Path, monkeypatch: pytes
     how: dict[str, Any] = {"samples": 8, "seqlen": 32, "speeds": EVEN, **more}
     plain = plan(models(), **how)
     assert plan(models(), method="wanda", **how) == plan(models(), method="admm", refit="none", **how) == plain
+    if given == "pruned":
+        with pytest.raises(UsageError, match="magnitude needs none"):
+            plan(models(), method="magnitude", **how)
+        return
     without = plan(models(), method="magnitude", **how)
     other = plain if more else plan(models(), **(how | {"stats": stats}))
     same = {"peak_ram_bytes": without.peak_ram_bytes, "least_ram_bytes": without.least_ram_bytes}

@@ -142,7 +142,7 @@ def test_what_a_page_says(write: Callable[..., Path], tmp_path: Path) -> None:
     page = page_of(tmp_path, write(content))
     for words in (
         "obs-admm", "Every linear lost 50.00 % of its weights", "c4.txt: 16 windows of 64 tokens", "python 3.12.1",
-        "prune MODEL out --sparsity 0.5 --method obs-admm --calib c4.txt --samples 16 --seqlen 64",
+        "prune MODEL out --sparsity 0.5 --method obs-admm --replace-tokens 0 --calib c4.txt --samples 16 --seqlen 64",
         "It peaked in stage embed, at 600 MiB; finishing took it to 700 MiB.", "Layer 1 took longest, 3.0 s.",
         "0.0625", "0.0312", "Experts that saw too few tokens", "0.0375 (0.03 – 0.045)", "damping",
     ):  # fmt: skip
