@@ -22,7 +22,7 @@ PRUNED: dict[str, dict[str, Any]] = {
     "saved": {"pattern": "2:4", "propagate": "pruned"},
     "refitted": REFITTED,
     "dealt": {"pattern": "2:4", "shard_size": 40_000},
-    "tuned": {"pattern": "2:4", "tune": "block", "tune_epochs": 2},
+    "tuned": {"pattern": "2:4", "tune": "block", "tune_epochs": 2, "replace_tokens": 0.3},
     "allocated": {"sparsity": 0.5, "allocate": "error"},
     "experts": {"sparsity": 0.5, "method": "obs-admm", "expert_tokens": 16, "tune": "block", "tune_epochs": 1},
 }
