@@ -110,15 +110,17 @@ def test_what_was_asked_for_is_no_default_of_an_earlier_version() -> None:
 
 @pytest.mark.parametrize(
     ("method", "share"),
-    [("swiftprune", None), ("sparsegpt", None), ("admm", None), ("obs-admm", 0.3), ("swiftprune-tuned", 0.3)],
+    [("swiftprune", None), ("sparsegpt", 0.0), ("admm", 0.0), ("obs-admm", 0.3), ("swiftprune-tuned", 0.3)],
 )
 def test_tokens_are_replaced_where_new_values_are_ours(method: str, share: float | None) -> None:
     recipe = Recipe.named(method)
     assert recipe.filled().replace_tokens == share
-    assert replace(recipe, replace_tokens=0).filled().replace_tokens is None
+    assert replace(recipe, replace_tokens=0).filled().replace_tokens == (0.0 if recipe.aims else None)
+    assert replace(recipe, replace_tokens=0).filled({"samples": 4}).replace_tokens is None
     assert recipe.filled({"samples": 4}).replace_tokens is None, "a job of a version that replaced none"
     if recipe.aims:
         assert replace(recipe, replace_tokens=0.5).filled({"replace_tokens": 0.3}).replace_tokens == 0.5
+        assert recipe.filled({"replace_tokens": 0.0}).replace_tokens == share, "none was asked for then, not now"
 
 
 def test_a_pattern_needs_no_selector() -> None:

@@ -183,8 +183,11 @@ class Recipe:
         if self.tune_epochs is self.tune_lr is None and len(earlier) < len(EARLIER_DEFAULTS):
             earlier = {}
         ours = tuned or self.refit in ("cg", "obs-admm", "gradual-cg")
-        begun = recorded and "replace_tokens" not in recorded  # with none, or by a version that knew of none
-        share = REPLACE_TOKENS if ours and not begun else 0
+        share: float | None = self.replace_tokens
+        if recorded and "replace_tokens" not in recorded:  # by a version that knew of none
+            share = share or None
+        elif share is None and self.aims:
+            share = REPLACE_TOKENS if ours else 0.0
         rate = earlier.get("tune_lr", TUNE_LR) if self.tune_lr is None else float(self.tune_lr)
         return replace(
             self,
@@ -193,7 +196,7 @@ class Recipe:
             fp8_rounding=(self.fp8_rounding or ("compensate" if refitted else "nearest")) if fp8 else None,
             tune_epochs=(self.tune_epochs or earlier.get("tune_epochs", TUNE_EPOCHS)) if tuned else None,
             tune_lr=rate if tuned else None,
-            replace_tokens=(share if self.replace_tokens is None else float(self.replace_tokens)) or None,
+            replace_tokens=None if share is None or not self.aims else float(share),
         )  # fmt: skip
 
     @property

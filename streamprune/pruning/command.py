@@ -33,8 +33,8 @@ def command_of(job: Mapping[str, Any], text: object = None, model: str = "MODEL"
         if _differs(job, part, recipe):
             words[part] = job.get(part) or "none"
     words |= {key: job.get(key) for key in ("damping", "allocate", "fp8_scale")}
-    if (replaced := job.get("replace_tokens")) != _usual(job).replace_tokens:
-        words["replace_tokens"] = replaced or 0
+    if (replaced := job.get("replace_tokens") or 0) != (_usual(job).replace_tokens or 0):
+        words["replace_tokens"] = replaced
     rounding = "compensate" if job.get("refit") else "nearest"
     words["fp8_rounding"] = None if job.get("fp8_rounding") == rounding else job.get("fp8_rounding")
     words |= {key: job.get(key) for key in ("tune_epochs", "tune_lr", "only", "skip", "mtp")}

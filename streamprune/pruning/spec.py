@@ -109,7 +109,7 @@ class JobSpec:
             "selector": recipe.selector if recipe and self.pattern is None else None,
             "refit": recipe.refit if recipe else None,
             "quantize": recipe.quantize if recipe else None,
-            **{key: value for key in _IF_ANY if (value := getattr(recipe, key, None))},
+            **{key: value for key in _IF_ANY if (value := getattr(recipe, key, None)) is not None},
             "sparsity": self.sparsity, "pattern": self.pattern, "only": self.only, "skip": self.skip,
             "propagate": self.propagate,
             "calib": drawn.digest if drawn else None, "samples": drawn.samples if drawn else None,
