@@ -94,7 +94,7 @@ HOUSE: dict[str, list[str]] = {
         "array_shard card expert_tuning forward output pruned_linears setup",
         "allocate finish memory paired refitted_ahead tuned_shard",
         "prepare shard",
-        "committed inputs means sharing",
+        "coded_later committed inputs means sharing",
         "announce run",
         "rehearse",
         "job",

@@ -22,7 +22,7 @@ PRUNED: dict[str, dict[str, Any]] = {
     "masks": {"pattern": "2:4"},
     "saved": {"sparsity": 0.5, "propagate": "pruned"},
     "refitted": {"sparsity": 0.6, "method": "obs-admm"},
-    "tuned": {"pattern": "2:4", "method": "swiftprune-tuned", "tune_epochs": 2},
+    "tuned": {"pattern": "2:4", "method": "swiftprune-tuned", "tune_epochs": 2, "quantize": "fp8"},
     "tuned dense": {"sparsity": 0.5, "method": "obs-admm", "tune": "block", "tune_epochs": 1, "propagate": "dense"},
     "shared weights": {"pattern": "2:4", "method": "obs-admm"},
     "dense": {"pattern": "2:4", "method": "gradual-cg", "propagate": "dense", "quantize": "fp8"},

@@ -201,7 +201,7 @@ def test_filling_in_twice_changes_nothing(name: str) -> None:
         ({"allocate": "x"}, "--allocate x"), ({"damping": 0.1}, "--damping"), ({"tune_lr": 0.1}, "--tune-lr"),
         ({"refit": "cg", "damping": "-1"}, "--damping -1"), ({"fp8_scale": "mse"}, "--fp8-scale"),
         ({"quantize": "fp8", "fp8_rounding": "compensate"}, "--fp8-rounding compensate"),
-        ({"quantize": "fp8", "tune": "block"}, "--tune block"),
+        ({"refit": "cg", "quantize": "fp8", "tune": "block", "fp8_rounding": "compensate"}, "--fp8-rounding"),
         ({"replace_tokens": 1.5, "tune": "block"}, "--replace-tokens 1.5"),
         ({"replace_tokens": 0.3}, "--replace-tokens is for a refit"),
         ({"tune": "block", "tune_epochs": 0}, "--tune-epochs 0"),

@@ -505,8 +505,7 @@ def test_layers_without_gradients_are_refused(
 
 @pytest.mark.parametrize(("how", "message"), [
     ({"tune": "layer"}, "no such tune"), ({"tune_epochs": 0}, "at least 1"), ({"tune_lr": 1.0}, r"not in \[0, 1\)"),
-    ({"tune": "none"}, "are for --tune block"), ({"quantize": "fp8"}, "tune first"), ({"samples": 1}, "at least 2"),
-    ({"method": "hwpq"}, "tune first"),
+    ({"tune": "none"}, "are for --tune block"), ({"samples": 1}, "at least 2"),
 ])  # fmt: skip
 def test_what_cannot_be(models: Models, text: Path, tmp_path: Path, how: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):

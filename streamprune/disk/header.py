@@ -14,7 +14,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,6 +47,13 @@ class TensorRef:
     @property
     def nbytes(self) -> int:
         return self.end - self.begin
+
+    def within(self, before: TensorRef, now: TensorRef) -> TensorRef:
+        """Where this tensor, which is `before` or a part of it, lies when that has been written to `now`."""
+        if self.shape == now.shape:
+            return now
+        begin = now.begin + self.begin - before.begin
+        return replace(now, shape=self.shape, begin=begin, end=begin + self.nbytes)
 
 
 @dataclass(frozen=True)

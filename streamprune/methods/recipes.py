@@ -82,7 +82,7 @@ class Recipe:
     fp8_rounding: str | None = option(
         None,
         "nearest, or compensate: the weights rounded later compensate for errors of those before (default with a "
-        "refit)",
+        "refit and without --tune)",
         metavar="HOW",
     )
     tune_epochs: int | None = option(
@@ -155,6 +155,8 @@ class Recipe:
             raise UsageError(f"--fp8-rounding {rounding}: choose {' or '.join(FP8_ROUNDINGS)}")
         if rounding == "compensate" and not self.needs_gram:
             raise UsageError("--fp8-rounding compensate needs a refit, and this recipe has none; add --refit")
+        if rounding == "compensate" and self.tune is not None:
+            raise UsageError("--fp8-rounding compensate would undo what --tune has learnt; leave out one of them")
 
     def _check_tune(self) -> None:
         epochs, rate = self.tune_epochs, self.tune_lr
@@ -162,11 +164,6 @@ class Recipe:
             if epochs is not None or rate is not None:
                 raise UsageError("--tune-epochs and --tune-lr are for --tune block; leave them out")
             return
-        if self.in_fp8:
-            raise UsageError(
-                "--tune block cannot tune quantised weights: tune first, then store the result in FP8 with a second "
-                "prune, with --method magnitude --sparsity 0 --quantize fp8"
-            )
         if epochs is not None and epochs < 1:
             raise UsageError(f"--tune-epochs {epochs}: at least 1 is needed")
         if rate is not None and not 0 <= rate < 1:
@@ -182,6 +179,7 @@ class Recipe:
         earlier = {n: v for n, v in (recorded or {}).items() if v in EARLIER_DEFAULTS.get(n, ())}
         if self.tune_epochs is self.tune_lr is None and len(earlier) < len(EARLIER_DEFAULTS):
             earlier = {}
+        rounding = self.fp8_rounding or ("compensate" if refitted and not tuned else "nearest")
         ours = tuned or self.refit in ("cg", "obs-admm", "gradual-cg")
         share: float | None = self.replace_tokens
         if recorded and "replace_tokens" not in recorded:  # by a version that knew of none
@@ -193,7 +191,7 @@ class Recipe:
             self,
             damping=_damping("auto" if self.damping is None else self.damping) if refitted else None,
             fp8_scale=(self.fp8_scale or "amax") if fp8 else None,
-            fp8_rounding=(self.fp8_rounding or ("compensate" if refitted else "nearest")) if fp8 else None,
+            fp8_rounding=rounding if fp8 else None,
             tune_epochs=(self.tune_epochs or earlier.get("tune_epochs", TUNE_EPOCHS)) if tuned else None,
             tune_lr=rate if tuned else None,
             replace_tokens=None if share is None or not self.aims else float(share),

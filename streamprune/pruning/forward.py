@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Callable, Generator, Iterator, Set
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -258,11 +257,7 @@ class CalibrationPass:
                 if ref.name not in written.tensors:  # an expert's, which was all experts' before
                     sources |= {name + end: written.tensors[name + end] for end in ("", SCALE)}
                     continue
-                now = written.tensors[ref.name]
-                if ref.shape != now.shape:  # one expert's part of a tensor
-                    begin = now.begin + ref.begin - before[ref.name].begin
-                    now = replace(now, shape=ref.shape, begin=begin, end=begin + ref.nbytes)
-                sources[name] = now
+                sources[name] = ref.within(before[ref.name], written.tensors[ref.name])
                 if ref.name + SCALE in written.tensors:
                     sources[name + SCALE] = written.tensors[ref.name + SCALE]
         with ShardMaps(written) as maps, WeightLoader(maps, self.streamed.device) as loader:

@@ -197,7 +197,8 @@ def scratch_bytes(setup: Setup, layout: Layout, windows: int, length: int) -> in
     Scratch files hold a Gram that is larger than the room in memory (one at a time); the inputs routed to experts that
     are refitted; with asymmetric calibration the dense model's outputs of a layer, the layer's new weights and, for a
     refit on the CPU, both models' inputs of linears that end a part of a layer (model/ends.py); and for tuning a
-    layer's inputs and targets, those of an expert, and the shard part that is replaced or new experts.
+    layer's inputs and targets, those of an expert, the shard part that is replaced or new experts, and with FP8 the
+    layer before it becomes codes.
     """
     skeleton, dtype, tokens = setup.skeleton, setup.dtype, windows * length
     target = setup.target
@@ -218,6 +219,7 @@ def scratch_bytes(setup: Setup, layout: Layout, windows: int, length: int) -> in
             widths = (sum(end.width for end in ends_of(skeleton, stage)) for stage in skeleton.layer_stages)
             found += 2 * tokens * max(widths, default=0) * dtype.itemsize
     if layout.windows:
-        found += 2 * states + max(stage.nbytes for stage in skeleton.layer_stages)
+        parts = 2 if target is not None and target.quantisation is not None else 1
+        found += 2 * states + parts * max(stage.nbytes for stage in skeleton.layer_stages)
         found += tokens * skeleton.hidden_size * dtype.itemsize if skeleton.experts else 0
     return found

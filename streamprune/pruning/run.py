@@ -6,6 +6,7 @@ The order of writes of a stage; the journal line is the only commit point:
     2  layer i's statistics   OUT.partial/.streamprune/statistics-i.safetensors   durable
     3  its part of a shard    OUT.partial/model-….safetensors                      durable
        with --tune, written once more when the layer has been tuned                durable
+       (with FP8, a scratch file until then: coded_later.py)
     4  journal line                                                                durable: COMMIT
     5  cache i is removed
 
@@ -48,6 +49,7 @@ from streamprune.pruning.sharing import Sharing, check_disk
 
 if TYPE_CHECKING:
     from streamprune.calibration.grams import LayerGrams
+    from streamprune.pruning.coded_later import CodedLater
     from streamprune.pruning.tuned_shard import LayerTuning
 
 Commit = Callable[[], None]
@@ -98,8 +100,10 @@ class Run:
         self._agree()
         self._output = output
         self._writer = self._means.writer(self._target) if self._target is not None else None
-        self._tuner = self._tuning()
+        self._tuner, self._later = self._tuning()
         remove_leftovers(self._job, self._committed.newest_cache)
+        if self._later is not None:
+            self._later.begin()
         stages = self._model.stages
         if self._target is None:
             stages = stages[:-1]  # `calibrate` needs no head
@@ -137,13 +141,15 @@ class Run:
             for record in self._sharing.others(records[len(records) - len(turn) :]):
                 self._committed.commit(named[record.stage], record, None)
 
-    def _tuning(self) -> LayerTuning | None:
+    def _tuning(self) -> tuple[LayerTuning | None, CodedLater | None]:
         if self._forward is None:
-            return None
+            return None, None
+        from streamprune.pruning.coded_later import CodedLater
         from streamprune.pruning.tuned_shard import LayerTuning
 
         done = self._committed.records
-        return LayerTuning.of(self._layout.windows, self._target, self._forward, self._spec.expert_tokens, done)
+        tuner = LayerTuning.of(self._layout.windows, self._target, self._forward, self._spec.expert_tokens, done)
+        return tuner, CodedLater.of(self._target, self._job.cache)
 
     def check(self) -> Output | None:
         """The checks before the first stage, which write nothing; returns the output, as far as it has been written."""
@@ -214,12 +220,8 @@ class Run:
         file = self._fill(stage, stats, record, grams)
         del grams  # tuning uses their memory
         output = self._output
-        if self._tuner is not None and output is not None and stage.kind == "layer":
-            if file is not None:
-                self._committed.make_durable(file)
-            file = self._tuner.layer(stage, output, record)
-            if file is not None:
-                self._committed.opened(file)
+        if self._tuner is not None and stage.kind == "layer":
+            file = self._tuned(self._tuner, stage, stats, record, file)
         if forward is not None and output is not None and not dense and self._model.layer_after(stage):
             if file is not None:
                 self._committed.make_durable(file)
@@ -236,19 +238,49 @@ class Run:
         if self._ranks.rank:
             self._committed.commit(stage, record, None)
 
+    def _tuned(
+        self, tuner: LayerTuning, stage: Stage, stats: dict[str, InputStats], record: StageRecord,
+        file: durable.FilePart | None,
+    ) -> durable.FilePart | None:  # fmt: skip
+        """Tunes a layer that has been written to `file`; returns the file of its part of a shard as it will stay, not
+        yet durable, or None if that is durable already."""
+        output, later = self._output, self._coded_later(stage)
+        if output is None or self._forward is None:
+            return file
+        if file is not None:
+            self._committed.make_durable(file)
+        file = tuner.layer(stage, output if later is None else later.output, record)
+        if file is not None:
+            self._committed.opened(file)
+        if later is None or self._ranks.rank:
+            return file
+        if file is not None:
+            self._committed.make_durable(file)
+        known = known_of(self._given, stats)
+        file, record.linears = later.code(stage, self._forward, output, known, record.linears or [])
+        self._committed.opened(file)
+        record.shard = output.entry(stage, file)
+        return file
+
+    def _coded_later(self, stage: Stage) -> CodedLater | None:
+        return self._later if self._later is not None and self._later.has(stage) else None
+
     def _fill(
         self, stage: Stage, stats: dict[str, InputStats], record: StageRecord, grams: LayerGrams | None = None
     ) -> durable.FilePart | None:
         """Writes the stage's part of a shard, not yet durable; returns its file, or None for `calibrate`."""
-        file, known = None, known_of(self._given, stats)
+        file, known, later = None, known_of(self._given, stats), self._coded_later(stage)
+        target, output, writer = self._target, self._output, self._writer
+        if later is not None:
+            target, output, writer = later.target, later.output, self._means.tensor_writer(later.target)
         if self._ranks.rank and not self._deals:
-            if grams is not None and self._target is not None:
-                self._means.tensor_writer(self._target).refit_elsewhere(stage, known, grams)
-        elif self._writer is not None and self._output is not None:
-            file = self._output.begin(stage)
-            record.linears = self._writer.fill(file, self._output.part(stage), stage, known, grams)
+            if grams is not None and target is not None:
+                self._means.tensor_writer(target).refit_elsewhere(stage, known, grams)
+        elif writer is not None and output is not None:
+            file = output.begin(stage)
+            record.linears = writer.fill(file, output.part(stage), stage, known, grams)
             self._committed.opened(file)
-            record.shard = self._output.entry(stage, file)
+            record.shard = output.entry(stage, file)
             if self._given and (pooled := [n for n in stage.linears if is_pooled(self._given.groups.get(n))]):
                 record.pooled = pooled
             if grams is not None and self._forward is not None:  # passes for Grams may have reduced the batch
