@@ -26,7 +26,17 @@ from streamprune.model import budget
 from streamprune.model.blank_layer import LAYER_BYTES, BlankLayer, window_size
 from streamprune.model.skeleton import build_skeleton
 from streamprune.planning import speeds as measuring
-from streamprune.planning.cost import PER_BATCH, PER_COLUMN, RunShape, Speeds, Split, StageWork, stage_seconds
+from streamprune.planning.cost import (
+    PER_BATCH,
+    PER_COLUMN,
+    PER_LEARNT,
+    PER_STEP,
+    RunShape,
+    Speeds,
+    Split,
+    StageWork,
+    stage_seconds,
+)
 from streamprune.planning.ranks import RanksPlan, with_ranks
 from streamprune.planning.refit_cost import RefitWork
 from streamprune.planning.refits import inputs_shared
@@ -61,6 +71,18 @@ def test_a_layer_is_its_parts() -> None:
     assert layer.selection == pytest.approx(2 * 1e9 / 1e10 + 9e8 / 1e9)  # checked twice, pruned once
     assert layer.total == pytest.approx(layer.forward + layer.statistics + layer.selection + layer.disk)
     assert 0 < layer.disk < 0.2  # reading overlaps with the pass before, writing with pruning
+
+
+def test_tuning_is_passes_and_steps() -> None:
+    """Of the last layer, too, which has no outputs that are needed. A step moves what Adam keeps of each weight."""
+    learning = tuple(replace(work, learnt=10**7) if work.kind == "layer" else work for work in WORKS)
+    plain, tuned = (
+        stage_seconds(learning, replace(COURSE, forwards=1 + n, tuning=n, steps=m), GIGA) for n, m in ((0, 0), (36, 50))
+    )
+    a_pass = plain[1].forward
+    for before, after in zip(plain[1:3], tuned[1:3], strict=True):
+        assert after.forward == before.forward == a_pass and not before.tuning
+        assert after.tuning == pytest.approx(36 * a_pass + 50 * (PER_STEP + 1e7 * PER_LEARNT / 1e10))
 
 
 def test_planned_time_is_made_of_given_speeds(models: Models) -> None:
@@ -332,7 +354,7 @@ def test_what_binds_several_ranks() -> None:
     tuned = replace(COURSE, forwards=37, tuning=36, groups=48)
     one, four = shared(tuned, ranks=1), shared(tuned, ranks=4)
     assert one.parts["tuning"] == four.parts["tuning"] and four.bound == "tuning" and four.cache_bytes > 10**6
-    assert four.split.forward == pytest.approx(one.split.forward * (36 + 1 / 4) / 37, rel=1e-6)
+    assert four.split.forward == pytest.approx(one.split.forward / 4)
     copied = replace(COURSE, tokens=0, batches=0, groups=0, forwards=1)
     one, two, three = (shared(copied, ranks=ranks) for ranks in (1, 2, 3))
     assert two.parts["masks"] == pytest.approx(one.parts["masks"] / 2) and three.parts == two.parts, "four shards"

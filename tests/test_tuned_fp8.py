@@ -41,9 +41,7 @@ def one_and_two(source: Path, folder: Path, text: Path, **how: Any) -> JobResult
     return found
 
 
-@pytest.mark.parametrize(
-    "how", [{}, {"method": "obs-admm"}, {"tune_lr": 0.0}, {"sparsity": 0.5, "pattern": None}]
-)
+@pytest.mark.parametrize("how", [{}, {"method": "obs-admm"}, {"tune_lr": 0.0}, {"sparsity": 0.5, "pattern": None}])
 def test_one_command_does_what_two_do(models: Models, text: Path, tmp_path: Path, how: dict[str, Any]) -> None:
     """A layer that tuning leaves as it was, as with a rate of 0, becomes codes as well."""
     found = one_and_two(models("llama", 2), tmp_path, text, **how)

@@ -5,6 +5,7 @@ Arithmetic only; the speeds are measured in planning/speeds.py. For a layer, wit
     forward     forwards · (tokens · (products + attention + everything else) + batches · 0.5 ms)
     statistics  tokens · inputs of the linears
     selection   weights checked for NaN and Inf (before the pass, and when they are written), and pruned
+    tuning      three passes an epoch; and for each step 3 ms and what Adam moves
     refit       Gram matrices, and new values for the kept weights: see planning/refit_cost.py
     disk        reading, activations, hashing, writing and fsyncs, as far as they do not overlap with the above
 
@@ -23,8 +24,10 @@ layer's pass if three do; a stage then takes as long as the slowest of computing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 
 from streamprune.model.shapes import attention_width, linear_shape, routed_share, uncached_experts
 from streamprune.model.skeleton import Skeleton
@@ -33,6 +36,12 @@ from streamprune.planning.refit_cost import NO_REFIT, RefitWork
 
 PER_BATCH = 0.5e-3
 """Fixed overhead of a batch in a layer, seconds: threads of the activation cache, hooks."""
+
+PER_STEP = 3e-3
+"""Fixed overhead of a step of tuning, seconds: gradients of a layer's operations, and its tensors one by one."""
+
+PER_LEARNT = 110
+"""Bytes moved for a weight that a step of tuning changes: the index of its place, gradient, master, two moments."""
 
 PER_COLUMN = 1.5e-5
 """Overhead of the calls for one column in refits that work column by column, seconds."""
@@ -99,6 +108,8 @@ class StageWork:
     tuned: float = 1.0
     """How long a pass of tuning takes, in passes: experts take part twice, when they are tuned and with the rest of the
     layer, which is run once, where other passes run it twice."""
+    learnt: int = 0
+    """Weights that tuning changes."""
     last: bool = False
     """Whether this is the last layer, whose outputs are not needed: a pass for its statistics suffices."""
     refit: RefitWork = NO_REFIT
@@ -134,6 +145,8 @@ class RunShape:
     """Of the passes, those that tuning takes."""
     parts: int = 0
     """Parts of batches that tuning processes, in all epochs."""
+    steps: int = 0
+    """Steps of tuning, in all epochs."""
 
     @property
     def cached(self) -> int:
@@ -142,7 +155,8 @@ class RunShape:
 
     def passes(self, work: StageWork) -> float:
         """How often all tokens go through a stage."""
-        return (max(self.forwards - 1, 1) if work.last else self.forwards) + self.tuning * (work.tuned - 1)
+        plain = self.forwards - self.tuning
+        return (max(plain - 1, 1) if work.last else plain) + self.tuning * work.tuned
 
 
 @dataclass(frozen=True)
@@ -154,17 +168,15 @@ class Split:
     selection: float = 0.0
     disk: float = 0.0
     refit: float = 0.0
+    tuning: float = 0.0
 
     @property
     def total(self) -> float:
         """Their sum, the time of the stage."""
-        return self.forward + self.statistics + self.selection + self.disk + self.refit
+        return math.fsum(astuple(self))
 
     def __add__(self, other: Split) -> Split:
-        return Split(
-            self.forward + other.forward, self.statistics + other.statistics,
-            self.selection + other.selection, self.disk + other.disk, self.refit + other.refit,
-        )  # fmt: skip
+        return Split(*map(add, astuple(self), astuple(other)))
 
 
 def work_of(skeleton: Skeleton, stage: Stage, chosen: Collection[str], seqlen: int, itemsize: int) -> StageWork:
@@ -216,14 +228,16 @@ def stage_seconds(works: Sequence[StageWork], run: RunShape, speeds: Speeds) -> 
 
 
 def _forward(work: StageWork, run: RunShape, s: Speeds) -> Split:
-    """The passes through a layer, statistics during the first pass, and the refit."""
+    """The passes through a layer, statistics during the first pass, the refit and tuning."""
     a_token = work.products / s.products + work.attention / s.attention + work.traffic / s.elementwise
     a_pass = run.tokens * a_token + run.batches * PER_BATCH
     r = work.refit
     refit = r.float32 / s.float32 + r.native / s.products + r.traffic / s.elementwise + r.selected / s.selection
+    tuned = run.tuning * work.tuned
     return Split(
-        forward=run.passes(work) * a_pass, statistics=run.tokens * work.inputs / s.statistics,
+        forward=(run.passes(work) - tuned) * a_pass, statistics=run.tokens * work.inputs / s.statistics,
         refit=refit + r.columns * PER_COLUMN + r.passes * a_pass,
+        tuning=tuned * a_pass + run.steps * (PER_STEP + work.learnt * PER_LEARNT / s.elementwise),
     )  # fmt: skip
 
 
@@ -234,7 +248,7 @@ def _layer(work: StageWork, run: RunShape, s: Speeds, room: float) -> Split:
     waited = max(0.0, (work.nbytes - work.again) / s.reading - room) + _flushes(work, run)
     forward = _forward(work, run, s) if work.kind == "layer" else Split()
     reads = run.groups * (run.forwards - run.tuning) + 2 * run.parts
-    waited += max(0.0, reads * work.again / s.reading - forward.forward)
+    waited += max(0.0, reads * work.again / s.reading - forward.forward - forward.tuning)
     waited += work.again / s.reading  # experts, for pruning
     fill = prune + forward.refit
     waited += _shard(work, run, s, fill, work.nbytes / s.writing) - fill

@@ -20,6 +20,7 @@ import torch
 
 from streamprune.calibration.texts import positions
 from streamprune.calibration.tokens import has_bos
+from streamprune.calibration.windows import held_out
 from streamprune.disk.room import SLACK_BYTES
 from streamprune.disk.shards import arrange
 from streamprune.methods.allocation import LOOKS
@@ -27,6 +28,7 @@ from streamprune.methods.recipes import Recipe
 from streamprune.model.budget import WITHOUT_TORCH, Layout, streaming_bytes, streaming_layout
 from streamprune.model.device import cache_dtype
 from streamprune.model.skeleton import Skeleton
+from streamprune.model.stages import Stage
 from streamprune.planning.cost import RunShape, Speeds, Split, StageWork, paired_forwards, stage_seconds, work_of
 from streamprune.planning.ranks import RanksPlan, with_ranks
 from streamprune.planning.refits import planned_refits
@@ -36,6 +38,7 @@ from streamprune.pruning.describe import HALF, describe_prune, open_model
 from streamprune.pruning.memory import activation_bytes, layout_of, memory_bytes, spool_bytes
 from streamprune.pruning.setup import Setup, check_given, open_given
 from streamprune.pruning.target import Target
+from streamprune.pruning.tuning import windows_a_step
 from streamprune.settings import Calibration, Resources
 
 _CALIBRATION, _RESOURCES = Calibration(), Resources()
@@ -202,7 +205,10 @@ class _Run:
         shape = shape_of(
             skeleton, samples, length, setup.dtype, layout, forwards, on_device, epochs=recipe.tune_epochs or 0
         )
-        works = tuple(work_of(skeleton, s, target.selected, length, setup.dtype.itemsize) for s in skeleton.stages)
+        works = tuple(
+            replace(work_of(skeleton, s, target.selected, length, setup.dtype.itemsize), learnt=_learnt(target, s))
+            for s in skeleton.stages
+        )
         looks = LOOKS.get(recipe.allocate or "", 0)
         return cls(target, samples, length, layout, shape, works, looks, spec.shard_bytes)
 
@@ -230,7 +236,7 @@ def shape_of(
 ) -> RunShape:  # fmt: skip
     """The parameters of a run over `samples` windows in a layout, in `forwards` passes, none with samples = 0.
 
-    An epoch of tuning counts as three more passes: forward, and two for backward.
+    An epoch of tuning counts as three more passes: forward, and two for backward; steps have a cost of their own.
     """
     batches = -(-samples // max(1, layout.batch))
     return RunShape(
@@ -238,8 +244,22 @@ def shape_of(
         forwards=forwards + 3 * epochs,
         state_bytes=skeleton.between.most(seqlen) * cache_dtype(skeleton.dtype, dtype).itemsize,
         threads=torch.get_num_threads(), on_device=on_device, layers=layout.layers, resident=layout.resident,
-        tuning=3 * epochs, parts=epochs * -(-samples // layout.windows) if layout.windows else 0,
+        tuning=3 * epochs, steps=_steps(samples, seqlen, epochs),
+        parts=epochs * -(-samples // layout.windows) if layout.windows else 0,
     )  # fmt: skip
+
+
+def _steps(samples: int, seqlen: int, epochs: int) -> int:
+    """Steps of tuning in all epochs."""
+    return epochs and epochs * ((samples - len(held_out(samples))) // windows_a_step(seqlen, samples))
+
+
+def _learnt(target: Target, stage: Stage) -> int:
+    """The weights of a stage that tuning changes."""
+    if target.recipe.tune is None:
+        return 0
+    sizes = {name: math.prod(ref.shape) for name, ref in stage.linears.items() if name in target.selected}
+    return int(sum(size * (1 - target.of(name).share) for name, size in sizes.items()))
 
 
 def _stages(

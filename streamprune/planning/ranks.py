@@ -52,15 +52,14 @@ def with_ranks(
             f"--nproc {ranks}: there are {run.groups} batches to share out; plan fewer ranks, or more --samples"
         )
     share, rows = _share(run.groups, ranks), _share(PARTS, ranks)
-    tuning = split.forward * run.tuning / run.forwards
     apart = split.refit * _of_experts(works)
     parts = {
-        "windows": share * (split.forward - tuning + split.statistics),
+        "windows": share * (split.forward + split.statistics),
         "refits": max(share, rows) * (split.refit - apart), "experts": _share(max(experts, 1), ranks) * apart,
-        "tuning": tuning, "masks": split.selection, "disk": split.disk,
+        "tuning": split.tuning, "masks": split.selection, "disk": split.disk,
     }  # fmt: skip
     found = replace(
-        split, forward=share * (split.forward - tuning) + tuning, statistics=share * split.statistics,
+        split, forward=share * split.forward, statistics=share * split.statistics,
         refit=parts["refits"] + parts["experts"],
     )  # fmt: skip
     on_first = 2 * run.tokens * run.state_bytes if run.tuning else 0  # what layers are tuned on
