@@ -25,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradients
 import pytest
 import torch
 from torch import Tensor
@@ -138,6 +139,11 @@ class DeviceTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:  # which has other kernels for other devices
             return _plugged_in().run(func, args, kwargs or {})
+        if func is Tensor.backward:
+            return gradients.backward(*args)
+        if func is torch.autograd.grad:
+            (root,), leaves = args
+            return gradients.grad(root, leaves, kwargs["grad_outputs"])
         if func in (Tensor.__getitem__, Tensor.__setitem__):  # lists become tensors of the device behind our back
             args = (args[0], _listed(args[1]), *args[2:])
         with torch._C.DisableTorchFunctionSubclass():
@@ -302,12 +308,12 @@ class Card:
         if how.multiplies and ours[0].dtype == torch.float32 and _allows_tf32():
             raise self.fault(f"{how.name} of float32 may be computed in TF32")
         stream, moment = self._launch(how.name, device, ours, changed, how.is_view)
-        asked = kwargs.get("device")
-        inner = {k: _inner(v) for k, v in kwargs.items()} | ({} if asked is None else {"device": "cpu"})
-        out = func(*_inner(args), **inner)
+        asked = kwargs.get("device") and torch.device(kwargs["device"]).type
+        inner = {k: _inner(v) for k, v in kwargs.items()}
+        out = func(*_inner(args), **inner | ({"device": "meta" if asked == "meta" else "cpu"} if asked else {}))
         if how.waits:
             self.host_waits(stream.clock)
-        if asked is not None and torch.device(asked).type == "cpu":
+        if asked in ("cpu", "meta"):
             return out
         return self._wrapped(out, ours, stream, moment, how.name)
 

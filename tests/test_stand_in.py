@@ -330,3 +330,34 @@ def test_faults_that_were_caught_are_not_forgotten() -> None:
                 there + 1
             except RuntimeError:
                 there = None
+
+
+def test_gradients_are_those_of_torch(card: Card) -> None:
+    """Of values that are used twice, added to every row, and reached through a function of our own."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx: Any, slope: torch.Tensor) -> torch.Tensor:
+            (x,) = ctx.saved_tensors
+            with torch.enable_grad():
+                begun = x.float().requires_grad_()
+                (found,) = torch.autograd.grad(begun * begun, (begun,), slope)
+            return found
+
+    def loss(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        made = torch.tanh(x @ weight.T + bias) @ weight
+        return (Doubled.apply(made + x).sum(-1) * bias.sum()).square().mean()
+
+    values = [
+        torch.randn(size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate([(5, 4), (3, 4), (3,)])
+    ]
+    ours, theirs = ([x.to(place).requires_grad_() for x in values[1:]] for place in ("cuda:0", "cpu"))
+    loss(values[0].to("cuda:0"), *ours).backward()
+    loss(values[0], *theirs).backward()
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.grad is not None and b.grad is not None and torch.allclose(a.grad.cpu(), b.grad, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 from calls import prune
 from mixtures import save_mixture
 from test_crash import Crasher, show
-from test_device_path import weights_of
+from test_device_path import LAYOUTS, weights_of
 from test_tuning import tensors_of
 from transformers import AutoModelForCausalLM
 
 from streamprune.errors import UsageError
+from streamprune.model.budget import Layout
+from streamprune.model.loader import WeightLoader
 from streamprune.progress import Progress
 from streamprune.pruning.job import JobResult
 from streamprune.pruning.tuning import BlockTuner
@@ -83,6 +86,19 @@ def test_linears_that_are_not_pruned(models: Models, text: Path, tmp_path: Path)
     """A layer of none goes straight to the output; others keep theirs."""
     one_and_two(models("llama", 2), tmp_path, text, skip=r"layers\.0\.|q_proj")
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "both")
+
+
+@pytest.mark.parametrize("layers_resident", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout_gives_the_same(
+    models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers_resident: tuple[int, bool]
+) -> None:
+    run(models(), tmp_path / "plain", text, backend="torch")
+    layout = Layout(2, *layers_resident, 0, windows=1)
+    monkeypatch.setattr("streamprune.pruning.memory.layout_of", lambda *args: layout)
+    for place in ("model.loader", "pruning.forward", "pruning.coded_later"):
+        monkeypatch.setattr(f"streamprune.{place}.WeightLoader", functools.partial(WeightLoader, copies=True))
+    run(models(), tmp_path / "out", text, backend="torch")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
