@@ -190,7 +190,7 @@ def here(sections: ModuleType, load_tool: Callable[[str], ModuleType], monkeypat
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("name", ["environment", "end-to-end", "large", "refits", "fp8", "two-four"])
+@pytest.mark.parametrize("name", ["environment", "end-to-end", "large", "refits", "tuning", "fp8", "two-four"])
 def test_sections(sections: ModuleType, name: str) -> None:
     rows = [json.loads(json.dumps(row)) for row in sections.SECTIONS[name](CPU, True)]
     if name == "environment":
@@ -200,6 +200,8 @@ def test_sections(sections: ModuleType, name: str) -> None:
         assert {"prune, s", "prune ÷ floor", "plan said, s"} <= set(names) and sum("floor:" in n for n in names) == 4
     elif name == "refits":
         assert [row["refit"] for row in rows] == ["obs-admm", "obs-admm", "sparsegpt", "gradual-cg"]
+    elif name == "tuning":
+        assert all(row["s"] > 0 and row["after"] <= row["held-out error before"] for row in rows) and len(rows) == 2
     elif name == "fp8":
         ours, theirs = (row["value"] for row in rows if row["what"].startswith("nll"))
         assert theirs == pytest.approx(ours, rel=1e-2)

@@ -82,6 +82,7 @@ SECTIONS = {
     "end-to-end": Section("7B-shaped, 8 layers, against the floor", 70, ("tools/gpu_sections.py", "end-to-end")),
     "large": Section("70B-shaped layers within 8 GiB of VRAM and 6 GiB of RAM", 80, ("tools/gpu_sections.py", "large")),
     "refits": Section("Refits of 7B-shaped layers, for 32 of them", 80, ("tools/gpu_sections.py", "refits")),
+    "tuning": Section("Tuning a layer of 7B and one of 70B within 24 GB", 60, ("tools/gpu_sections.py", "tuning")),
     "fp8": Section("FP8 output, loaded by transformers", 40, ("tools/gpu_sections.py", "fp8")),
     "2:4": Section("2:4 against dense with Torch's sparse kernels", 40, ("tools/gpu_sections.py", "two-four")),
     "processes": Section(

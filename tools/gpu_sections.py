@@ -195,6 +195,28 @@ def refits(device: torch.device, small: bool) -> Iterator[Row]:
             yield {"refit": refit, "propagate": propagate, "s a layer": last, "min for 32": 32 * last / 60}
 
 
+def tuning(device: torch.device, small: bool) -> Iterator[Row]:
+    """Seconds of tuning a layer of the 7B and of the 70B shape for two epochs, within 24 GB of VRAM, and its errors."""
+    samples, seqlen = (4, 32) if small else (16, 2048)
+    for preset in ("7b", "70b-layer"):
+        shape = _TINY if small else Shape(**{**vars(PRESETS[preset]), "layers": 1})
+        with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+            model = Path(folder) / "model"
+            write_checkpoint(model, 0, shape)
+            found = child(
+                "prune", model=str(model), out=str(Path(folder) / "out"), amount="2:4",
+                recipe={"name": "swiftprune-tuned", "tune_epochs": 2},
+                resources={"device": str(device), "max_vram": None if device.type == "cpu" else "24GB"},
+                calibration={"samples": samples, "seqlen": seqlen},
+            )  # fmt: skip
+        told = next(stage["tune"] for stage in found["report"]["stages"] if "tune" in stage)
+        yield {
+            "layer": preset, "s": told["seconds"], "tokens/s": 2 * samples * seqlen / told["seconds"],
+            "held-out error before": told["held_out_error_before"], "after": told["held_out_error"],
+            "bytes of VRAM": (found["vram_bytes"] or {}).get("reserved"),
+        }  # fmt: skip
+
+
 _READ = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
@@ -234,8 +256,8 @@ def fp8(device: torch.device, small: bool) -> Iterator[Row]:
 
 
 SECTIONS: dict[str, Callable[[torch.device, bool], Iterator[Row]]] = {
-    "environment": environment, "end-to-end": end_to_end, "large": large, "refits": refits, "fp8": fp8,
-    "two-four": two_four,
+    "environment": environment, "end-to-end": end_to_end, "large": large, "refits": refits, "tuning": tuning,
+    "fp8": fp8, "two-four": two_four,
 }  # fmt: skip
 
 
