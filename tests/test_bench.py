@@ -188,6 +188,17 @@ def test_calibration(
     assert [c[1] for c in children] == ["calibrate"] * 3 and list(tmp_path.iterdir()) == []
 
 
+def test_tuning(
+    tool: ModuleType, children: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["tuning", *TINY, "--samples", "4", "--seqlen", "32", "--repeat", "2", "--work", str(tmp_path)]
+    cases = by_case(rows_of(tool, capsys, *words, "--device", "cpu"))
+    assert cases.keys() == {"bare forward and backward", "an epoch of tuning"}
+    assert all(row["percent_of_bare"] == pytest.approx(100 / row["ratio"], rel=1e-4) for row in cases.values())
+    assert all("3 x 32 tokens, 1 at a time" in row["on"] for row in cases.values()), "one of four is held out"
+    assert [c[1] for c in children] == ["prune"] * 3 and list(tmp_path.iterdir()) == []
+
+
 def test_bare_layer_is_the_models_own(tool: ModuleType, tmp_path: Path) -> None:
     """Its output on the embeddings is what the whole model says of its first layer; the last batch is smaller."""
     from transformers import AutoModelForCausalLM
@@ -371,7 +382,7 @@ def test_all_runs_the_five(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
         if "--repeat" in words:
             assert {(a.repeat, a.work, a.device) for a in seen.values()} == {(4, "/w", "cpu")}
     assert list(tool.COMMANDS) == [
-        "kernels", "refits", "stats", "startup", "calibration", "eval", "memory", "end-to-end", "ranks", "peers",
+        "kernels", "refits", "stats", "startup", "calibration", "tuning", "eval", "memory", "end-to-end", "ranks", "peers",
     ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@
     python tools/bench.py stats --preset 7b --layers 4       prune --stats against cp -r
     python tools/bench.py startup                            how soon commands begin, against importing torch
     python tools/bench.py calibration --preset 1b            calibration against a bare forward of the same layer
+    python tools/bench.py tuning --preset 1b                 tuning against bare forward and backward passes
     python tools/bench.py eval --checkpoint smollm2          eval against transformers' own pass of the same windows
     python tools/bench.py memory                             peak memory against layers, --max-ram, --max-vram
     python tools/bench.py end-to-end --preset 1b --layers 4  the whole prune, and what plan said
@@ -76,6 +77,11 @@ COMMANDS = {
         "bench_forward", "calibration", "add_calibration_options", "calibration against a bare forward", 3,
         {"TFLOP/s": "tflop_per_s", "% of bare": "percent_of_bare"},
         ("--layers", "3"), _QUICK,
+    ),
+    "tuning": Command(
+        "bench_tuning", "tuning", "add_options", "tuning against bare forward and backward passes", 3,
+        {"% of bare": "percent_of_bare"},
+        ("--samples", "16"), ("--preset", "narrow", "--samples", "8", "--seqlen", "128", "--repeat", "1"),
     ),
     "eval": Command(
         "bench_eval", "evaluation", "add_options", "eval against transformers with the model in memory", 3,
