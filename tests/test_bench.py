@@ -382,7 +382,8 @@ def test_all_runs_the_five(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
         if "--repeat" in words:
             assert {(a.repeat, a.work, a.device) for a in seen.values()} == {(4, "/w", "cpu")}
     assert list(tool.COMMANDS) == [
-        "kernels", "refits", "stats", "startup", "calibration", "tuning", "eval", "memory", "end-to-end", "ranks", "peers",
+        "kernels", "refits", "stats", "startup", "calibration", "tuning", "eval", "memory", "end-to-end", "ranks",
+        "peers",
     ]  # fmt: skip
 
 

@@ -65,10 +65,10 @@ def tuning(arguments: argparse.Namespace) -> Iterator[Row]:
             before = bare.seconds()
             tuned.append(_tuned(arguments, folder, checkpoint)[2])
             base.append((before + bare.seconds()) / 2)
-    on = f"one layer of {describe(checkpoint)}, {batches}, {arguments.epochs} epochs"
-    for case, runs in (("bare forward and backward", base), ("an epoch of tuning", tuned)):
-        row = figure(case, runs, "bare forward and backward", base, unit="s", on=on)
-        yield row | {"percent_of_bare": float(f"{100 / row['ratio']:.6g}")}
+        on = f"one layer of {describe(checkpoint)}, {batches}, {arguments.epochs} epochs"
+        for case, runs in (("bare forward and backward", base), ("an epoch of tuning", tuned)):
+            row = figure(case, runs, "bare forward and backward", base, unit="s", on=on)
+            yield row | {"percent_of_bare": float(f"{100 / row['ratio']:.6g}")}
 
 
 def _tuned(arguments: argparse.Namespace, folder: Path, checkpoint: Path) -> tuple[str, str, float]:
