@@ -83,6 +83,10 @@ def test_tuning_is_passes_and_steps() -> None:
     for before, after in zip(plain[1:3], tuned[1:3], strict=True):
         assert after.forward == before.forward == a_pass and not before.tuning
         assert after.tuning == pytest.approx(36 * a_pass + 50 * (PER_STEP + 1e7 * PER_LEARNT / 1e10))
+    mixture = replace(LAYER, learnt=10**6, learnt_apart=10**8, experts=8)
+    run = replace(COURSE, forwards=37, tuning=36, steps=50, steps_apart=9)
+    steps = 50 * (PER_STEP + 1e6 * PER_LEARNT / 1e10) + 9 * (8 * PER_STEP + 1e8 * PER_LEARNT / 1e10)
+    assert stage_seconds((WORKS[0], mixture), run, GIGA)[1].tuning == pytest.approx(36 * a_pass + steps)
 
 
 def test_planned_time_is_made_of_given_speeds(models: Models) -> None:

@@ -109,7 +109,11 @@ class StageWork:
     """How long a pass of tuning takes, in passes: experts take part twice, when they are tuned and with the rest of the
     layer, which is run once, where other passes run it twice."""
     learnt: int = 0
-    """Weights that tuning changes."""
+    """Weights that tuning changes, but for those of experts."""
+    learnt_apart: int = 0
+    """Weights of experts that tuning changes."""
+    experts: int = 0
+    """Experts that are tuned, each by itself."""
     last: bool = False
     """Whether this is the last layer, whose outputs are not needed: a pass for its statistics suffices."""
     refit: RefitWork = NO_REFIT
@@ -147,6 +151,8 @@ class RunShape:
     """Parts of batches that tuning processes, in all epochs."""
     steps: int = 0
     """Steps of tuning, in all epochs."""
+    steps_apart: int = 0
+    """Steps of each expert."""
 
     @property
     def cached(self) -> int:
@@ -234,10 +240,12 @@ def _forward(work: StageWork, run: RunShape, s: Speeds) -> Split:
     r = work.refit
     refit = r.float32 / s.float32 + r.native / s.products + r.traffic / s.elementwise + r.selected / s.selection
     tuned = run.tuning * work.tuned
+    steps = run.steps + run.steps_apart * work.experts
+    learnt = run.steps * work.learnt + run.steps_apart * work.learnt_apart
     return Split(
         forward=(run.passes(work) - tuned) * a_pass, statistics=run.tokens * work.inputs / s.statistics,
         refit=refit + r.columns * PER_COLUMN + r.passes * a_pass,
-        tuning=tuned * a_pass + run.steps * (PER_STEP + work.learnt * PER_LEARNT / s.elementwise),
+        tuning=tuned * a_pass + steps * PER_STEP + learnt * PER_LEARNT / s.elementwise,
     )  # fmt: skip
 
 

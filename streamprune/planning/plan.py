@@ -27,6 +27,7 @@ from streamprune.methods.allocation import LOOKS
 from streamprune.methods.recipes import Recipe
 from streamprune.model.budget import WITHOUT_TORCH, Layout, streaming_bytes, streaming_layout
 from streamprune.model.device import cache_dtype
+from streamprune.model.shapes import routed_share
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
 from streamprune.planning.cost import RunShape, Speeds, Split, StageWork, paired_forwards, stage_seconds, work_of
@@ -35,6 +36,7 @@ from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
 from streamprune.process.load import Others
 from streamprune.pruning.describe import HALF, describe_prune, open_model
+from streamprune.pruning.expert_tuning import tokens_a_step
 from streamprune.pruning.memory import activation_bytes, layout_of, memory_bytes, spool_bytes
 from streamprune.pruning.setup import Setup, check_given, open_given
 from streamprune.pruning.target import Target
@@ -206,7 +208,7 @@ class _Run:
             skeleton, samples, length, setup.dtype, layout, forwards, on_device, epochs=recipe.tune_epochs or 0
         )
         works = tuple(
-            replace(work_of(skeleton, s, target.selected, length, setup.dtype.itemsize), learnt=_learnt(target, s))
+            _learning(work_of(skeleton, s, target.selected, length, setup.dtype.itemsize), target, s)
             for s in skeleton.stages
         )
         looks = LOOKS.get(recipe.allocate or "", 0)
@@ -239,27 +241,43 @@ def shape_of(
     An epoch of tuning counts as three more passes: forward, and two for backward; steps have a cost of their own.
     """
     batches = -(-samples // max(1, layout.batch))
+    steps, apart = 0, 0
+    if epochs:
+        routed = (samples - len(held_out(samples))) * seqlen * routed_share(skeleton)
+        steps, apart = epochs * _steps(samples, seqlen), epochs * _steps_apart(int(routed))
     return RunShape(
         tokens=samples * seqlen, batches=batches, groups=-(-batches // layout.group),
         forwards=forwards + 3 * epochs,
         state_bytes=skeleton.between.most(seqlen) * cache_dtype(skeleton.dtype, dtype).itemsize,
         threads=torch.get_num_threads(), on_device=on_device, layers=layout.layers, resident=layout.resident,
-        tuning=3 * epochs, steps=_steps(samples, seqlen, epochs),
+        tuning=3 * epochs, steps=steps, steps_apart=apart,
         parts=epochs * -(-samples // layout.windows) if layout.windows else 0,
     )  # fmt: skip
 
 
-def _steps(samples: int, seqlen: int, epochs: int) -> int:
-    """Steps of tuning in all epochs."""
-    return epochs and epochs * ((samples - len(held_out(samples))) // windows_a_step(seqlen, samples))
+def _steps(samples: int, seqlen: int) -> int:
+    """Steps of tuning in an epoch."""
+    return (samples - len(held_out(samples))) // windows_a_step(seqlen, samples)
 
 
-def _learnt(target: Target, stage: Stage) -> int:
-    """The weights of a stage that tuning changes."""
+def _steps_apart(tokens: int) -> int:
+    """As _steps, of an expert that sees so many tokens."""
+    return tokens // tokens_a_step(tokens) if tokens else 0
+
+
+def _learning(work: StageWork, target: Target, stage: Stage) -> StageWork:
+    """The work of a stage, with what tuning changes of it."""
     if target.recipe.tune is None:
-        return 0
-    sizes = {name: math.prod(ref.shape) for name, ref in stage.linears.items() if name in target.selected}
-    return int(sum(size * (1 - target.of(name).share) for name, size in sizes.items()))
+        return work
+    apart, within = 0.0, 0.0
+    for name, ref in stage.linears.items():
+        stays = math.prod(ref.shape) * (1 - target.of(name).share) if name in target.selected else 0.0
+        if name in stage.expert_of:
+            apart += stays
+        else:
+            within += stays
+    experts = {expert for name, expert in stage.expert_of.items() if name in target.selected}
+    return replace(work, learnt=int(within), learnt_apart=int(apart), experts=len(experts))
 
 
 def _stages(

@@ -49,6 +49,11 @@ _LEAST_STEPS = 8
 """Of an epoch."""
 
 
+def tokens_a_step(learnt: int) -> int:
+    """Tokens that a step learns from, of an expert that learns from so many in all."""
+    return max(1, min(STEP_TOKENS, learnt // _LEAST_STEPS))
+
+
 class ExpertTuner(Searcher):
     """Tunes experts. Files are in `folder`; an expert that sees fewer than `least` tokens stays as it was."""
 
@@ -100,7 +105,7 @@ class ExpertTuner(Searcher):
             own[name] = torch.nn.Parameter(copy, requires_grad=name in selected)
             if name in selected:
                 tuned[name] = Tuned.of(own[name], stored, masked=True)
-        size = max(1, min(STEP_TOKENS, len(learnt) // _LEAST_STEPS))
+        size = tokens_a_step(len(learnt))
         best, report = self._search(Lesson(given.loss(own), learnt, held, size, 1, seed), list(tuned.values()))
         new = {
             name: SpareWeight(self._folder, filled(loader.tensor(refs[name]), each.where, kept))
