@@ -99,13 +99,16 @@ class BareLayer:
         self._wait()
         begun = time.perf_counter()
         for size in self.batches.sizes:
-            args, kwargs = self.calls[size]
-            if "hidden_states" in kwargs:
-                self.layer(*args, **kwargs | {"hidden_states": self.states[size]})
-            else:
-                self.layer(self.states[size], *args[1:], **kwargs)
+            self._run(size)
         self._wait()
         return time.perf_counter() - begun
+
+    def _run(self, size: int) -> Any:
+        """What the layer returns for a batch of so many windows."""
+        args, kwargs = self.calls[size]
+        if "hidden_states" in kwargs:
+            return self.layer(*args, **kwargs | {"hidden_states": self.states[size]})
+        return self.layer(self.states[size], *args[1:], **kwargs)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

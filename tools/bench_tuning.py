@@ -21,24 +21,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=2, metavar="N", help="default: %(default)s")
 
 
+def _own(x: object) -> object:
+    """A copy of what was made in inference mode, through which gradients cannot be computed."""
+    return x.clone() if isinstance(x, torch.Tensor) else x
+
+
 class LearningLayer(BareLayer):
     """A layer whose gradients are computed."""
 
     def seconds(self) -> float:
         """Seconds of forward and backward passes of all batches, one after another."""
         self.layer.requires_grad_(True)
-        own = {
-            size: tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, found)
-            for size, found in self.calls.items()
-        }  # those of inference mode have no gradients
+        self.calls = {size: tree_map(_own, found) for size, found in self.calls.items()}
         self._wait()
         begun = time.perf_counter()
         for size in self.batches.sizes:
-            args, kwargs = own[size]
-            if "hidden_states" in kwargs:
-                made = self.layer(*args, **kwargs | {"hidden_states": self.states[size]})
-            else:
-                made = self.layer(self.states[size], *args[1:], **kwargs)
+            made = self._run(size)
             (made[0] if isinstance(made, tuple) else made).float().square().sum().backward()
             for parameter in self.layer.parameters():
                 parameter.grad = None

@@ -211,7 +211,7 @@ def tuning(device: torch.device, small: bool) -> Iterator[Row]:
             )  # fmt: skip
         told = next(stage["tune"] for stage in found["report"]["stages"] if "tune" in stage)
         yield {
-            "layer": preset, "s": told["seconds"], "tokens/s": 2 * samples * seqlen / told["seconds"],
+            "layer": preset, "s": told["seconds"], "tokens/s": told["epochs"] * samples * seqlen / told["seconds"],
             "held-out error before": told["held_out_error_before"], "after": told["held_out_error"],
             "bytes of VRAM": (found["vram_bytes"] or {}).get("reserved"),
         }  # fmt: skip
