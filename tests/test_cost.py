@@ -26,20 +26,11 @@ from streamprune.model import budget
 from streamprune.model.blank_layer import LAYER_BYTES, BlankLayer, window_size
 from streamprune.model.skeleton import build_skeleton
 from streamprune.planning import speeds as measuring
-from streamprune.planning.cost import (
-    PER_BATCH,
-    PER_COLUMN,
-    PER_LEARNT,
-    PER_STEP,
-    RunShape,
-    Speeds,
-    Split,
-    StageWork,
-    stage_seconds,
-)
+from streamprune.planning.cost import PER_BATCH, PER_COLUMN, PER_LEARNT, PER_STEP, stage_seconds
 from streamprune.planning.ranks import RanksPlan, with_ranks
 from streamprune.planning.refit_cost import RefitWork
 from streamprune.planning.refits import inputs_shared
+from streamprune.planning.work import RunShape, Speeds, Split, StageWork
 from streamprune.tables import plan_table
 
 Models = Callable[..., Path]

@@ -99,7 +99,7 @@ HOUSE: dict[str, list[str]] = {
         "rehearse",
         "job",
     ],
-    "planning": ["refit_cost", "cost refits", "ranks speeds", "plan"],
+    "planning": ["refit_cost", "work refits", "cost", "ranks speeds", "plan"],
     "reporting": ["facts figures", "evaluations markup scales", "sections", "comparison", "page"],
     "publishing": ["upload"],
     "arguments": [],

@@ -21,8 +21,8 @@ from streamprune.errors import ResourceError, StreampruneError, UnsupportedError
 from streamprune.model.budget import Layout, RefitNeeds, estimate
 from streamprune.model.device import resolve_device
 from streamprune.planning import speeds as measuring
-from streamprune.planning.cost import Speeds, Split
 from streamprune.planning.plan import Plan
+from streamprune.planning.work import Speeds, Split
 from streamprune.process import load
 from streamprune.pruning.memory import layout_of, models_at_once, refit_needs
 from streamprune.pruning.setup import Setup

@@ -30,10 +30,11 @@ from streamprune.model.device import cache_dtype
 from streamprune.model.shapes import routed_share
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
-from streamprune.planning.cost import RunShape, Speeds, Split, StageWork, paired_forwards, stage_seconds, work_of
+from streamprune.planning.cost import stage_seconds
 from streamprune.planning.ranks import RanksPlan, with_ranks
 from streamprune.planning.refits import planned_refits
 from streamprune.planning.speeds import measure
+from streamprune.planning.work import RunShape, Speeds, Split, StageWork, paired_forwards, work_of
 from streamprune.process.load import Others
 from streamprune.pruning.describe import HALF, describe_prune, open_model
 from streamprune.pruning.expert_tuning import tokens_a_step

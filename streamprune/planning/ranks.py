@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from streamprune.errors import UsageError
-from streamprune.planning.cost import RunShape, Speeds, Split, StageWork, stage_seconds
+from streamprune.planning.cost import stage_seconds
+from streamprune.planning.work import RunShape, Speeds, Split, StageWork
 from streamprune.pruning.refit import PARTS
 
 

@@ -31,7 +31,8 @@ from streamprune.model.naming import TORCH_DTYPES
 from streamprune.model.shapes import linear_shape
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stages import Stage
-from streamprune.planning.cost import RunShape, Speeds, StageWork, embedding_bytes
+from streamprune.planning.cost import embedding_bytes
+from streamprune.planning.work import RunShape, Speeds, StageWork
 
 READ_BYTES = 64 << 20
 _FETCHED_BYTES = 8 << 20
