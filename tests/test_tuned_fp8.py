@@ -11,6 +11,7 @@ import pytest
 import torch
 from calls import prune
 from mixtures import save_mixture
+from quantised_files import blocks_of, quantise
 from test_crash import Crasher, show
 from test_device_path import LAYOUTS, weights_of
 from test_tuning import tensors_of
@@ -80,6 +81,14 @@ def test_later_layers_make_up_for_rounding(models: Models, text: Path, tmp_path:
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
     assert coded.report["job"]["fp8_rounding"] == "nearest"
+
+
+def test_a_quantised_source(models: Models, text: Path, tmp_path: Path) -> None:
+    """What its codes stand for is tuned, and becomes other codes."""
+    coded, dense = quantise(models("llama", 2), tmp_path, *blocks_of())
+    for source, out in ((coded, "out"), (dense, "plain")):
+        run(source, tmp_path / out, text, method="obs-admm")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "plain")
 
 
 def test_linears_that_are_not_pruned(models: Models, text: Path, tmp_path: Path) -> None:
